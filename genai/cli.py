@@ -1,0 +1,239 @@
+"""The command line: overrides in, a checked config out, one sentence and exit code 2 for what the user can mend.
+
+Nothing here imports torch, so that help and mistakes answer at once.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from genai.core.errors import UserError
+
+Prepare = Callable[[DictConfig, list[Override]], list[Override]]
+
+
+def conf_dir() -> str:
+    """The folder of the configs: inside the package when installed as a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    return str(next(c for c in (package / "conf", package.parent / "conf") if c.is_dir()))
+
+
+def main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None = None) -> None:
+    """Run `task(cfg)` with the config `name` composed from sys.argv; see `composed` for `prepare`."""
+    args = get_args_parser().parse_args()
+
+    def checked(cfg: DictConfig) -> Any:
+        try:
+            return task(cfg)
+        except UserError as error:
+            fail(error)
+
+    try:
+        config_dir = f"hydra.searchpath=[file://{os.path.abspath(args.config_dir)}]" if args.config_dir else None
+        if not any((args.help, args.hydra_help, args.info, args.shell_completion)):
+            cfg = composed(name, [*args.overrides, *filter(None, [config_dir])], prepare, args.multirun)
+            if not args.multirun and not args.cfg:
+                return checked(cfg)
+    except UserError as error:
+        fail(error)
+    import hydra
+
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(checked)()
+
+
+def fail(error: UserError) -> None:
+    """Print the sentence and exit with code 2."""
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def composed(name: str, overrides: Sequence[str], prepare: Prepare | None = None, sweep: bool = False) -> DictConfig:
+    """Compose config `name`: groups first, then `prepare(cfg, values)`, then every value override, checked.
+
+    `prepare` may change cfg and returns the overrides that remain. Raises UserError for a key, a choice or a type that
+    does not exist, with what comes nearest.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise UserError(f"cannot read the command line: {str(error).splitlines()[0]}") from error
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(conf_dir(), version_base="1.3", job_name=name):
+        search = [o.input_line for o in parsed if o.key_or_group == "hydra.searchpath"]
+        groups, values = _split(parsed, search, name, sweep)
+        try:
+            cfg = compose(name, [*search, *(o.input_line for o in groups)], return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(" ".join(str(error).split("\n")[:2])) from error
+    choices = cfg.hydra.runtime.choices
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    if "name" in cfg and cfg.name is None:
+        cfg.name = choices.experiment if choices.get("experiment") else f"{choices.model}_{choices.data}"
+    if prepare is not None:
+        values = [o for o in prepare(cfg, [*groups, *values]) if o not in groups]
+    for override in values:
+        apply(cfg, override, sweep)
+    return cfg
+
+
+def _split(
+    parsed: Iterable[Override], search: list[str], name: str, sweep: bool
+) -> tuple[list[Override], list[Override]]:
+    """Group choices and value overrides. Raises UserError for a choice that does not exist."""
+    loader = GlobalHydra.instance().config_loader()
+    if search:  # a first composition makes the loader see the user's own configs
+        try:
+            compose(name, search)
+        except HydraException as error:
+            raise UserError(str(error).splitlines()[0]) from error
+    groups, values = [], []
+    for override in parsed:
+        key = override.key_or_group
+        options = loader.get_group_options(key)
+        if key.startswith("hydra.") or key.startswith("hydra/"):
+            continue
+        if not options:
+            values.append(override)
+            continue
+        groups.append(override)
+        choice = override.value()
+        if not override.is_sweep_override() and choice is not None and str(choice) not in options:
+            raise UserError(f"{key}={choice} is none of {', '.join(options)}{nearest(str(choice), options)}")
+        if override.is_sweep_override():
+            groups.pop()
+            if not sweep:
+                raise UserError(f"{override.input_line} names several values: add -m to run them all")
+    return groups, values
+
+
+def apply(cfg: DictConfig, override: Override, sweep: bool = False) -> None:
+    """Set one value. Raises UserError if there is no such key or the value is of another type than the one there."""
+    key = override.key_or_group
+    if override.is_delete():
+        raise UserError(f"{override.input_line} would remove a key: set it to null instead")
+    known = list(keys(cfg))
+    if not override.is_add() and key not in known:
+        raise UserError(f"there is no key {key}{nearest(key, known)} (--help lists all; +{key}= adds one)")
+    if override.is_sweep_override():
+        if not sweep:
+            raise UserError(f"{override.input_line} names several values: add -m to run them all")
+        return
+    value = override.value()
+    present = OmegaConf.select(cfg, key, throw_on_missing=False) if key in known else None
+    OmegaConf.update(cfg, key, fitted(key, value, present), force_add=True, merge=True)
+
+
+def fitted(key: str, value: Any, present: Any) -> Any:
+    """The value, made to fit the type of the one present. Raises UserError if it cannot be."""
+    if value is None or present is None:
+        return value
+    if isinstance(present, bool):
+        ok, kind = isinstance(value, bool), "true or false"
+    elif isinstance(present, int):
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        ok, kind = isinstance(value, int | float) and not isinstance(value, bool), "a number"
+    elif isinstance(present, float):
+        ok, kind = isinstance(value, int | float) and not isinstance(value, bool), "a number"
+    elif isinstance(present, str):
+        value = str(value) if isinstance(value, int | float) else value
+        ok, kind = isinstance(value, str), "a text"
+    elif OmegaConf.is_list(present):
+        ok, kind = isinstance(value, list), "a list like [1,2]"
+    else:
+        ok, kind = isinstance(value, dict), f"a group of keys ({', '.join(map(str, present))}): set one of them"
+    if not ok:
+        raise UserError(f"{key}={value} must be {kind}")
+    return value
+
+
+def keys(cfg: DictConfig, prefix: str = "") -> Iterable[str]:
+    """Every dotted key below cfg."""
+    for key in cfg:
+        yield f"{prefix}{key}"
+        node = cfg._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation():
+            yield from keys(node, f"{prefix}{key}.")
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """ ", did you mean X?" where something comes near; a bare name matches the last part of a dotted key."""
+    words = list(words)
+    full = difflib.get_close_matches(word, words, 1, 0.75)
+    tails = [w for w in words if w.rpartition(".")[2] == word.rpartition(".")[2]]
+    close = difflib.get_close_matches(word, [w.rpartition(".")[2] for w in words], 1, 0.75)
+    close = [w for w in words if close and w.rpartition(".")[2] == close[0]]
+    found = next(iter([*tails, *full, *close]), None)
+    return f", did you mean {found}?" if found else ""
+
+
+RESUMABLE = ("max_steps", "data.root", "data.num_workers", "trainer.accelerator", "trainer.devices", "logger", "trust")
+
+
+def resumed(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
+    """With resume=<run>, put that run's own config in the place of cfg; few keys may differ from it.
+
+    Raises UserError if there is no such run or another key is given.
+    """
+    given = {o.key_or_group: o for o in overrides}
+    resume = given["resume"].value() if "resume" in given else None
+    if resume is None:
+        return overrides
+    path = Path(str(resume)) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"resume={resume} is no run directory: there is no {path}")
+    for key in given:
+        if key not in (*RESUMABLE, "resume") and not key.startswith("logger."):
+            raise UserError(f"{key}= cannot change when a run is resumed, only {', '.join(RESUMABLE)} can")
+    stored = OmegaConf.load(path)
+    if "logger" in given:
+        stored["logger"] = cfg.logger
+    cfg.clear()
+    cfg.update(stored)
+    return overrides
+
+
+def with_sampler(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
+    """Put the run's own sampler into cfg unless sampler= chose one; bare names of its arguments become sampler.name.
+
+    Raises UserError for an argument that the sampler lacks.
+    """
+    given = {o.key_or_group: o for o in overrides}
+    if cfg.get("sampler") is None:
+        cfg.sampler = OmegaConf.create(_stored_config(given["ckpt"].value() if "ckpt" in given else None)["sampler"])
+    own = [str(k) for k in cfg.sampler if not str(k).startswith("_")]
+    remaining = []
+    for override in overrides:
+        key = override.key_or_group
+        if key not in cfg and not override.is_add() and key in own:
+            (override,) = OverridesParser.create().parse_overrides([f"sampler.{override.input_line}"])
+        elif key == "guidance" or key.startswith("sampler."):
+            name = key.rpartition(".")[2]
+            if name not in own:
+                sampler = cfg.sampler._target_.rpartition(".")[2]
+                raise UserError(f"the sampler {sampler} has no {name}; it has {', '.join(own)}{nearest(name, own)}")
+        remaining.append(override)
+    return remaining
+
+
+def _stored_config(ckpt: Any) -> dict[str, Any]:
+    """The config of a run directory, read without torch; of a checkpoint file or the newest run, read with it."""
+    if ckpt is not None and (path := Path(str(ckpt)) / "config.yaml").is_file():
+        return OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[return-value]
+    from genai import checkpoint
+
+    return checkpoint.locate(None if ckpt is None else str(ckpt))[0]["config"]

@@ -1,0 +1,1 @@
+"""Torch and the standard library only: contracts, shapes, counter-based noise."""

@@ -1,0 +1,74 @@
+"""The nouns of the house. Families implement them, the loop above and the tools beside it know nothing else."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+"""Named tensors, first dimension B: `image`, `vector`, `label`, `tokens`, `audio`, `mask`, ..."""
+
+OnStep = Callable[[int, int, Batch], None]
+"""`on_step(i, n, state)` after step i of n of a sampler: progress bars, streaming, films of the denoising path."""
+
+
+class Losses(NamedTuple):
+    """What a Model returns for one micro-batch."""
+
+    total: Tensor
+    """Differentiable mean over `weight` targets."""
+    weight: Tensor | float
+    """How many targets `total` averages; the loop divides by the sum over micro-batches and ranks."""
+    logs: Mapping[str, tuple[Tensor, Tensor | float]] = {}
+    """Detached name -> (mean, weight); a mean over nothing is (0, 0)."""
+
+
+class Model(Protocol):
+    """An nn.Module whose `forward(batch, step) -> Losses` is its loss."""
+
+    def forward(self, batch: Batch, step: int) -> Losses: ...
+
+    def nets(self) -> Mapping[str, nn.Module]:
+        """What `compile=true` compiles, by name."""
+        ...
+
+
+@runtime_checkable
+class Scorable(Protocol):
+    """A model with a likelihood. `bound` says what log_prob is: "exact" or "lower bound"."""
+
+    bound: str
+
+    def log_prob(self, batch: Batch, seed: int) -> Tensor:
+        """Nats per sample (B,) of the discretised data."""
+        ...
+
+
+class Prediction(NamedTuple):
+    """A denoiser's answer in parts, so that one fused pass can finish it: x0 = p x + q (u + w (out - u))."""
+
+    out: Tensor
+    out_uncond: Tensor | None = None
+    w: float = 1.0
+    p: float = 0.0
+    q: float = 1.0
+
+    def x0(self, x: Tensor, clip: float | None = None) -> Tensor:
+        """Combine guidance, convert to x0 and clip to [-clip, clip]; x is the state the prediction was made at."""
+        out = self.out if self.out_uncond is None else self.out_uncond.lerp(self.out, self.w)
+        x0 = self.p * x + self.q * out
+        return x0 if clip is None else x0.clamp(-clip, clip)
+
+
+class Denoiser(Protocol):
+    """`(x, t, cond) -> Prediction`; t is the one time of the whole batch, cond the named conditions or None."""
+
+    def __call__(self, x: Tensor, t: float, cond: Batch | None) -> Prediction: ...
+
+
+class Sampler(Protocol):
+    """`(model, seeds, cond, on_step) -> Batch`; sample i depends on seeds[i] alone."""
+
+    def __call__(
+        self, model: nn.Module, seeds: Tensor, cond: Batch | None = None, on_step: OnStep | None = None
+    ) -> Batch: ...

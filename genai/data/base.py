@@ -1,0 +1,110 @@
+"""What every data set is: named splits that answer "these indices, please", and the facts a model is built from."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genai.core import rng
+from genai.core.errors import UserError, at_least
+from genai.core.protocols import Batch
+from genai.data.io import from_uint8
+
+
+class Split(Protocol):
+    """One split: `len(split)` items, any of them as a Batch. Without draws an item is always the same."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, index: Tensor, draws: Tensor | None) -> Batch:
+        """Items `index` int64 (B,); draws (B, 4) uniform in [0, 1] are all the randomness augmentation may use."""
+        ...
+
+
+class Data:
+    """A data set: the facts a model is built from, splits, and loading numbers.
+
+    Args:
+        field: name of the main tensor in a Batch.
+        shape, classes, levels: as the config states them; None takes what the data has.
+        batch_size: samples of one micro-batch on one device.
+        num_workers: loader processes; any number gives the same stream.
+        splits: of the names train, val and test.
+        found_shape: of one sample.
+        class_names: of each label, None if there are no labels.
+        found_levels: grey levels of the data, None if continuous.
+
+    Raises UserError where the config states what the data does not have.
+    """
+
+    def __init__(
+        self,
+        *,
+        field: str,
+        shape: Sequence[int] | None,
+        classes: int | None,
+        levels: int | None,
+        batch_size: int,
+        num_workers: int,
+        splits: dict[str, Split],
+        found_shape: Sequence[int],
+        class_names: Sequence[str] | None,
+        found_levels: int | None,
+    ):
+        at_least(batch_size, 1, "data.batch_size")
+        at_least(num_workers, 0, "data.num_workers")
+        self.field, self.shape, self.levels = field, list(found_shape), found_levels
+        self.class_names = None if class_names is None else list(class_names)
+        self.classes = None if class_names is None else len(class_names)
+        self.batch_size, self.num_workers, self.splits = batch_size, num_workers, splits
+        stated = {"shape": None if shape is None else list(shape), "classes": classes, "levels": levels}
+        for key, value in stated.items():
+            if value is not None and value != getattr(self, key):
+                raise UserError(
+                    f"data.{key}={value}, but this data has {getattr(self, key)}: correct data.{key} or set it to null"
+                )
+
+    def assets(self) -> dict:
+        """What a checkpoint keeps of the data, plain values only."""
+        return {"class_names": self.class_names}
+
+
+class Arrays:
+    """A split held in memory: uint8 images (N, C, H, W) or float vectors (N, D), labels (N,) or None.
+
+    `flip` mirrors images left to right with probability 1/2 where draws are given.
+    """
+
+    def __init__(self, field: str, values: np.ndarray, labels: np.ndarray | None, flip: bool = False):
+        self.field, self.flip = field, flip
+        self.values = torch.from_numpy(np.ascontiguousarray(values))
+        self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def batch(self, index: Tensor, draws: Tensor | None) -> Batch:
+        x = self.values[index]
+        if x.dtype == torch.uint8:
+            x = from_uint8(x)
+        if self.flip and draws is not None:
+            x = torch.where((draws[:, 0] < 0.5).view(-1, 1, 1, 1), x.flip(-1), x)
+        return {self.field: x} if self.labels is None else {self.field: x, "label": self.labels[index]}
+
+
+def held_out(n: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Indices 0, ..., n-1 in a fixed random order, cut into the kept and the last `fraction` of them."""
+    order = np.random.default_rng(0).permutation(n)
+    keep = n - max(round(n * fraction), 1)
+    return order[:keep], order[keep:]
+
+
+def example(shape: Sequence[int], field: str, classes: int | None, n: int) -> Batch:
+    """A synthetic batch of n samples of the declared shapes, the same every time, for tests and dry runs."""
+    seeds = rng.seed_range(0, n)
+    batch = {field: rng.uniform(seeds, shape) * 2 - 1}
+    if classes is not None:
+        batch["label"] = torch.arange(n) % classes
+    return batch

@@ -1,0 +1,146 @@
+"""Image data sets that ship with scikit-learn or that torchvision downloads."""
+
+import gzip
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+
+from genai.core.errors import UserError
+from genai.data.base import Arrays, Data, Split, held_out
+
+DIGITS = [str(d) for d in range(10)]
+FASHION = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+class Digits(Data):
+    """scikit-learn's 1,797 handwritten digits, 8x8 on 17 grey levels.
+
+    Train and validation are the first 1,293 and the next 144 of a fixed permutation, test the other 360.
+    """
+
+    def __init__(
+        self, field: str, shape: Sequence[int], classes: int, levels: int, batch_size: int, num_workers: int = 0
+    ):
+        from sklearn.datasets import load_digits
+
+        raw: Any = load_digits()
+        images = (raw.images[:, None] / 8 - 1).astype(np.float32)  # grey levels 0..16 -> [-1, 1]
+        order = np.random.default_rng(0).permutation(len(images))
+        parts = {"train": order[:1293], "val": order[1293:1437], "test": order[1437:]}
+        super().__init__(
+            field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
+            splits={name: Arrays(field, images[i], raw.target[i]) for name, i in parts.items()},
+            found_shape=images.shape[1:], class_names=DIGITS, found_levels=17,
+        )  # fmt: skip
+
+
+class Bytes(Data):
+    """Labelled uint8 images in memory; the last 1/12 of the training images in a fixed random order validate."""
+
+    def __init__(
+        self, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], class_names: Sequence[str],
+        flip: bool, field: str, **stated: Any,
+    ):  # fmt: skip
+        images, labels = train
+        kept, val = held_out(len(images), 1 / 12)
+        splits: dict[str, Split] = {
+            "train": Arrays(field, images[kept], labels[kept], flip),
+            "val": Arrays(field, images[val], labels[val]),
+            "test": Arrays(field, *test),
+        }
+        super().__init__(
+            field=field,
+            splits=splits,
+            found_shape=images.shape[1:],
+            class_names=class_names,
+            found_levels=256,
+            **stated,
+        )
+
+
+class MNIST(Bytes):
+    """MNIST or one of its drop-in kin: idx files below `root`/<name>/raw, gzipped or not, downloaded if absent."""
+
+    name, class_names = "MNIST", DIGITS
+
+    def __init__(
+        self, root: str, field: str, shape: Sequence[int], classes: int, levels: int, batch_size: int,
+        num_workers: int = 0, flip: bool = False,
+    ):  # fmt: skip
+        raw = Path(root) / self.name / "raw"
+        if not all(_idx_file(raw, f"{part}-{kind}") for part in ("train", "t10k") for kind in _IDX_KINDS):
+            looked = f"{raw}/train-images-idx3-ubyte[.gz] and its three companions"
+            download(self.name, root, looked, lambda module: getattr(module, self.name)(root, download=True))
+        train, test = ([_read_idx(raw, f"{part}-{kind}") for kind in _IDX_KINDS] for part in ("train", "t10k"))
+        super().__init__(
+            (train[0][:, None], train[1]), (test[0][:, None], test[1]), self.class_names, flip,
+            field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
+        )  # fmt: skip
+
+
+class FashionMNIST(MNIST):
+    """Zalando's clothes, in MNIST's format."""
+
+    name, class_names = "FashionMNIST", FASHION
+
+
+class CIFAR10(Bytes):
+    """CIFAR-10 as torchvision keeps it below `root`, downloaded if absent; training images are mirrored at random."""
+
+    def __init__(
+        self, root: str, field: str, shape: Sequence[int], classes: int, levels: int, batch_size: int,
+        num_workers: int = 0, flip: bool = True,
+    ):  # fmt: skip
+        looked = f"{Path(root) / 'cifar-10-batches-py'}/data_batch_1, ..."
+        parts = []
+        for train in (True, False):
+            part = download("CIFAR10", root, looked, lambda module, t=train: module.CIFAR10(root, t, download=True))
+            parts.append((part.data.transpose(0, 3, 1, 2), np.array(part.targets)))
+        super().__init__(
+            parts[0], parts[1], CIFAR10_NAMES, flip,
+            field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
+        )  # fmt: skip
+
+
+def download(name: str, root: str, looked: str, fetch: Callable[[Any], Any]) -> Any:
+    """`fetch(torchvision.datasets)`; what goes wrong becomes one sentence, and no empty folder stays behind.
+
+    `looked` says which files were looked for.
+    """
+    from torchvision import datasets
+
+    existed = {path for path in Path(root).rglob("*") if path.is_dir()} | {Path(root)} if Path(root).exists() else set()
+    try:
+        return fetch(datasets)
+    except (RuntimeError, URLError, OSError) as error:
+        for path in sorted([Path(root), *Path(root).rglob("*")], reverse=True):
+            if path.is_dir() and path not in existed and not any(path.iterdir()):
+                path.rmdir()
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(
+            f"{name} is not in data.root={root!r} (looked for {looked}) and could not be downloaded ({reason}): set "
+            "data.root to the folder that holds it"
+        ) from error
+
+
+_IDX_KINDS = "images-idx3-ubyte", "labels-idx1-ubyte"
+
+
+def _idx_file(raw: Path, name: str) -> Path | None:
+    return next((p for p in (raw / name, raw / f"{name}.gz") if p.exists()), None)
+
+
+def _read_idx(raw: Path, name: str) -> np.ndarray:
+    """An idx file of unsigned bytes: two zero bytes, 8 for uint8, the number of dimensions, each as a big-endian int32."""
+    path = _idx_file(raw, name)
+    assert path is not None
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        shape = np.frombuffer(data, ">i4", data[3], 4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it to download it again, or change data.root") from error

@@ -1,0 +1,58 @@
+"""Points in the plane, drawn from shapes on which a two-dimensional model can be seen to work."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from genai.core.errors import UserError
+from genai.data.base import Arrays, Data
+
+
+def moons(n: int, generator: np.random.Generator) -> np.ndarray:
+    """Two interleaved half circles."""
+    angle, side = generator.uniform(0, np.pi, n), generator.integers(0, 2, n)
+    x = np.stack([np.cos(angle) * (1 - 2 * side) + side - 0.5, np.sin(angle) * (1 - 2 * side) + side * 0.5 - 0.25], 1)
+    return 1.5 * x + generator.normal(0, 0.1, (n, 2))
+
+
+def swiss_roll(n: int, generator: np.random.Generator) -> np.ndarray:
+    """A spiral of one and a half turns."""
+    angle = 1.5 * np.pi * (1 + 2 * np.sqrt(generator.uniform(0, 1, n)))
+    return angle[:, None] / 5 * np.stack([np.cos(angle), np.sin(angle)], 1) + generator.normal(0, 0.1, (n, 2))
+
+
+def checkerboard(n: int, generator: np.random.Generator) -> np.ndarray:
+    """The dark squares of a 4x4 board on [-2, 2]^2."""
+    x, row = generator.uniform(-2, 2, n), generator.integers(0, 2, n)
+    y = generator.uniform(0, 1, n) + 2 * row - 2 + np.floor(x) % 2
+    return np.stack([x, y], 1)
+
+
+def eight_gaussians(n: int, generator: np.random.Generator) -> np.ndarray:
+    """Eight narrow Gaussians on a circle of radius 2."""
+    angle = generator.integers(0, 8, n) * np.pi / 4
+    return 2 * np.stack([np.cos(angle), np.sin(angle)], 1) + generator.normal(0, 0.15, (n, 2))
+
+
+SHAPES: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
+    "moons": moons, "swiss_roll": swiss_roll, "checkerboard": checkerboard, "eight_gaussians": eight_gaussians,
+}  # fmt: skip
+
+
+class Toy2D(Data):
+    """`n` points of one of the SHAPES, and a tenth as many each for validation and test; no labels."""
+
+    def __init__(
+        self, distribution: str, n: int, field: str, shape: Sequence[int], classes: None, levels: None,
+        batch_size: int, num_workers: int = 0,
+    ):  # fmt: skip
+        if distribution not in SHAPES:
+            raise UserError(f"data.distribution={distribution!r} is none of {', '.join(SHAPES)}")
+        generator = np.random.default_rng(0)
+        draw = SHAPES[distribution]
+        sizes = {"train": n, "val": max(n // 10, 1), "test": max(n // 10, 1)}
+        super().__init__(
+            field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
+            splits={k: Arrays(field, draw(size, generator).astype(np.float32), None) for k, size in sizes.items()},
+            found_shape=[2], class_names=None, found_levels=None,
+        )  # fmt: skip

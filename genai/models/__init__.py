@@ -1,0 +1,1 @@
+"""One folder per family; families never import each other."""

@@ -1,0 +1,39 @@
+"""A residual MLP for vectors, such as points in the plane."""
+
+import torch
+from torch import Tensor, nn
+
+from genai.models.diffusion.unet import time_embedding, zero
+
+
+class MLP(nn.Module):
+    """Residual MLP over vectors of `dim` numbers; time and class enter as a learned vector added before each block.
+
+    Args:
+        dim: numbers per vector.
+        width: of the hidden layers.
+        blocks: residual blocks.
+        classes: number of labels, None for none; the embedding has one more row, the null.
+    """
+
+    def __init__(self, dim: int, width: int = 128, blocks: int = 3, classes: int | None = None):
+        super().__init__()
+        self.width = width
+        self.stem = nn.Linear(dim, width)
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.label = None if classes is None else nn.Embedding(classes + 1, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            for _ in range(blocks)
+        )
+        self.head = nn.Sequential(nn.LayerNorm(width), zero(nn.Linear(width, dim)))
+
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
+        """x (B, dim), time (B,) in [0, 1000), label int64 (B,) -> (B, dim)."""
+        emb = self.time(time_embedding(time, self.width))
+        if self.label is not None:
+            emb = emb + self.label(label)
+        h = self.stem(x)
+        for block in self.blocks:
+            h = h + block(h + emb)
+        return self.head(torch.nn.functional.silu(h))

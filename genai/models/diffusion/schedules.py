@@ -1,0 +1,70 @@
+"""Noise schedules in float64: alpha_t and sigma_t of the path x_t = alpha_t x0 + sigma_t eps, t = 0, ..., T-1.
+
+All are variance preserving, alpha^2 + sigma^2 = 1; t = 0 has the least noise.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from genai.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """alpha and sigma, float64 tensors of shape (T,); alpha falls and sigma rises with t."""
+
+    alpha: Tensor
+    sigma: Tensor
+
+    def __len__(self) -> int:
+        return len(self.alpha)
+
+    def at(self, t: int) -> tuple[float, float]:
+        """(alpha_t, sigma_t); t = -1 is clean data, (1, 0)."""
+        return (1.0, 0.0) if t < 0 else (self.alpha[t].item(), self.sigma[t].item())
+
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio alpha^2 / sigma^2, (T,)."""
+        return (self.alpha / self.sigma) ** 2
+
+
+def from_alpha_bar(alpha_bar: Tensor) -> Schedule:
+    """The schedule with alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t); alpha_bar float64 (T,)."""
+    return Schedule(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+
+
+def _checked(steps: int) -> int:
+    if steps < 1:
+        raise UserError(f"a schedule needs at least 1 step, got {steps} (model.schedule.steps)")
+    return steps
+
+
+def linear(steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
+    """beta_t linear from beta_start to beta_end, both scaled by 1000 / T (DDPM, Ho et al. 2020, section 4)."""
+    scale = 1000 / _checked(steps)
+    beta = torch.linspace(beta_start * scale, beta_end * scale, steps, dtype=torch.float64).clamp_max(0.999)
+    return from_alpha_bar(torch.cumprod(1 - beta, 0))
+
+
+def cosine(steps: int = 1000, offset: float = 0.008, beta_max: float = 0.999) -> Schedule:
+    """abar_t = f(t) / f(0), f(t) = cos^2((t / T + s) / (1 + s) * pi / 2), beta <= 0.999 (Nichol & Dhariwal 2021, eq. 17)."""
+    u = torch.arange(_checked(steps) + 1, dtype=torch.float64) / steps
+    f = torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
+    beta = (1 - f[1:] / f[:-1]).clamp(0, beta_max)
+    return from_alpha_bar(torch.cumprod(1 - beta, 0))
+
+
+def karras(steps: int = 1000, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Schedule:
+    """sigma / alpha spaced evenly in its rho-th root (EDM, Karras et al. 2022, eq. 5), on the variance-preserving path."""
+    ramp = torch.linspace(0, 1, _checked(steps), dtype=torch.float64)
+    ratio = (sigma_min ** (1 / rho) + ramp * (sigma_max ** (1 / rho) - sigma_min ** (1 / rho))) ** rho
+    return from_alpha_bar(1 / (1 + ratio**2))
+
+
+def log_snr(steps: int = 1000, log_snr_max: float = 9.0, log_snr_min: float = -9.0) -> Schedule:
+    """log SNR linear in t from log_snr_max down to log_snr_min (Variational Diffusion Models, Kingma et al. 2021, sec. 3)."""
+    ratio = torch.linspace(log_snr_max, log_snr_min, _checked(steps), dtype=torch.float64)
+    return from_alpha_bar(torch.sigmoid(ratio))

@@ -1,0 +1,189 @@
+"""A U-Net for images of any size and channel count (Ho et al. 2020, appendix B; Nichol & Dhariwal 2021, section 3)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from genai.core.errors import UserError
+
+
+def time_embedding(time: Tensor, dim: int) -> Tensor:
+    """Sinusoids of time (B,) at dim / 2 geometric frequencies from 1 to 1e-4 -> (B, dim)."""
+    frequency = torch.exp(torch.arange(dim // 2, device=time.device) * (-math.log(1e4) / (dim // 2)))
+    angle = time[:, None] * frequency.to(time.dtype)
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """The module with its parameters set to zero: a residual branch that starts as the identity."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with at most 32 groups of at least 4 channels where the channel count allows."""
+    return nn.GroupNorm(math.gcd(channels, min(32, max(channels // 4, 1))), channels)
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, conv, norm * (1 + scale) + shift, SiLU, dropout, conv, plus the input; scale and shift from emb."""
+
+    def __init__(self, c_in: int, c_out: int, c_emb: int, dropout: float):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = nn.Linear(c_emb, 2 * c_out)
+        self.norm2, self.conv2 = group_norm(c_out), zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x (B, c_in, H, W), emb (B, c_emb) already activated -> (B, c_out, H, W)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, 1)
+        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over the pixels, plus the input."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm, self.qkv = group_norm(channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W); emb is not used."""
+        qkv = self.qkv(self.norm(x)).flatten(2).mT  # (B, HW, 3C)
+        h = F.scaled_dot_product_attention(*qkv[:, None].chunk(3, -1))[:, 0]  # (B, HW, C)
+        return x + self.out(h.mT.unflatten(2, x.shape[2:]))
+
+
+class Stage(nn.ModuleList):
+    """Blocks called one after the other with the same embedding."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        for block in self:
+            x = block(x, emb)
+        return x
+
+
+class Downsample(nn.Conv2d):
+    """Halve height and width by a strided convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Upsample(nn.Conv2d):
+    """Double height and width by nearest neighbour, then convolve."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class UNet(nn.Module):
+    """U-Net whose time and class enter every residual block by scale and shift.
+
+    Args:
+        shape: (C, H, W) of the images; H and W must be multiples of 2^(len(multipliers) - 1).
+        channels: width of the first resolution.
+        multipliers: width of each resolution as a multiple of `channels`.
+        blocks: residual blocks per resolution on the way down (one more on the way up).
+        attention: heights at which each block is followed by self-attention.
+        classes: number of labels, None for none; the embedding has one more row, the null.
+        dropout: probability inside residual blocks.
+        gradient_checkpointing: recompute stages in the backward pass instead of keeping their activations.
+
+    Raises UserError if the net cannot take the size.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        channels: int = 64,
+        multipliers: Sequence[int] = (1, 2, 2),
+        blocks: int = 2,
+        attention: Sequence[int] = (16,),
+        classes: int | None = None,
+        dropout: float = 0.0,
+        gradient_checkpointing: bool = False,
+    ):
+        super().__init__()
+        c_image, height, width = _checked(shape, len(multipliers))
+        self.channels, self.gradient_checkpointing = channels, gradient_checkpointing
+        c_emb = 4 * channels
+        self.time = nn.Sequential(nn.Linear(channels, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        self.label = None if classes is None else nn.Embedding(classes + 1, c_emb)
+
+        def stage(c_in: int, c_out: int, h: int) -> Stage:
+            attend = [AttentionBlock(c_out)] if h in attention else []
+            return Stage([ResBlock(c_in, c_out, c_emb, dropout), *attend])
+
+        c = channels
+        self.stem = nn.Conv2d(c_image, c, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        skips = [c]
+        for level, multiplier in enumerate(multipliers):
+            for _ in range(blocks):
+                self.down.append(stage(c, channels * multiplier, height >> level))
+                c = channels * multiplier
+                skips.append(c)
+            if level < len(multipliers) - 1:
+                self.down.append(Stage([Downsample(c)]))
+                skips.append(c)
+        deepest = height >> (len(multipliers) - 1)
+        attend = [AttentionBlock(c)] if deepest in attention else []
+        self.middle = Stage([ResBlock(c, c, c_emb, dropout), *attend, ResBlock(c, c, c_emb, dropout)])
+        for level, multiplier in reversed(list(enumerate(multipliers))):
+            for i in range(blocks + 1):
+                self.up.append(stage(c + skips.pop(), channels * multiplier, height >> level))
+                c = channels * multiplier
+                if level > 0 and i == blocks:
+                    self.up[-1].append(Upsample(c))
+        self.head = nn.Sequential(group_norm(c), nn.SiLU(), zero(nn.Conv2d(c, c_image, 3, padding=1)))
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,) -> (B, C, H, W)."""
+        emb = self.time(time_embedding(time, self.channels))
+        if self.label is not None:
+            emb = emb + self.label(label)
+        emb = F.silu(emb)
+        h = self.stem(x.contiguous(memory_format=torch.channels_last))
+        skips = [h]
+        for stage in self.down:
+            h = self._run(stage, h, emb)
+            skips.append(h)
+        h = self._run(self.middle, h, emb)
+        for stage in self.up:
+            h = self._run(stage, torch.cat([h, skips.pop()], 1), emb)
+        return self.head(h).contiguous()
+
+    def _run(self, stage: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(stage, h, emb, use_reentrant=False)
+        return stage(h, emb)
+
+
+def _checked(shape: Sequence[int], levels: int) -> Sequence[int]:
+    if len(shape) != 3:
+        raise UserError(f"a U-Net takes images of shape [C, H, W], got {list(shape)} (data=, or model=ddpm_mlp)")
+    multiple = 2 ** (levels - 1)
+    if shape[1] % multiple or shape[2] % multiple:
+        raise UserError(
+            f"this U-Net halves its input {levels - 1} times, so height and width must be multiples of {multiple}, got "
+            f"{shape[1]}x{shape[2]} (data.size, or fewer model.net.multipliers)"
+        )
+    return shape

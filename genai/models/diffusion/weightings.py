@@ -1,0 +1,28 @@
+"""Weights of the training loss per time step, float64 (T,).
+
+The loss is a squared error in the network's own parameterisation; an error there is 1 / q^2 of the error in x0, so a
+weight stated for x0 is multiplied by q^2 and serves eps, x0 and v alike.
+"""
+
+import torch
+from torch import Tensor
+
+from genai.models.diffusion.schedules import Schedule
+
+
+def simple(schedule: Schedule, q: Tensor) -> Tensor:
+    """1 for every t: the simple loss (DDPM, Ho et al. 2020, eq. 14)."""
+    return torch.ones_like(q)
+
+
+def min_snr(schedule: Schedule, q: Tensor, gamma: float = 5.0) -> Tensor:
+    """min(SNR, gamma) in x0, so min(SNR, gamma) / SNR for eps and / (SNR + 1) for v (Hang et al. 2023, section 3.4)."""
+    return schedule.snr().clamp_max(gamma) * q**2
+
+
+def vlb(schedule: Schedule, q: Tensor) -> Tensor:
+    """T/2 (SNR(s) - SNR(t)) in x0 for the step from t to s = t - 1: the loss is the T-1 KL terms of the variational
+    bound in nats per dimension (Kingma et al. 2021, eq. 13). The decoder's term t = 0 takes the weight of t = 1."""
+    snr = schedule.snr()
+    weight = len(schedule) / 2 * (snr[:-1] - snr[1:])
+    return torch.cat([weight[:1], weight]) * q**2

@@ -1,0 +1,217 @@
+"""What happens between steps, in this order: evaluate, sample, save, show, stop."""
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO
+from rich.progress import BarColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from genai import checkpoint
+from genai.core import rng
+from genai.core.errors import at_least
+from genai.core.protocols import Sampler
+from genai.data.io import grid
+from genai.train.lit import LitModel
+
+
+Kind = TypeVar("Kind", bound=L.Callback)
+
+
+def callbacks(trainer: L.Trainer, kind: type[Kind]) -> list[Kind]:
+    """The trainer's callbacks of one kind."""
+    return [c for c in trainer.callbacks if isinstance(c, kind)]  # type: ignore[attr-defined]
+
+
+def due(trainer: L.Trainer, every_steps: int | None) -> bool:
+    """Whether a step that ends now is a multiple of every_steps, or the last one."""
+    step = trainer.global_step
+    return step == trainer.max_steps or (every_steps is not None and step % every_steps == 0)
+
+
+def _every(every_steps: int | None, key: str) -> int | None:
+    return None if every_steps is None else at_least(every_steps, 1, f"callbacks.{key}")
+
+
+class Evaluate(L.Callback):
+    """Logs the averaged model's loss on fixed noise over the first `n` validation samples, at step 0 and then every
+    `every_steps`: `val/loss`, its quartiles by noise level, and `ema/distance` from the live weights."""
+
+    def __init__(self, every_steps: int | None, n: int | None = None):
+        self.every_steps, self.n = _every(every_steps, "evaluate.every_steps"), n
+        self.loss, self.step = float("inf"), -1
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: LitModel) -> None:
+        if trainer.global_step == 0:
+            self.evaluate(pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
+        if due(trainer, self.every_steps):
+            self.evaluate(pl_module)
+
+    def evaluate(self, lit: LitModel) -> None:
+        values = {f"val/{name}": value for name, value in lit.evaluate("val", self.n).items()}
+        self.loss, self.step = values["val/loss"], lit.trainer.global_step
+        lit.record.log(lit.trainer.global_step, {**values, "ema/distance": lit.ema.distance().item()})
+
+
+class Samples(L.Callback):
+    """Every `every_steps`, a grid of `n` samples of the averaged model, seeds `seed`, `seed` + 1, ..., classes in turn."""
+
+    def __init__(self, sampler: Sampler, every_steps: int | None, n: int = 100, seed: int = 0):
+        self.sampler, self.every_steps, self.n, self.seed = sampler, _every(every_steps, "samples.every_steps"), n, seed
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
+        if due(trainer, self.every_steps) and trainer.is_global_zero:
+            data = pl_module.data
+            cond = None if data.classes is None else {"label": torch.arange(self.n) % data.classes}
+            samples = self.sampler(pl_module.ema.module, rng.seed_range(self.seed, self.n), cond)
+            columns = data.classes if data.classes and data.classes <= 20 else None
+            pl_module.record.picture(trainer.global_step, "samples", grid(samples[data.field], columns))
+
+
+class Save(L.Callback):
+    """Writes `last.ckpt` every `every_steps` and at the end, keeping the one before as `previous.ckpt`; `best.ckpt` is
+    the one with the lowest val/loss, and every `keep_every_steps` one stays as `step_<k>.ckpt`."""
+
+    def __init__(self, every_steps: int | None, keep_every_steps: int | None = None):
+        self.every_steps = _every(every_steps, "save.every_steps")
+        self.keep_every_steps = _every(keep_every_steps, "save.keep_every_steps")
+        self.best = float("inf")
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
+        if due(trainer, self.every_steps):
+            self.save(trainer, pl_module)
+
+    def save(self, trainer: L.Trainer, lit: LitModel) -> None:
+        folder = lit.record.folder / "checkpoints"
+        fresh = [c.loss for c in callbacks(trainer, Evaluate) if c.step == trainer.global_step]
+        better = min(fresh, default=float("inf")) < self.best
+        self.best = min(fresh, default=self.best) if better else self.best
+        last = folder / "last.ckpt"
+        if trainer.is_global_zero and last.exists():
+            checkpoint.link(last, "previous.ckpt")
+        trainer.save_checkpoint(last)
+        if trainer.is_global_zero:
+            if better:
+                checkpoint.link(last, "best.ckpt")
+            if self.keep_every_steps and trainer.global_step % self.keep_every_steps == 0:
+                checkpoint.link(last, f"step_{trainer.global_step:07d}.ckpt")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+
+class Stop(L.Callback):
+    """SIGTERM and SIGINT save after the current step and exit with 143 and 130; a second SIGINT exits at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: LitModel) -> None:
+        def remember(number: int, frame: Any) -> None:
+            if self.signal is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.signal = number
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, remember)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
+        if self.signal is not None:
+            for save in callbacks(trainer, Save):
+                if not due(trainer, save.every_steps):
+                    save.save(trainer, pl_module)
+            again = f"python train.py resume={pl_module.record.folder}"
+            print(f"stopped by signal {self.signal} after step {trainer.global_step}, saved; go on with {again}")
+            raise SystemExit(128 + self.signal)
+
+
+class Progress(L.Callback):
+    """A bar with steps/s, loss and time left (a line per evaluation where output is no terminal); logs speed and
+    memory on logging steps."""
+
+    def __init__(self):
+        self.bar: RichProgress | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: LitModel) -> None:
+        self.first = self.logged = trainer.global_step
+        self.start = self.logged_at = self.shown_at = time.monotonic()
+        if trainer.is_global_zero and sys.stdout.isatty():
+            columns = (
+                "step {task.completed}/{task.total}",
+                BarColumn(),
+                "{task.fields[text]}",
+                TimeRemainingColumn(),
+                "left",
+            )
+            self.bar = RichProgress(*columns, auto_refresh=False, speed_estimate_period=60)
+            self.task = self.bar.add_task("", total=trainer.max_steps, completed=self.first, text="")
+            self.bar.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
+        now, step = time.monotonic(), trainer.global_step
+        if step % pl_module.log_every_steps == 0:
+            rate = (step - self.logged) / (now - self.logged_at)
+            batch = pl_module.data.batch_size * pl_module.accumulate * trainer.world_size
+            speed = {"perf/steps_per_second": rate, "perf/samples_per_second": rate * batch}
+            pl_module.record.log(step, {**speed, "perf/peak_memory_bytes": peak_memory_bytes()})
+            self.logged, self.logged_at = step, now
+        latest = pl_module.record.latest
+        text = f"{(step - self.first) / (now - self.start):.1f} steps/s"
+        text += "".join(f"  {k} {latest[k]:.4f}" for k in ("train/loss", "val/loss") if k in latest)
+        if self.bar is not None and (now - self.shown_at > 0.2 or step == trainer.max_steps):
+            self.bar.update(self.task, completed=step, text=text, refresh=True)
+            self.shown_at = now
+        elif self.bar is None and trainer.is_global_zero and any(c.step == step for c in callbacks(trainer, Evaluate)):
+            left = (trainer.max_steps - step) * (now - self.start) / (step - self.first)
+            print(f"step {step}/{trainer.max_steps}  {text}  {left:.0f} s left", flush=True)
+
+    def teardown(self, trainer: L.Trainer, pl_module: LitModel, stage: str) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def peak_memory_bytes() -> int:
+    """Most memory held so far: on the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class File(CheckpointIO):
+    """Between Lightning's checkpoint dictionary and the project's file: what sampling needs on top, the rest below
+    `trainer`."""
+
+    def __init__(self, config: dict, assets: dict):
+        self.config, self.assets = config, assets
+
+    def save_checkpoint(self, checkpoint_dict: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        own = dict(checkpoint_dict)
+        content = {
+            "step": own["global_step"],
+            "config": self.config,
+            "assets": self.assets,
+            "model": own.pop("state_dict"),
+            "ema": own.pop("ema"),
+            "trainer": own,
+        }
+        checkpoint.save(content, Path(path))
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        content = checkpoint.read(Path(path))
+        return {**content["trainer"], "state_dict": content["model"], "ema": content["ema"]}
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)

@@ -1,0 +1,70 @@
+"""Exponential moving average of a model's trainable parameters, kept in a second module and never swapped in."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from genai.core.errors import UserError
+
+
+def decay_at(n: int, decay: float, power: float | None) -> float:
+    """Decay of update n = 1, 2, ...: min(decay, 1 - (1 + n)^-power), or `decay` where power is None.
+
+    power = 1 averages all weights since the start equally until `decay` is reached.
+    """
+    return decay if power is None else min(decay, 1 - (1 + n) ** -power)
+
+
+class EMA:
+    """`module` holds the average: equal to the live weights until the first update, buffers copied, never trained.
+
+    Args:
+        model: the live model.
+        decay: the largest decay, in [0, 1].
+        power: of the warm-up of the decay, None for a constant one; see `decay_at`.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.999, power: float | None = 0.75):
+        if not 0 <= decay <= 1:
+            raise UserError(f"ema.decay={decay} must be between 0 (the live weights) and 1")
+        self.decay, self.power, self.updates = decay, power, 0
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self._pair(model)
+
+    def _pair(self, model: nn.Module) -> None:
+        average = dict(self.module.named_parameters())
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.names, self.live = list(trained), list(trained.values())
+        self.average = [average[name] for name in trained]
+        self.buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the live weights; once per optimiser step."""
+        self.updates += 1
+        if self.average:
+            torch._foreach_lerp_(self.average, self.live, 1 - decay_at(self.updates, self.decay, self.power))
+        for mine, live in self.buffers:
+            mine.copy_(live)
+
+    def distance(self) -> Tensor:
+        """Euclidean distance between average and live weights, a scalar on their device."""
+        if not self.average:
+            return torch.zeros(())
+        return torch.stack(torch._foreach_norm(torch._foreach_sub(self.average, self.live))).norm()
+
+    def to(self, device: torch.device, model: nn.Module) -> None:
+        """Follow the live model to its device."""
+        self.module.to(device)
+        self._pair(model)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged parameters by name; frozen ones and buffers are the live model's."""
+        return dict(zip(self.names, self.average, strict=True))
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor], updates: int) -> None:
+        self.updates = updates
+        for name, mine in zip(self.names, self.average, strict=True):
+            mine.copy_(state[name])

@@ -1,0 +1,199 @@
+"""The generic loop: a Model, its loss, its optimiser. One Lightning batch is one step, one optimiser update."""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from genai.core import rng
+from genai.core.errors import UserError, at_least
+from genai.core.protocols import Batch, Losses
+from genai.data.base import Data
+from genai.data.stream import batches, train_loader
+from genai.train.ema import EMA
+from genai.train.optim import set_lr
+from genai.train.record import Means, Record
+
+EVALUATION = 7  # what the evaluation seed is mixed for
+
+
+class Guard:
+    """Watches losses and gradient norms on the device: remembers the first step that was not finite, and what was not."""
+
+    def __init__(self, names: Sequence[str], device: torch.device):
+        self.names = ["the loss", *(f"the gradient of {name}" for name in names)]
+        self.step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.bad = torch.zeros(len(self.names), dtype=torch.bool, device=device)
+
+    def check(self, values: Tensor, step: int) -> Tensor:
+        """values, one per name, of this step -> whether any step so far was not finite (float, scalar)."""
+        bad = ~values.isfinite()
+        first = (self.step < 0) & bad.any()
+        self.bad = torch.where(first, bad, self.bad)
+        self.step = torch.where(first, step, self.step)
+        return (self.step >= 0).float()
+
+    def stop_if_bad(self) -> None:
+        """Raise UserError that names step and tensor if a bad one was seen; waits for the device."""
+        step = int(self.step)
+        if step >= 0:
+            name = self.names[int(self.bad.int().argmax())]
+            raise UserError(
+                f"{name} was not finite at step {step}: that update was skipped and training stopped, the last good "
+                "checkpoint is kept (try a smaller optim.lr, a smaller clip_norm, or trainer.precision=32-true)"
+            )
+
+
+class LitModel(L.LightningModule):
+    """Trains any Model.
+
+    Args:
+        model: `forward(batch, step)` is its loss.
+        data: where steps come from.
+        optim: `optim(model)` returns one Optimizer.
+        ema: `ema(model)` returns an EMA.
+        record: where metrics go.
+        seed: of the data stream and of every random draw.
+        accumulate: micro-batches of one step.
+        clip_norm: bound of the gradient's norm, None for no clipping.
+        log_every_steps: how often the host reads the running means.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        optim: Callable[[nn.Module], Optimizer],
+        ema: Callable[[nn.Module], EMA],
+        record: Record,
+        seed: int = 0,
+        accumulate: int = 1,
+        clip_norm: float | None = 1.0,
+        log_every_steps: int = 50,
+    ):
+        super().__init__()
+        at_least(accumulate, 1, "accumulate")
+        at_least(log_every_steps, 1, "log_every_steps")
+        self.automatic_optimization = False
+        self.model, self.data, self.optim, self.record = model, data, optim, record
+        self.ema = ema(model)
+        self.seed, self.accumulate, self.clip_norm, self.log_every_steps = seed, accumulate, clip_norm, log_every_steps
+        self.means = Means()
+
+    def configure_optimizers(self) -> Optimizer:
+        return self.optim(self.model)
+
+    def train_dataloader(self):
+        t = self.trainer
+        return train_loader(self.data, self.accumulate, self.seed, t.global_step, t.global_rank, t.world_size)
+
+    def on_fit_start(self) -> None:
+        self.ema.to(self.device, self.model)
+        self.named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self.guard = Guard([name for name, _ in self.named], self.device)
+
+    def training_step(self, micro_batches: list[Batch], index: int) -> None:
+        step = self.trainer.global_step
+        optimizer = cast(LightningOptimizer, self.optimizers())
+        lr = set_lr(optimizer.optimizer, step)
+        losses = self.accumulate_gradients(micro_batches, step)
+        norm, bad = self.clip(losses, step)
+        self.update(optimizer, bad)
+        self.ema.update()
+        for loss in losses:
+            self.means.add({"train/loss": (loss.total, loss.weight)})
+            self.means.add({f"train/{name}": value for name, value in loss.logs.items()})
+        self.means.add({"train/grad_norm": (norm, 1.0)})
+        if (step + 1) % self.log_every_steps == 0:
+            self.guard.stop_if_bad()
+            values = self.means.reduce().read()
+            self.record.log(step + 1, values if lr is None else {**values, "train/lr": lr})
+
+    def accumulate_gradients(self, micro_batches: list[Batch], step: int) -> list[Losses]:
+        """Leave in .grad the gradient of the mean over all targets of all micro-batches and ranks.
+
+        The gradient of one lone micro-batch is already that; otherwise each is weighted by its number of targets,
+        and their sum over the group divides once.
+        """
+        alone = len(micro_batches) == 1 and self.trainer.world_size == 1
+        losses = []
+        for _, p in self.named:
+            p.grad = None
+        for m, batch in enumerate(micro_batches):
+            torch.manual_seed(rng.mix(self.seed, self.global_rank, step, m))
+            last = m == len(micro_batches) - 1
+            with contextlib.nullcontext() if last else self.no_sync():
+                loss: Losses = self.model(batch, step)
+                self.manual_backward(loss.total if alone else loss.total * loss.weight)
+            losses.append(loss._replace(total=loss.total.detach()))
+        if not alone:
+            weight = torch.as_tensor(sum(loss.weight for loss in losses), device=self.device)
+            if self.trainer.world_size > 1:
+                torch.distributed.all_reduce(weight)
+            scale = self.trainer.world_size / weight  # ranks have been averaged
+            torch._foreach_mul_([p.grad for _, p in self.named if p.grad is not None], scale)
+        return losses
+
+    def no_sync(self) -> contextlib.AbstractContextManager:
+        """Let gradients of a micro-batch that is not the step's last stay on their rank."""
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else contextlib.nullcontext()
+
+    def clip(self, losses: list[Losses], step: int) -> tuple[Tensor, Tensor]:
+        """Scale gradients so that their norm is at most clip_norm; (norm before, whether something was not finite)."""
+        grads = [p.grad for _, p in self.named if p.grad is not None]
+        zero = torch.zeros((), device=self.device)
+        norms = iter(torch._foreach_norm(grads))
+        each = torch.stack([zero if p.grad is None else next(norms).float() for _, p in self.named])
+        norm = each.norm()
+        if self.clip_norm is not None:
+            torch._foreach_mul_(grads, (self.clip_norm / (norm + 1e-6)).clamp_max(1.0))
+        total = torch.stack([loss.total.float() for loss in losses]).sum()
+        return norm, self.guard.check(torch.cat([total[None], each]), step)
+
+    def update(self, optimizer: LightningOptimizer, bad: Tensor) -> None:
+        """One optimiser update, skipped if `bad`; on the device where the optimiser can, else the host looks."""
+        if getattr(optimizer.optimizer, "_step_supports_amp_scaling", False):
+            optimizer.optimizer.found_inf = bad  # type: ignore[attr-defined]
+        else:
+            self.guard.stop_if_bad()
+        optimizer.step()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+        """Of the model alone: the average and the rest have places of their own in a checkpoint."""
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        return self.model.load_state_dict(state, strict=strict, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.guard.stop_if_bad()
+        checkpoint["ema"] = self.ema.state_dict()
+        checkpoint["ema_updates"] = self.ema.updates
+        checkpoint["means"] = self.means.reduce(keep=self.global_rank == 0).sums
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.ema.load_state_dict(checkpoint["ema"], checkpoint["ema_updates"])
+        if self.trainer.global_rank == 0:
+            self.means.sums = dict(checkpoint["means"])
+
+    def evaluate(self, split: str = "val", limit: int | None = None) -> dict[str, float]:
+        """Mean loss and logs of the averaged model on a split, on the same noise every time.
+
+        Batch i draws from (evaluation seed, i); ranks share the batches.
+        """
+        means, average, step = Means(), self.ema.module, self.trainer.global_step
+        for i, batch in enumerate(batches(self.data.splits[split], self.data.batch_size, limit)):
+            if i % self.trainer.world_size == self.trainer.global_rank:
+                batch = self.transfer_batch_to_device(batch, self.device, 0)
+                torch.manual_seed(rng.mix(EVALUATION, i))  # training seeds itself anew each step
+                with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                    loss: Losses = average(batch, step)
+                means.add({"loss": (loss.total, loss.weight), **loss.logs})
+        return means.reduce().read()

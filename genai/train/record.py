@@ -1,0 +1,86 @@
+"""What a run writes down: metrics.csv always, and a tracker's run beside it where there is one."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+
+
+class Record:
+    """Append-only `metrics.csv` (columns step, name, value) and pictures below `samples/`, both passed on to a tracker.
+
+    Only rank zero writes.
+    """
+
+    def __init__(self, folder: Path, tracker: Logger | None = None, writes: bool = True):
+        self.folder, self.tracker, self.writes = folder, tracker, writes
+        self.csv = folder / "metrics.csv"
+        self.latest: dict[str, float] = {}
+
+    def cut(self, step: int | None) -> None:
+        """Drop the rows after `step`, or all of them; a half-written last line goes too."""
+        if not self.writes:
+            return
+        rows = []
+        if step is not None and self.csv.exists():
+            lines = self.csv.read_text().splitlines(keepends=True)
+            rows = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",", 1)[0]) <= step]
+        temporary = self.csv.with_suffix(".tmp")
+        temporary.write_text("step,name,value\n" + "".join(rows))
+        temporary.replace(self.csv)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.latest.update(values)
+        if not self.writes:
+            return
+        with self.csv.open("a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows((step, name, value) for name, value in values.items())
+        if self.tracker is not None:
+            self.tracker.log_metrics(dict(values), step)
+
+    def picture(self, step: int, name: str, picture: Tensor) -> None:
+        """uint8 (C, H, W) to samples/<name>_<step>.png and to the tracker."""
+        from genai.data.io import to_pil
+
+        if not self.writes:
+            return
+        path = self.folder / "samples" / f"{name}_{step:07d}.png"
+        path.parent.mkdir(exist_ok=True)
+        to_pil(picture).save(path)
+        if hasattr(self.tracker, "log_image"):
+            self.tracker.log_image(name, [str(path)], step=step)
+        elif self.tracker is not None and hasattr(self.tracker.experiment, "add_image"):
+            self.tracker.experiment.add_image(name, picture, step)
+
+
+class Means:
+    """Running weighted means on the device; reading them is the only time the host waits."""
+
+    def __init__(self):
+        self.sums: dict[str, list[Tensor]] = {}  # name -> [sum of value * weight, sum of weight], float64
+
+    def add(self, values: Mapping[str, tuple[Tensor, Tensor | float]]) -> None:
+        for name, (value, weight) in values.items():
+            pair = self.sums.get(name)
+            if pair is None:
+                pair = self.sums[name] = [torch.zeros((), dtype=torch.float64, device=value.device) for _ in range(2)]
+            pair[0] += value.detach() * weight
+            pair[1] += weight
+
+    def reduce(self, keep: bool = True) -> "Means":
+        """Sum over ranks, in place; ranks that do not `keep` the sum start again from nothing."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for name in sorted(self.sums):
+                for total in self.sums[name]:
+                    torch.distributed.all_reduce(total)
+        if not keep:
+            self.sums = {}
+        return self
+
+    def read(self) -> dict[str, float]:
+        """The means so far, without names that have no weight; starts again from nothing."""
+        sums, self.sums = self.sums, {}
+        return {name: (total / weight).item() for name, (total, weight) in sums.items() if weight > 0}

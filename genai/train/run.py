@@ -1,0 +1,177 @@
+"""One training run, from a composed config to a run directory."""
+
+import logging
+import os
+import subprocess
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from genai import checkpoint
+from genai.core import rng
+from genai.core.errors import UserError, at_least
+from genai.train import trackers
+from genai.train.callbacks import File, Progress, Stop
+from genai.train.record import Record
+
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "64-true")
+FOLDER = "GENAI_RUN_DIR"  # how the first process tells the other ranks where the run lives
+
+
+def run(cfg: DictConfig) -> Path:
+    """Train as `cfg` says; returns the run directory. Raises UserError for what the user can mend.
+
+    Everything is built before anything is written.
+    """
+    trust = None if cfg.resume is None else _packages(cfg.trust)
+    if cfg.debug:
+        _shrink(cfg)
+    at_least(cfg.max_steps, 1, "max_steps")
+    at_least(cfg.seed, 0, "seed")
+    hardware = _hardware(cfg.trainer)
+    data = checkpoint.build(OmegaConf.to_container(cfg.data, resolve=True), trust)
+    for fact in ("shape", "classes", "levels"):
+        cfg.data[fact] = getattr(data, fact)
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    folder, resumed = _folder(cfg)
+    torch.manual_seed(rng.mix(cfg.seed))
+    model = checkpoint.build(config["model"], trust)
+    if cfg.init_from is not None:
+        _init_from(model, cfg.init_from, cfg.init_strict)
+    optim, ema = checkpoint.build(config["optim"], trust), checkpoint.build(config["ema"], trust)
+    optim(model)  # so that what it refuses is refused now
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    record = Record(folder, writes=first)
+    lit = checkpoint.build({**config["loop"], "_partial_": True}, trust)(
+        model, data, optim, ema, record,
+        seed=cfg.seed, accumulate=cfg.accumulate, clip_norm=cfg.clip_norm, log_every_steps=cfg.log_every_steps,
+    )  # fmt: skip
+    callbacks = [checkpoint.build(node, trust) for node in config["callbacks"].values() if node is not None]
+    tracker = checkpoint.build({**config["logger"], "_partial_": True}, trust)
+    if cfg.compile:
+        for net in model.nets().values():
+            net.compile()
+    _quiet()
+    trainer = L.Trainer(
+        **hardware, max_steps=cfg.max_steps, max_epochs=-1, logger=False, default_root_dir=folder,
+        callbacks=[*callbacks, Progress(), Stop()], plugins=[File(config, data.assets())], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
+        use_distributed_sampler=False,
+    )  # fmt: skip
+    if first:
+        _write(folder, config)
+        record.cut(resumed[0]["step"] if resumed else None)
+        record.tracker = tracker(folder, cfg.name, config)
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"{folder}: {parameters:,} parameters, {cfg.max_steps} steps on {trainer.strategy.root_device}")
+    failed = True
+    try:
+        trainer.fit(lit, ckpt_path=resumed[1] if resumed else None)
+        failed = False
+    finally:
+        trackers.finish(failed)
+    if first:
+        print(f"done: look at {folder}/samples, and sample with python sample.py ckpt={folder}")
+    return folder
+
+
+def _shrink(cfg: DictConfig) -> None:
+    """debug=true: five steps of eight samples, no tracker, everything that happens between steps at the end."""
+    cfg.max_steps, cfg.log_every_steps, cfg.data.batch_size = 5, 1, 8
+    cfg.logger = {"_target_": "genai.train.trackers.none"}
+    for callback in cfg.callbacks.values():
+        callback.update({k: min(v, 8) for k, v in callback.items() if isinstance(v, int)})
+
+
+def _packages(trust: Any) -> list[str]:
+    return [trust] if isinstance(trust, str) else list(trust or [])
+
+
+def _hardware(trainer: DictConfig) -> dict[str, Any]:
+    """Lightning's arguments for accelerator, devices and precision."""
+    accelerator, precision = trainer.accelerator, trainer.precision
+    if precision not in PRECISIONS:
+        raise UserError(f"trainer.precision={precision} is none of {', '.join(PRECISIONS)}")
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"trainer.accelerator={accelerator}, but torch sees no GPU here: use trainer.accelerator=cpu or auto"
+        )
+    if accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
+        raise UserError(f"trainer.accelerator={accelerator} is none of auto, cpu, gpu, cuda, mps")
+    at_least(trainer.devices, 1, "trainer.devices")
+    gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    if gpu and trainer.devices > torch.cuda.device_count():
+        raise UserError(f"trainer.devices={trainer.devices}, but there are {torch.cuda.device_count()} GPUs here")
+    if precision == "auto":
+        precision = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
+    strategy = "ddp" if trainer.devices > 1 else "auto"
+    return {"accelerator": accelerator, "devices": trainer.devices, "precision": precision, "strategy": strategy}
+
+
+def _folder(cfg: DictConfig) -> tuple[Path, tuple[dict, Path] | None]:
+    """The run directory, not yet made, and what to resume from."""
+    if cfg.resume is not None:
+        folder = Path(cfg.resume)
+        found = checkpoint.newest(folder)
+        if found is None:
+            print(f"{folder} has no readable checkpoint: it starts again from step 0")
+        elif found[0]["step"] >= cfg.max_steps:
+            raise UserError(
+                f"{folder} has already done its {found[0]['step']} steps: give a larger max_steps= to go on"
+            )
+        for temporary in (folder / "checkpoints").glob(".*.tmp"):
+            temporary.unlink()  # what a kill left of a write
+        return folder, found
+    if "LOCAL_RANK" in os.environ and FOLDER in os.environ:
+        return Path(os.environ[FOLDER]), None
+    if cfg.run_dir is not None:
+        folder = Path(cfg.run_dir)
+        if folder.is_file():
+            raise UserError(f"run_dir={folder} is a file: name a folder")
+        if any((folder / name).exists() for name in ("config.yaml", "checkpoints")):
+            raise UserError(f"run_dir={folder} already holds a run: resume={folder} goes on with it, or name another")
+    else:
+        stamp = Path("runs") / cfg.name / time.strftime("%Y-%m-%d_%H-%M-%S")
+        twins = (stamp.with_name(f"{stamp.name}_{n}") for n in range(2, 1000))
+        folder = next(path for path in (stamp, *twins) if not path.exists())
+    os.environ[FOLDER] = str(folder)
+    return folder, None
+
+
+def _init_from(model: torch.nn.Module, ckpt: str, strict: bool) -> None:
+    content, path = checkpoint.locate(ckpt)
+    skipped = checkpoint.load_weights(model, {**content["model"], **content["ema"]}, path, strict)
+    print(f"weights from the average in {path}" + (f", without {', '.join(skipped)}" if skipped else ""))
+
+
+def _write(folder: Path, config: dict) -> None:
+    """The folder with config.yaml, and git.diff with the commit in its first line where the code is a git checkout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    source = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=source, capture_output=True, text=True, timeout=10).stdout
+
+    try:
+        commit = git("rev-parse", "HEAD").strip()
+        if commit:
+            (folder / "git.diff").write_text(f"# commit {commit}\n{git('diff', 'HEAD')}")
+    except (OSError, subprocess.TimeoutExpired):
+        pass  # no git here, nothing to describe
+
+
+def _quiet() -> None:
+    """Leave out what Lightning prints about itself; its warnings that concern a user stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*`isinstance.treespec, LeafSpec.*",
+        ".*exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message)

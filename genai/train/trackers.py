@@ -1,0 +1,84 @@
+"""Experiment trackers. None of them may prompt, hang or stop a run."""
+
+import hashlib
+import os
+import socket
+from pathlib import Path
+from urllib.parse import urlparse
+
+from lightning.pytorch.loggers import Logger
+
+
+def none(folder: Path, name: str, config: dict) -> None:
+    """No tracker; metrics.csv is written all the same."""
+
+
+def tensorboard(folder: Path, name: str, config: dict) -> Logger:
+    """Event files below the run directory (`pip install tensorboard`)."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from genai.core.errors import UserError
+
+    try:
+        return TensorBoardLogger(folder, name="", version="tensorboard")
+    except ModuleNotFoundError as error:
+        raise UserError("logger=tensorboard needs the package tensorboard: pip install tensorboard") from error
+
+
+def wandb(folder: Path, name: str, config: dict, project: str, timeout_seconds: float = 30) -> Logger | None:
+    """Weights & Biases: online where the machine is logged in and the server answers, offline otherwise.
+
+    The run's id follows from its directory, so that a resumed run goes on under the same id.
+    """
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    arguments = {
+        "project": project,
+        "name": name,
+        "dir": folder,
+        "id": hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
+        "resume": "allow",
+        "config": config,
+        "settings": wandb.Settings(init_timeout=timeout_seconds, silent=True, console="off"),
+    }
+    if os.environ.get("WANDB_MODE") == "disabled":
+        return None
+    reason = _offline_because(wandb)
+    modes = ["offline"] if reason else ["online", "offline"]
+    for mode in modes:
+        try:
+            run = wandb.init(mode=mode, **arguments)
+        except Exception as error:  # whatever the account or the network does, training goes on
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            continue
+        if mode == "offline":
+            print(f"wandb: offline ({reason}); wandb sync {Path(run.dir).parent} uploads it")
+        else:
+            print(f"wandb: {run.url}")
+        run.define_metric("*", step_metric="trainer/global_step")
+        return WandbLogger(experiment=run)
+    print(f"wandb: no run ({reason}); metrics.csv is written all the same")
+    return None
+
+
+def _offline_because(wandb) -> str | None:
+    """Why the server need not be tried, None if it should be."""
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return f"WANDB_MODE={os.environ['WANDB_MODE']}"
+    if not wandb.login(prompt=False):
+        return "not logged in, see wandb login"
+    url = urlparse(wandb.setup().settings.base_url)
+    try:
+        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=3).close()
+    except OSError as error:
+        return f"{url.hostname} does not answer ({error})"
+    return None
+
+
+def finish(failed: bool) -> None:
+    """Close the tracker's run, as crashed if it failed."""
+    import sys
+
+    if (module := sys.modules.get("wandb")) is not None and module.run is not None:
+        module.finish(exit_code=int(failed))
