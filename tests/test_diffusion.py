@@ -1,0 +1,486 @@
+"""Diffusion against closed forms: moments, conversions, samplers on Gaussian data, the bound of a known Gaussian."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from genai.core import rng
+from genai.core.errors import UserError
+from genai.core.protocols import Prediction
+from genai.kernels.affine_step import Row, affine_step
+from genai.models.diffusion import samplers, schedules, vlb, weightings
+from genai.models.diffusion.ddpm import DDPM
+from genai.models.diffusion.guidance import classifier_free
+from genai.models.diffusion.paths import combination, to_x0
+from genai.models.diffusion.unet import UNet
+
+SCHEDULES = {
+    "linear": schedules.linear,
+    "cosine": schedules.cosine,
+    "karras": schedules.karras,
+    "log_snr": schedules.log_snr,
+}
+MEAN, VAR = torch.tensor([0.3, -1.2, 0.7], dtype=torch.float64), torch.tensor([0.25, 1.7, 0.04], dtype=torch.float64)
+
+
+class GaussianNet(nn.Module):
+    """The exact denoiser of N(MEAN, diag VAR) in any parameterisation: affine in x."""
+
+    def __init__(self, kind, schedule):
+        super().__init__()
+        self.kind, self.schedule = kind, schedule
+        self.unused = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def affine(self, t):
+        """(slope, offset) of E[x0 | x_t], each (3,)."""
+        alpha, sigma = self.schedule.at(t)
+        gain = alpha * VAR / (alpha**2 * VAR + sigma**2)
+        return gain, MEAN - gain * alpha * MEAN
+
+    def forward(self, x, time):
+        t = (time * len(self.schedule) / 1000).round().long()
+        alpha, sigma = self.schedule.alpha[t, None], self.schedule.sigma[t, None]
+        gain = alpha * VAR / (alpha**2 * VAR + sigma**2)
+        p, q = to_x0(self.kind, alpha, sigma)
+        return (MEAN + gain * (x - alpha * MEAN) - p * x) / q
+
+
+def gaussian_model(kind="eps", schedule=None, **arguments):
+    schedule = schedule or schedules.cosine(50)
+    return DDPM(GaussianNet(kind, schedule), schedule, [3], "vector", kind, clip=None, **arguments)
+
+
+# The schedules and the path
+
+
+@pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("T", [1, 2, 200, 1000])
+def test_schedules_are_variance_preserving_and_monotone(make, T):
+    s = make(T)
+    assert s.alpha.dtype == torch.float64
+    assert len(s) == T
+    assert torch.allclose(s.alpha**2 + s.sigma**2, torch.ones(T, dtype=torch.float64), atol=1e-14)
+    assert (s.alpha.diff() < 0).all()
+    assert (s.sigma > 0).all()
+
+
+def test_linear_schedule_is_the_papers():
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    expected = torch.stack([(1 - beta[: t + 1]).prod() for t in (0, 1, 500, 999)])
+    assert torch.allclose(schedules.linear(1000).alpha[[0, 1, 500, 999]] ** 2, expected, rtol=1e-12)
+
+
+def test_cosine_schedule_is_the_papers_and_clips_beta():
+    T, s = 1000, schedules.cosine(1000)
+    f = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2 for t in (0, 1, 300, 990)]
+    assert torch.allclose(s.alpha[[0, 299, 989]] ** 2, torch.tensor([f[1], f[2], f[3]]).double() / f[0], rtol=1e-6)
+    beta = 1 - (s.alpha[1:] / s.alpha[:-1]) ** 2
+    assert beta[-1].item() == pytest.approx(0.999, abs=1e-12)
+
+
+def test_karras_end_points():
+    s = schedules.karras(10, sigma_min=0.01, sigma_max=50)
+    ratio = s.sigma / s.alpha
+    assert ratio[0].item() == pytest.approx(0.01)
+    assert ratio[-1].item() == pytest.approx(50)
+    assert torch.allclose((ratio ** (1 / 7)).diff(), (ratio ** (1 / 7)).diff()[0].expand(9))
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+def test_every_parameterisation_returns_x0(kind):
+    alpha = torch.rand(100, dtype=torch.float64) * 0.98 + 0.01
+    sigma = (1 - alpha**2).sqrt()
+    x0, eps = torch.randn(2, 100, dtype=torch.float64)
+    u, v = combination(kind, alpha, sigma)
+    p, q = to_x0(kind, alpha, sigma)
+    assert torch.allclose(p * (alpha * x0 + sigma * eps) + q * (u * x0 + v * eps), x0, atol=1e-10)
+
+
+def test_an_unknown_parameterisation_is_refused():
+    with pytest.raises(UserError, match=r"model\.parameterization='w' is none of eps, x0, v"):
+        to_x0("w", 0.5, 0.5)
+
+
+def test_min_snr_weights_are_those_of_each_parameterisation():
+    s, gamma = schedules.cosine(100), 5.0
+    snr = s.snr()
+    expected = {
+        "eps": snr.clamp_max(gamma) / snr,
+        "x0": snr.clamp_max(gamma),
+        "v": snr.clamp_max(gamma) / (snr + 1),
+    }
+    for kind, weight in expected.items():
+        _, q = to_x0(kind, s.alpha, s.sigma)
+        assert torch.allclose(weightings.min_snr(s, q, gamma), weight)
+        assert torch.equal(weightings.simple(s, q), torch.ones(100, dtype=torch.float64))
+
+
+def test_vlb_weight_is_the_sum_of_the_kl_terms():
+    s = schedules.cosine(100)
+    x0, x0_hat = torch.randn(2, 1, 5, dtype=torch.float64)
+    for kind in ("eps", "x0", "v"):
+        _, q = to_x0(kind, s.alpha, s.sigma)
+        weight = weightings.vlb(s, q)
+        for t in (1, 50, 99):
+            kl = vlb.step_kl(s, t, x0, x0_hat, "small") / 5
+            loss = weight[t] * ((x0 - x0_hat) ** 2).mean() / q[t] ** 2
+            assert (loss / len(s)).item() == pytest.approx(kl.item(), rel=1e-9)
+
+
+# The forward process
+
+
+def test_forward_process_has_the_stated_moments():
+    """x_t as the network sees it: mean alpha x0, standard deviation sigma, for x0 fixed."""
+    seen = []
+
+    class Spy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, time):
+            seen.append((x, time))
+            return x * self.weight
+
+    s = schedules.linear(4)
+    model = DDPM(Spy(), s, [1], "vector").train()
+    torch.manual_seed(0)
+    model({"vector": torch.full((80_000, 1), 0.7)}, 0)
+    x, time = seen[0]
+    for t in range(4):
+        at_t = x[(time * 4 / 1000).round() == t].double()
+        assert 19_000 < len(at_t) < 21_000
+        assert at_t.mean().item() == pytest.approx(s.alpha[t].item() * 0.7, abs=0.02)
+        assert at_t.std().item() == pytest.approx(s.sigma[t].item(), rel=0.02)
+
+
+def test_posterior_is_bayes_rule():
+    """q(x_s | x_t, x0) from the product of q(x_t | x_s) and q(x_s | x0), written out independently."""
+    s = schedules.cosine(50)
+    for t in (1, 20, 49):
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = s.at(t), s.at(t - 1)
+        ratio = alpha_t / alpha_s
+        noise = sigma_t**2 - ratio**2 * sigma_s**2
+        precision = ratio**2 / noise + 1 / sigma_s**2
+        a, b, var = vlb.posterior(s, t)
+        assert var == pytest.approx(1 / precision, rel=1e-9)
+        assert a == pytest.approx(ratio / noise / precision, rel=1e-9)
+        assert b == pytest.approx(alpha_s / sigma_s**2 / precision, rel=1e-9)
+
+
+def test_loss_of_the_exact_denoiser_is_the_posterior_variance():
+    """In x0 the best possible squared error at t is the mean of VAR sigma^2 / (alpha^2 VAR + sigma^2)."""
+    s = schedules.cosine(4)
+    model = gaussian_model("x0", s).train()
+    torch.manual_seed(0)
+    x0 = MEAN + VAR.sqrt() * torch.randn(200_000, 3, dtype=torch.float64)
+    loss = model({"vector": x0}, 0).total.item()
+    best = [(VAR * sigma**2 / (alpha**2 * VAR + sigma**2)).mean().item() for alpha, sigma in map(s.at, range(4))]
+    assert loss == pytest.approx(sum(best) / 4, rel=0.01)
+
+
+def test_evaluation_spreads_t_over_the_batch_and_logs_quartiles():
+    model = gaussian_model().eval()
+    assert model.draw_t(8).tolist() == [3, 9, 15, 21, 28, 34, 40, 46]
+    losses = model({"vector": torch.randn(10, 3, dtype=torch.float64)}, 0)
+    total = sum(value * weight for value, weight in losses.logs.values())
+    assert (total / 10).item() == pytest.approx(losses.total.item(), rel=1e-6)
+    assert losses.weight == 10
+
+
+def test_labels_are_dropped_at_the_stated_rate_and_only_in_training():
+    net = UNet([1, 8, 8], 8, [1], 1, [], classes=10)
+    model = DDPM(net, schedules.cosine(10), [1, 8, 8], classes=10, label_dropout=0.3)
+    label = torch.zeros(20_000, dtype=torch.int64)
+    torch.manual_seed(0)
+    dropped = (model.train().conditions({"label": label})["label"] == 10).double().mean().item()
+    assert dropped == pytest.approx(0.3, abs=0.02)
+    assert torch.equal(model.eval().conditions({"label": label})["label"], label)
+
+
+# The samplers
+
+
+@pytest.mark.parametrize(("T", "steps"), [(1, 1), (7, 3), (200, 50), (200, 200), (1000, 17), (10, 9)])
+def test_time_pairs_start_at_the_last_t_and_end_in_clean_data(T, steps):
+    pairs = samplers.time_pairs(T, steps)
+    assert len(pairs) == steps
+    assert pairs[0][0] == T - 1
+    assert pairs[-1][1] == -1
+    assert all(t > s for t, s in pairs)
+    assert all(pairs[i][1] == pairs[i + 1][0] for i in range(steps - 1))
+
+
+@pytest.mark.parametrize("steps", [0, 11, -1])
+def test_impossible_step_counts_are_refused(steps):
+    with pytest.raises(UserError, match=rf"sampler\.steps={steps} must be between 1 and the model's T=10"):
+        samplers.time_pairs(10, steps)
+
+
+@pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
+def test_ddim_with_eta_1_on_all_steps_is_ddpm(make):
+    s = make(200)
+    ddim, ddpm = samplers.ddim_table(s, 200, eta=1.0), samplers.ddpm_table(s)
+    assert ddim.times == ddpm.times
+    x0, x, z = torch.randn(3, 1000, dtype=torch.float64)
+    for r, q in zip(ddim.rows, ddpm.rows, strict=True):
+        assert torch.allclose(r.a * x + r.b * x0 + r.s * z, q.a * x + q.b * x0 + q.s * z, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
+def test_ddpm_rows_are_the_posterior_and_the_last_returns_x0(make):
+    s = make(50)
+    small, large = samplers.ddpm_table(s), samplers.ddpm_table(s, variance="large")
+    for k, t in enumerate(range(49, 0, -1)):
+        a, b, var = vlb.posterior(s, t)
+        assert small.rows[k].a == pytest.approx(a, rel=1e-12)
+        assert small.rows[k].b == pytest.approx(b, rel=1e-12)
+        assert small.rows[k].s ** 2 == pytest.approx(var, rel=1e-9)
+        assert large.rows[k].s ** 2 == pytest.approx(1 - (s.alpha[t] / s.alpha[t - 1]).item() ** 2, rel=1e-9)
+    assert small.rows[-1] == large.rows[-1] == Row(0.0, 1.0, 0.0)
+    assert samplers.ddim_table(s, 50).rows[-1] == Row(0.0, 1.0, 0.0)
+
+
+def test_ddim_row_is_the_papers_formula():
+    """Equation 12 with x0 and eps written out, at one (t, s) of a shortened run."""
+    s, eta = schedules.linear(100), 0.6
+    table = samplers.ddim_table(s, 10, eta)
+    t, r = table.times[3], table.times[4]
+    abar_t, abar_s = (s.alpha[t] ** 2).item(), (s.alpha[r] ** 2).item()
+    std = eta * math.sqrt((1 - abar_s) / (1 - abar_t)) * math.sqrt(1 - abar_t / abar_s)
+    x, x0 = 0.8, -0.3
+    eps = (x - math.sqrt(abar_t) * x0) / math.sqrt(1 - abar_t)
+    expected = math.sqrt(abar_s) * x0 + math.sqrt(1 - abar_s - std**2) * eps
+    assert table.rows[3].a * x + table.rows[3].b * x0 == pytest.approx(expected, abs=1e-12)
+    assert table.rows[3].s == pytest.approx(std, abs=1e-12)
+
+
+TABLES = {
+    "ddpm small": lambda s: samplers.ddpm_table(s),
+    "ddpm large": lambda s: samplers.ddpm_table(s, variance="large"),
+    "ddpm 20 steps": lambda s: samplers.ddpm_table(s, 20),
+    "ddim": lambda s: samplers.ddim_table(s, 50),
+    "ddim 7 steps eta 0.5": lambda s: samplers.ddim_table(s, 7, 0.5),
+    "ddim eta 1": lambda s: samplers.ddim_table(s, 50, 1.0),
+}
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_output_on_gaussian_data_is_what_the_rows_propagate(table, kind):
+    """The executor is affine there: feed it basis vectors, and compare with the product of its rows, to 1e-10."""
+    s = schedules.cosine(50)
+    model, tab = gaussian_model(kind, s), table(s)
+    slope, offset = torch.ones(3).double(), torch.zeros(3).double()
+    noises, seeds = [], rng.seed_range(7, 4)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    for k, (t, row) in enumerate(zip(tab.times, tab.rows, strict=False)):
+        g, c = model.net.affine(t)
+        slope, offset = (row.a + row.b * g) * slope, (row.a + row.b * g) * offset + row.b * c
+        noises = [(row.a + row.b * g) * n for n in noises]
+        noises.append(row.s * rng.normal(seeds, (3,), row=k, stream=rng.STEP).double())
+    out = samplers.walk(model.denoise, tab, x, seeds)
+    assert torch.allclose(out, slope * x + offset + sum(noises), atol=1e-10)
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_mean_and_variance_of_many_samples_are_those_propagated(table):
+    s = schedules.cosine(50)
+    model, tab = gaussian_model("eps", s), table(s)
+    mean, var = torch.zeros(3).double(), torch.ones(3).double()
+    for t, row in zip(tab.times, tab.rows, strict=False):
+        g, c = model.net.affine(t)
+        mean, var = (row.a + row.b * g) * mean + row.b * c, (row.a + row.b * g) ** 2 * var + row.s**2
+    seeds = rng.seed_range(0, 40_000)
+    out = samplers.walk(model.denoise, tab, rng.normal(seeds, (3,), stream=rng.INITIAL).double(), seeds)
+    assert torch.allclose(out.mean(0), mean, atol=0.03)
+    assert torch.allclose(out.var(0), var, rtol=0.05)
+
+
+def test_many_steps_approach_the_data():
+    """DDIM with all of 1,000 steps maps N(0, I) to the data's own moments (the error falls with the steps)."""
+    errors = []
+    for T in (10, 100, 1000):
+        s = schedules.cosine(T)
+        model, tab = gaussian_model("eps", s), samplers.ddim_table(s, T)
+        mean, std = torch.zeros(3).double(), torch.ones(3).double()
+        for t, row in zip(tab.times, tab.rows, strict=False):
+            g, c = model.net.affine(t)
+            mean, std = (row.a + row.b * g) * mean + row.b * c, (row.a + row.b * g) * std
+        errors.append(max((mean - MEAN).abs().max().item(), (std - VAR.sqrt()).abs().max().item()))
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.01
+
+
+def tiny_unet(classes=10):
+    torch.manual_seed(0)
+    net = UNet([1, 8, 8], 8, [1, 2], 1, [4], classes)
+    for p in net.parameters():
+        nn.init.normal_(p, 0, 0.1)
+    return DDPM(net, schedules.cosine(50), [1, 8, 8], classes=classes, guidance=1.5).eval()
+
+
+@pytest.mark.parametrize("sampler", [samplers.ddim, samplers.ddpm], ids=["ddim", "ddpm"])
+def test_a_sample_is_the_same_in_any_batch(sampler):
+    model = tiny_unet()
+    seeds, label = rng.seed_range(3, 16), torch.arange(16) % 10
+    whole = sampler(model, seeds, {"label": label}, steps=10)["image"]
+    for size in (1, 4):
+        for first in range(0, 16, size):
+            part = slice(first, first + size)
+            x = sampler(model, seeds[part], {"label": label[part]}, steps=10)["image"]
+            assert (x - whole[part]).abs().max() < 1e-4
+    assert whole.flatten(1).std(0).min() > 0.01  # samples differ from each other
+
+
+def test_guidance_extrapolates_from_the_null_and_1_is_none():
+    model = tiny_unet()
+    x, cond = torch.randn(2, 1, 8, 8), {"label": torch.tensor([3, 4])}
+    c, u = model.denoise(x, 20, cond), model.denoise(x, 20, {"label": torch.tensor([10, 10])})
+    assert torch.equal(model.denoise(x, 20).out, u.out)
+    guided = classifier_free(model.denoise, model.null(), 3.0)(x, 20, cond)
+    expected = c.p * x + c.q * (u.out + 3.0 * (c.out - u.out))
+    assert torch.allclose(guided.x0(x), expected, atol=1e-4)
+    assert (guided.out_uncond - u.out).abs().max() < 1e-5
+    assert classifier_free(model.denoise, model.null(), 1.0) == model.denoise
+
+
+def test_affine_step_finishes_the_prediction_and_leaves_its_inputs_alone():
+    x, out, uncond = torch.randn(3, 2, 5)
+    prediction = Prediction(out, uncond, w=2.0, p=1.3, q=-0.7)
+    kept = [t.clone() for t in (x, out, uncond)]
+    seeds = rng.seed_range(0, 2)
+    got = affine_step(x, prediction, Row(0.5, 0.25, 2.0), clip=0.4, seeds=seeds, index=6)
+    x0 = (1.3 * x - 0.7 * (uncond + 2 * (out - uncond))).clamp(-0.4, 0.4)
+    z = rng.normal(seeds, (5,), row=6, stream=rng.STEP)
+    assert torch.allclose(got, 0.5 * x + 0.25 * x0 + 2 * z, atol=1e-5)
+    assert torch.allclose(prediction.x0(x, 0.4), x0, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(kept, (x, out, uncond), strict=True))
+
+
+def test_on_step_sees_every_state():
+    model, seen = gaussian_model(), []
+    samplers.ddim(model, rng.seed_range(0, 2), None, lambda i, n, state: seen.append((i, n, state["x"].shape)), steps=5)
+    assert seen == [(i, 5, (2, 3)) for i in range(5)]
+
+
+# The bound
+
+
+def test_bound_of_a_gaussian_with_the_exact_denoiser():
+    """With data N(MEAN, VAR) and the exact denoiser, the expected KL at t is b^2 / (2 var) times the posterior variance
+    of x0, and the prior's KL is that of N(alpha x0, sigma^2)."""
+    s = schedules.cosine(20)
+    model = gaussian_model("eps", s, levels=17)
+    torch.manual_seed(0)
+    x0 = MEAN + VAR.sqrt() * torch.randn(20_000, 3, dtype=torch.float64)
+    terms = vlb.terms(model, {"vector": x0}, seed=0)
+    for k, t in enumerate(range(19, 0, -1)):
+        alpha, sigma = s.at(t)
+        _, b, var = vlb.posterior(s, t)
+        expected = (0.5 * b**2 / var * VAR * sigma**2 / (alpha**2 * VAR + sigma**2)).sum().item()
+        assert terms.kl[:, k].mean().item() == pytest.approx(expected, rel=0.04)
+    alpha, sigma = s.at(19)
+    prior = 0.5 * ((alpha**2 * (VAR + MEAN**2)) + sigma**2 - 1 - math.log(sigma**2)).sum().item()
+    assert terms.prior.mean().item() == pytest.approx(prior, rel=0.02)
+    assert torch.equal(model.log_prob({"vector": x0[:5]}, 0), -vlb.terms(model, {"vector": x0[:5]}, 0).total())
+
+
+def test_bound_approaches_the_entropy_of_a_known_discrete_source():
+    """Independent pixels of two levels with the exact denoiser: the bound is the entropy, from above, within 0.01 bits."""
+    p1, T = 0.3, 1500
+
+    class TwoLevels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+        def forward(self, x, time):
+            alpha, sigma = s.at(round(float(time[0]) * T / 1000))
+            logit = math.log(p1 / (1 - p1)) + 2 * alpha * x / sigma**2
+            return torch.tanh(logit / 2)
+
+    s = schedules.log_snr(T, 5.5, -7.0)
+    model = DDPM(TwoLevels(), s, [4], "vector", "x0", levels=2).double()
+    torch.manual_seed(0)
+    x0 = (torch.rand(2000, 4) < p1).double() * 2 - 1
+    bits = vlb.terms(model, {"vector": x0}, 0).total() / (4 * math.log(2))
+    frequency = (x0 > 0).double().mean().item()
+    entropy = -(frequency * math.log2(p1) + (1 - frequency) * math.log2(1 - p1))
+    assert entropy < bits.mean().item() < entropy + 0.01
+
+
+def test_kl_of_gaussians_matches_torch():
+    s = schedules.linear(30)
+    x0, x0_hat, x_t = torch.randn(3, 2, 5, dtype=torch.float64)
+    for variance in ("small", "large"):
+        for t in (1, 12, 29):
+            a, b, var = vlb.posterior(s, t)
+            var_p = vlb.reverse_variance(s, t, variance)
+            q = torch.distributions.Normal(a * x_t + b * x0, var**0.5)
+            p = torch.distributions.Normal(a * x_t + b * x0_hat, var_p**0.5)
+            expected = torch.distributions.kl_divergence(q, p).sum(1)
+            assert torch.allclose(vlb.step_kl(s, t, x0, x0_hat, variance), expected)
+    assert vlb.reverse_variance(s, 0, "small") == vlb.posterior(s, 1)[2]
+    assert vlb.reverse_variance(s, 0, "large") == pytest.approx((s.sigma[0] ** 2).item())
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+@pytest.mark.parametrize("std", [0.001, 0.05, 1.0])
+def test_decoder_bins_are_a_distribution(levels, std):
+    grid = torch.linspace(-1, 1, levels, dtype=torch.float64)[:, None]
+    mean = torch.full_like(grid, 0.1234)
+    mass = (-vlb.discretized_gaussian(grid, mean, std, levels)).exp()
+    assert mass.sum().item() == pytest.approx(1, abs=1e-6)
+    half = 1 / (levels - 1)
+    middle = levels // 2
+    normal = torch.distributions.Normal(mean[0, 0], std)
+    upper = normal.cdf(grid[middle, 0] + half) if middle < levels - 1 else 1.0
+    expected = upper - normal.cdf(grid[middle, 0] - half)
+    assert mass[middle].item() == pytest.approx(float(expected), abs=1e-9)
+
+
+# The network
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 24), (2, 12, 4)])
+def test_unet_takes_any_size_and_channels(shape):
+    net = UNet(shape, 8, [1, 2], 1, [shape[1], shape[1] // 2], classes=3)
+    for p in net.parameters():
+        nn.init.normal_(p, 0, 0.1)
+    x = torch.randn(2, *shape)
+    out = net(x, torch.tensor([1.0, 500.0]), torch.tensor([0, 3]))
+    assert out.shape == x.shape
+    assert not torch.allclose(out[0], net(x, torch.tensor([900.0, 500.0]), torch.tensor([0, 3]))[0])
+    assert not torch.allclose(out[0], net(x, torch.tensor([1.0, 500.0]), torch.tensor([1, 3]))[0])
+
+
+def test_unet_says_which_multiple_it_needs():
+    with pytest.raises(UserError, match="multiples of 4, got 8x10"):
+        UNet([1, 8, 10], 8, [1, 2, 2])
+    with pytest.raises(UserError, match=r"images of shape \[C, H, W\]"):
+        UNet([2], 8)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for flag in (False, True):
+        torch.manual_seed(0)
+        net = UNet([1, 8, 8], 8, [1, 2], 1, [4], None, 0.0, flag).train()
+        for p in net.parameters():
+            nn.init.normal_(p, 0, 0.1)
+        net(torch.ones(2, 1, 8, 8), torch.tensor([3.0, 4.0])).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-6)
+
+
+def test_dropout_acts_in_training_only():
+    net = UNet([1, 8, 8], 8, [1], 1, [], None, dropout=0.5)
+    for p in net.parameters():
+        nn.init.normal_(p, 0, 0.1)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3.0, 4.0])
+    assert not torch.equal(net.train()(x, t), net(x, t))
+    assert torch.equal(net.eval()(x, t), net(x, t))
