@@ -32,6 +32,7 @@ def child(overrides, kill_at, log):
     """Train in this process; die by SIGKILL at ("forward", step, call), ("evaluate", step) or ("save", step)."""
     sys.stdout = sys.stderr = open(log, "a")
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a real run
     from genai.models.diffusion.ddpm import DDPM
     from genai.train.callbacks import Evaluate
     from genai.train.run import run
@@ -170,10 +171,10 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, kills,
 def test_killed_at_random_moments(uninterrupted, tmp_path, workers):
     folder, draw, kills = tmp_path / "run", random.Random(workers), 0
     while not (folder / "config.yaml").exists():  # a kill before that leaves nothing to resume
-        kills += train(folder, f"data.num_workers={workers}", kill_after=draw.uniform(1.0, 3.0)) != 0
-    for _ in range(6):
+        kills += train(folder, f"data.num_workers={workers}", kill_after=draw.uniform(0.5, 1.0)) != 0
+    for _ in range(8):
         if not (folder / "checkpoints" / "step_0000024.ckpt").exists():
-            kills += train(folder, kill_after=draw.uniform(0.5, 3.0), new=False) != 0
+            kills += train(folder, kill_after=draw.uniform(0.2, 1.5), new=False) != 0
     if not (folder / "checkpoints" / "step_0000024.ckpt").exists():
         assert train(folder, new=False) == 0
     assert kills > 0

@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from genai.core import rng
+from genai.core.errors import UserError
 from genai.core.protocols import Batch
 from genai.data.base import Data, Split
 
@@ -57,11 +58,21 @@ class Stream(IterableDataset):
         return self.split.batch(positions.index(at), draws)
 
 
+class Loader(DataLoader):
+    """A DataLoader in which a worker's UserError stays the one sentence it was, without the worker's traceback."""
+
+    def __iter__(self):
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
+
+
 def train_loader(data: Data, accumulate: int, seed: int, start: int, rank: int = 0, world: int = 1) -> DataLoader:
     """The training stream of `data` from step `start`; one item is one step."""
     stream = Stream(data.splits["train"], data.batch_size, accumulate, seed, start, rank, world)
     workers = data.num_workers
-    return DataLoader(
+    return Loader(
         stream,
         batch_size=None,
         num_workers=workers,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from genai.core.errors import UserError
+from genai.core.errors import UserError, at_least
 from genai.data.base import Arrays, Data
 
 
@@ -48,6 +48,7 @@ class Toy2D(Data):
     ):  # fmt: skip
         if distribution not in SHAPES:
             raise UserError(f"data.distribution={distribution!r} is none of {', '.join(SHAPES)}")
+        at_least(n, 1, "data.n")
         generator = np.random.default_rng(0)
         draw = SHAPES[distribution]
         sizes = {"train": n, "val": max(n // 10, 1), "test": max(n // 10, 1)}
