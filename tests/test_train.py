@@ -62,6 +62,8 @@ def fit(folder, model=None, steps=10, callbacks=(), optim=None, accumulate=1, ba
     record = Record(folder)
     record.cut(None)
     model = model or Masked()
+    if dtype == np.float32:
+        model.net.float()
     optim = optim or functools.partial(adamw, lr=0.01)
     lit = LitModel(
         model, data(batch_size=batch_size, dtype=dtype), optim, functools.partial(EMA, decay=0.9), record,
@@ -72,8 +74,6 @@ def fit(folder, model=None, steps=10, callbacks=(), optim=None, accumulate=1, ba
         "enable_progress_bar": False, "enable_model_summary": False, "devices": 1, "precision": "64-true",
         "plugins": [File({}, {})], "use_distributed_sampler": False, **trainer,
     }  # fmt: skip
-    if dtype == np.float32:
-        model.net.float()
     L.Trainer(callbacks=list(callbacks), **arguments).fit(lit)
     return lit
 
