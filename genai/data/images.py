@@ -38,34 +38,23 @@ class Digits(Data):
         )  # fmt: skip
 
 
-class Bytes(Data):
-    """Labelled uint8 images in memory; the last 1/12 of the training images in a fixed random order validate."""
-
-    def __init__(
-        self, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], class_names: Sequence[str],
-        flip: bool, field: str, **stated: Any,
-    ):  # fmt: skip
-        images, labels = train
-        kept, val = held_out(len(images), 1 / 12)
-        splits: dict[str, Split] = {
-            "train": Arrays(field, images[kept], labels[kept], flip),
-            "val": Arrays(field, images[val], labels[val]),
-            "test": Arrays(field, *test),
-        }
-        super().__init__(
-            field=field,
-            splits=splits,
-            found_shape=images.shape[1:],
-            class_names=class_names,
-            found_levels=256,
-            **stated,
-        )
+def in_memory(
+    field: str, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], flip: bool
+) -> dict[str, Split]:
+    """Splits of (images, labels) pairs; the last 1/12 of the training images in a fixed random order validate."""
+    images, labels = train
+    kept, val = held_out(len(images), 1 / 12)
+    return {
+        "train": Arrays(field, images[kept], labels[kept], flip),
+        "val": Arrays(field, images[val], labels[val]),
+        "test": Arrays(field, *test),
+    }
 
 
-class MNIST(Bytes):
+class MNIST(Data):
     """MNIST or one of its drop-in kin: idx files below `root`/<name>/raw, gzipped or not, downloaded if absent."""
 
-    name, class_names = "MNIST", DIGITS
+    name, names = "MNIST", DIGITS
 
     def __init__(
         self, root: str, field: str, shape: Sequence[int], classes: int, levels: int, batch_size: int,
@@ -76,19 +65,20 @@ class MNIST(Bytes):
             looked = f"{raw}/train-images-idx3-ubyte[.gz] and its three companions"
             download(self.name, root, looked, lambda module: getattr(module, self.name)(root, download=True))
         train, test = ([_read_idx(raw, f"{part}-{kind}") for kind in _IDX_KINDS] for part in ("train", "t10k"))
+        splits = in_memory(field, (train[0][:, None], train[1]), (test[0][:, None], test[1]), flip)
         super().__init__(
-            (train[0][:, None], train[1]), (test[0][:, None], test[1]), self.class_names, flip,
             field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
+            splits=splits, found_shape=(1, *train[0].shape[1:]), class_names=self.names, found_levels=256,
         )  # fmt: skip
 
 
 class FashionMNIST(MNIST):
     """Zalando's clothes, in MNIST's format."""
 
-    name, class_names = "FashionMNIST", FASHION
+    name, names = "FashionMNIST", FASHION
 
 
-class CIFAR10(Bytes):
+class CIFAR10(Data):
     """CIFAR-10 as torchvision keeps it below `root`, downloaded if absent; training images are mirrored at random."""
 
     def __init__(
@@ -101,8 +91,9 @@ class CIFAR10(Bytes):
             part = download("CIFAR10", root, looked, lambda module, t=train: module.CIFAR10(root, t, download=True))
             parts.append((part.data.transpose(0, 3, 1, 2), np.array(part.targets)))
         super().__init__(
-            parts[0], parts[1], CIFAR10_NAMES, flip,
             field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
+            splits=in_memory(field, *parts, flip), found_shape=parts[0][0].shape[1:], class_names=CIFAR10_NAMES,
+            found_levels=256,
         )  # fmt: skip
 
 
