@@ -13,6 +13,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -33,9 +34,13 @@ def conf_dir() -> str:
 def main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None = None) -> None:
     """Run `task(cfg)` with the config `name` composed from sys.argv; see `composed` for `prepare`."""
     args = get_args_parser().parse_args()
+    sys.path.append(os.getcwd())  # where a user's own package may be
 
     def checked(cfg: DictConfig) -> Any:
         try:
+            if HydraConfig.initialized():
+                OmegaConf.set_struct(cfg, False)
+                name_run(cfg, HydraConfig.get().runtime.choices)
             return task(cfg)
         except UserError as error:
             fail(error)
@@ -52,6 +57,12 @@ def main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None =
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(checked)()
+
+
+def name_run(cfg: DictConfig, choices: Any) -> None:
+    """A run without a name is called after its experiment, or its model and data."""
+    if "name" in cfg and cfg.name is None:
+        cfg.name = choices.experiment if choices.get("experiment") else f"{choices.model}_{choices.data}"
 
 
 def fail(error: UserError) -> None:
@@ -81,8 +92,7 @@ def composed(name: str, overrides: Sequence[str], prepare: Prepare | None = None
     choices = cfg.hydra.runtime.choices
     OmegaConf.set_struct(cfg, False)
     del cfg["hydra"]
-    if "name" in cfg and cfg.name is None:
-        cfg.name = choices.experiment if choices.get("experiment") else f"{choices.model}_{choices.data}"
+    name_run(cfg, choices)
     if prepare is not None:
         values = [o for o in prepare(cfg, [*groups, *values]) if o not in groups]
     for override in values:

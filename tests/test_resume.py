@@ -118,7 +118,7 @@ def assert_equal(a, b, path="checkpoint"):
 def assert_same_run(a: Path, b: Path) -> None:
     one, two = (checkpoint.read(folder / "checkpoints" / "last.ckpt") for folder in (a, b))
     for content in (one, two):
-        del content["config"]["run_dir"], content["config"]["resume"]
+        del content["config"]["run_dir"]
         content["config"]["data"].pop("num_workers")
         # Lightning's counters of how often it was started again; no state of the run.
         del content["trainer"]["loops"]

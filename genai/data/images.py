@@ -132,6 +132,6 @@ def _read_idx(raw: Path, name: str) -> np.ndarray:
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         shape = np.frombuffer(data, ">i4", data[3], 4)
-        return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape).copy()
     except (OSError, EOFError, ValueError, IndexError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it to download it again, or change data.root") from error

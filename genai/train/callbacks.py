@@ -1,5 +1,6 @@
 """What happens between steps, in this order: evaluate, sample, save, show, stop."""
 
+import contextlib
 import signal
 import sys
 import time
@@ -15,7 +16,7 @@ from rich.progress import Progress as RichProgress
 from genai import checkpoint
 from genai.core import rng
 from genai.core.errors import at_least
-from genai.core.protocols import Sampler
+from genai.core.protocols import Batch, OnStep, Sampler
 from genai.data.io import grid
 from genai.train.lit import LitModel
 
@@ -61,18 +62,33 @@ class Evaluate(L.Callback):
 
 
 class Samples(L.Callback):
-    """Every `every_steps`, a grid of `n` samples of the averaged model, seeds `seed`, `seed` + 1, ..., classes in turn."""
+    """Every `every_steps`, a grid of `n` samples of the averaged model: seeds `seed`, `seed` + 1, ..., classes in turn."""
 
     def __init__(self, sampler: Sampler, every_steps: int | None, n: int = 100, seed: int = 0):
         self.sampler, self.every_steps, self.n, self.seed = sampler, _every(every_steps, "samples.every_steps"), n, seed
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: LitModel) -> None:
+        """One network call for one sample, so that a sampler that cannot run says so now and not after hours."""
+
+        def enough(i: int, n: int, state: Batch) -> None:
+            raise _Enough
+
+        with contextlib.suppress(_Enough):
+            self.sample(pl_module, 1, enough)
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
         if due(trainer, self.every_steps) and trainer.is_global_zero:
-            data = pl_module.data
-            cond = None if data.classes is None else {"label": torch.arange(self.n) % data.classes}
-            samples = self.sampler(pl_module.ema.module, rng.seed_range(self.seed, self.n), cond)
+            data, samples = pl_module.data, self.sample(pl_module, self.n)
             columns = data.classes if data.classes and data.classes <= 20 else None
             pl_module.record.picture(trainer.global_step, "samples", grid(samples[data.field], columns))
+
+    def sample(self, lit: LitModel, n: int, on_step: OnStep | None = None) -> Batch:
+        cond = None if lit.data.classes is None else {"label": torch.arange(n) % lit.data.classes}
+        return self.sampler(lit.ema.module, rng.seed_range(self.seed, n), cond, on_step)
+
+
+class _Enough(Exception):
+    """Raised by on_step to leave a sampler early."""
 
 
 class Save(L.Callback):

@@ -24,7 +24,7 @@ EVALUATION = 7  # what the evaluation seed is mixed for
 
 
 class Guard:
-    """Watches losses and gradient norms on the device: remembers the first step that was not finite, and what was not."""
+    """Watches losses and gradient norms on the device: remembers the first bad step, and what was not finite then."""
 
     def __init__(self, names: Sequence[str], device: torch.device):
         self.names = ["the loss", *(f"the gradient of {name}" for name in names)]

@@ -37,7 +37,7 @@ def run(cfg: DictConfig) -> Path:
     data = checkpoint.build(OmegaConf.to_container(cfg.data, resolve=True), trust)
     for fact in ("shape", "classes", "levels"):
         cfg.data[fact] = getattr(data, fact)
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    config: dict[str, Any] = {**OmegaConf.to_container(cfg, resolve=True), "resume": None}  # type: ignore[dict-item]
     folder, resumed = _folder(cfg)
     torch.manual_seed(rng.mix(cfg.seed))
     model = checkpoint.build(config["model"], trust)

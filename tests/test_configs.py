@@ -1,0 +1,115 @@
+"""Every file in conf/model and conf/experiment is a case: build, loss, a step, save, load, sample, and the twin of a kill."""
+
+import functools
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import genai
+from genai import checkpoint
+from genai.cli import composed
+from genai.data.base import Data, example
+from genai.train.callbacks import File
+from genai.train.ema import EMA
+from genai.train.record import Record
+from tests.conftest import ROOT
+
+MODELS = {"ddpm_mlp": ["data=toy2d"]}
+CASES = {f"model={p.stem}": MODELS.get(p.stem, []) for p in sorted((ROOT / "conf" / "model").glob("*.yaml"))}
+CASES |= {f"experiment={p.stem}": [] for p in sorted((ROOT / "conf" / "experiment").glob("*.yaml"))}
+SMALLER = {"channels": 8, "width": 16}  # the same wiring, narrower
+
+
+class Synthetic:
+    """Endless items of the declared shapes."""
+
+    def __init__(self, data):
+        self.facts = data.shape, data.field, data.classes
+
+    def __len__(self):
+        return 16
+
+    def batch(self, index, draws):
+        whole = example(*self.facts, n=16)
+        return {name: value[index] for name, value in whole.items()}
+
+
+def config_of(case):
+    cfg = composed("train", [case, *CASES[case]])
+    cfg.data.shape = cfg.data.shape or [3, 8, 8]
+    for key, value in SMALLER.items():
+        if key in cfg.model.net:
+            cfg.model.net[key] = value
+    if cfg.sampler.get("steps", 0) is not None:
+        cfg.sampler.steps = 2
+    else:
+        cfg.model.schedule.steps = 2
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+def train(config, folder, steps, resume=None):
+    facts = config["data"]
+    names = None if facts["classes"] is None else [str(i) for i in range(facts["classes"])]
+    data = Data(
+        field=facts["field"], shape=facts["shape"], classes=facts["classes"], levels=facts["levels"], batch_size=2,
+        num_workers=0, splits={}, found_shape=facts["shape"], class_names=names, found_levels=facts["levels"],
+    )  # fmt: skip
+    data.splits = {"train": Synthetic(data), "val": Synthetic(data)}
+    torch.manual_seed(0)
+    model = checkpoint.build(config["model"])
+    record = Record(folder)
+    record.cut(None)
+    loop = checkpoint.build({**config["loop"], "_partial_": True})
+    lit = loop(model, data, checkpoint.build(config["optim"]), functools.partial(EMA, decay=0.9), record, log_every_steps=1)
+    trainer = L.Trainer(
+        max_steps=steps, max_epochs=-1, logger=False, accelerator="cpu", plugins=[File(config, data.assets())],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, devices=1,
+    )  # fmt: skip
+    trainer.fit(lit, ckpt_path=resume)
+    trainer.save_checkpoint(folder / f"{steps}.ckpt")
+    return lit
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_builds_learns_saves_loads_samples_and_resumes(case, tmp_path):
+    config = config_of(case)
+    one = train(config, tmp_path, 1)
+    start = checkpoint.build(config["model"])
+    assert one.trainer.global_step == 1
+    assert len(start.nets()) > 0
+    losses = one.model.eval()(next(iter([Synthetic(one.data).batch(torch.arange(4), None)])), 0)
+    assert torch.isfinite(losses.total)
+
+    loaded = genai.load(tmp_path / "1.ckpt")
+    label = None if config["data"]["classes"] is None else 1
+    first = genai.sample(loaded, n=2, seed=5, label=label)
+    again = genai.sample(genai.load(tmp_path / "1.ckpt"), n=2, seed=5, label=label)
+    field = config["data"]["field"]
+    assert first[field].shape == (2, *config["data"]["shape"])
+    assert torch.equal(first[field], again[field])
+    assert torch.isfinite(first[field]).all()
+
+    (tmp_path / "whole").mkdir()
+    whole, resumed = train(config, tmp_path / "whole", 2), train(config, tmp_path, 2, tmp_path / "1.ckpt")
+    assert whole.trainer.global_step == resumed.trainer.global_step == 2
+    for a, b in ((whole.model, resumed.model), (whole.ema.module, resumed.ema.module)):
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    for a, b in zip(*(checkpoint.read(f / "2.ckpt")["trainer"]["optimizer_states"][0]["state"].values()
+                      for f in (tmp_path / "whole", tmp_path)), strict=True):  # fmt: skip
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.startswith("experiment=")])
+def test_experiments_open_with_their_command(case):
+    text = (ROOT / "conf" / "experiment" / f"{case.removeprefix('experiment=')}.yaml").read_text()
+    assert f"python train.py {case}" in text
+
+
+def test_examples_are_of_the_declared_shapes():
+    batch = example([3, 4, 6], "image", 10, 5)
+    assert batch["image"].shape == (5, 3, 4, 6)
+    assert batch["label"].tolist() == [0, 1, 2, 3, 4]
+    assert np.abs(batch["image"]).max() <= 1
