@@ -74,7 +74,10 @@ def report(name: str, device: torch.device, rows: list[dict[str, Any]], **facts:
     """Print the rows as a table and write results/<name>_<cpu or gpu>.json."""
     about = {"benchmark": name, "hardware": hardware(device), **facts}
     columns = list(rows[0])
-    cells = [columns, *([f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns] for row in rows)]
+    cells = [
+        columns,
+        *([f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns] for row in rows),
+    ]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     print(*(f"{key}: {value}" for key, value in {**hardware(device), **facts}.items()), sep="\n")
     for line in cells:

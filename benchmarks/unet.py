@@ -87,7 +87,10 @@ def main() -> None:
     logging.disable(logging.WARNING)
     device = setup()
 
-    nets: dict[str, nn.Module] = {"ours": UNet(SHAPE, args.channels, MULTIPLIERS), "diffusers": Diffusers(args.channels)}
+    nets: dict[str, nn.Module] = {
+        "ours": UNet(SHAPE, args.channels, MULTIPLIERS),
+        "diffusers": Diffusers(args.channels),
+    }
     nets["lucidrains"] = lucidrains(forward_gflop(nets["ours"]))
     gflop = {name: forward_gflop(net) for name, net in nets.items()}
     steps = {name: trainer(net, args.batch, device) for name, net in nets.items()}

@@ -182,7 +182,7 @@ def build(node: Any, trust: Sequence[str] | None = None) -> Any:
             cause = cause.__cause__
         if isinstance(cause, UserError):
             raise cause from None
-        if isinstance(cause, TypeError) and "argument" in str(cause) or "locating" in message[0]:
+        if (isinstance(cause, TypeError) and "argument" in str(cause)) or "locating" in message[0]:
             raise UserError(f"{node.get('_target_')} cannot be built: {cause or message[0]}") from error
         raise (cause or error) from None
 

@@ -4,7 +4,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -64,7 +63,7 @@ TRAIN = {
     "optim.betas=0.9": "optim.betas=0.9 must be a list",
     "optim=5": "optim=5 is none of adamw",
     "max_steps=1,2": "add -m",
-    "max_steps=[1": "cannot read the command line",
+    "max_steps=[1": "cannot compose the config: no viable alternative",
     "accumulate=0": "accumulate=0 must be a whole number, at least 1",
     "data.batch_size=0": "data.batch_size=0 must be a whole number, at least 1",
     "data.num_workers=-1": "data.num_workers=-1",
@@ -104,7 +103,10 @@ def test_wrong_data(refused, tmp_path):
         ("data=image_folder", "data.root=missing"): "data.root='missing'",
         ("data=image_folder", "data.root=empty"): "data.root='empty' holds no images",
         ("data=image_folder", "data.root=bad.zip"): "data.root='bad.zip'",
-        ("data=mnist", "data.root=missing"): "data.root='missing' (looked for missing/MNIST/raw/train-images-idx3-ubyte",
+        (
+            "data=mnist",
+            "data.root=missing",
+        ): "data.root='missing' (looked for missing/MNIST/raw/train-images-idx3-ubyte",
         ("data=toy2d", "model=ddpm_mlp", "data.distribution=moon"): "none of moons",
         ("data=toy2d",): "a U-Net takes images of shape [C, H, W], got [2]",
     }

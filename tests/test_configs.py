@@ -63,7 +63,9 @@ def train(config, folder, steps, resume=None):
     record = Record(folder)
     record.cut(None)
     loop = checkpoint.build({**config["loop"], "_partial_": True})
-    lit = loop(model, data, checkpoint.build(config["optim"]), functools.partial(EMA, decay=0.9), record, log_every_steps=1)
+    lit = loop(
+        model, data, checkpoint.build(config["optim"]), functools.partial(EMA, decay=0.9), record, log_every_steps=1
+    )
     trainer = L.Trainer(
         max_steps=steps, max_epochs=-1, logger=False, accelerator="cpu", plugins=[File(config, data.assets())],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, devices=1,

@@ -162,7 +162,9 @@ AIMED = {
 def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, kills, workers):
     folder = tmp_path / "run"
     for i, kill_at in enumerate(kills):
-        assert train(folder, *[f"data.num_workers={workers}"] * (i == 0), kill_at=kill_at, new=i == 0) == -signal.SIGKILL
+        assert (
+            train(folder, *[f"data.num_workers={workers}"] * (i == 0), kill_at=kill_at, new=i == 0) == -signal.SIGKILL
+        )
     assert train(folder, new=False) == 0
     assert_same_run(uninterrupted, folder)
 

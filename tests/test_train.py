@@ -57,7 +57,18 @@ class Masked(nn.Module):
         return Losses(total, weight, {"error": (error.mean().detach(), 1.0)})
 
 
-def fit(folder, model=None, steps=10, callbacks=(), optim=None, accumulate=1, batch_size=8, clip_norm=1.0, dtype=np.float64, **trainer):
+def fit(
+    folder,
+    model=None,
+    steps=10,
+    callbacks=(),
+    optim=None,
+    accumulate=1,
+    batch_size=8,
+    clip_norm=1.0,
+    dtype=np.float64,
+    **trainer,
+):
     folder.mkdir(exist_ok=True)
     record = Record(folder)
     record.cut(None)
@@ -115,7 +126,9 @@ def test_clipping_is_clip_grad_norm(tmp_path, precision, monkeypatch):
         expected = nn.utils.clip_grad_norm_(twin, 0.05)
         norm, bad = original(self, losses, step)
         assert torch.allclose(norm, expected.to(norm), rtol=1e-6)
-        assert all(torch.allclose(p.grad, t.grad, rtol=1e-5) for p, t in zip(self.model.parameters(), twin, strict=True))
+        assert all(
+            torch.allclose(p.grad, t.grad, rtol=1e-5) for p, t in zip(self.model.parameters(), twin, strict=True)
+        )
         checked.append(expected.item())
         return norm, bad
 

@@ -240,7 +240,9 @@ def arrange(root: str, names: Sequence[str]) -> tuple[np.ndarray | None, list[st
     folders = np.array([p[0] if len(p) > 1 else "" for p in paths])
     class_names = np.unique(folders[parts["train"]]).tolist()
     for key, items in parts.items():
-        wrong = [names[i] for i in items if folders[i] not in class_names or (folders[i] == "" and len(class_names) > 1)]
+        wrong = [
+            names[i] for i in items if folders[i] not in class_names or (folders[i] == "" and len(class_names) > 1)
+        ]
         if wrong:
             raise UserError(
                 f"data.root={root!r}: {wrong[0]} is in none of the class folders of training "

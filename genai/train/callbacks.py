@@ -20,7 +20,6 @@ from genai.core.protocols import Batch, OnStep, Sampler
 from genai.data.io import grid
 from genai.train.lit import LitModel
 
-
 Kind = TypeVar("Kind", bound=L.Callback)
 
 
