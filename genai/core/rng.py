@@ -19,39 +19,50 @@ RNG_VERSION = 1
 
 INITIAL, STEP, MASK, TOKENS, MODEL = range(5)  # streams
 
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85  # Weyl increments of the key
+_M = 0xD2511F53, 0xCD9E8D57  # multipliers
+_W = 0x9E3779B9, 0xBB67AE85  # Weyl increments of the key
 _LOW = 0xFFFFFFFF
 
 
-def _product(m: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32-bit words of m * x, m and x < 2^32; the wrapped int64 product holds the right 64 bits."""
-    p = m * x
-    return (p >> 32) & _LOW, p & _LOW
+def philox(key: Sequence[Tensor], counter: Sequence[Tensor | int]) -> tuple[Tensor, Tensor]:
+    """Ten rounds of Philox 4x32; key (k0, k1) and counter (c0, c1, c2, c3) hold words below 2^32 that broadcast.
 
-
-def philox(key: tuple[Tensor, Tensor], counter: Sequence[Tensor | int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox 4x32. Words are int64 tensors (or ints) in [0, 2^32) that broadcast against each other."""
-    k0, k1 = key
-    c0, c1, c2, c3 = (torch.as_tensor(c, dtype=torch.int64, device=k0.device) for c in counter)
+    Returns the words (w0, w2) and (w1, w3), int64 (2, ...) each. A round is c0, c2 = hi ^ c1 ^ k0, hi ^ c3 ^ k1 and
+    c1, c3 = lo, with hi and lo of the products crossed over; the wrapped int64 product holds all 64 bits of one. Only
+    c0 and c2 are multiplied, so only they have to be cut to 32 bits on the way.
+    """
+    device = key[0].device
+    words = [torch.as_tensor(c, dtype=torch.int64, device=device) for c in counter]
+    shape = torch.broadcast_shapes(*(w.shape for w in (*key, *words)))
+    even, odd = (torch.stack([w.expand(shape) for w in words[i::2]]) for i in (0, 1))
+    k = torch.stack(list(key)).view(2, *[1] * (len(shape) - key[0].ndim), *key[0].shape)
+    increment = torch.tensor(_W, device=device).view(2, *[1] * len(shape))
+    product = torch.empty_like(even)
     for _ in range(10):
-        hi0, lo0 = _product(_M0, c0)
-        hi1, lo1 = _product(_M1, c2)
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
-        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
-    return c0, c1, c2, c3
+        torch.mul(even[1], _M[1], out=product[0])
+        torch.mul(even[0], _M[0], out=product[1])
+        torch.bitwise_right_shift(product, 32, out=even).bitwise_xor_(odd).bitwise_xor_(k).bitwise_and_(_LOW)
+        odd, product = product, odd
+        k = (k + increment) & _LOW
+    return even, odd & _LOW
+
+
+def _blocks(seeds: Tensor, blocks: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
+    """Philox in the layout above: words (w0, w2) and (w1, w3) of each block, int64 (2, B, len(blocks)) each."""
+    key = (seeds & _LOW)[:, None], ((seeds >> 32) & _LOW)[:, None]
+    return philox(key, (blocks & _LOW, blocks >> 32, row, stream))
 
 
 def words(seeds: Tensor, blocks: Tensor, row: int, stream: int) -> Tensor:
     """The four uint32 words of each block, as int64 (B, len(blocks), 4); seeds int64 (B,), all 64 bits used."""
-    key = (seeds & _LOW)[:, None], ((seeds >> 32) & _LOW)[:, None]
-    return torch.stack(torch.broadcast_tensors(*philox(key, (blocks & _LOW, blocks >> 32, row, stream))), -1)
+    (w0, w2), (w1, w3) = _blocks(seeds, blocks, row, stream)
+    return torch.stack([w0, w1, w2, w3], -1)
 
 
 def _unit(word: Tensor) -> Tensor:
     """uint32 word -> float32 in [0, 1], the formula of Triton's `uint_to_uniform_float`."""
-    signed = torch.where(word > 0x7FFFFFFF, word - 2**32, word)
-    return torch.where(signed < 0, -signed - 1, signed).float() * 4.6566127342e-10
+    signed = word.to(torch.int32)
+    return (signed ^ (signed >> 31)).float().mul_(4.6566127342e-10)
 
 
 def uniform(seeds: Tensor, shape: Sequence[int], row: int = 0, stream: int = MODEL) -> Tensor:
@@ -67,12 +78,14 @@ def normal(seeds: Tensor, shape: Sequence[int], row: int = 0, stream: int = STEP
     Box-Muller on consecutive pairs: sqrt(-2 ln u) cos(2 pi v), then the same with sin.
     """
     n = math.prod(shape)
-    blocks = torch.arange((n + 3) // 4, device=seeds.device)
-    u, v = _unit(words(seeds, blocks, row, stream).view(len(seeds), -1, 2, 2)).unbind(-1)  # (B, blocks, pair)
-    radius = torch.sqrt(-2 * torch.log(u.clamp_min(1e-7)))
-    angle = 2 * math.pi * v
-    pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], -1)
-    return pairs.flatten(1)[:, :n].reshape(len(seeds), *shape)
+    u, v = map(_unit, _blocks(seeds, torch.arange((n + 3) // 4, device=seeds.device), row, stream))  # (2, B, blocks)
+    radius = u.clamp_min_(1e-7).log_().mul_(-2).sqrt_()
+    angle = v.mul_(2 * math.pi)
+    pairs = torch.polar(radius, angle)  # complex: its real and imaginary parts are a pair's two normals
+    out = pairs.new_empty(*pairs.shape[1:], 2)  # (B, blocks, pair)
+    for i in range(2):  # long strided copies; a transposition's short ones cost 20 times the time
+        out[..., i] = pairs[i]
+    return torch.view_as_real(out).flatten(1)[:, :n].reshape(len(seeds), *shape)
 
 
 def mix(*keys: int) -> int:

@@ -26,14 +26,15 @@ def affine_step(
     `index`) of `seeds` (B,), drawn only where s != 0.
     """
     out, out_uncond, w, p, q = prediction
-    x0 = out * q if out_uncond is None else torch.lerp(out_uncond, out, w).mul_(q)
-    if p:
-        x0.add_(x, alpha=p)
+    if out_uncond is not None:
+        out = torch.lerp(out_uncond, out, w)
+    # With y = out + (p / q) x and x0 = q y, clipping included, a pass over memory is saved.
+    y = torch.add(out, x, alpha=p / q)
     if clip is not None:
-        x0.clamp_(-clip, clip)
-    x0.mul_(row.b)
+        y.clamp_(-clip / abs(q), clip / abs(q))
+    y.mul_(row.b * q)
     if row.a:
-        x0.add_(x, alpha=row.a)
+        y.add_(x, alpha=row.a)
     if row.s:
-        x0.add_(rng.normal(seeds, x.shape[1:], row=index, stream=rng.STEP).to(x0), alpha=row.s)
-    return x0
+        y.add_(rng.normal(seeds, x.shape[1:], row=index, stream=rng.STEP).to(y), alpha=row.s)
+    return y

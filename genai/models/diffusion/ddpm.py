@@ -59,7 +59,8 @@ class DDPM(nn.Module):
         self.parameterization, self.classes, self.label_dropout = parameterization, classes, label_dropout
         self.guidance = guidance
         self.clip, self.levels, self.variance = clip, levels, variance
-        _, q = to_x0(parameterization, schedule.alpha, schedule.sigma)
+        p, q = to_x0(parameterization, schedule.alpha, schedule.sigma)
+        self.to_x0 = list(zip(p.tolist(), q.tolist(), strict=True))
         # Looked up by t in training; float64 until the moment of use, and no part of the state.
         self.register_buffer("alpha", schedule.alpha, persistent=False)
         self.register_buffer("sigma", schedule.sigma, persistent=False)
@@ -125,11 +126,12 @@ class DDPM(nn.Module):
         return {f"loss_q{i + 1}": (mean[i], count[i]) for i in range(4)}
 
     def denoise(self, x: Tensor, t: int, cond: Batch | None = None) -> Prediction:
-        """The Denoiser: x (B, *shape) at time step t; conditions left out count as not given."""
-        given = cond or {}
-        kwargs = {k: given[k] if k in given else null.to(x.device).expand(len(x)) for k, null in self.null().items()}
-        out = self.net(x, self.time(x.new_full((len(x),), t), x.dtype), **kwargs)
-        p, q = to_x0(self.parameterization, *self.schedule.at(t))
+        """The Denoiser: x (B, *shape) at time step t; without conditions, those the network takes are null."""
+        cond = cond or {}
+        if not cond:
+            cond = {name: null.to(x.device).expand(len(x)) for name, null in self.null().items()}
+        out = self.net(x, x.new_full((len(x),), t * 1000 / len(self.schedule)), **cond)
+        p, q = self.to_x0[t]
         return Prediction(out.to(x.dtype), p=p, q=q)
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 All are variance preserving, alpha^2 + sigma^2 = 1; t = 0 has the least noise.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -24,7 +25,11 @@ class Schedule:
 
     def at(self, t: int) -> tuple[float, float]:
         """(alpha_t, sigma_t); t = -1 is clean data, (1, 0)."""
-        return (1.0, 0.0) if t < 0 else (self.alpha[t].item(), self.sigma[t].item())
+        return (1.0, 0.0) if t < 0 else self._pairs[t]
+
+    @functools.cached_property
+    def _pairs(self) -> list[tuple[float, float]]:
+        return list(zip(self.alpha.tolist(), self.sigma.tolist(), strict=True))
 
     def snr(self) -> Tensor:
         """Signal-to-noise ratio alpha^2 / sigma^2, (T,)."""
