@@ -1,4 +1,4 @@
-"""Every file in conf/model and conf/experiment is a case: build, loss, a step, save, load, sample, and the twin of a kill."""
+"""Every file in conf/model and conf/experiment is a case: build, learn, save, load, sample, and the twin of a kill."""
 
 import functools
 
@@ -40,9 +40,8 @@ class Synthetic:
 def config_of(case):
     cfg = composed("train", [case, *CASES[case]])
     cfg.data.shape = cfg.data.shape or [3, 8, 8]
-    for key, value in SMALLER.items():
-        if key in cfg.model.net:
-            cfg.model.net[key] = value
+    for net in (cfg.model.net, cfg.model.net.get("net", {})):
+        net.update({key: value for key, value in SMALLER.items() if key in net})
     if cfg.sampler.get("steps", 0) is not None:
         cfg.sampler.steps = 2
     else:

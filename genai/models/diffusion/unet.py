@@ -105,6 +105,7 @@ class UNet(nn.Module):
         classes: number of labels, None for none; the embedding has one more row, the null.
         dropout: probability inside residual blocks.
         gradient_checkpointing: recompute stages in the backward pass instead of keeping their activations.
+        out_channels: channels of the output, None for those of the images.
 
     Raises UserError if the net cannot take the size.
     """
@@ -119,9 +120,10 @@ class UNet(nn.Module):
         classes: int | None = None,
         dropout: float = 0.0,
         gradient_checkpointing: bool = False,
+        out_channels: int | None = None,
     ):
         super().__init__()
-        c_image, height, width = _checked(shape, len(multipliers))
+        c_image, height, _ = _checked(shape, len(multipliers))
         self.channels, self.gradient_checkpointing = channels, gradient_checkpointing
         c_emb = 4 * channels
         self.time = nn.Sequential(nn.Linear(channels, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
@@ -152,11 +154,11 @@ class UNet(nn.Module):
                 c = channels * multiplier
                 if level > 0 and i == blocks:
                     self.up[-1].append(Upsample(c))
-        self.head = nn.Sequential(group_norm(c), nn.SiLU(), zero(nn.Conv2d(c, c_image, 3, padding=1)))
+        self.head = nn.Sequential(group_norm(c), nn.SiLU(), zero(nn.Conv2d(c, out_channels or c_image, 3, padding=1)))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,) -> (B, C, H, W)."""
+        """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,) -> (B, out_channels, H, W)."""
         emb = self.time(time_embedding(time, self.channels))
         if self.label is not None:
             emb = emb + self.label(label)

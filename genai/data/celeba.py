@@ -1,0 +1,32 @@
+"""CelebA, faces of celebrities, through torchvision."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from genai.data.base import Data, Split
+from genai.data.image_folder import Files, Images, check_size
+from genai.data.images import download
+
+
+class CelebA(Data):
+    """202,599 aligned faces below `root`/celeba in their official splits, cropped in the middle and resized; no labels.
+
+    Downloaded if absent, for which torchvision needs the package gdown. `size` is [H, W].
+    """
+
+    def __init__(
+        self, root: str, size: Sequence[int], flip: bool, field: str, shape: Sequence[int], classes: None, levels: int,
+        batch_size: int, num_workers: int = 0,
+    ):  # fmt: skip
+        check_size(size)
+        looked = f"{root}/celeba/list_eval_partition.txt and {root}/celeba/img_align_celeba"
+        splits: dict[str, Split] = {}
+        for name, theirs in (("train", "train"), ("val", "valid"), ("test", "test")):
+            part = download("CelebA", root, looked, lambda module, s=theirs: module.CelebA(root, s, download=True))
+            files = Files(f"{root}/celeba/img_align_celeba")
+            splits[name] = Images(field, files, np.array(part.filename), None, [3, *size], "center", flip and name == "train")
+        super().__init__(
+            field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
+            splits=splits, found_shape=[3, *size], class_names=None, found_levels=256,
+        )  # fmt: skip
