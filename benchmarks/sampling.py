@@ -3,7 +3,8 @@
     pip install -e .[bench]
     python -m benchmarks.sampling [--rounds 15] [--batch 16] [--steps 50]
 
-Whole calls divided by their steps: initial noise, tables and conversions count. Ours goes through
+A step is the difference between a call of 50 steps and one of 10, divided by 40; beside it the whole call divided by its
+steps, in which initial noise, tables and conversions count. Ours goes through
 `genai.models.diffusion.samplers.ddim` and a DDPM; diffusers' is DDIMPipeline itself, tensors out, its progress bar off;
 the hand loop is the least that torch can do, with its coefficients computed beforehand. At eta 1 both add noise.
 Targets: ours <= 0.25x diffusers and <= 100 us a step.
@@ -94,23 +95,37 @@ def main() -> None:
     device = setup()
     out = torch.randn(args.batch, *SHAPE, device=device)
     label = torch.arange(args.batch) % 10
-    cases = {
-        "ours": ours(out, args.steps, 0.0),
-        "hand loop": by_hand(out, args.steps),
-        "diffusers": diffusers(out, args.steps, 0.0),
-        "ours, guided": ours(out, args.steps, 0.0, label),
-        "ours, eta 1": ours(out, args.steps, 1.0),
-        "diffusers, eta 1": diffusers(out, args.steps, 1.0),
-    }
-    seconds = interleave(cases, args.rounds, 4, device, warmup=2)
-    rows = [
-        {
-            "loop": name,
-            "us/step": spread(seconds[name], 1e6 / args.steps, 1),
-            "it / diffusers": ratio(seconds[name], seconds["diffusers, eta 1" if "eta" in name else "diffusers"]),
+    short = args.steps // 5
+
+    def cases(steps: int) -> dict[str, Callable[[], Tensor]]:
+        return {
+            "ours": ours(out, steps, 0.0),
+            "hand loop": by_hand(out, steps),
+            "diffusers": diffusers(out, steps, 0.0),
+            "ours, guided": ours(out, steps, 0.0, label),
+            "ours, eta 1": ours(out, steps, 1.0),
+            "diffusers, eta 1": diffusers(out, steps, 1.0),
         }
-        for name in cases
-    ]
+
+    long = cases(args.steps)
+    both = {**long, **{f"{name}, short": call for name, call in cases(short).items()}}
+    seconds = interleave(both, args.rounds, 4, device, warmup=2)
+    step = {
+        name: [(a - b) / (args.steps - short) for a, b in zip(seconds[name], seconds[f"{name}, short"], strict=True)]
+        for name in long
+    }
+    rows = []
+    for name in long:
+        peer = "diffusers, eta 1" if "eta" in name else "diffusers"
+        rows.append(
+            {
+                "loop": name,
+                "us a step": spread(step[name], 1e6, 1),
+                "/ diffusers": ratio(step[name], step[peer]),
+                "us of the call / steps": spread(seconds[name], 1e6 / args.steps, 1),
+                "call / diffusers": ratio(seconds[name], seconds[peer]),
+            }
+        )
     report("sampling", device, rows, batch=args.batch, steps=args.steps, rounds=args.rounds)
 
 

@@ -74,10 +74,10 @@ def test_ema_and_raw_weights_differ_and_both_load(run):
 
 def test_sampling_never_imports_lightning(run, tmp_path):
     script = (
-        "import sys; sys.argv = ['sample.py', 'ckpt=%s', 'n=2', 'steps=2', 'out=%s']\n"
+        f"import sys; sys.argv = ['sample.py', 'ckpt={run}', 'n=2', 'steps=2', 'out={tmp_path / 'out'}']\n"
         "import runpy; runpy.run_path('sample.py', run_name='__main__')\n"
         "assert 'torch' in sys.modules and 'lightning' not in sys.modules and 'wandb' not in sys.modules"
-    ) % (run, tmp_path / "out")
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 

@@ -30,7 +30,7 @@ context.set_forkserver_preload(PRELOAD)
 
 def child(overrides, kill_at, log):
     """Train in this process; die by SIGKILL at ("forward", step, call), ("evaluate", step) or ("save", step)."""
-    sys.stdout = sys.stderr = open(log, "a")
+    sys.stdout = sys.stderr = open(log, "a")  # noqa: SIM115
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a real run
     from genai.models.diffusion.ddpm import DDPM

@@ -301,7 +301,8 @@ trainer = L.Trainer(max_steps=20, max_epochs=-1, logger=False, enable_checkpoint
                     enable_progress_bar=False, enable_model_summary=False, devices=devices, precision="64-true",
                     strategy="ddp" if devices > 1 else "auto", use_distributed_sampler=False)
 trainer.fit(lit)
-torch.save({{"model": lit.model.state_dict(), "ema": lit.ema.state_dict(), "seen": Spy.seen}}, folder / f"{{trainer.global_rank}}.pt")
+state = {{"model": lit.model.state_dict(), "ema": lit.ema.state_dict(), "seen": Spy.seen}}
+torch.save(state, folder / f"{{trainer.global_rank}}.pt")
 """
 
 

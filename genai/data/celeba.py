@@ -25,7 +25,9 @@ class CelebA(Data):
         for name, theirs in (("train", "train"), ("val", "valid"), ("test", "test")):
             part = download("CelebA", root, looked, lambda module, s=theirs: module.CelebA(root, s, download=True))
             files = Files(f"{root}/celeba/img_align_celeba")
-            splits[name] = Images(field, files, np.array(part.filename), None, [3, *size], "center", flip and name == "train")
+            splits[name] = Images(
+                field, files, np.array(part.filename), None, [3, *size], "center", flip and name == "train"
+            )
         super().__init__(
             field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
             splits=splits, found_shape=[3, *size], class_names=None, found_levels=256,

@@ -239,7 +239,7 @@ def arrange(root: str, names: Sequence[str]) -> tuple[np.ndarray | None, list[st
         paths = [p[1:] for p in paths]
     folders = np.array([p[0] if len(p) > 1 else "" for p in paths])
     class_names = np.unique(folders[parts["train"]]).tolist()
-    for key, items in parts.items():
+    for items in parts.values():
         wrong = [
             names[i] for i in items if folders[i] not in class_names or (folders[i] == "" and len(class_names) > 1)
         ]
