@@ -92,7 +92,8 @@ def composed(
         GlobalHydra.instance().clear()
         groups, values = _split(parsed, folders, sweep)
         with initialize_config_dir(conf_dir(), version_base="1.3", job_name=name):
-            cfg = compose(name, [*search, *(o.input_line for o in groups)], return_hydra_config=True)
+            lines = [*search, *(str(o.input_line) for o in groups)]
+            cfg = compose(name, lines, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError("cannot compose the config: " + " ".join(str(error).split("\n")[:2])) from error
     choices = cfg.hydra.runtime.choices
@@ -205,9 +206,9 @@ def resumed(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
     for key in given:
         if key not in (*RESUMABLE, "resume") and not key.startswith("logger."):
             raise UserError(f"{key}= cannot change when a run is resumed, only {', '.join(RESUMABLE)} can")
-    stored = OmegaConf.load(path)
+    stored: Any = OmegaConf.load(path)
     if "logger" in given:
-        stored["logger"] = cfg.logger
+        stored.logger = cfg.logger
     cfg.clear()
     cfg.update(stored)
     return overrides

@@ -157,8 +157,15 @@ AIMED = {
 }
 
 
-@pytest.mark.parametrize("kills", AIMED.values(), ids=AIMED)
-@pytest.mark.parametrize("workers", [0, 2])
+# With loader processes only the hardest case is run every time.
+KILLS = [pytest.param(0, kills, id=name) for name, kills in AIMED.items()]
+KILLS += [
+    pytest.param(2, kills, id=f"{name}, 2 workers", marks=[] if "twice from" in name else pytest.mark.slow)
+    for name, kills in AIMED.items()
+]
+
+
+@pytest.mark.parametrize(("workers", "kills"), KILLS)
 def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, kills, workers):
     folder = tmp_path / "run"
     for i, kill_at in enumerate(kills):
@@ -169,7 +176,7 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, kills,
     assert_same_run(uninterrupted, folder)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(uninterrupted, tmp_path, workers):
     folder, draw, kills = tmp_path / "run", random.Random(workers), 0
     while not (folder / "config.yaml").exists():  # a kill before that leaves nothing to resume

@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -115,8 +115,8 @@ class Images:
 
     def batch(self, index: Tensor, draws: Tensor | None) -> Batch:
         """Items `index` (B,); draws (B, 4): flip, horizontal and vertical place of the crop, one unused."""
-        random = self.crop == "random" and draws is not None
-        places = draws[:, 1:3].tolist() if random else [(0.5, 0.5)] * len(index)
+        centre = [(0.5, 0.5)] * len(index)
+        places = centre if draws is None or self.crop != "random" else draws[:, 1:3].tolist()
         arrays = [self.pixels(str(self.names[i]), *place) for i, place in zip(index.tolist(), places, strict=True)]
         x = from_uint8(torch.from_numpy(np.stack(arrays)))  # (B, C, H, W)
         if self.flip and draws is not None:
@@ -179,7 +179,7 @@ def scan(files: Files) -> list[Header]:
         try:
             with files.open(name) as file, Image.open(file) as image:
                 sideways = "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= 5
-                size = image.size if sideways else image.size[::-1]
+                size = image.size if sideways else (image.height, image.width)
                 found.append(Header(name, size, image.mode in GREY))
         except Exception:  # as in decode
             skipped.append(name)
@@ -237,11 +237,11 @@ def arrange(root: str, names: Sequence[str]) -> tuple[np.ndarray | None, list[st
             )
         parts = {key: np.array([i for i, p in enumerate(paths) if p[0] == key], int) for key in SPLITS}
         paths = [p[1:] for p in paths]
-    folders = np.array([p[0] if len(p) > 1 else "" for p in paths])
+    folders: Any = np.array([p[0] if len(p) > 1 else "" for p in paths])
     class_names = np.unique(folders[parts["train"]]).tolist()
     for items in parts.values():
         wrong = [
-            names[i] for i in items if folders[i] not in class_names or (folders[i] == "" and len(class_names) > 1)
+            names[int(i)] for i in items if folders[i] not in class_names or (folders[i] == "" and len(class_names) > 1)
         ]
         if wrong:
             raise UserError(

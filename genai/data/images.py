@@ -1,10 +1,11 @@
 """Image data sets that ship with scikit-learn or that torchvision downloads."""
 
 import gzip
+import os
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import numpy as np
 
@@ -86,13 +87,14 @@ class CIFAR10(Data):
         num_workers: int = 0, flip: bool = True,
     ):  # fmt: skip
         looked = f"{Path(root) / 'cifar-10-batches-py'}/data_batch_1, ..."
-        parts = []
-        for train in (True, False):
-            part = download("CIFAR10", root, looked, lambda module, t=train: module.CIFAR10(root, t, download=True))
-            parts.append((part.data.transpose(0, 3, 1, 2), np.array(part.targets)))
+        train, test = (
+            download("CIFAR10", root, looked, lambda module, t=t: module.CIFAR10(root, t, download=True))
+            for t in (True, False)
+        )
+        pairs = [(part.data.transpose(0, 3, 1, 2), np.array(part.targets)) for part in (train, test)]
         super().__init__(
             field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
-            splits=in_memory(field, *parts, flip), found_shape=parts[0][0].shape[1:], class_names=CIFAR10_NAMES,
+            splits=in_memory(field, pairs[0], pairs[1], flip), found_shape=pairs[0][0].shape[1:], class_names=CIFAR10_NAMES,
             found_levels=256,
         )  # fmt: skip
 
@@ -104,18 +106,24 @@ def download(name: str, root: str, looked: str, fetch: Callable[[Any], Any]) -> 
     """
     from torchvision import datasets
 
-    existed = {path for path in Path(root).rglob("*") if path.is_dir()} | {Path(root)} if Path(root).exists() else set()
+    existed = set(_folders(root))
     try:
         return fetch(datasets)
-    except (RuntimeError, URLError, OSError) as error:
-        for path in sorted([Path(root), *Path(root).rglob("*")], reverse=True):
-            if path.is_dir() and path not in existed and not any(path.iterdir()):
+    except Exception as error:  # each downloader has errors of its own
+        for path in _folders(root):
+            if path not in existed and not any(path.iterdir()):
                 path.rmdir()
-        reason = str(error).strip().splitlines()[-1]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise UserError(
             f"{name} is not in data.root={root!r} (looked for {looked}) and could not be downloaded ({reason}): set "
             "data.root to the folder that holds it"
         ) from error
+
+
+def _folders(root: str) -> list[Path]:
+    """The folders that exist below root, root and those above it, deepest first."""
+    below = [Path(folder) for folder, _, _ in os.walk(root, topdown=False)]
+    return [*below, *(folder for folder in Path(root).parents if folder.exists())]
 
 
 _IDX_KINDS = "images-idx3-ubyte", "labels-idx1-ubyte"
@@ -133,5 +141,5 @@ def _read_idx(raw: Path, name: str) -> np.ndarray:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         shape = np.frombuffer(data, ">i4", data[3], 4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape).copy()
-    except (OSError, EOFError, ValueError, IndexError) as error:
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}): delete it to download it again, or change data.root") from error

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ def write_samples(
     out.mkdir(parents=True, exist_ok=True)
     columns = 10 if labels is not None and len(samples) >= 10 else None
     to_pil(grid(samples[:400], columns)).save(out / "grid.png")
-    arrays = {"samples": to_uint8(samples) if field == "image" else samples, "seeds": seeds}
+    arrays: dict[str, Any] = {"samples": to_uint8(samples) if field == "image" else samples, "seeds": seeds}
     if labels is not None:
         arrays["labels"] = labels
     np.savez(out / "samples.npz", rng_version=rng_version, **{k: v.cpu().numpy() for k, v in arrays.items()})

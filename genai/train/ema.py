@@ -35,8 +35,9 @@ class EMA:
     def _pair(self, model: nn.Module) -> None:
         average = dict(self.module.named_parameters())
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.names, self.live = list(trained), list(trained.values())
-        self.average = [average[name] for name in trained]
+        self.names = list(trained)
+        self.live: list[Tensor] = [*trained.values()]
+        self.average: list[Tensor] = [average[name] for name in trained]
         self.buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
 
     @torch.no_grad()

@@ -3,19 +3,20 @@
 import csv
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 
 class Record:
-    """Append-only `metrics.csv` (columns step, name, value) and pictures below `samples/`, both passed on to a tracker.
+    """Append-only `metrics.csv` (columns step, name, value) and pictures below `samples/`, both passed on to
+    a tracker (a Lightning Logger).
 
     Only rank zero writes.
     """
 
-    def __init__(self, folder: Path, tracker: Logger | None = None, writes: bool = True):
+    def __init__(self, folder: Path, tracker: Any = None, writes: bool = True):
         self.folder, self.tracker, self.writes = folder, tracker, writes
         self.csv = folder / "metrics.csv"
         self.latest: dict[str, float] = {}

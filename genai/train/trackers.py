@@ -4,6 +4,7 @@ import hashlib
 import os
 import socket
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import Logger
@@ -45,7 +46,7 @@ def wandb(folder: Path, name: str, config: dict, project: str, timeout_seconds: 
     if os.environ.get("WANDB_MODE") == "disabled":
         return None
     reason = _offline_because(wandb)
-    modes = ["offline"] if reason else ["online", "offline"]
+    modes: list[Any] = ["offline"] if reason else ["online", "offline"]
     for mode in modes:
         try:
             run = wandb.init(mode=mode, **arguments)

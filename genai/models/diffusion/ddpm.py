@@ -56,9 +56,11 @@ class DDPM(nn.Module):
         if not 0 <= label_dropout <= 1:
             raise UserError(f"model.label_dropout={label_dropout} must be a probability between 0 and 1")
         self.net, self.schedule, self.shape, self.field = net, schedule, tuple(shape), field
-        self.parameterization, self.classes, self.label_dropout = parameterization, classes, label_dropout
+        self.parameterization: Parameterization = parameterization
+        self.classes, self.label_dropout = classes, label_dropout
         self.guidance = guidance
-        self.clip, self.levels, self.variance = clip, levels, variance
+        self.clip, self.levels = clip, levels
+        self.variance: vlb.Variance = variance
         p, q = to_x0(parameterization, schedule.alpha, schedule.sigma)
         self.to_x0 = list(zip(p.tolist(), q.tolist(), strict=True))
         # Looked up by t in training; float64 until the moment of use, and no part of the state.

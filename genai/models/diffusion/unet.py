@@ -150,10 +150,11 @@ class UNet(nn.Module):
         self.middle = Stage([ResBlock(c, c, c_emb, dropout), *attend, ResBlock(c, c, c_emb, dropout)])
         for level, multiplier in reversed(list(enumerate(multipliers))):
             for i in range(blocks + 1):
-                self.up.append(stage(c + skips.pop(), channels * multiplier, height >> level))
+                up = stage(c + skips.pop(), channels * multiplier, height >> level)
                 c = channels * multiplier
                 if level > 0 and i == blocks:
-                    self.up[-1].append(Upsample(c))
+                    up.append(Upsample(c))
+                self.up.append(up)
         self.head = nn.Sequential(group_norm(c), nn.SiLU(), zero(nn.Conv2d(c, out_channels or c_image, 3, padding=1)))
         self.to(memory_format=torch.channels_last)
 
