@@ -344,3 +344,25 @@ def test_configs_name_exactly_the_arguments(path):
         data = instantiate(node)
         assert data.shape == list(node.shape)
         assert data.splits["train"].batch(torch.arange(2), None)[node.field].shape == (2, *node.shape)
+
+
+@pytest.mark.parametrize("kind", ["zip", "folder", "greyscale and not square"])
+def test_image_folders_train_sample_and_name_their_classes(kind, tmp_path, shared):
+    import genai
+    from genai.cli import composed
+    from genai.train.run import run
+
+    root = tmp_path / "images"
+    if kind == "greyscale and not square":
+        write_images(root, [(12, 20)] * 30, "L")
+        shape, name = (1, 12, 20), "b"
+    else:
+        root, shape, name = shared("cifar10-subset.zip"), (3, 32, 32), "frog"
+        if kind == "folder":
+            with zipfile.ZipFile(root) as archive:
+                archive.extractall(tmp_path / "unzipped")
+            root = tmp_path / "unzipped"
+    small = ["debug=true", "model.net.channels=8", "sampler.steps=2", "data.num_workers=0"]
+    folder_ = run(composed("train", [*small, "data=image_folder", f"data.root={root}", f"run_dir={tmp_path / 'run'}"]))
+    batch = genai.sample(genai.load(folder_), n=2, label=name)
+    assert batch["image"].shape == (2, *shape)
