@@ -1,5 +1,6 @@
 """Data: the splits are those stated, the stream is a pure function of (seed, position), bad files are named."""
 
+import gzip
 import zipfile
 
 import numpy as np
@@ -366,3 +367,43 @@ def test_image_folders_train_sample_and_name_their_classes(kind, tmp_path, share
     folder_ = run(composed("train", [*small, "data=image_folder", f"data.root={root}", f"run_dir={tmp_path / 'run'}"]))
     batch = genai.sample(genai.load(folder_), n=2, label=name)
     assert batch["image"].shape == (2, *shape)
+
+
+def test_bit_rot_inside_a_gzipped_file_is_named(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 99, 9 * 784, dtype=np.uint8).tobytes()
+    good = gzip.compress(b"\0\0\x08\x03\0\0\0\x09\0\0\0\x1c\0\0\0\x1c" + pixels)
+    rotten = good[:40] + bytes(255 - b for b in good[40:80]) + good[80:]  # the header is whole, so zlib is who complains
+    for part in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            (raw / f"{part}-{kind}-ubyte.gz").write_bytes(rotten)
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte\.gz is damaged"):
+        images.MNIST(str(tmp_path), "image", [1, 28, 28], 10, 256, 8)
+
+
+def test_a_download_that_fails_without_a_word_leaves_no_folders_above_root(tmp_path, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(TimeoutError()))
+    with pytest.raises(UserError, match=r"\(TimeoutError\).*set data\.root"):
+        images.CIFAR10(str(tmp_path / "a" / "b"), "image", [3, 32, 32], 10, 256, 8)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    deep = np.arange(64 * 48, dtype=np.uint16).reshape(64, 48) * 21
+    for i in range(12):
+        Image.fromarray(deep).save(tmp_path / f"{i:02d}.png")
+    data = folder(tmp_path)
+    batch = data.splits["train"].batch(torch.tensor([0]), None)
+    assert (data.shape, data.classes, list(batch)) == ([1, 64, 48], None, ["image"])  # files in the root: no labels
+    assert np.array_equal(io.to_uint8(batch["image"])[0, 0].numpy(), deep >> 8)
+
+
+def test_sideways_photographs_are_put_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i in range(12):
+        Image.new("RGB", (40, 20), "red").save(tmp_path / f"{i:02d}.jpg", exif=exif)
+    data = folder(tmp_path)
+    assert data.shape == [3, 40, 20]
+    assert everything(data)["test"]["image"].shape == (1, 3, 40, 20)

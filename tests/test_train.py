@@ -323,3 +323,17 @@ def test_two_ranks_equal_one_with_the_doubled_batch(tmp_path):
     for (a, noise_a), (b, noise_b), (whole, _) in zip(first["seen"], second["seen"], one["seen"], strict=True):
         assert torch.equal(torch.cat([a, b]), whole)  # positions partition the stream
         assert not torch.equal(noise_a, noise_b)  # ranks draw different noise
+
+
+def test_two_ranks_through_the_command_line(tmp_path, command):
+    """One rank has nothing to evaluate, only the first writes, and the run resumes."""
+    from tests.test_checkpoint import DEBUG
+
+    devices = ["trainer.devices=2", "trainer.accelerator=cpu"]
+    done = command("train.py", *DEBUG, *devices, f"run_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = command("train.py", f"resume={tmp_path / 'run'}", "max_steps=7")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")["step"] == 7
+    lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines if ",train/loss," in line] == [str(i) for i in range(1, 8)]

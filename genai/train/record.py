@@ -60,7 +60,8 @@ class Record:
 class Means:
     """Running weighted means on the device; reading them is the only time the host waits."""
 
-    def __init__(self):
+    def __init__(self, device: torch.device | None = None):
+        self.nothing = torch.zeros((), device=device)
         self.sums: dict[str, list[Tensor]] = {}  # name -> [sum of value * weight, sum of weight], float64
 
     def add(self, values: Mapping[str, tuple[Tensor, Tensor | float]]) -> None:
@@ -72,9 +73,15 @@ class Means:
             pair[1] += weight
 
     def reduce(self, keep: bool = True) -> "Means":
-        """Sum over ranks, in place; ranks that do not `keep` the sum start again from nothing."""
+        """Sum over ranks, in place; ranks that do not `keep` the sum start again from nothing.
+
+        A rank may lack names that others have, such as one that had nothing to evaluate.
+        """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for name in sorted(self.sums):
+            names: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(names, list(self.sums))
+            for name in sorted({name for part in names for name in part}):
+                self.add({name: (self.nothing, 0.0)})
                 for total in self.sums[name]:
                     torch.distributed.all_reduce(total)
         if not keep:
