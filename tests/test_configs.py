@@ -26,6 +26,8 @@ SMALLER = {"channels": 8, "width": 16}  # the same wiring, narrower
 class Synthetic:
     """Endless items of the declared shapes."""
 
+    augments = False
+
     def __init__(self, data):
         self.facts = data.shape, data.field, data.classes
 

@@ -374,7 +374,7 @@ def test_bit_rot_inside_a_gzipped_file_is_named(tmp_path):
     raw.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 99, 9 * 784, dtype=np.uint8).tobytes()
     good = gzip.compress(b"\0\0\x08\x03\0\0\0\x09\0\0\0\x1c\0\0\0\x1c" + pixels)
-    rotten = good[:40] + bytes(255 - b for b in good[40:80]) + good[80:]  # the header is whole, so zlib is who complains
+    rotten = good[:40] + bytes(255 - b for b in good[40:80]) + good[80:]  # zlib is who complains
     for part in ("train", "t10k"):
         for kind in ("images-idx3", "labels-idx1"):
             (raw / f"{part}-{kind}-ubyte.gz").write_bytes(rotten)

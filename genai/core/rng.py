@@ -99,6 +99,18 @@ def mix(*keys: int) -> int:
     return h >> 1
 
 
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Seed torch's generators of the CPU and of one device.
+
+    `torch.manual_seed` also seeds back ends that are not in use, for which it stores a formatted stack on every call.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
 def seed_range(seed: int, n: int) -> Tensor:
     """Seeds of the n samples of one call: seed, seed + 1, ..., as int64 (n,)."""
     return torch.arange(n, dtype=torch.int64) + seed

@@ -14,7 +14,12 @@ from genai.data.io import from_uint8
 
 
 class Split(Protocol):
-    """One split: `len(split)` items, any of them as a Batch. Without draws an item is always the same."""
+    """One split: `len(split)` items, any of them as a Batch. Without draws an item is always the same.
+
+    `augments` says whether it uses draws.
+    """
+
+    augments: bool
 
     def __len__(self) -> int: ...
 
@@ -78,7 +83,7 @@ class Arrays:
     """
 
     def __init__(self, field: str, values: np.ndarray, labels: np.ndarray | None, flip: bool = False):
-        self.field, self.flip = field, flip
+        self.field, self.augments = field, flip
         self.values = torch.from_numpy(np.ascontiguousarray(values))
         self.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
 
@@ -89,7 +94,7 @@ class Arrays:
         x = self.values[index]
         if x.dtype == torch.uint8:
             x = from_uint8(x)
-        if self.flip and draws is not None:
+        if self.augments and draws is not None:
             x = torch.where((draws[:, 0] < 0.5).view(-1, 1, 1, 1), x.flip(-1), x)
         return {self.field: x} if self.labels is None else {self.field: x, "label": self.labels[index]}
 

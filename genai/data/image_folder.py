@@ -108,6 +108,7 @@ class Images:
         shape: Sequence[int], crop: str, flip: bool,
     ):  # fmt: skip
         self.field, self.files, self.names, self.shape, self.crop, self.flip = field, files, names, shape, crop, flip
+        self.augments = flip or crop == "random"
         self.labels = None if labels is None else torch.from_numpy(labels)
 
     def __len__(self) -> int:

@@ -53,8 +53,10 @@ class Stream(IterableDataset):
     def micro_batch(self, positions: Positions, m: int) -> Batch:
         first = (m * self.world + self.rank) * self.batch_size
         at = torch.arange(first, first + self.batch_size)
-        key = torch.tensor([rng.mix(self.seed, AUGMENT)])
-        draws = rng.words(key, at, 0, rng.MODEL)[0] / 2**32  # (B, 4)
+        draws = None
+        if self.split.augments:
+            key = torch.tensor([rng.mix(self.seed, AUGMENT)])
+            draws = rng.words(key, at, 0, rng.MODEL)[0] / 2**32  # (B, 4)
         return self.split.batch(positions.index(at), draws)
 
 

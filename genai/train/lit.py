@@ -127,7 +127,7 @@ class LitModel(L.LightningModule):
         for _, p in self.named:
             p.grad = None
         for m, batch in enumerate(micro_batches):
-            torch.manual_seed(rng.mix(self.seed, self.global_rank, step, m))
+            rng.seed_torch(rng.mix(self.seed, self.global_rank, step, m), self.device)
             last = m == len(micro_batches) - 1
             with contextlib.nullcontext() if last else self.no_sync():
                 loss: Losses = self.model(batch, step)
@@ -193,7 +193,7 @@ class LitModel(L.LightningModule):
         for i, batch in enumerate(batches(self.data.splits[split], self.data.batch_size, limit)):
             if i % self.trainer.world_size == self.trainer.global_rank:
                 batch = self.transfer_batch_to_device(batch, self.device, 0)
-                torch.manual_seed(rng.mix(EVALUATION, i))  # training seeds itself anew each step
+                rng.seed_torch(rng.mix(EVALUATION, i), self.device)  # training seeds itself anew each step
                 with torch.no_grad(), self.trainer.precision_plugin.forward_context():
                     loss: Losses = average(batch, step)
                 means.add({"loss": (loss.total, loss.weight), **loss.logs})
