@@ -111,6 +111,22 @@ def test_experiments_open_with_their_command(case):
     assert f"python train.py {case}" in text
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if c.startswith("experiment=")])
+def test_what_an_experiment_says_holds(case):
+    """Nothing composed after it changes what the file states."""
+
+    def check(stated, composed_, path):
+        for key, value in stated.items():
+            if key != "defaults":
+                if isinstance(value, dict):
+                    check(value, composed_[key], f"{path}.{key}")
+                else:
+                    assert composed_[key] == value, f"{path}.{key}"
+
+    path = ROOT / "conf" / "experiment" / f"{case.removeprefix('experiment=')}.yaml"
+    check(OmegaConf.to_container(OmegaConf.load(path)), OmegaConf.to_container(composed("train", [case])), case)
+
+
 def test_examples_are_of_the_declared_shapes():
     batch = example([3, 4, 6], "image", 10, 5)
     assert batch["image"].shape == (5, 3, 4, 6)

@@ -96,7 +96,7 @@ class LitModel(L.LightningModule):
     def on_fit_start(self) -> None:
         self.ema.to(self.device, self.model)
         self.named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        self.means.nothing = torch.zeros((), device=self.device)
+        self.means.to(self.device)
         self.guard = Guard([name for name, _ in self.named], self.device)
 
     def training_step(self, micro_batches: list[Batch], index: int) -> None:
@@ -189,7 +189,7 @@ class LitModel(L.LightningModule):
 
         Batch i draws from (evaluation seed, i); ranks share the batches.
         """
-        means, average, step = Means(self.device), self.ema.module, self.trainer.global_step
+        means, average, step = Means().to(self.device), self.ema.module, self.trainer.global_step
         for i, batch in enumerate(batches(self.data.splits[split], self.data.batch_size, limit)):
             if i % self.trainer.world_size == self.trainer.global_rank:
                 batch = self.transfer_batch_to_device(batch, self.device, 0)

@@ -60,9 +60,14 @@ class Record:
 class Means:
     """Running weighted means on the device; reading them is the only time the host waits."""
 
-    def __init__(self, device: torch.device | None = None):
-        self.nothing = torch.zeros((), device=device)
+    def __init__(self):
+        self.nothing = torch.zeros(())
         self.sums: dict[str, list[Tensor]] = {}  # name -> [sum of value * weight, sum of weight], float64
+
+    def to(self, device: torch.device) -> "Means":
+        self.nothing = self.nothing.to(device)
+        self.sums = {name: [total.to(device) for total in pair] for name, pair in self.sums.items()}
+        return self
 
     def add(self, values: Mapping[str, tuple[Tensor, Tensor | float]]) -> None:
         for name, (value, weight) in values.items():

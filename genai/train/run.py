@@ -101,8 +101,8 @@ def _hardware(trainer: DictConfig) -> dict[str, Any]:
         raise UserError(
             f"trainer.accelerator={accelerator}, but torch sees no GPU here: use trainer.accelerator=cpu or auto"
         )
-    if accelerator not in ("auto", "cpu", "gpu", "cuda", "mps"):
-        raise UserError(f"trainer.accelerator={accelerator} is none of auto, cpu, gpu, cuda, mps")
+    if accelerator not in ("auto", "cpu", "gpu", "cuda"):  # Apple's has no float64, which tables and means need
+        raise UserError(f"trainer.accelerator={accelerator} is none of auto, cpu, gpu, cuda")
     at_least(trainer.devices, 1, "trainer.devices")
     gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
     if gpu and trainer.devices > torch.cuda.device_count():
@@ -110,6 +110,7 @@ def _hardware(trainer: DictConfig) -> dict[str, Any]:
     if precision == "auto":
         precision = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
     strategy = "ddp" if trainer.devices > 1 else "auto"
+    accelerator = "gpu" if gpu else "cpu"
     return {"accelerator": accelerator, "devices": trainer.devices, "precision": precision, "strategy": strategy}
 
 
