@@ -28,22 +28,24 @@ class Guard:
 
     def __init__(self, names: Sequence[str], device: torch.device):
         self.names = ["the loss", *(f"the gradient of {name}" for name in names)]
-        self.step = torch.full((), -1, dtype=torch.int64, device=device)
-        self.bad = torch.zeros(len(self.names), dtype=torch.bool, device=device)
+        self.values = torch.zeros(len(self.names), device=device)
+        self.bad = torch.zeros((), dtype=torch.bool, device=device)
+        self.steps = torch.zeros((), device=device)  # since the first bad one, itself included
+        self.last = -1
 
     def check(self, values: Tensor, step: int) -> Tensor:
         """values, one per name, of this step -> whether any step so far was not finite (float, scalar)."""
-        bad = ~values.isfinite()
-        first = (self.step < 0) & bad.any()
-        self.bad = torch.where(first, bad, self.bad)
-        self.step = torch.where(first, step, self.step)
-        return (self.step >= 0).float()
+        self.values = torch.where(self.bad, self.values, values)  # those of the first bad step stay
+        self.bad = (self.values * 0).sum() != 0  # infinity and nan times 0 are nan
+        self.steps += self.bad
+        self.last = step
+        return self.bad.float()
 
     def stop_if_bad(self) -> None:
         """Raise UserError that names step and tensor if a bad one was seen; waits for the device."""
-        step = int(self.step)
-        if step >= 0:
-            name = self.names[int(self.bad.int().argmax())]
+        if steps := int(self.steps):
+            step = self.last - steps + 1
+            name = self.names[int(self.values.isfinite().int().argmin())]
             raise UserError(
                 f"{name} was not finite at step {step}: that update was skipped and training stopped, the last good "
                 "checkpoint is kept (try a smaller optim.lr, a smaller clip_norm, or trainer.precision=32-true)"
@@ -149,14 +151,13 @@ class LitModel(L.LightningModule):
     def clip(self, losses: list[Losses], step: int) -> tuple[Tensor, Tensor]:
         """Scale gradients so that their norm is at most clip_norm; (norm before, whether something was not finite)."""
         grads = [p.grad for _, p in self.named if p.grad is not None]
-        zero = torch.zeros((), device=self.device)
         norms = iter(torch._foreach_norm(grads))
-        each = torch.stack([zero if p.grad is None else next(norms).float() for _, p in self.named])
-        norm = each.norm()
+        each = [torch.zeros((), device=self.device) if p.grad is None else next(norms) for _, p in self.named]
+        values = torch.stack([sum((loss.total for loss in losses[1:]), losses[0].total), *each]).float()
+        norm = torch.linalg.vector_norm(values[1:])
         if self.clip_norm is not None:
             torch._foreach_mul_(grads, (self.clip_norm / (norm + 1e-6)).clamp_max(1.0))
-        total = torch.stack([loss.total.float() for loss in losses]).sum()
-        return norm, self.guard.check(torch.cat([total[None], each]), step)
+        return norm, self.guard.check(values, step)
 
     def update(self, optimizer: LightningOptimizer, bad: Tensor) -> None:
         """One optimiser update, skipped if `bad`; on the device where the optimiser can, else the host looks."""

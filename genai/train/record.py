@@ -62,20 +62,23 @@ class Means:
 
     def __init__(self):
         self.nothing = torch.zeros(())
-        self.sums: dict[str, list[Tensor]] = {}  # name -> [sum of value * weight, sum of weight], float64
+        self.sums: dict[str, tuple[Tensor, Tensor | float]] = {}  # name -> sums of value * weight (float64), of weight
 
     def to(self, device: torch.device) -> "Means":
         self.nothing = self.nothing.to(device)
-        self.sums = {name: [total.to(device) for total in pair] for name, pair in self.sums.items()}
+        self.sums = {name: (total.to(device), weight) for name, (total, weight) in self.sums.items()}
         return self
 
     def add(self, values: Mapping[str, tuple[Tensor, Tensor | float]]) -> None:
         for name, (value, weight) in values.items():
-            pair = self.sums.get(name)
-            if pair is None:
-                pair = self.sums[name] = [torch.zeros((), dtype=torch.float64, device=value.device) for _ in range(2)]
-            pair[0] += value.detach() * weight
-            pair[1] += weight
+            if name not in self.sums:
+                self.sums[name] = torch.zeros((), dtype=torch.float64, device=value.device), 0.0
+            total, weights = self.sums[name]
+            if isinstance(weight, Tensor):
+                total += value.detach() * weight
+            else:
+                total.add_(value.detach(), alpha=weight)
+            self.sums[name] = total, weights + weight
 
     def reduce(self, keep: bool = True) -> "Means":
         """Sum over ranks, in place; ranks that do not `keep` the sum start again from nothing.
@@ -87,8 +90,10 @@ class Means:
             torch.distributed.all_gather_object(names, list(self.sums))
             for name in sorted({name for part in names for name in part}):
                 self.add({name: (self.nothing, 0.0)})
-                for total in self.sums[name]:
-                    torch.distributed.all_reduce(total)
+                total, weight = self.sums[name]
+                pair = torch.stack([total, torch.as_tensor(weight).to(total)])
+                torch.distributed.all_reduce(pair)
+                self.sums[name] = pair[0], pair[1]
         if not keep:
             self.sums = {}
         return self
