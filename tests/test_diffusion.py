@@ -443,6 +443,15 @@ def test_decoder_bins_are_a_distribution(levels, std):
     assert mass[middle].item() == pytest.approx(float(expected), abs=1e-9)
 
 
+@pytest.mark.parametrize("mean", [-1.0, 0.3, 1.0])
+def test_decoder_charges_the_full_price_of_a_level_missed(mean):
+    """Many standard deviations off, the cost is that of the density at the bin's nearer edge, not of a floor."""
+    x0 = torch.tensor([[mean - 0.25 if mean > 0 else mean + 0.25]], dtype=torch.float64)
+    nats = vlb.discretized_gaussian(x0, torch.full_like(x0, mean), 0.002, 17).item()
+    z = (0.25 - 1 / 16) / 0.002
+    assert nats == pytest.approx(z**2 / 2 + math.log(z * math.sqrt(2 * math.pi)), rel=1e-3)
+
+
 # The network
 
 

@@ -69,11 +69,12 @@ def discretized_gaussian(x0: Tensor, mean: Tensor, std: float, levels: int) -> T
     half = 1 / (levels - 1)
     upper = torch.where(x0 > 1 - half, torch.inf, (x0 + half - mean) / std)
     lower = torch.where(x0 < -1 + half, -torch.inf, (x0 - half - mean) / std)
-    # In the tail where both are positive, 1 - cdf keeps the digits that cdf loses.
+    # In logarithms, and mirrored where both ends are positive: a bin far from the mean costs what it must, for a mass
+    # that underflows, or is bounded from below, makes a bad decoder look cheap.
     flip = lower > 0
     upper, lower = torch.where(flip, -lower, upper), torch.where(flip, -upper, lower)
-    mass = torch.special.ndtr(upper) - torch.special.ndtr(lower)
-    return -mass.clamp_min(1e-30).log().flatten(1).sum(1)
+    high, low = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
+    return -(high + torch.log(-torch.expm1(low - high))).flatten(1).sum(1)
 
 
 def terms(model: DDPM, batch: Batch, seed: int) -> Terms:
