@@ -51,7 +51,7 @@ TRAIN = {
     "optim.lrr=1": "did you mean optim.lr?",
     "data.batchsize=3": "did you mean data.batch_size?",
     "batch_size=3": "did you mean data.batch_size?",
-    "model=ddmp": "model=ddmp is none of ddpm, ddpm_mlp, did you mean ddpm?",
+    "model=ddmp": "model=ddmp is none of ddpm, ddpm_levels, ddpm_mlp, did you mean ddpm?",
     "data=mnits": "did you mean mnist?",
     "experiment=ddpm_minst": "did you mean ddpm_mnist?",
     "max_steps=abc": "max_steps=abc must be a number",
