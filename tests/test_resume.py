@@ -179,8 +179,10 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, kills,
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(uninterrupted, tmp_path, workers):
     folder, draw, kills = tmp_path / "run", random.Random(workers), 0
-    while not (folder / "config.yaml").exists():  # a kill before that leaves nothing to resume
-        kills += train(folder, f"data.num_workers={workers}", kill_after=draw.uniform(0.5, 1.0)) != 0
+    # The first dies before it has written anything; until config.yaml is there, there is nothing to resume.
+    for delay in (0.1, *(draw.uniform(0.4, 1.0) for _ in range(20))):
+        if not (folder / "config.yaml").exists():
+            kills += train(folder, f"data.num_workers={workers}", kill_after=delay) != 0
     for _ in range(8):
         if not (folder / "checkpoints" / "step_0000024.ckpt").exists():
             kills += train(folder, kill_after=draw.uniform(0.2, 1.5), new=False) != 0
