@@ -153,7 +153,9 @@ def _init_from(model: torch.nn.Module, ckpt: str, strict: bool) -> None:
 def _write(folder: Path, config: dict) -> None:
     """The folder with config.yaml, and git.diff with the commit in its first line where the code is a git checkout."""
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    temporary = folder / ".config.yaml.tmp"
+    OmegaConf.save(OmegaConf.create(config), temporary)
+    temporary.replace(folder / "config.yaml")
     source = Path(__file__).parent
 
     def git(*arguments: str) -> str:
