@@ -160,6 +160,10 @@ class Progress(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: LitModel) -> None:
         self.first = self.logged = trainer.global_step
         self.start = self.logged_at = self.shown_at = time.monotonic()
+        if trainer.is_global_zero and "val/loss" in pl_module.record.latest:
+            print(
+                f"step {self.first}/{trainer.max_steps}  val/loss {pl_module.record.latest['val/loss']:.4f}", flush=True
+            )
         if trainer.is_global_zero and sys.stdout.isatty():
             columns = (
                 "step {task.completed}/{task.total}",
