@@ -1,6 +1,7 @@
 """The generic loop: a Model, its loss, its optimiser. One Lightning batch is one step, one optimiser update."""
 
 import contextlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -100,6 +101,9 @@ class LitModel(L.LightningModule):
         self.named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.means.to(self.device)
         self.guard = Guard([name for name, _ in self.named], self.device)
+        if self.device.type == "cpu":
+            # Lightning sets this to 1, and then torch looks for the GPU driver's library at every optimiser step.
+            os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 
     def training_step(self, micro_batches: list[Batch], index: int) -> None:
         step = self.trainer.global_step

@@ -29,7 +29,7 @@ def run(cfg: DictConfig) -> Path:
     Everything is built before anything is written.
     """
     trust = None if cfg.resume is None else ["genai.train", *_packages(cfg.trust)]
-    if cfg.debug:
+    if cfg.debug and cfg.resume is None:
         _shrink(cfg)
     at_least(cfg.max_steps, 1, "max_steps")
     at_least(cfg.seed, 0, "seed")
