@@ -49,8 +49,12 @@ def main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None =
             fail(error)
 
     try:
-        if not any((args.help, args.hydra_help, args.info, args.shell_completion)):
+        if not any((args.hydra_help, args.info, args.shell_completion)):
+            if args.help and not args.overrides:
+                prepare = None  # a run of one's own is only looked for where something was asked of it
             cfg = composed(name, args.overrides, prepare, args.multirun, args.config_dir)
+            if args.help:
+                return print(help_text(name, cfg, args.config_dir))
             if not args.multirun and not args.cfg:
                 return checked(cfg)
     except UserError as error:
@@ -73,6 +77,25 @@ def fail(error: UserError) -> None:
     raise SystemExit(2)
 
 
+def help_text(name: str, cfg: DictConfig, config_dir: str | None) -> str:
+    """What --help prints: the template in the config `name` with $GROUPS and their choices, and $CONFIG, every key."""
+    own: Any = OmegaConf.load(Path(conf_dir()) / f"{name}.yaml")
+    groups = sorted(str(group) for node in own.defaults if OmegaConf.is_dict(node) for group in node)
+    folders = config_folders(config_dir)
+    lines = [f"  {group}: {', '.join(names)}" for group in groups if (names := choices_of(group, folders))]
+    return own.hydra.help.template.replace("$GROUPS", "\n".join(lines)).replace("$CONFIG", OmegaConf.to_yaml(cfg))
+
+
+def config_folders(config_dir: str | None) -> list[Path]:
+    """Where configs are: the project's folder and the user's own."""
+    return [Path(folder).absolute() for folder in (conf_dir(), config_dir) if folder]
+
+
+def choices_of(group: str, folders: Iterable[Path]) -> list[str]:
+    """The names of a group's files; none if there is no such group."""
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+
+
 def composed(
     name: str,
     overrides: Sequence[str],
@@ -85,7 +108,7 @@ def composed(
     `prepare` may change cfg and returns the overrides that remain; `config_dir` is a folder of the user's own configs.
     Raises UserError for a key, a choice or a type that does not exist, with what comes nearest.
     """
-    folders = [Path(folder).absolute() for folder in (conf_dir(), config_dir) if folder]
+    folders = config_folders(config_dir)
     search = [f"hydra.searchpath=[file://{folder}]" for folder in folders[1:]]
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -115,7 +138,7 @@ def _split(parsed: Iterable[Override], folders: Sequence[Path], sweep: bool) -> 
     groups, values = [], []
     for override in parsed:
         key = override.key_or_group
-        options = sorted({path.stem for folder in folders for path in (folder / key).glob("*.yaml")})
+        options = choices_of(key, folders)
         if key.startswith(("hydra.", "hydra/")):
             continue
         if override.is_sweep_override():
