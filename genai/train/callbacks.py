@@ -23,6 +23,13 @@ from genai.train.lit import LitModel
 Kind = TypeVar("Kind", bound=L.Callback)
 
 
+class Between(L.Callback):
+    """A callback that does nothing within a step: Lightning passes over a hook that is None."""
+
+    on_train_batch_start = on_before_zero_grad = on_before_backward = on_after_backward = None  # type: ignore[assignment]
+    on_before_optimizer_step = None  # type: ignore[assignment]
+
+
 def callbacks(trainer: L.Trainer, kind: type[Kind]) -> list[Kind]:
     """The trainer's callbacks of one kind."""
     return [c for c in trainer.callbacks if isinstance(c, kind)]  # type: ignore[attr-defined]
@@ -38,7 +45,7 @@ def _every(every_steps: int | None, key: str) -> int | None:
     return None if every_steps is None else at_least(every_steps, 1, f"callbacks.{key}")
 
 
-class Evaluate(L.Callback):
+class Evaluate(Between):
     """Logs the averaged model's loss on fixed noise over the first `n` validation samples, at step 0 and then every
     `every_steps`: `val/loss`, its quartiles by noise level, and `ema/distance` from the live weights."""
 
@@ -60,7 +67,7 @@ class Evaluate(L.Callback):
         lit.record.log(lit.trainer.global_step, {**values, "ema/distance": lit.ema.distance().item()})
 
 
-class Samples(L.Callback):
+class Samples(Between):
     """Every `every_steps`, a grid of `n` samples of the averaged model: seeds `seed`, `seed` + 1, ..., classes in turn."""
 
     def __init__(self, sampler: Sampler, every_steps: int | None, n: int = 100, seed: int = 0):
@@ -90,7 +97,7 @@ class _Enough(Exception):
     """Raised by on_step to leave a sampler early."""
 
 
-class Save(L.Callback):
+class Save(Between):
     """Writes `last.ckpt` every `every_steps` and at the end, keeping the one before as `previous.ckpt`; `best.ckpt` is
     the one with the lowest val/loss, and every `keep_every_steps` one stays as `step_<k>.ckpt`."""
 
@@ -125,7 +132,7 @@ class Save(L.Callback):
         self.best = state_dict["best"]
 
 
-class Stop(L.Callback):
+class Stop(Between):
     """SIGTERM and SIGINT save after the current step and exit with 143 and 130; a second SIGINT exits at once."""
 
     def __init__(self):
@@ -150,7 +157,7 @@ class Stop(L.Callback):
             raise SystemExit(128 + self.signal)
 
 
-class Progress(L.Callback):
+class Progress(Between):
     """A bar with steps/s, loss and time left (a line per evaluation where output is no terminal); logs speed and
     memory on logging steps."""
 
@@ -184,15 +191,18 @@ class Progress(L.Callback):
             speed = {"perf/steps_per_second": rate, "perf/samples_per_second": rate * batch}
             pl_module.record.log(step, {**speed, "perf/peak_memory_bytes": peak_memory_bytes()})
             self.logged, self.logged_at = step, now
-        latest = pl_module.record.latest
-        text = f"{(step - self.first) / (now - self.start):.1f} steps/s"
-        text += "".join(f"  {k} {latest[k]:.4f}" for k in ("train/loss", "val/loss") if k in latest)
         if self.bar is not None and (now - self.shown_at > 0.2 or step == trainer.max_steps):
-            self.bar.update(self.task, completed=step, text=text, refresh=True)
+            self.bar.update(self.task, completed=step, text=self.text(step, now, pl_module), refresh=True)
             self.shown_at = now
         elif self.bar is None and trainer.is_global_zero and any(c.step == step for c in callbacks(trainer, Evaluate)):
             left = (trainer.max_steps - step) * (now - self.start) / (step - self.first)
-            print(f"step {step}/{trainer.max_steps}  {text}  {left:.0f} s left", flush=True)
+            print(f"step {step}/{trainer.max_steps}  {self.text(step, now, pl_module)}  {left:.0f} s left", flush=True)
+
+    def text(self, step: int, now: float, lit: LitModel) -> str:
+        """Speed and the latest losses."""
+        latest, rate = lit.record.latest, (step - self.first) / (now - self.start)
+        losses = "".join(f"  {k} {latest[k]:.4f}" for k in ("train/loss", "val/loss") if k in latest)
+        return f"{rate:.1f} steps/s{losses}"
 
     def teardown(self, trainer: L.Trainer, pl_module: LitModel, stage: str) -> None:
         if self.bar is not None:

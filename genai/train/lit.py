@@ -1,6 +1,7 @@
 """The generic loop: a Model, its loss, its optimiser. One Lightning batch is one step, one optimiser update."""
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -25,31 +26,30 @@ EVALUATION = 7  # what the evaluation seed is mixed for
 
 
 class Guard:
-    """Watches losses and gradient norms on the device: remembers the first bad step, and what was not finite then."""
+    """Watches losses and gradient norms on the device, and says at the next look what was not finite, and when."""
 
-    def __init__(self, names: Sequence[str], device: torch.device):
+    def __init__(self, names: Sequence[str]):
         self.names = ["the loss", *(f"the gradient of {name}" for name in names)]
-        self.values = torch.zeros(len(self.names), device=device)
-        self.bad = torch.zeros((), dtype=torch.bool, device=device)
-        self.steps = torch.zeros((), device=device)  # since the first bad one, itself included
-        self.last = -1
+        self.seen: list[tuple[int, Tensor]] = []
 
     def check(self, values: Tensor, step: int) -> Tensor:
-        """values, one per name, of this step -> whether any step so far was not finite (float, scalar)."""
-        self.values = torch.where(self.bad, self.values, values)  # those of the first bad step stay
-        self.bad = (self.values * 0).sum() != 0  # infinity and nan times 0 are nan
-        self.steps += self.bad
-        self.last = step
-        return self.bad.float()
+        """values, one per name, of this step -> 1 if their sum is not finite, else 0 (scalar)."""
+        self.seen.append((step, values))
+        return torch.nan_to_num(values.sum() * 0, nan=1.0)  # infinity and nan times 0 are nan
 
     def stop_if_bad(self) -> None:
-        """Raise UserError that names step and tensor if a bad one was seen; waits for the device."""
-        if steps := int(self.steps):
-            step = self.last - steps + 1
-            name = self.names[int(self.values.isfinite().int().argmin())]
+        """Raise UserError that names step and tensor if there was a bad one since the last look; waits for the device."""
+        seen, self.seen = self.seen, []
+        if not seen:
+            return
+        values = torch.stack([values for _, values in seen])  # (steps, names)
+        bad = ~values.sum(1).isfinite()
+        if bad.any():
+            first = int(bad.int().argmax())
+            name = self.names[int(values[first].nan_to_num(nan=math.inf).argmax())]
             raise UserError(
-                f"{name} was not finite at step {step}: that update was skipped and training stopped, the last good "
-                "checkpoint is kept (try a smaller optim.lr, a smaller clip_norm, or trainer.precision=32-true)"
+                f"{name} was not finite at step {seen[first][0]}: that update was skipped and training stopped, the last "
+                "good checkpoint is kept (try a smaller optim.lr, a smaller clip_norm, or trainer.precision=32-true)"
             )
 
 
@@ -67,6 +67,10 @@ class LitModel(L.LightningModule):
         clip_norm: bound of the gradient's norm, None for no clipping.
         log_every_steps: how often the host reads the running means.
     """
+
+    # Lightning calls these every step unless they are None; a subclass may define them.
+    on_train_batch_start = on_train_batch_end = on_before_zero_grad = None  # type: ignore[assignment]
+    on_before_backward = on_after_backward = on_before_optimizer_step = None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -89,6 +93,13 @@ class LitModel(L.LightningModule):
         self.seed, self.accumulate, self.clip_norm, self.log_every_steps = seed, accumulate, clip_norm, log_every_steps
         self.means = Means()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes the running hook's name some thirty times a step; nn.Module would look for tensors in each.
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def configure_optimizers(self) -> Optimizer:
         return self.optim(self.model)
 
@@ -100,7 +111,7 @@ class LitModel(L.LightningModule):
         self.ema.to(self.device, self.model)
         self.named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.means.to(self.device)
-        self.guard = Guard([name for name, _ in self.named], self.device)
+        self.guard = Guard([name for name, _ in self.named])
         if self.device.type == "cpu":
             # Lightning sets this to 1, and then torch looks for the GPU driver's library at every optimiser step.
             os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"

@@ -22,11 +22,11 @@ def adamw(
     """Fused AdamW; weight decay on matrices and kernels only. See `lr_at` for the schedule's arguments."""
     if lr <= 0:
         raise UserError(f"optim.lr={lr} must be greater than 0")
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    by_decay: dict[float, list[nn.Parameter]] = {weight_decay: [], 0.0: []}  # one group if nothing decays
+    for p in model.parameters():
+        if p.requires_grad:
+            by_decay[weight_decay if p.ndim >= 2 else 0.0].append(p)
+    groups = [{"params": params, "weight_decay": decay} for decay, params in by_decay.items()]
     schedule = {"lr_max": lr, "lr_min": lr_min, "warmup_steps": warmup_steps, "decay_steps": decay_steps}
     groups = [{**group, **schedule} for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=True)
