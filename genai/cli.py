@@ -244,7 +244,8 @@ def with_sampler(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
     """
     given = {o.key_or_group: o for o in overrides}
     if cfg.get("sampler") is None:
-        cfg.sampler = OmegaConf.create(_stored_config(given["ckpt"].value() if "ckpt" in given else None)["sampler"])
+        cfg.ckpt, stored = _stored_config(given["ckpt"].value() if "ckpt" in given else None)
+        cfg.sampler = OmegaConf.create(stored["sampler"])
     own = [str(k) for k in cfg.sampler if not str(k).startswith("_")]
     remaining = []
     for override in overrides:
@@ -260,10 +261,12 @@ def with_sampler(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
     return remaining
 
 
-def _stored_config(ckpt: Any) -> dict[str, Any]:
-    """The config of a run directory, read without torch; of a checkpoint file or the newest run, read with it."""
+def _stored_config(ckpt: Any) -> tuple[str, dict[str, Any]]:
+    """The run or file that `ckpt` names and its config: a run directory's is read without torch, that of a checkpoint
+    file or of the newest run with it."""
     if ckpt is not None and (path := Path(str(ckpt)) / "config.yaml").is_file():
-        return OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[return-value]
+        return str(ckpt), OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[return-value]
     from genai import checkpoint
 
-    return checkpoint.locate(None if ckpt is None else str(ckpt))[0]["config"]
+    content, found = checkpoint.locate(None if ckpt is None else str(ckpt))
+    return str(found), content["config"]

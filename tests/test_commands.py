@@ -205,7 +205,7 @@ def test_newest_run_is_the_default(runs, tmp_path, command):
     shutil.copytree(runs / "digits", tmp_path / "runs" / "x")
     done = command("sample.py", "n=2", "out=here", "label=[3,4]", "guidance=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "newest run: " in done.stdout
+    assert done.stdout.count("newest run: ") == 1
     assert (tmp_path / "here" / "seed_000001_label_4.png").exists()
 
 
