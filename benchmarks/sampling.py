@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.common import interleave, ratio, report, setup, spread
 from genai.core import rng
 from genai.models.diffusion.ddpm import DDPM
-from genai.models.diffusion.samplers import ddim, ddim_table
+from genai.models.diffusion.samplers import ddim, ddim_table, levels
 from genai.models.diffusion.schedules import linear
 
 SHAPE = (3, 32, 32)
@@ -70,8 +70,8 @@ def diffusers(out: Tensor, steps: int, eta: float) -> Callable[[], Tensor]:
 def by_hand(out: Tensor, steps: int) -> Callable[[], Tensor]:
     """Five operations in place on a new tensor a step, and the network's time."""
     schedule, net = linear(1000), Constant(out)
-    table = ddim_table(schedule, steps)
-    rows = [(float(t), *schedule.at(t), row.a, row.b) for t, row in zip(table.times, table.rows, strict=False)]
+    table = ddim_table(levels(schedule, steps))
+    rows = [(float(t), *schedule.at(t), row.a, row.b) for t, row in zip(table.times, table.rows, strict=True)]
 
     @torch.inference_mode()
     def sample() -> Tensor:

@@ -6,13 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from genai.core import rng
 from genai.core.errors import UserError
-from genai.core.protocols import Prediction
-from genai.kernels.affine_step import Row, affine_step
-from genai.models.diffusion import samplers, schedules, vlb, weightings
+from genai.models.diffusion import schedules, vlb, weightings
 from genai.models.diffusion.ddpm import DDPM
-from genai.models.diffusion.guidance import classifier_free
 from genai.models.diffusion.paths import combination, to_x0
 from genai.models.diffusion.unet import UNet
 
@@ -40,8 +36,8 @@ class GaussianNet(nn.Module):
         return gain, MEAN - gain * alpha * MEAN
 
     def forward(self, x, time):
-        t = (time * len(self.schedule) / 1000).round().long()
-        alpha, sigma = self.schedule.alpha[t, None], self.schedule.sigma[t, None]
+        at = [self.schedule.at(round(t * len(self.schedule) / 1000, 9)) for t in time.tolist()]
+        alpha, sigma = torch.tensor(at, dtype=torch.float64).T.unsqueeze(-1)
         gain = alpha * VAR / (alpha**2 * VAR + sigma**2)
         p, q = to_x0(self.kind, alpha, sigma)
         return (MEAN + gain * (x - alpha * MEAN) - p * x) / q
@@ -199,172 +195,6 @@ def test_labels_are_dropped_at_the_stated_rate_and_only_in_training():
     dropped = (model.train().conditions({"label": label})["label"] == 10).double().mean().item()
     assert dropped == pytest.approx(0.3, abs=0.02)
     assert torch.equal(model.eval().conditions({"label": label})["label"], label)
-
-
-# The samplers
-
-
-@pytest.mark.parametrize(("T", "steps"), [(1, 1), (7, 3), (200, 50), (200, 200), (1000, 17), (10, 9)])
-def test_time_pairs_start_at_the_last_t_and_end_in_clean_data(T, steps):
-    pairs = samplers.time_pairs(T, steps)
-    assert len(pairs) == steps
-    assert pairs[0][0] == T - 1
-    assert pairs[-1][1] == -1
-    assert all(t > s for t, s in pairs)
-    assert all(pairs[i][1] == pairs[i + 1][0] for i in range(steps - 1))
-
-
-@pytest.mark.parametrize("steps", [0, 11, -1])
-def test_impossible_step_counts_are_refused(steps):
-    with pytest.raises(UserError, match=rf"sampler\.steps={steps} must be between 1 and the model's T=10"):
-        samplers.time_pairs(10, steps)
-
-
-@pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
-def test_ddim_with_eta_1_on_all_steps_is_ddpm(make):
-    s = make(200)
-    ddim, ddpm = samplers.ddim_table(s, 200, eta=1.0), samplers.ddpm_table(s)
-    assert ddim.times == ddpm.times
-    x0, x, z = torch.randn(3, 1000, dtype=torch.float64)
-    for r, q in zip(ddim.rows, ddpm.rows, strict=True):
-        assert torch.allclose(r.a * x + r.b * x0 + r.s * z, q.a * x + q.b * x0 + q.s * z, atol=1e-6)
-
-
-@pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
-def test_ddpm_rows_are_the_posterior_and_the_last_returns_x0(make):
-    s = make(50)
-    small, large = samplers.ddpm_table(s), samplers.ddpm_table(s, variance="large")
-    for k, t in enumerate(range(49, 0, -1)):
-        a, b, var = vlb.posterior(s, t)
-        assert small.rows[k].a == pytest.approx(a, rel=1e-12)
-        assert small.rows[k].b == pytest.approx(b, rel=1e-12)
-        assert small.rows[k].s ** 2 == pytest.approx(var, rel=1e-9)
-        assert large.rows[k].s ** 2 == pytest.approx(1 - (s.alpha[t] / s.alpha[t - 1]).item() ** 2, rel=1e-9)
-    assert small.rows[-1] == large.rows[-1] == Row(0.0, 1.0, 0.0)
-    assert samplers.ddim_table(s, 50).rows[-1] == Row(0.0, 1.0, 0.0)
-
-
-def test_ddim_row_is_the_papers_formula():
-    """Equation 12 with x0 and eps written out, at one (t, s) of a shortened run."""
-    s, eta = schedules.linear(100), 0.6
-    table = samplers.ddim_table(s, 10, eta)
-    t, r = table.times[3], table.times[4]
-    abar_t, abar_s = (s.alpha[t] ** 2).item(), (s.alpha[r] ** 2).item()
-    std = eta * math.sqrt((1 - abar_s) / (1 - abar_t)) * math.sqrt(1 - abar_t / abar_s)
-    x, x0 = 0.8, -0.3
-    eps = (x - math.sqrt(abar_t) * x0) / math.sqrt(1 - abar_t)
-    expected = math.sqrt(abar_s) * x0 + math.sqrt(1 - abar_s - std**2) * eps
-    assert table.rows[3].a * x + table.rows[3].b * x0 == pytest.approx(expected, abs=1e-12)
-    assert table.rows[3].s == pytest.approx(std, abs=1e-12)
-
-
-TABLES = {
-    "ddpm small": lambda s: samplers.ddpm_table(s),
-    "ddpm large": lambda s: samplers.ddpm_table(s, variance="large"),
-    "ddpm 20 steps": lambda s: samplers.ddpm_table(s, 20),
-    "ddim": lambda s: samplers.ddim_table(s, 50),
-    "ddim 7 steps eta 0.5": lambda s: samplers.ddim_table(s, 7, 0.5),
-    "ddim eta 1": lambda s: samplers.ddim_table(s, 50, 1.0),
-}
-
-
-@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
-@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
-def test_output_on_gaussian_data_is_what_the_rows_propagate(table, kind):
-    """The executor is affine there: feed it basis vectors, and compare with the product of its rows, to 1e-10."""
-    s = schedules.cosine(50)
-    model, tab = gaussian_model(kind, s), table(s)
-    slope, offset = torch.ones(3).double(), torch.zeros(3).double()
-    noises, seeds = [], rng.seed_range(7, 4)
-    x = torch.randn(4, 3, dtype=torch.float64)
-    for k, (t, row) in enumerate(zip(tab.times, tab.rows, strict=False)):
-        g, c = model.net.affine(t)
-        slope, offset = (row.a + row.b * g) * slope, (row.a + row.b * g) * offset + row.b * c
-        noises = [(row.a + row.b * g) * n for n in noises]
-        noises.append(row.s * rng.normal(seeds, (3,), row=k, stream=rng.STEP).double())
-    out = samplers.walk(model.denoise, tab, x, seeds)
-    assert torch.allclose(out, slope * x + offset + sum(noises), atol=1e-10)
-
-
-@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
-def test_mean_and_variance_of_many_samples_are_those_propagated(table):
-    s = schedules.cosine(50)
-    model, tab = gaussian_model("eps", s), table(s)
-    mean, var = torch.zeros(3).double(), torch.ones(3).double()
-    for t, row in zip(tab.times, tab.rows, strict=False):
-        g, c = model.net.affine(t)
-        mean, var = (row.a + row.b * g) * mean + row.b * c, (row.a + row.b * g) ** 2 * var + row.s**2
-    seeds = rng.seed_range(0, 40_000)
-    out = samplers.walk(model.denoise, tab, rng.normal(seeds, (3,), stream=rng.INITIAL).double(), seeds)
-    assert torch.allclose(out.mean(0), mean, atol=0.03)
-    assert torch.allclose(out.var(0), var, rtol=0.05)
-
-
-def test_many_steps_approach_the_data():
-    """DDIM with all of 1,000 steps maps N(0, I) to the data's own moments (the error falls with the steps)."""
-    errors = []
-    for T in (10, 100, 1000):
-        s = schedules.cosine(T)
-        model, tab = gaussian_model("eps", s), samplers.ddim_table(s, T)
-        mean, std = torch.zeros(3).double(), torch.ones(3).double()
-        for t, row in zip(tab.times, tab.rows, strict=False):
-            g, c = model.net.affine(t)
-            mean, std = (row.a + row.b * g) * mean + row.b * c, (row.a + row.b * g) * std
-        errors.append(max((mean - MEAN).abs().max().item(), (std - VAR.sqrt()).abs().max().item()))
-    assert errors[0] > errors[1] > errors[2]
-    assert errors[2] < 0.01
-
-
-def tiny_unet(classes=10):
-    torch.manual_seed(0)
-    net = UNet([1, 8, 8], 8, [1, 2], 1, [4], classes)
-    for p in net.parameters():
-        nn.init.normal_(p, 0, 0.1)
-    return DDPM(net, schedules.cosine(50), [1, 8, 8], classes=classes, guidance=1.5).eval()
-
-
-@pytest.mark.parametrize("sampler", [samplers.ddim, samplers.ddpm], ids=["ddim", "ddpm"])
-def test_a_sample_is_the_same_in_any_batch(sampler):
-    model = tiny_unet()
-    seeds, label = rng.seed_range(3, 16), torch.arange(16) % 10
-    whole = sampler(model, seeds, {"label": label}, steps=10)["image"]
-    for size in (1, 4):
-        for first in range(0, 16, size):
-            part = slice(first, first + size)
-            x = sampler(model, seeds[part], {"label": label[part]}, steps=10)["image"]
-            assert (x - whole[part]).abs().max() < 1e-4
-    assert whole.flatten(1).std(0).min() > 0.01  # samples differ from each other
-
-
-def test_guidance_extrapolates_from_the_null_and_1_is_none():
-    model = tiny_unet()
-    x, cond = torch.randn(2, 1, 8, 8), {"label": torch.tensor([3, 4])}
-    c, u = model.denoise(x, 20, cond), model.denoise(x, 20, {"label": torch.tensor([10, 10])})
-    assert torch.equal(model.denoise(x, 20).out, u.out)
-    guided = classifier_free(model.denoise, model.null(), 3.0)(x, 20, cond)
-    expected = c.p * x + c.q * (u.out + 3.0 * (c.out - u.out))
-    assert torch.allclose(guided.x0(x), expected, atol=1e-4)
-    assert (guided.out_uncond - u.out).abs().max() < 1e-5
-    assert classifier_free(model.denoise, model.null(), 1.0) == model.denoise
-
-
-def test_affine_step_finishes_the_prediction_and_leaves_its_inputs_alone():
-    x, out, uncond = torch.randn(3, 2, 5)
-    prediction = Prediction(out, uncond, w=2.0, p=1.3, q=-0.7)
-    kept = [t.clone() for t in (x, out, uncond)]
-    seeds = rng.seed_range(0, 2)
-    got = affine_step(x, prediction, Row(0.5, 0.25, 2.0), clip=0.4, seeds=seeds, index=6)
-    x0 = (1.3 * x - 0.7 * (uncond + 2 * (out - uncond))).clamp(-0.4, 0.4)
-    z = rng.normal(seeds, (5,), row=6, stream=rng.STEP)
-    assert torch.allclose(got, 0.5 * x + 0.25 * x0 + 2 * z, atol=1e-5)
-    assert torch.allclose(prediction.x0(x, 0.4), x0, atol=1e-5)
-    assert all(torch.equal(a, b) for a, b in zip(kept, (x, out, uncond), strict=True))
-
-
-def test_on_step_sees_every_state():
-    model, seen = gaussian_model(), []
-    samplers.ddim(model, rng.seed_range(0, 2), None, lambda i, n, state: seen.append((i, n, state["x"].shape)), steps=5)
-    assert seen == [(i, 5, (2, 3)) for i in range(5)]
 
 
 # The bound

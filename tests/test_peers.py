@@ -20,7 +20,7 @@ def both(scheduler, table, kind, schedule, clip):
     theirs = start.clone()
     scheduler.alphas_cumprod = schedule.alpha**2  # float64, so that only the formulas are compared
     scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
-    for t in table.times[:-1]:
+    for t in table.times:
         theirs = scheduler.step(outs[t], t, theirs).prev_sample
 
     def denoise(x, t, cond):
@@ -44,8 +44,8 @@ def test_ddim_equals_diffusers(kind, clip, steps):
         set_alpha_to_one=True,
     )
     scheduler.set_timesteps(steps)
-    table = samplers.ddim_table(schedule, steps)
-    assert scheduler.timesteps.tolist() == table.times[:-1]
+    table = samplers.ddim_table(samplers.levels(schedule, steps))
+    assert scheduler.timesteps.tolist() == table.times
     if clip is not None:
         step = scheduler.step
         scheduler.step = lambda *a: step(*a, use_clipped_model_output=True)
@@ -60,11 +60,11 @@ def test_ddpm_mean_equals_diffusers(kind, monkeypatch):
     schedule = schedules.linear(T)
     scheduler = DDPMScheduler(T, prediction_type=KINDS[kind], clip_sample=True, variance_type="fixed_small")
     scheduler.set_timesteps(T)
-    table = samplers.ddpm_table(schedule)
+    table = samplers.ddpm_table(samplers.levels(schedule, T))
     scheduler.alphas_cumprod = schedule.alpha**2
     for t, row in zip(table.times, table.rows[:-1], strict=False):
         assert scheduler._get_variance(t).item() == pytest.approx(row.s**2, rel=1e-9)
-    silent = samplers.Table(table.times, [row._replace(s=0.0) for row in table.rows])
+    silent = samplers.Table(table.start, table.times, [row._replace(s=0.0) for row in table.rows])
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, **_: torch.zeros(shape))
     theirs, ours = both(scheduler, silent, kind, schedule, 1.0)
     assert (theirs - ours).abs().max() < 1e-8

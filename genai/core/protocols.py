@@ -63,7 +63,7 @@ class Prediction(NamedTuple):
 class Denoiser(Protocol):
     """`(x, t, cond) -> Prediction`; t is the one time step of the whole batch, cond the named conditions or None."""
 
-    def __call__(self, x: Tensor, t: int, cond: Batch | None) -> Prediction: ...
+    def __call__(self, x: Tensor, t: float, cond: Batch | None) -> Prediction: ...
 
 
 class Sampler(Protocol):

@@ -1,40 +1,209 @@
 """The per-step update shared by every diffusion sampler, affine in tensors with per-step scalars."""
 
-from typing import NamedTuple
+import functools
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from genai.core import rng
+from genai.core.errors import UserError
 from genai.core.protocols import Prediction
+
+Impl = Literal["auto", "triton", "torch"]
 
 
 class Row(NamedTuple):
-    """Coefficients of one step x' = a x + b x0 + s z."""
+    """Coefficients of one step x' = a x + b x0 + c x0_prev + d x_base + s z, and where x' lies: alpha x0 + sigma eps."""
 
-    a: float
-    b: float
-    s: float
+    a: float = 0.0
+    b: float = 0.0
+    s: float = 0.0
+    c: float = 0.0
+    d: float = 0.0
+    alpha: float = 1.0
+    sigma: float = 0.0
 
 
 def affine_step(
-    x: Tensor, prediction: Prediction, row: Row, *, clip: float | None = None, seeds: Tensor, index: int
-) -> Tensor:
-    """x' = a x + b x0 + s z with x0 = clip(p x + q out) and guided out = u + w (out - u).
+    x: Tensor,
+    prediction: Prediction,
+    row: Row,
+    *,
+    seeds: Tensor,
+    index: int,
+    clip: float | None = None,
+    x0_prev: Tensor | None = None,
+    x_base: Tensor | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+    noisy: bool | None = None,
+    keep_x0: bool = False,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """One reverse step, in one pass over memory where Triton runs.
 
-    x and the prediction's tensors are (B, ...) of one shape; none is changed. z is the step noise (stream 1, row
-    `index`) of `seeds` (B,), drawn only where s != 0.
+    out   = u + w (c - u) if the prediction is guided
+    x0    = clip(p x + q out)
+    x'    = a x + b x0 + c x0_prev + d x_base + s z
+    x'    = m (alpha known + sigma z2) + (1 - m) x' with a mask: inpainting
+
+    Args:
+        x: the state, (B, ...), of the same shape, dtype and device as all the others; none is changed.
+        seeds: int64 (B,); z and z2 are the noise of streams 1 and 2, row `index`, of these seeds.
+        x0_prev, x_base: needed where c or d is not zero, ignored where they are None.
+        known, mask: a clean sample and how much of it (0 to 1) to keep.
+        noisy: whether the kernel has the noise in it, default s != 0; True lets one kernel serve a whole table.
+        keep_x0: also return x0.
+        impl: "triton" is refused where it cannot run, "auto" then takes torch and says so once.
+
+    Returns:
+        x', and x0 or an empty tensor.
+
+    Raises UserError where the tensors do not fit each other.
     """
     out, out_uncond, w, p, q = prediction
+    tensors = {"out": out, "out_uncond": out_uncond, "x0_prev": x0_prev, "x_base": x_base, "known": known, "mask": mask}
+    for name, tensor in tensors.items():
+        if tensor is not None and (tensor.shape != x.shape or tensor.dtype != x.dtype or tensor.device != x.device):
+            raise UserError(f"{name} is {_kind(tensor)}, but the state of the sampler is {_kind(x)}: they must agree")
+    k = [w, p, q, row.a, row.b, row.c, row.d, row.s, row.alpha, row.sigma]
+    call = {"auto": _auto, "torch": _torch, "triton": _triton}[impl]
+    noisy = row.s != 0 if noisy is None else noisy
+    return call(*(x, out, out_uncond, x0_prev, x_base, known, mask), seeds, index, k, clip, noisy, keep_x0)
+
+
+def _kind(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
+
+
+def reference(
+    x: Tensor,
+    out: Tensor,
+    out_uncond: Tensor | None,
+    x0_prev: Tensor | None,
+    x_base: Tensor | None,
+    known: Tensor | None,
+    mask: Tensor | None,
+    seeds: Tensor,
+    row: int,
+    k: Sequence[float],
+    clip: float | None,
+    noisy: bool,
+    keep_x0: bool,
+) -> tuple[Tensor, Tensor]:
+    """The formula as it is written, in float32 at least; k holds w, p, q, a, b, c, d, s, alpha, sigma."""
+    w, p, q, a, b, c, d, s, alpha, sigma = k
+    wide = functools.partial(torch.Tensor.to, dtype=torch.promote_types(x.dtype, torch.float32))
+    x_, out = wide(x), wide(out)
+    if out_uncond is not None:
+        out = wide(out_uncond) + w * (out - wide(out_uncond))
+    x0 = p * x_ + q * out
+    if clip is not None:
+        x0 = x0.clamp(-clip, clip)
+    y = a * x_ + b * x0
+    if x0_prev is not None:
+        y = y + c * wide(x0_prev)
+    if x_base is not None:
+        y = y + d * wide(x_base)
+    if noisy:
+        y = y + s * rng.normal(seeds, x.shape[1:], row, rng.STEP)
+    if mask is not None and known is not None:
+        z = rng.normal(seeds, x.shape[1:], row, rng.MASK)
+        y = wide(mask) * (alpha * wide(known) + sigma * z) + (1 - wide(mask)) * y
+    return y.to(x.dtype), x0.to(x.dtype) if keep_x0 else x.new_empty(0)
+
+
+def _torch(
+    x: Tensor,
+    out: Tensor,
+    out_uncond: Tensor | None,
+    x0_prev: Tensor | None,
+    x_base: Tensor | None,
+    known: Tensor | None,
+    mask: Tensor | None,
+    seeds: Tensor,
+    row: int,
+    k: Sequence[float],
+    clip: float | None,
+    noisy: bool,
+    keep_x0: bool,
+) -> tuple[Tensor, Tensor]:
+    """The same in place on one new tensor, and in fewer passes: y = x0 / q first, clipping included."""
+    w, p, q, a, b, c, d, s, alpha, sigma = k
+    if x.dtype in (torch.float16, torch.bfloat16) or q == 0:
+        return reference(x, out, out_uncond, x0_prev, x_base, known, mask, seeds, row, k, clip, noisy, keep_x0)
     if out_uncond is not None:
         out = torch.lerp(out_uncond, out, w)
-    # With y = out + (p / q) x and x0 = q y, clipping included, a pass over memory is saved.
     y = torch.add(out, x, alpha=p / q)
     if clip is not None:
         y.clamp_(-clip / abs(q), clip / abs(q))
-    y.mul_(row.b * q)
-    if row.a:
-        y.add_(x, alpha=row.a)
-    if row.s:
-        y.add_(rng.normal(seeds, x.shape[1:], row=index, stream=rng.STEP).to(y), alpha=row.s)
-    return y
+    x0 = y * q if keep_x0 else x.new_empty(0)
+    y.mul_(b * q)
+    for factor, tensor in ((a, x), (c, x0_prev), (d, x_base)):
+        if factor and tensor is not None:
+            y.add_(tensor, alpha=factor)
+    if s:
+        y.add_(rng.normal(seeds, x.shape[1:], row, rng.STEP).to(y), alpha=s)
+    if mask is not None and known is not None:
+        target = torch.mul(known, alpha)
+        if sigma:
+            target.add_(rng.normal(seeds, x.shape[1:], row, rng.MASK).to(y), alpha=sigma)
+        y.lerp_(target, mask)
+    return y, x0
+
+
+def _triton(x: Tensor, *args) -> tuple[Tensor, Tensor]:
+    if reason := why_not_triton(x):
+        raise UserError(f"impl=triton cannot run here: {reason} (impl=auto or torch can)")
+    from genai.kernels import triton_affine_step
+
+    return triton_affine_step.launch(x, *args)
+
+
+def why_not_triton(x: Tensor) -> str | None:
+    """What keeps the kernel from running on tensors like x; None if nothing does."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it takes float32, float16 and bfloat16, and this is {str(x.dtype).removeprefix('torch.')}"
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs a GPU, and this is on {x.device}"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "Triton is not installed"
+    return None
+
+
+def _auto(x: Tensor, *args) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        return torch.ops.genai.affine_step(x, *args)
+    return (_on_gpu if x.is_cuda else _torch)(x, *args)  # without the dispatcher, which takes 20 us
+
+
+def _on_gpu(x: Tensor, *args) -> tuple[Tensor, Tensor]:
+    if reason := why_not_triton(x):
+        _say(f"diffusion steps run in torch instead of Triton: {reason}")
+        return _torch(x, *args)
+    return _triton(x, *args)
+
+
+@functools.cache
+def _say(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=2)
+
+
+def _fake(x: Tensor, *args) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x) if args[-1] else x.new_empty(0)
+
+
+torch.library.define(
+    "genai::affine_step",
+    "(Tensor x, Tensor out, Tensor? out_uncond, Tensor? x0_prev, Tensor? x_base, Tensor? known, Tensor? mask, "
+    "Tensor seeds, int row, float[] k, float? clip, bool noisy, bool keep_x0) -> (Tensor, Tensor)",
+)
+torch.library.impl("genai::affine_step", "cpu", _torch)
+torch.library.impl("genai::affine_step", "cuda", _on_gpu)
+torch.library.register_fake("genai::affine_step", _fake)

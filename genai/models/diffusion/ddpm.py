@@ -9,7 +9,7 @@ from genai.core.errors import UserError
 from genai.core.protocols import Batch, Losses, Prediction
 from genai.core.shapes import expand_like, mean_flat
 from genai.models.diffusion import vlb, weightings
-from genai.models.diffusion.paths import Parameterization, combination, to_x0
+from genai.models.diffusion.paths import Parameterization, Path, combination, to_x0
 from genai.models.diffusion.schedules import Schedule
 
 
@@ -61,8 +61,7 @@ class DDPM(nn.Module):
         self.guidance = guidance
         self.clip, self.levels = clip, levels
         self.variance: vlb.Variance = variance
-        p, q = to_x0(parameterization, schedule.alpha, schedule.sigma)
-        self.to_x0 = list(zip(p.tolist(), q.tolist(), strict=True))
+        _, q = to_x0(parameterization, schedule.alpha, schedule.sigma)
         # Looked up by t in training; float64 until the moment of use, and no part of the state.
         self.register_buffer("alpha", schedule.alpha, persistent=False)
         self.register_buffer("sigma", schedule.sigma, persistent=False)
@@ -127,13 +126,17 @@ class DDPM(nn.Module):
         mean = member @ per_sample / count.clamp_min(1)
         return {f"loss_q{i + 1}": (mean[i], count[i]) for i in range(4)}
 
-    def denoise(self, x: Tensor, t: int, cond: Batch | None = None) -> Prediction:
+    @property
+    def path(self) -> Path:
+        return self.schedule
+
+    def denoise(self, x: Tensor, t: float, cond: Batch | None = None) -> Prediction:
         """The Denoiser: x (B, *shape) at time step t; without conditions, those the network takes are null."""
         cond = cond or {}
         if not cond:
             cond = {name: null.to(x.device).expand(len(x)) for name, null in self.null().items()}
         out = self.net(x, x.new_full((len(x),), t * 1000 / len(self.schedule)), **cond)
-        p, q = self.to_x0[t]
+        p, q = to_x0(self.parameterization, *self.schedule.at(t))
         return Prediction(out.to(x.dtype), p=p, q=q)
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ def classifier_free(denoiser: Denoiser, null: Batch, w: float) -> Denoiser:
     if w == 1.0:
         return denoiser
 
-    def guided(x: Tensor, t: int, cond: Batch | None) -> Prediction:
+    def guided(x: Tensor, t: float, cond: Batch | None) -> Prediction:
         assert cond is not None
         both = {k: torch.cat([c, null[k].to(c).expand_as(c)]) for k, c in cond.items()}
         prediction = denoiser(torch.cat([x, x]), t, both)

@@ -5,7 +5,9 @@ Every parameterisation is a linear target u x0 + v eps; solving it together with
     x0 = p x + q out,   p = v / (alpha v - sigma u),   q = -sigma / (alpha v - sigma u).
 """
 
-from typing import Literal, TypeVar
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -13,6 +15,73 @@ from genai.core.errors import UserError
 
 Parameterization = Literal["eps", "x0", "v"]
 Number = TypeVar("Number", float, Tensor)
+
+
+class Level(NamedTuple):
+    """A point of a path: the time the network is told, and alpha and sigma there."""
+
+    t: float
+    alpha: float
+    sigma: float
+
+    @property
+    def ratio(self) -> float:
+        """sigma / alpha, the noise of x / alpha; infinite for pure noise."""
+        return self.sigma / self.alpha if self.alpha else math.inf
+
+
+CLEAN = Level(-1, 1.0, 0.0)
+
+
+class Path(Protocol):
+    """How clean data turns into noise. Times rise with the noise, from t_min to t_max."""
+
+    @property
+    def t_min(self) -> float: ...
+
+    @property
+    def t_max(self) -> float: ...
+
+    @property
+    def discrete(self) -> bool:
+        """Whether training saw whole times only."""
+        ...
+
+    def level(self, t: float) -> Level: ...
+
+    def level_of(self, ratio: float) -> Level:
+        """The level where sigma / alpha is `ratio`."""
+        ...
+
+
+@dataclass(frozen=True)
+class VarianceExploding:
+    """x = x0 + sigma eps; the time is sigma (Karras et al. 2022)."""
+
+    t_min: float = 0.002
+    t_max: float = 80.0
+    discrete = False
+
+    def level(self, t: float) -> Level:
+        return Level(t, 1.0, t)
+
+    def level_of(self, ratio: float) -> Level:
+        return self.level(ratio)
+
+
+@dataclass(frozen=True)
+class Straight:
+    """x = (1 - t) x0 + t eps, from data at t = 0 to noise at t = 1 (rectified flow, Liu et al. 2023; flow matching)."""
+
+    t_min: float = 0.0
+    t_max: float = 1.0
+    discrete = False
+
+    def level(self, t: float) -> Level:
+        return Level(t, 1.0 - t, t)
+
+    def level_of(self, ratio: float) -> Level:
+        return self.level(ratio / (1 + ratio))
 
 
 def combination(kind: Parameterization, alpha: Number, sigma: Number) -> tuple[Number, Number]:
@@ -27,7 +96,15 @@ def combination(kind: Parameterization, alpha: Number, sigma: Number) -> tuple[N
 
 
 def to_x0(kind: Parameterization, alpha: Number, sigma: Number) -> tuple[Number, Number]:
-    """(p, q) with x0 = p x + q out, for floats or tensors of any one shape; sigma > 0, and alpha > 0 for eps."""
+    """(p, q) with x0 = p x + q out, for floats or tensors of any one shape; sigma > 0.
+
+    Raises UserError for eps where alpha = 0: there the noise says nothing about x0.
+    """
+    if kind == "eps" and not (alpha.all() if isinstance(alpha, Tensor) else alpha):
+        raise UserError(
+            "model.parameterization=eps cannot predict x0 from pure noise, and this schedule ends there (alpha = 0): "
+            "use v or x0"
+        )
     u, v = combination(kind, alpha, sigma)
     scale = 1 / (alpha * v - sigma * u)
     return v * scale, -sigma * scale

@@ -3,6 +3,7 @@
 All are variance preserving, alpha^2 + sigma^2 = 1; t = 0 has the least noise.
 """
 
+import bisect
 import functools
 import math
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from genai.core.errors import UserError
+from genai.models.diffusion.paths import Level
 
 
 @dataclass(frozen=True)
@@ -20,20 +22,52 @@ class Schedule:
     alpha: Tensor
     sigma: Tensor
 
+    discrete = True
+    t_min = 0
+
     def __len__(self) -> int:
         return len(self.alpha)
 
-    def at(self, t: int) -> tuple[float, float]:
-        """(alpha_t, sigma_t); t = -1 is clean data, (1, 0)."""
-        return (1.0, 0.0) if t < 0 else self._pairs[t]
+    @property
+    def t_max(self) -> int:
+        return len(self) - 1
+
+    def at(self, t: float) -> tuple[float, float]:
+        """(alpha_t, sigma_t); t = -1 is clean data, (1, 0). Between whole times log(sigma / alpha) is linear."""
+        if t < 0:
+            return 1.0, 0.0
+        if t == int(t):
+            return self._pairs[int(t)]
+        low, high = self._log_ratios[int(t)], self._log_ratios[int(t) + 1]
+        return _preserving(math.exp(low + (t - int(t)) * (high - low)))
+
+    def level(self, t: float) -> Level:
+        return Level(t, *self.at(t))
+
+    def level_of(self, ratio: float) -> Level:
+        """The level at a time, in general not a whole one, where sigma / alpha is `ratio`."""
+        logs, log = self._log_ratios, math.log(ratio)
+        i = min(max(bisect.bisect_right(logs, log) - 1, 0), max(len(logs) - 2, 0))
+        t = i if len(logs) == 1 else i + (log - logs[i]) / (logs[i + 1] - logs[i])
+        return Level(min(max(t, 0), self.t_max), *_preserving(ratio))
 
     @functools.cached_property
     def _pairs(self) -> list[tuple[float, float]]:
         return list(zip(self.alpha.tolist(), self.sigma.tolist(), strict=True))
 
+    @functools.cached_property
+    def _log_ratios(self) -> list[float]:
+        return (self.sigma / self.alpha).log().tolist()
+
     def snr(self) -> Tensor:
         """Signal-to-noise ratio alpha^2 / sigma^2, (T,)."""
         return (self.alpha / self.sigma) ** 2
+
+
+def _preserving(ratio: float) -> tuple[float, float]:
+    """The (alpha, sigma) with sigma / alpha = ratio and alpha^2 + sigma^2 = 1."""
+    alpha = (1 + ratio**2) ** -0.5
+    return alpha, ratio * alpha
 
 
 def from_alpha_bar(alpha_bar: Tensor) -> Schedule:
@@ -73,3 +107,9 @@ def log_snr(steps: int = 1000, log_snr_max: float = 9.0, log_snr_min: float = -9
     """log SNR linear in t from log_snr_max down to log_snr_min (Variational Diffusion Models, Kingma et al. 2021, sec. 3)."""
     ratio = torch.linspace(log_snr_max, log_snr_min, _checked(steps), dtype=torch.float64)
     return from_alpha_bar(torch.sigmoid(ratio))
+
+
+def zero_terminal_snr(schedule: Schedule) -> Schedule:
+    """The schedule with sqrt(abar) shifted and scaled so that the last t is pure noise (Lin et al. 2024, algorithm 1)."""
+    first, last = schedule.alpha[0], schedule.alpha[-1]
+    return from_alpha_bar(((schedule.alpha - last) * first / (first - last)) ** 2)

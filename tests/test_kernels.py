@@ -1,0 +1,223 @@
+"""The fused step: Triton against the formula, by its interpreter here and on a GPU where there is one; and what it
+compiles to, which needs no GPU."""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from genai.core import rng
+from genai.core.protocols import Prediction
+from genai.kernels.affine_step import Row, affine_step
+from tests.conftest import ROOT
+
+SHAPES = [(3, 2, 5), (2, 3, 8, 8), (1, 1), (2, 1031), (2, 4, 520)]  # odd ones, one block and several
+ROWS = {
+    "first order": Row(0.5, 0.3),
+    "noisy": Row(0.5, 0.3, 0.2),
+    "multistep": Row(0.5, 0.3, 0.0, -0.1),
+    "two-stage": Row(0.5, 0.3, 0.0, -0.1, 0.4),
+    "all": Row(0.5, 0.3, 0.2, -0.1, 0.4, 0.8, 0.6),
+    "last": Row(0.0, 1.0),
+}
+# guided, clip, inpaint, keep_x0: each pair of choices of two of them occurs
+SETTINGS = [(False, None, False, False), (False, 0.7, True, True), (True, None, True, True), (True, 0.7, False, True),
+            (True, 0.7, True, False)]  # fmt: skip
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # relative; the halves' own rounding
+
+
+def arguments(shape, dtype, row, guided, clip, inpaint, keep_x0, device):
+    generator = torch.Generator().manual_seed(0)
+    tensors = torch.randn(6, *shape, generator=generator).to(device, dtype)
+    x, out, uncond, x0_prev, x_base, known = tensors.unbind()
+    prediction = Prediction(out, uncond if guided else None, 1.7, 1.3, -0.7)
+    options = {"seeds": rng.seed_range(2**40, shape[0]).to(device), "index": 6, "clip": clip, "keep_x0": keep_x0}
+    options["x0_prev"] = x0_prev if row.c else None
+    options["x_base"] = x_base if row.d else None
+    if inpaint:
+        options["known"], options["mask"] = known, (x > 0).to(dtype)
+    return (x, prediction, row), options
+
+
+def formula(x, prediction, row, *, seeds, index, clip, keep_x0, x0_prev=None, x_base=None, known=None, mask=None):
+    """What affine_step promises, in float64 from the same inputs."""
+    z = [rng.normal(seeds, x.shape[1:], index, stream).double() for stream in (rng.STEP, rng.MASK)]
+    x, x0_prev, x_base, known, mask = (t if t is None else t.double() for t in (x, x0_prev, x_base, known, mask))
+    out, uncond, w, p, q = prediction
+    out = out.double() if uncond is None else uncond.double() + w * (out.double() - uncond.double())
+    x0 = p * x + q * out
+    x0 = x0 if clip is None else x0.clamp(-clip, clip)
+    y = row.a * x + row.b * x0 + row.s * z[0]
+    y = y if x0_prev is None else y + row.c * x0_prev
+    y = y if x_base is None else y + row.d * x_base
+    if mask is not None:
+        y = mask * (row.alpha * known + row.sigma * z[1]) + (1 - mask) * y
+    return y, x0
+
+
+def check(impl, device):
+    """Every row kind, dtype, size and setting of one implementation."""
+    for dtype, shape, row in itertools.product(TOLERANCE, SHAPES, ROWS.values()):
+        for guided, clip, inpaint, keep in SETTINGS:
+            args, options = arguments(shape, dtype, row, guided, clip, inpaint, keep, device)
+            kept = [t.clone() for t in (args[0], args[1].out)]
+            y, x0 = affine_step(*args, impl=impl, **options)
+            expected, expected_x0 = formula(*args, **options)
+            assert y.dtype == dtype
+            assert torch.equal(kept[0], args[0])
+            assert torch.equal(kept[1], args[1].out)
+            about = (dtype, shape, row, guided, clip, inpaint, keep)
+            for got, want in [(y, expected), (x0, expected_x0)][: 1 + keep]:
+                bound = TOLERANCE[dtype] * want.abs().clamp_min(1)
+                assert ((got.double() - want).abs() <= bound).all(), (about, (got.double() - want).abs().max())
+
+
+def in_the_interpreter(script):
+    """Run `script` in a process of its own, because the interpreter has to be chosen before Triton is imported."""
+    pytest.importorskip("triton", reason="Triton exists for Linux only")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=400, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_torch_is_the_formula():
+    check("torch", "cpu")
+
+
+def test_interpreted_triton_is_the_formula():
+    in_the_interpreter(
+        "import torch; torch.set_num_threads(1); from tests.test_kernels import check; check('triton', 'cpu')"
+    )
+
+
+@pytest.mark.gpu
+def test_triton_is_the_formula():
+    check("triton", "cuda")
+
+
+NOISE = """
+import torch, triton, triton.language as tl
+from genai.core import rng
+from genai.kernels.triton_affine_step import normals, uniforms
+@triton.jit
+def draw(seed, row, stream: tl.constexpr, U, N, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    u0, u1, u2, u3 = uniforms(tl.load(seed), i.to(tl.int64), row, stream)
+    tl.store(U + 4*i, u0); tl.store(U + 4*i + 1, u1); tl.store(U + 4*i + 2, u2); tl.store(U + 4*i + 3, u3)
+    tl.store(N + tl.arange(0, 4*BLOCK), normals(tl.load(seed), i.to(tl.int64), row, stream))
+for value in (0, 123456789012345, -7):
+    for stream in (1, 2):
+        B, seed = 8192, torch.tensor([value], device=DEVICE)
+        U, N = torch.empty(4*B, device=DEVICE), torch.empty(4*B, device=DEVICE)
+        draw[(1,)](seed, 999, stream, U, N, BLOCK=B)
+        assert torch.equal(rng.uniform(seed, (4*B,), 999, stream)[0], U)  # the integers', one to one in 24 bits
+        error = (rng.normal(seed, (4*B,), 999, stream)[0] - N).abs().max().item()
+        assert error < 1e-6, error
+print("equal")
+"""
+
+
+def test_interpreted_noise_is_that_of_torch(tmp_path):
+    path = tmp_path / "noise.py"  # Triton reads its kernels from a file
+    path.write_text("DEVICE = 'cpu'\n" + NOISE)
+    assert in_the_interpreter(f"import runpy; runpy.run_path({str(path)!r})").strip() == "equal"
+
+
+@pytest.mark.gpu
+def test_noise_is_that_of_torch(tmp_path):
+    path = tmp_path / "noise.py"
+    path.write_text("DEVICE = 'cuda'\n" + NOISE)
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, cwd=ROOT, timeout=400)
+    assert done.stdout.strip() == "equal", done.stderr[-3000:]
+
+
+FAR = """
+import torch, triton, triton.language as tl
+from genai.kernels.triton_affine_step import first_element
+@triton.jit
+def far(n, OFFSET):
+    tl.store(OFFSET + tl.program_id(0), first_element(tl.program_id(0), n))
+offset = torch.empty(5, dtype=torch.int64)
+far[(5,)](2**30, offset)
+assert offset.tolist() == [k * 2**30 for k in range(5)], offset
+print("equal")
+"""
+
+
+def test_offsets_pass_2_to_the_31(tmp_path):
+    """The function that every load and store of the kernel goes through, at samples that lie far behind."""
+    path = tmp_path / "far.py"
+    path.write_text(FAR)
+    assert in_the_interpreter(f"import runpy; runpy.run_path({str(path)!r})").strip() == "equal"
+
+
+# What it compiles to
+
+COMPILE = """
+import json, subprocess, sys, tempfile, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from genai.kernels.triton_affine_step import BLOCK, affine_step_kernel as kernel
+dtype, capability, vector, features = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), set(sys.argv[4].split(","))
+tensors = ["X", "OUT", "OUT_UNCOND", "X0_PREV", "X_BASE", "KNOWN", "MASK", "SEEDS", "Y", "X0"]
+flags = ["GUIDED", "CLIPPED", "PREV", "BASE", "NOISY", "INPAINT", "KEEP"]
+needs = {"OUT_UNCOND": "GUIDED", "X0_PREV": "PREV", "X_BASE": "BASE", "KNOWN": "INPAINT", "MASK": "INPAINT"}
+signature, constants = {}, {"VECTOR": vector, "BLOCK": BLOCK, **{flag: flag in features for flag in flags}}
+for name in kernel.arg_names:
+    if name in constants or (name in needs and needs[name] not in features):
+        signature[name] = "constexpr"
+        constants.setdefault(name, None)
+    elif name in tensors:
+        signature[name] = "*i64" if name == "SEEDS" else f"*{dtype}"
+    else:
+        signature[name] = "i32" if name in ("n_vectors", "chunks", "row") else "fp32"
+aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in tensors and n not in constants}
+built = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", capability, 32))
+with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+    file.write(built.asm["cubin"])
+    file.flush()
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+print(json.dumps([built.asm["ptx"], usage]))
+"""
+INPUTS = {"GUIDED": 1, "PREV": 1, "BASE": 1, "INPAINT": 2}
+
+
+def compiled(dtype, capability, vector, features):
+    pytest.importorskip("triton", reason="Triton exists for Linux only")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE, dtype, str(capability), str(vector), ",".join(features) or "none"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("features", [["CLIPPED"], ["GUIDED", "CLIPPED", "PREV", "BASE", "NOISY", "INPAINT", "KEEP"]])
+def test_compiled_kernel_moves_16_bytes_at_once_and_spills_nothing(dtype, capability, features):
+    code, usage = compiled(dtype, capability, 4 if dtype == "fp32" else 8, features)
+    loads = re.findall(r"ld\.global[.\w:]*", code)
+    stores = re.findall(r"st\.global[.\w:]*", code)
+    wide = [load for load in loads if load.endswith("v4.b32")]
+    inputs, outputs = 2 + sum(INPUTS.get(f, 0) for f in features), 1 + ("KEEP" in features)
+    passes = 1024 * (4 if dtype == "fp32" else 2) // (128 * 16)  # of the 128 threads over the block
+    assert len(wide) == inputs * passes  # one load per input element
+    assert set(loads) - set(wide) <= {"ld.global.b64"}  # the seed
+    assert stores == ["st.global.v4.b32"] * (outputs * passes)
+    assert ".local" not in code
+    assert re.search(r"STACK:0 .*LOCAL:0", usage), usage  # registers sufficed
+
+
+def test_sizes_that_16_bytes_do_not_divide_take_the_masked_variant():
+    code, _ = compiled("fp32", 90, 1, ["CLIPPED"])
+    assert "v4.b32" not in code
+    assert re.search(r"@%p\d+ ld\.global\.b32", code)
