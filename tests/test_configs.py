@@ -44,6 +44,8 @@ def config_of(case):
     cfg.data.shape = cfg.data.shape or [3, 8, 8]
     for net in (cfg.model.net, cfg.model.net.get("net", {})):
         net.update({key: value for key, value in SMALLER.items() if key in net})
+    if "sigma_data" in cfg.model:
+        cfg.model.sigma_data = 0.5
     if cfg.sampler.get("steps", 0) is not None:
         cfg.sampler.steps = 2
     else:

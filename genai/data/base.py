@@ -99,6 +99,11 @@ class Arrays:
         return {self.field: x} if self.labels is None else {self.field: x, "label": self.labels[index]}
 
 
+def std(split: Split, field: str, n: int = 4096) -> float:
+    """Standard deviation of all numbers in the first n items of a split."""
+    return split.batch(torch.arange(min(n, len(split))), None)[field].double().std(correction=0).item()
+
+
 def held_out(n: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Indices 0, ..., n-1 in a fixed random order, cut into the kept and the last `fraction` of them."""
     order = np.random.default_rng(0).permutation(n)

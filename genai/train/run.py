@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from genai import checkpoint
 from genai.core import rng
 from genai.core.errors import UserError, at_least
+from genai.data.base import std
 from genai.train import trackers
 from genai.train.callbacks import File, Progress, Stop
 from genai.train.record import Record
@@ -39,6 +40,8 @@ def run(cfg: DictConfig) -> Path:
     data = checkpoint.build(OmegaConf.to_container(cfg.data, resolve=True), trust)
     for fact in ("shape", "classes", "levels"):
         cfg.data[fact] = getattr(data, fact)
+    if cfg.model.get("sigma_data", 1.0) is None:
+        cfg.model.sigma_data = round(std(data.splits["train"], data.field), 4)
     config: dict[str, Any] = {**OmegaConf.to_container(cfg, resolve=True), "resume": None}  # type: ignore[dict-item]
     folder, resumed = _folder(cfg)
     torch.manual_seed(rng.mix(cfg.seed))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from genai.core.errors import UserError
 
-Parameterization = Literal["eps", "x0", "v"]
+Parameterization = Literal["eps", "x0", "v", "flow"]
 Number = TypeVar("Number", float, Tensor)
 
 
@@ -85,14 +85,16 @@ class Straight:
 
 
 def combination(kind: Parameterization, alpha: Number, sigma: Number) -> tuple[Number, Number]:
-    """(u, v) of the training target u x0 + v eps; v-prediction is Salimans & Ho 2022, appendix D."""
+    """(u, v) of the training target u x0 + v eps; v-prediction is Salimans & Ho 2022, appendix D, flow is eps - x0."""
     if kind == "eps":
         return 0 * alpha, 0 * alpha + 1
     if kind == "x0":
         return 0 * alpha + 1, 0 * alpha
     if kind == "v":
         return -sigma, alpha
-    raise UserError(f"model.parameterization={kind!r} is none of eps, x0, v")
+    if kind == "flow":
+        return 0 * alpha - 1, 0 * alpha + 1
+    raise UserError(f"model.parameterization={kind!r} is none of eps, x0, v, flow")
 
 
 def to_x0(kind: Parameterization, alpha: Number, sigma: Number) -> tuple[Number, Number]:

@@ -20,7 +20,7 @@ from genai.core import rng
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, Denoiser, OnStep, Prediction
 from genai.kernels.affine_step import Impl, Row, affine_step
-from genai.models.diffusion.ddpm import DDPM
+from genai.models.diffusion.base import Diffusion
 from genai.models.diffusion.guidance import classifier_free
 from genai.models.diffusion.paths import CLEAN, Level, Path
 
@@ -240,7 +240,7 @@ def walk(
 
 @torch.inference_mode()
 def run(
-    model: DDPM,
+    model: Diffusion,
     table: Table,
     seeds: Tensor,
     cond: Batch | None = None,
@@ -290,7 +290,7 @@ def _watched(denoiser: Denoiser, steps: int) -> Denoiser:
 
 
 def ddpm(
-    model: DDPM,
+    model: Diffusion,
     seeds: Tensor,
     cond: Batch | None = None,
     on_step: OnStep | None = None,
@@ -306,7 +306,7 @@ def ddpm(
 
 
 def ddim(
-    model: DDPM,
+    model: Diffusion,
     seeds: Tensor,
     cond: Batch | None = None,
     on_step: OnStep | None = None,
@@ -321,7 +321,7 @@ def ddim(
 
 
 def heun(
-    model: DDPM,
+    model: Diffusion,
     seeds: Tensor,
     cond: Batch | None = None,
     on_step: OnStep | None = None,
@@ -336,7 +336,7 @@ def heun(
 
 
 def midpoint(
-    model: DDPM,
+    model: Diffusion,
     seeds: Tensor,
     cond: Batch | None = None,
     on_step: OnStep | None = None,
@@ -352,7 +352,7 @@ def midpoint(
 
 
 def dpmpp_2m(
-    model: DDPM,
+    model: Diffusion,
     seeds: Tensor,
     cond: Batch | None = None,
     on_step: OnStep | None = None,
@@ -366,7 +366,7 @@ def dpmpp_2m(
     return run(model, dpmpp_2m_table(levels(model.path, steps, spacing), eta), seeds, cond, on_step, guidance)
 
 
-def invert(model: DDPM, image: Tensor, cond: Batch | None = None, *, steps: int = 50) -> Tensor:
+def invert(model: Diffusion, image: Tensor, cond: Batch | None = None, *, steps: int = 50) -> Tensor:
     """DDIM inversion: clean samples (B, *shape) -> the noise that `ddim` with as many steps leads back to them (Song et al.
     2021, section 4.3); exact as steps grow. The data count as the state at the least noisy level."""
     up = levels(model.path, steps)[-2::-1]

@@ -1,0 +1,97 @@
+"""What all diffusion models share: one field of the batch, its label as a condition, how times are spread."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from genai.core.errors import UserError
+from genai.core.protocols import Batch, Losses, Prediction
+from genai.models.diffusion.paths import Path
+
+
+class Diffusion(nn.Module):
+    """A network that denoises one field of the batch along a path; subclasses say which, and how they train.
+
+    Args:
+        net: `net(x, time, label) -> out`, x and out (B, *shape), time (B,) in [0, 1000], label int64 (B,) where the
+            index `classes` is the learned null; an unconditional model calls `net(x, time)`.
+        shape: of one sample, (C, H, W) or (D,).
+        field: the batch's tensor to model, scaled to [-1, 1] if `clip` is 1.
+        classes: number of labels, None for an unconditional model.
+        label_dropout: probability of training a sample with the null label, for classifier-free guidance.
+        guidance: weight of classifier-free guidance when sampling, 1 for none.
+        clip: bound of |x0| while sampling, None for unbounded data.
+    """
+
+    path: Path
+
+    def __init__(
+        self,
+        net: nn.Module,
+        shape: Sequence[int],
+        field: str = "image",
+        classes: int | None = None,
+        label_dropout: float = 0.1,
+        guidance: float = 1.0,
+        clip: float | None = 1.0,
+    ):
+        super().__init__()
+        if not 0 <= label_dropout <= 1:
+            raise UserError(f"model.label_dropout={label_dropout} must be a probability between 0 and 1")
+        self.net, self.shape, self.field = net, tuple(shape), field
+        self.classes, self.label_dropout, self.guidance, self.clip = classes, label_dropout, guidance, clip
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        raise NotImplementedError
+
+    def denoise(self, x: Tensor, t: float, cond: Batch | None = None) -> Prediction:
+        """The Denoiser: x (B, *shape) at time t of the path; without conditions, those the network takes are null."""
+        raise NotImplementedError
+
+    def nets(self) -> Mapping[str, nn.Module]:
+        return {"net": self.net}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.net.parameters()).dtype
+
+    def null(self) -> Batch:
+        """The value, shape (), of each condition that means "not given"."""
+        return {} if self.classes is None else {"label": torch.tensor(self.classes)}
+
+    def conditions(self, batch: Batch) -> Batch:
+        """The network's keyword arguments; in training some labels become the null."""
+        if self.classes is None:
+            return {}
+        label = batch["label"]
+        if self.training:
+            dropped = torch.rand(label.shape, device=label.device) < self.label_dropout
+            label = torch.where(dropped, self.classes, label)
+        return {"label": label}
+
+    def call(self, x: Tensor, time: float, cond: Batch | None) -> Tensor:
+        """The network at one time for the whole batch, which it is told; null where there are no conditions."""
+        cond = cond or {name: null.to(x.device).expand(len(x)) for name, null in self.null().items()}
+        return self.net(x, x.new_full((len(x),), time), **cond).to(x.dtype)
+
+    def uniforms(self, n: int) -> Tensor:
+        """(n,) in [0, 1), spread evenly over the batch: each is uniform, their mean varies far less than that of
+        independent draws (Kingma et al. 2021, appendix I.1). In evaluation always the same ones."""
+        u = torch.arange(n, device=self.device) / n
+        return (u + torch.rand((), device=self.device) if self.training else u + 0.5 / n) % 1
+
+    def losses(self, per_sample: Tensor, noise: Tensor) -> Losses:
+        """Their mean; evaluation adds the mean loss and count per quarter of `noise` in [0, 1), q1 the least."""
+        logs = {}
+        if not self.training:
+            each = per_sample.detach()
+            member = ((noise * 4).long() == torch.arange(4, device=each.device)[:, None]).to(each)  # (4, B)
+            count = member.sum(1)
+            mean = member @ each / count.clamp_min(1)
+            logs = {f"loss_q{i + 1}": (mean[i], count[i]) for i in range(4)}
+        return Losses(per_sample.mean(), len(per_sample), logs)

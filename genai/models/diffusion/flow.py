@@ -1,0 +1,56 @@
+"""Flow matching on straight paths: rectified flow (Liu et al. 2023) with logit-normal times (Esser et al. 2024).
+
+Time runs from data at t = 0 to noise at t = 1, x = (1 - t) x0 + t eps, and the network predicts dx/dt = eps - x0.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from genai.core.errors import UserError
+from genai.core.protocols import Batch, Losses, Prediction
+from genai.core.shapes import expand_like, mean_flat
+from genai.models.diffusion.base import Diffusion
+from genai.models.diffusion.paths import Straight, to_x0
+
+
+class Flow(Diffusion):
+    """A velocity field from noise to data.
+
+    Args:
+        net, shape, field, classes, label_dropout, guidance, clip: see `Diffusion`; the time the network is told is 1000 t.
+        logit_mean, logit_std: of the normal that logit(t) is drawn from in training (Esser et al. 2024, eq. 19);
+            a positive mean trains more on noise, logit_std 0 draws t uniformly.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        shape: Sequence[int],
+        field: str = "image",
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+        classes: int | None = None,
+        label_dropout: float = 0.1,
+        guidance: float = 1.0,
+        clip: float | None = None,
+    ):
+        super().__init__(net, shape, field, classes, label_dropout, guidance, clip)
+        if logit_std < 0:
+            raise UserError(f"model.logit_std={logit_std} must be at least 0 (0 draws t uniformly)")
+        self.path, self.logit_mean, self.logit_std = Straight(), logit_mean, logit_std
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        """The squared error of the velocity (conditional flow matching, Lipman et al. 2023, eq. 9)."""
+        x0 = batch[self.field]
+        u = self.uniforms(len(x0))
+        t = self.logit_mean + self.logit_std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
+        t = torch.sigmoid(t) if self.logit_std else u
+        eps, t_ = torch.randn_like(x0), expand_like(t, x0)
+        out = self.net((1 - t_) * x0 + t_ * eps, (1000 * t).to(x0.dtype), **self.conditions(batch))
+        return self.losses(mean_flat((out.to(x0.dtype) - (eps - x0)) ** 2), u)
+
+    def denoise(self, x: Tensor, t: float, cond: Batch | None = None) -> Prediction:
+        p, q = to_x0("flow", 1 - t, t)
+        return Prediction(self.call(x, 1000 * t, cond), p=p, q=q)
