@@ -9,6 +9,8 @@ from torch import nn
 from genai.core.errors import UserError
 from genai.models.diffusion import schedules, vlb, weightings
 from genai.models.diffusion.ddpm import DDPM
+from genai.models.diffusion.edm import EDM
+from genai.models.diffusion.flow import Flow
 from genai.models.diffusion.paths import combination, to_x0
 from genai.models.diffusion.unet import UNet
 
@@ -36,7 +38,8 @@ class GaussianNet(nn.Module):
         return gain, MEAN - gain * alpha * MEAN
 
     def forward(self, x, time):
-        at = [self.schedule.at(round(t * len(self.schedule) / 1000, 9)) for t in time.tolist()]
+        times = [t * len(self.schedule) / 1000 for t in time.tolist()]
+        at = [self.schedule.at(round(t) if abs(t - round(t)) < 1e-9 else t) for t in times]
         alpha, sigma = torch.tensor(at, dtype=torch.float64).T.unsqueeze(-1)
         gain = alpha * VAR / (alpha**2 * VAR + sigma**2)
         p, q = to_x0(self.kind, alpha, sigma)
@@ -195,6 +198,77 @@ def test_labels_are_dropped_at_the_stated_rate_and_only_in_training():
     dropped = (model.train().conditions({"label": label})["label"] == 10).double().mean().item()
     assert dropped == pytest.approx(0.3, abs=0.02)
     assert torch.equal(model.eval().conditions({"label": label})["label"], label)
+
+
+# Continuous time
+
+
+@pytest.mark.parametrize("sigma", [0.002, 0.3, 1.0, 80.0])
+def test_preconditioning_is_table_1_of_edm(sigma):
+    """Unit variance into and out of the network, and the least amplified error (their appendix B.6)."""
+    data = 0.75
+    c_skip, c_out, c_in = EDM(nn.Linear(1, 1), [1], data).preconditioning(sigma)
+    assert c_in**2 * (sigma**2 + data**2) == pytest.approx(1)
+    assert ((1 - c_skip) ** 2 * data**2 + c_skip**2 * sigma**2) / c_out**2 == pytest.approx(1)
+    assert c_skip == pytest.approx(data**2 / (sigma**2 + data**2))
+    assert c_out == pytest.approx(sigma * data / math.sqrt(sigma**2 + data**2))
+
+
+class Zero(nn.Module):
+    """A network that answers 0 and remembers the times it was told."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, time):
+        self.time = time
+        return torch.zeros_like(x)
+
+
+def test_edms_loss_of_a_silent_network_on_gaussian_data_is_1():
+    """Its target has unit variance at every sigma; ln(sigma) has the stated mean and deviation."""
+    torch.manual_seed(0)
+    model = EDM(Zero(), [64], 0.75, "vector", log_sigma_mean=-1.2, log_sigma_std=1.2)
+    losses = model({"vector": 0.75 * torch.randn(4096, 64)}, 0)
+    assert losses.total.item() == pytest.approx(1, abs=0.02)
+    log_sigma = math.log(0.002) + model.net.time / 1000 * math.log(80 / 0.002)
+    assert log_sigma.mean().item() == pytest.approx(-1.2, abs=0.02)
+    assert log_sigma.std().item() == pytest.approx(1.2, abs=0.02)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (1.0, 0.5), (0.0, 0.0)])
+def test_flows_target_is_the_velocity_and_its_times_are_logit_normal(mean, std):
+    torch.manual_seed(0)
+    model = Flow(Zero(), [64], "vector", logit_mean=mean, logit_std=std)
+    losses = model({"vector": torch.full((4096, 64), 2.0)}, 0)
+    assert losses.total.item() == pytest.approx(1 + 2.0**2, abs=0.05)  # E (eps - x0)^2
+    t = model.net.time / 1000
+    logit = torch.logit(t.double()) if std else t
+    assert logit.mean().item() == pytest.approx(mean if std else 0.5, abs=0.02)
+    assert logit.std().item() == pytest.approx(std or 12**-0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("make", [lambda: EDM(Zero(), [2], 0.5, "vector"), lambda: Flow(Zero(), [2], "vector")])
+def test_continuous_models_log_quartiles_in_evaluation_on_fixed_times(make):
+    model = make().eval()
+    logs = model({"vector": torch.randn(8, 2)}, 0).logs
+    first = model.net.time
+    model({"vector": torch.randn(8, 2)}, 0)
+    assert torch.equal(first, model.net.time)
+    assert [logs[f"loss_q{i}"][1].item() for i in (1, 2, 3, 4)] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"sigma_data": 0.0}, "model.sigma_data=0.0 must be the standard deviation"),
+        ({"sigma_data": 0.5, "sigma_min": 3.0, "sigma_max": 2.0}, "model.sigma_min=3.0 must lie above 0 and below"),
+    ],
+)
+def test_impossible_edms_are_refused(arguments, sentence):
+    with pytest.raises(UserError, match=sentence):
+        EDM(Zero(), [2], **arguments)
 
 
 # The bound
