@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from genai.core import rng
+from genai.core.errors import UserError
 from genai.core.protocols import Prediction
+from genai.kernels import affine_step as kernels
 from genai.kernels.affine_step import Row, affine_step
 from tests.conftest import ROOT
 
@@ -159,52 +161,116 @@ def test_offsets_pass_2_to_the_31(tmp_path):
     assert in_the_interpreter(f"import runpy; runpy.run_path({str(path)!r})").strip() == "equal"
 
 
+# The door
+
+
+def test_the_operator_passes_torchs_own_checks_and_compiles_and_exports():
+    x, out, base = torch.randn(3, 2, 5).unbind(1)[0], torch.randn(3, 5), torch.randn(3, 5)
+    k = [1.0, 1.3, -0.7, 0.5, 0.3, 0.0, 0.4, 0.2, 1.0, 0.0]
+    given = (x.contiguous(), out, None, None, base, None, None, rng.seed_range(0, 3), 6, k, 1.0, True, True)
+    torch.library.opcheck(torch.ops.genai.affine_step.default, given, test_utils=("test_schema", "test_faketensor"))
+
+    class Step(torch.nn.Module):
+        def forward(self, x, out):
+            prediction = Prediction(out, p=1.3, q=-0.7)
+            seeds = torch.arange(3)
+            return affine_step(x, prediction, ROWS["noisy"], seeds=seeds, index=2, clip=1.0, keep_x0=True)
+
+    expected = Step()(x, out)
+    for run in (torch.compile(Step(), backend="eager", fullgraph=True), torch.export.export(Step(), (x, out)).module()):
+        assert all(torch.equal(a, b) for a, b in zip(run(x, out), expected, strict=True))
+
+
+def test_layouts_are_those_of_the_samples():
+    """Noise is numbered in C order whatever the memory format, and a channels-last state gives the same numbers."""
+    args, options = arguments((2, 3, 8, 8), torch.float32, ROWS["all"], True, 0.7, True, True, "cpu")
+    plain = affine_step(*args, **options)
+    last = {"memory_format": torch.channels_last}
+    x, prediction, row = args
+    prediction = prediction._replace(out=prediction.out.to(**last))
+    options = {k: v.to(**last) if isinstance(v, torch.Tensor) and v.ndim == 4 else v for k, v in options.items()}
+    for got, want in zip(affine_step(x.to(**last), prediction, row, **options), plain, strict=True):
+        assert torch.allclose(got, want, atol=1e-6)
+
+
+def test_tensors_that_do_not_fit_are_refused():
+    x, seeds = torch.randn(2, 3), rng.seed_range(0, 2)
+    for out in (torch.randn(2, 4), torch.randn(2, 3).double(), torch.randn(2, 3, device="meta")):
+        with pytest.raises(UserError, match=r"out is float.* but the state of the sampler is float32 \[2, 3\] on cpu"):
+            affine_step(x, Prediction(out), ROWS["last"], seeds=seeds, index=0)
+    with pytest.raises(UserError, match="x_base is float32"):
+        affine_step(x, Prediction(x), ROWS["last"], seeds=seeds, index=0, x_base=x[:1])
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x, seeds = torch.randn(2, 3), rng.seed_range(0, 2)
+    with pytest.raises(UserError, match="impl=triton cannot run here: it needs a GPU, and this is on cpu"):
+        affine_step(x, Prediction(x), ROWS["last"], seeds=seeds, index=0, impl="triton")
+    with pytest.raises(UserError, match="it takes float32, float16 and bfloat16, and this is float64"):
+        affine_step(x.double(), Prediction(x.double()), ROWS["last"], seeds=seeds, index=0, impl="triton")
+    assert "float64" in kernels.why_not_triton(x.double())
+
+
 # What it compiles to
 
 COMPILE = """
 import json, subprocess, sys, tempfile, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from genai.kernels.triton_affine_step import BLOCK, affine_step_kernel as kernel
-dtype, capability, vector, features = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), set(sys.argv[4].split(","))
+from genai.kernels.triton_affine_step import BLOCK, vector, affine_step_kernel as kernel
 tensors = ["X", "OUT", "OUT_UNCOND", "X0_PREV", "X_BASE", "KNOWN", "MASK", "SEEDS", "Y", "X0"]
 flags = ["GUIDED", "CLIPPED", "PREV", "BASE", "NOISY", "INPAINT", "KEEP"]
 needs = {"OUT_UNCOND": "GUIDED", "X0_PREV": "PREV", "X_BASE": "BASE", "KNOWN": "INPAINT", "MASK": "INPAINT"}
-signature, constants = {}, {"VECTOR": vector, "BLOCK": BLOCK, **{flag: flag in features for flag in flags}}
-for name in kernel.arg_names:
-    if name in constants or (name in needs and needs[name] not in features):
-        signature[name] = "constexpr"
-        constants.setdefault(name, None)
-    elif name in tensors:
-        signature[name] = "*i64" if name == "SEEDS" else f"*{dtype}"
-    else:
-        signature[name] = "i32" if name in ("n_vectors", "chunks", "row") else "fp32"
-aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in tensors and n not in constants}
-built = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", capability, 32))
-with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-    file.write(built.asm["cubin"])
-    file.flush()
-    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-print(json.dumps([built.asm["ptx"], usage]))
+
+def build(dtype, capability, size, features):
+    size = size or vector(1024, {"fp32": 4, "bf16": 2}[dtype])
+    signature, constants = {}, {"VECTOR": size, "BLOCK": BLOCK, **{flag: flag in features for flag in flags}}
+    for name in kernel.arg_names:
+        if name in constants or (name in needs and needs[name] not in features):
+            signature[name] = "constexpr"
+            constants.setdefault(name, None)
+        elif name in tensors:
+            signature[name] = "*i64" if name == "SEEDS" else f"*{dtype}"
+        else:
+            signature[name] = "i32" if name in ("n_vectors", "chunks", "row") else "fp32"
+    names = enumerate(kernel.arg_names)
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in names if name in tensors and name not in constants}
+    built = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", capability, 32))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        return built.asm["ptx"], subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+print(json.dumps([build(*case) for case in json.loads(sys.argv[1])]))
 """
 INPUTS = {"GUIDED": 1, "PREV": 1, "BASE": 1, "INPAINT": 2}
 
 
-def compiled(dtype, capability, vector, features):
+CASES = [
+    *itertools.product(
+        ["fp32", "bf16"], [80, 90, 100], [None],
+        [("CLIPPED",), ("GUIDED", "CLIPPED", "PREV", "BASE", "NOISY", "INPAINT", "KEEP")],
+    ),
+    ("fp32", 90, 1, ("CLIPPED",)),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """case -> (PTX, resource usage); all in one process that does not interpret."""
     pytest.importorskip("triton", reason="Triton exists for Linux only")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, dtype, str(capability), str(vector), ",".join(features) or "none"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+    command = [sys.executable, "-c", COMPILE, json.dumps(CASES)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return dict(zip(CASES, json.loads(done.stdout), strict=True))
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("features", [["CLIPPED"], ["GUIDED", "CLIPPED", "PREV", "BASE", "NOISY", "INPAINT", "KEEP"]])
-def test_compiled_kernel_moves_16_bytes_at_once_and_spills_nothing(dtype, capability, features):
-    code, usage = compiled(dtype, capability, 4 if dtype == "fp32" else 8, features)
+@pytest.mark.parametrize("case", CASES[:-1], ids=str)
+def test_compiled_kernel_moves_16_bytes_at_once_and_spills_nothing(compiled, case):
+    (dtype, _, _, features), (code, usage) = case, compiled[case]
     loads = re.findall(r"ld\.global[.\w:]*", code)
     stores = re.findall(r"st\.global[.\w:]*", code)
     wide = [load for load in loads if load.endswith("v4.b32")]
@@ -217,7 +283,7 @@ def test_compiled_kernel_moves_16_bytes_at_once_and_spills_nothing(dtype, capabi
     assert re.search(r"STACK:0 .*LOCAL:0", usage), usage  # registers sufficed
 
 
-def test_sizes_that_16_bytes_do_not_divide_take_the_masked_variant():
-    code, _ = compiled("fp32", 90, 1, ["CLIPPED"])
+def test_sizes_that_16_bytes_do_not_divide_take_the_masked_variant(compiled):
+    code, _ = compiled[CASES[-1]]
     assert "v4.b32" not in code
     assert re.search(r"@%p\d+ ld\.global\.b32", code)

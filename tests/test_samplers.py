@@ -17,7 +17,7 @@ from genai.models.diffusion import samplers, schedules, vlb
 from genai.models.diffusion.ddpm import DDPM
 from genai.models.diffusion.edm import EDM
 from genai.models.diffusion.flow import Flow
-from genai.models.diffusion.guidance import classifier_free
+from genai.models.diffusion.guidance import autoguidance, classifier_free, interval
 from genai.models.diffusion.paths import CLEAN, Level, Straight, VarianceExploding, to_x0
 from genai.models.diffusion.unet import UNet
 from tests.test_diffusion import MEAN, SCHEDULES, VAR, gaussian_model
@@ -452,6 +452,36 @@ def test_guidance_extrapolates_from_the_null_and_1_is_none():
     assert torch.allclose(guided.x0(x), expected, atol=1e-4)
     assert (guided.out_uncond - u.out).abs().max() < 1e-5
     assert classifier_free(model.denoise, model.null(), 1.0) == model.denoise
+
+
+def test_autoguidance_extrapolates_from_the_worse_model():
+    model, worse = tiny_unet(), tiny_unet()
+    with torch.no_grad():
+        for p in worse.parameters():
+            p.mul_(0.9)
+    x, cond = torch.randn(2, 1, 8, 8), {"label": torch.tensor([3, 4])}
+    guided = autoguidance(model.denoise, worse.denoise, 2.0)(x, 20, cond)
+    better, other = model.denoise(x, 20, cond), worse.denoise(x, 20, cond)
+    assert torch.allclose(guided.x0(x), other.x0(x) + 2 * (better.x0(x) - other.x0(x)), atol=1e-4)
+    assert autoguidance(model.denoise, worse.denoise, 1.0) == model.denoise
+    worse.parameterization = "v"
+    with pytest.raises(UserError, match="autoguidance needs two models of one parameterisation"):
+        autoguidance(model.denoise, worse.denoise, 2.0)(x, 20, cond)
+
+
+def test_guidance_acts_within_its_interval():
+    model, seen = gaussian_model(), []
+
+    def guided(x, t, cond):
+        seen.append(t)
+        return model.denoise(x, t, cond)
+
+    table = table_of("ddim", model.path, 50)
+    limited = interval(guided, model.denoise, model.path, 0.2, 2.0)
+    x = samplers.run(model, table, rng.seed_range(0, 2), denoiser=limited)["vector"]
+    assert seen == [t for t in table.times if 0.2 < model.path.level(t).ratio <= 2.0]
+    assert 0 < len(seen) < 50
+    assert torch.equal(x, samplers.run(model, table, rng.seed_range(0, 2))["vector"])
 
 
 def test_on_step_sees_every_state():

@@ -246,6 +246,7 @@ def run(
     cond: Batch | None = None,
     on_step: OnStep | None = None,
     guidance: float | None = None,
+    denoiser: Denoiser | None = None,
     image: Tensor | None = None,
     known: Tensor | None = None,
     mask: Tensor | None = None,
@@ -254,6 +255,7 @@ def run(
     """Noise by seed, carried through the table; guidance None is the model's own.
 
     Args:
+        denoiser: instead of the model with its guidance, see `genai.models.diffusion.guidance`.
         image: start from this, (B, *shape), noised to the table's first level, instead of from noise alone; see `Table.after`.
         known, mask: inpainting, see `walk`.
     """
@@ -261,9 +263,10 @@ def run(
         raise UserError(f"guidance={guidance} was given, but this model is unconditional: leave guidance= out")
     seeds = seeds.to(model.device)
     cond = {k: c.to(model.device) for k, c in (cond or {}).items()}
-    denoiser: Denoiser = model.denoise
-    if cond:
-        denoiser = classifier_free(denoiser, model.null(), model.guidance if guidance is None else guidance)
+    if denoiser is None:
+        denoiser = model.denoise
+        if cond:
+            denoiser = classifier_free(denoiser, model.null(), model.guidance if guidance is None else guidance)
     x = table.start.sigma * rng.normal(seeds, model.shape, stream=rng.INITIAL).to(model.dtype)
     if image is not None:
         x = x + table.start.alpha * image.to(x)
