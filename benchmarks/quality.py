@@ -1,0 +1,102 @@
+"""Fréchet distance against steps, for every sampler of conf/sampler, on one checkpoint of digits.
+
+    pip install -e ".[notebooks]"
+    python -m benchmarks.quality <run> [--n 1437] [--steps 5 10 20 50]
+
+Distances are taken in the last hidden layer of a small classifier trained on the training digits, against the 1,437 of
+them; compare only figures with one n, for the distance has a bias. Seeds and guidance are those of sample.py. Prints
+a table for the README and writes results/quality.json and docs/quality.png.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from sklearn.neural_network import MLPClassifier
+
+import genai
+from benchmarks.common import RESULTS, hardware
+from genai.core.errors import UserError
+from genai.data.images import Digits
+from genai.data.stream import batches
+
+ROOT = Path(__file__).parent.parent
+
+
+def pixels(images: torch.Tensor) -> np.ndarray:
+    """(N, 1, 8, 8) in [-1, 1] -> (N, 64) in [0, 1], on the data's 17 grey levels."""
+    return ((images.flatten(1).double() + 1) * 8).round().clamp(0, 16).numpy() / 16
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """Distance of two sets of features (N, D), each taken for a Gaussian: |m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2))."""
+    A, B = np.cov(a.T), np.cov(b.T)
+    values, vectors = np.linalg.eigh(A)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    trace = np.sqrt(np.linalg.eigvalsh(root @ B @ root).clip(0)).sum()  # of (A B)^(1/2)
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A + B) - 2 * trace)
+
+
+class Judge:
+    """A classifier of the training digits, and their features."""
+
+    def __init__(self):
+        data = Digits("image", [1, 8, 8], 10, 17, 64, 0)
+        real = [next(batches(data.splits[name], 2000)) for name in ("train", "val")]
+        x, y = pixels(torch.cat([b["image"] for b in real])), torch.cat([b["label"] for b in real]).numpy()
+        self.net = MLPClassifier((64, 32), random_state=0, max_iter=400).fit(x, y)
+        self.real = self.features(x)
+
+    def features(self, x: np.ndarray) -> np.ndarray:
+        for weight, bias in list(zip(self.net.coefs_, self.net.intercepts_, strict=True))[:-1]:
+            x = np.maximum(x @ weight + bias, 0)
+        return x
+
+    def distance(self, images: torch.Tensor) -> float:
+        return frechet(self.features(pixels(images)), self.real)
+
+
+def plot(rows: dict[str, dict[int, float]], calls: dict[str, int], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, row in rows.items():
+        axes.plot([calls[name] * n for n in row], list(row.values()), "o-", label=name, alpha=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel="Fréchet distance")
+    axes.legend(fontsize=8, ncols=2)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("--n", type=int, default=1437)
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50])
+    args = parser.parse_args()
+    loaded, judge = genai.load(args.run), Judge()
+    rows: dict[str, dict[int, float]] = {}
+    calls: dict[str, int] = {}
+    for path in sorted((ROOT / "conf" / "sampler").glob("*.yaml")):
+        node = OmegaConf.to_container(OmegaConf.load(path))
+        calls[path.stem] = 2 if any(word in path.stem for word in ("heun", "midpoint")) else 1
+        try:
+            for steps in args.steps:
+                images = genai.sample(loaded, n=args.n, sampler={**node, "steps": steps})["image"]
+                rows.setdefault(path.stem, {})[steps] = round(judge.distance(images), 3)
+        except UserError as error:
+            print(f"{path.stem}: {error}", file=sys.stderr)
+    print("| sampler | network calls a step |" + "".join(f" {n} steps |" for n in args.steps))
+    print("|---|---|" + "---|" * len(args.steps))
+    for name, row in rows.items():
+        print(f"| `{name}` | {calls[name]} |" + "".join(f" {value:.2f} |" for value in row.values()))
+    about = {"hardware": hardware(torch.device("cpu")), "n": args.n, "model": loaded.config["model"]["_target_"]}
+    (RESULTS / "quality.json").write_text(json.dumps({**about, "step": loaded.step, "rows": rows}, indent=1) + "\n")
+    plot(rows, calls, ROOT / "docs" / "quality.png")
+
+
+if __name__ == "__main__":
+    main()
