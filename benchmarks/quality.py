@@ -9,6 +9,7 @@ a table for the README and writes results/quality.json and docs/quality.png.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -64,8 +65,8 @@ def plot(rows: dict[str, dict[int, float]], calls: dict[str, int], path: Path) -
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, row in rows.items():
-        axes.plot([calls[name] * n for n in row], list(row.values()), "o-", label=name, alpha=0.8)
+    for (name, row), marker in zip(rows.items(), itertools.cycle("osD^v<>pP*X"), strict=False):
+        axes.plot([calls[name] * n for n in row], list(row.values()), f"{marker}-", label=name, alpha=0.7)
     axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel="Fréchet distance")
     axes.legend(fontsize=8, ncols=2)
     figure.savefig(path, dpi=110)

@@ -1,0 +1,61 @@
+"""One reverse step without a network, in floors: the time of torch.add(x, eps, out=y), which reads two tensors and writes one.
+
+    pip install -e .[bench]
+    python -m benchmarks.step [--rounds 15] [--shapes 64,3,32,32 8,3,256,256]
+
+Ours runs as torch does it in place and, on a GPU, as the Triton kernel. diffusers' schedulers get the same tensors.
+"Stochastic" draws its noise within the time: ours by seed, theirs from torch.randn.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.common import interleave, ratio, report, setup, spread
+from genai.core import rng
+from genai.core.protocols import Prediction
+from genai.kernels.affine_step import Row, affine_step
+
+ROWS = {"deterministic": Row(0.5, 0.4), "stochastic": Row(0.5, 0.4, 0.2)}
+
+
+def cases(shape: list[int], device: torch.device) -> dict[str, Callable[[], object]]:
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    x, eps = torch.randn(2, *shape, device=device)
+    y, seeds = torch.empty_like(x), rng.seed_range(0, shape[0]).to(device)
+    prediction = Prediction(eps, p=1.3, q=-0.7)
+    impls = ("torch", "triton") if device.type == "cuda" else ("torch",)
+    found: dict[str, Callable[[], object]] = {"floor": lambda: torch.add(x, eps, out=y)}
+    for kind, row in ROWS.items():
+        for impl in impls:
+            found[f"{kind}, ours in {impl}"] = lambda row=row, impl=impl: affine_step(
+                x, prediction, row, seeds=seeds, index=3, clip=1.0, impl=impl
+            )
+    ddim, ddpm = DDIMScheduler(), DDPMScheduler()
+    ddim.set_timesteps(50)
+    ddpm.set_timesteps(1000)
+    found["deterministic, diffusers DDIM"] = lambda: ddim.step(eps, 500, x)
+    found["stochastic, diffusers DDPM"] = lambda: ddpm.step(eps, 500, x)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--shapes", nargs="+", default=["64,3,32,32", "8,3,256,256"])
+    args = parser.parse_args()
+    device, rows = setup(), []
+    for text in args.shapes:
+        shape = [int(n) for n in text.split(",")]
+        with torch.inference_mode():
+            seconds = interleave(cases(shape, device), args.rounds, 3, device, warmup=2)
+        for name, values in seconds.items():
+            floors = ratio(values, seconds["floor"])
+            rows.append({"shape": text, "step": name, "us": spread(values, 1e6, 0), "floors": floors})
+    report("step", device, rows, rounds=args.rounds)
+
+
+if __name__ == "__main__":
+    main()
