@@ -3,14 +3,17 @@
     pip install -e .[bench]
     python -m benchmarks.step [--rounds 15] [--shapes 64,3,32,32 8,3,256,256]
 
-Ours runs as torch does it in place and, on a GPU, as the Triton kernel. diffusers' schedulers get the same tensors.
+Ours runs as torch does it in place, compiled by Inductor where there is a C++ compiler or a GPU, and on a GPU as the
+Triton kernel. diffusers' schedulers and denoising-diffusion-pytorch's (lucidrains) get the same tensors.
 "Stochastic" draws its noise within the time: ours by seed, theirs from torch.randn.
 """
 
 import argparse
+import shutil
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from benchmarks.common import interleave, ratio, report, setup, spread
 from genai.core import rng
@@ -26,7 +29,11 @@ def cases(shape: list[int], device: torch.device) -> dict[str, Callable[[], obje
     x, eps = torch.randn(2, *shape, device=device)
     y, seeds = torch.empty_like(x), rng.seed_range(0, shape[0]).to(device)
     prediction = Prediction(eps, p=1.3, q=-0.7)
-    impls = ("torch", "triton") if device.type == "cuda" else ("torch",)
+    impls = ["torch"]
+    if device.type == "cuda":
+        impls.append("triton")
+    if device.type == "cuda" or shutil.which("g++"):
+        impls.append("compiled")
     found: dict[str, Callable[[], object]] = {"floor": lambda: torch.add(x, eps, out=y)}
     for kind, row in ROWS.items():
         for impl in impls:
@@ -38,7 +45,24 @@ def cases(shape: list[int], device: torch.device) -> dict[str, Callable[[], obje
     ddpm.set_timesteps(1000)
     found["deterministic, diffusers DDIM"] = lambda: ddim.step(eps, 500, x)
     found["stochastic, diffusers DDPM"] = lambda: ddpm.step(eps, 500, x)
+    if shape[1:2] == [3]:
+        lucid = lucidrains(eps)
+        found["stochastic, denoising-diffusion-pytorch"] = lambda: lucid(x, 500)
     return found
+
+
+def lucidrains(eps: torch.Tensor) -> Callable[[torch.Tensor, int], object]:
+    """Their ancestral step, with a network that returns eps."""
+    from denoising_diffusion_pytorch import GaussianDiffusion
+
+    class Stub(nn.Module):
+        channels = out_dim = 3
+        self_condition = random_or_learned_sinusoidal_cond = False
+
+        def forward(self, *_) -> torch.Tensor:
+            return eps
+
+    return GaussianDiffusion(Stub(), image_size=tuple(eps.shape[2:]), objective="pred_noise").to(eps.device).p_sample
 
 
 def main() -> None:

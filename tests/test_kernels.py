@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -92,6 +93,45 @@ def in_the_interpreter(script):
 
 def test_torch_is_the_formula():
     check("torch", "cpu")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_compiled_torch_is_the_formula():
+    setting = (True, 0.7, True, True)
+    for row in (ROWS["all"], Row(0.6, 0.2, 0.1, 0.3, -0.2, 0.9, 0.1)):  # one compilation serves both
+        args, options = arguments((2, 3, 8, 8), torch.float32, row, *setting, "cpu")
+        y, x0 = affine_step(*args, impl="compiled", **options)
+        expected, expected_x0 = formula(*args, **options)
+        assert (y - expected).abs().max() < 5e-6
+        assert (x0 - expected_x0).abs().max() < 5e-6
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_steps_are_compiled_where_that_pays():
+    large, small = torch.empty(8, 3, 256, 256), torch.empty(16, 1, 8, 8)
+    found = "compiled" if shutil.which("g++") else "auto"
+    assert kernels.prefer(large, 1000, True) == found
+    assert kernels.prefer(large, 10, True) == kernels.prefer(small, 1000, True) == "auto"
+    assert kernels.prefer(large, 1000, False) == kernels.prefer(large.to("meta"), 1000, True) == "auto"
+
+
+def test_a_step_that_cannot_be_compiled_says_why(tmp_path):
+    script = """
+import torch, warnings
+from genai.kernels.affine_step import Row, affine_step
+from genai.core.protocols import Prediction
+x = torch.ones(1, 2)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        y, _ = affine_step(x, Prediction(x), Row(0.5, 0.5), seeds=torch.zeros(1, dtype=torch.long), index=0, impl="compiled")
+assert y.tolist() == [[1.0, 1.0]], y
+assert [str(w.message) for w in said if "diffusion" in str(w.message)][0].startswith("diffusion steps are not compiled: ")
+"""
+    environment = {**os.environ, "CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_interpreted_triton_is_the_formula():

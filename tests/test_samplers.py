@@ -21,6 +21,7 @@ from genai.models.diffusion.guidance import autoguidance, classifier_free, inter
 from genai.models.diffusion.paths import CLEAN, Level, Straight, VarianceExploding, to_x0
 from genai.models.diffusion.unet import UNet
 from tests.test_diffusion import MEAN, SCHEDULES, VAR, gaussian_model
+from tests.test_kernels import in_the_interpreter
 
 SPACINGS = ["trailing", "leading", "linspace", "karras", "log_snr"]
 TABLES = {
@@ -440,6 +441,28 @@ def test_a_sample_is_the_same_in_any_batch(sampler):
             x = sampler(model, seeds[part], {"label": label[part]}, steps=5)["image"]
             assert (x - whole[part]).abs().max() < 1e-4
     assert whole.flatten(1).std(0).min() > 0.01  # samples differ from each other
+
+
+IN_TRITON = """
+import torch
+torch.set_num_threads(1)
+from genai.core import rng
+from genai.models.diffusion import samplers
+from tests.test_samplers import tiny_unet
+model, seeds, label = tiny_unet(), rng.seed_range(3, 16), torch.arange(16) % 10
+for table in (samplers.ddim_table(samplers.levels(model.path, 4), eta=1.0),
+              samplers.dpmpp_2m_table(samplers.levels(model.path, 4, "log_snr"))):
+    whole = samplers.run(model, table, seeds, {"label": label}, impl="torch")["image"]
+    for size in (1, 4, 16):
+        for first in range(0, 16, 4 if size == 1 else size):
+            part = slice(first, first + size)
+            x = samplers.run(model, table, seeds[part], {"label": label[part]}, impl="triton")["image"]
+            assert (x - whole[part]).abs().max() < 1e-4, (size, first)
+"""
+
+
+def test_interpreted_triton_gives_the_samples_of_torch_in_any_batch():
+    in_the_interpreter(IN_TRITON)
 
 
 def test_guidance_extrapolates_from_the_null_and_1_is_none():

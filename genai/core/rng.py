@@ -24,45 +24,38 @@ _W = 0x9E3779B9, 0xBB67AE85  # Weyl increments of the key
 _LOW = 0xFFFFFFFF
 
 
-def philox(key: Sequence[Tensor], counter: Sequence[Tensor | int]) -> tuple[Tensor, Tensor]:
-    """Ten rounds of Philox 4x32; key (k0, k1) and counter (c0, c1, c2, c3) hold words below 2^32 that broadcast.
+def philox(key: Sequence[Tensor], counter: Sequence[Tensor | int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of Philox 4x32: words w0 to w3, int64, for a key (k0, k1) and a counter (c0, c1, c2, c3) of words below
+    2^32 that broadcast.
 
-    Returns the words (w0, w2) and (w1, w3), int64 (2, ...) each. A round is c0, c2 = hi ^ c1 ^ k0, hi ^ c3 ^ k1 and
-    c1, c3 = lo, with hi and lo of the products crossed over; the wrapped int64 product holds all 64 bits of one. Only
-    c0 and c2 are multiplied, so only they have to be cut to 32 bits on the way.
+    A product wraps in int64 and so holds all 64 bits: its high word is shifted out, its low word cut only where the other
+    bits would show.
     """
-    device = key[0].device
-    words = [torch.as_tensor(c, dtype=torch.int64, device=device) for c in counter]
-    shape = torch.broadcast_shapes(*(w.shape for w in (*key, *words)))
-    even, odd = (torch.stack([w.expand(shape) for w in words[i::2]]) for i in (0, 1))
-    k = torch.stack(list(key)).view(2, *[1] * (len(shape) - key[0].ndim), *key[0].shape)
-    increment = torch.tensor(_W, device=device).view(2, *[1] * len(shape))
-    product = torch.empty_like(even)
+    k0, k1 = key
+    c0, c1, c2, c3 = (torch.as_tensor(c, dtype=torch.int64, device=k0.device) for c in counter)
     for _ in range(10):
-        torch.mul(even[1], _M[1], out=product[0])
-        torch.mul(even[0], _M[0], out=product[1])
-        torch.bitwise_right_shift(product, 32, out=even).bitwise_xor_(odd).bitwise_xor_(k).bitwise_and_(_LOW)
-        odd, product = product, odd
-        k = (k + increment) & _LOW
-    return even, odd & _LOW
+        p0, p1 = c0 * _M[0], c2 * _M[1]
+        c0, c2 = ((p1 >> 32) ^ c1 ^ k0) & _LOW, ((p0 >> 32) ^ c3 ^ k1) & _LOW
+        c1, c3 = p1, p0
+        k0, k1 = (k0 + _W[0]) & _LOW, (k1 + _W[1]) & _LOW
+    return c0, c1 & _LOW, c2, c3 & _LOW
 
 
-def _blocks(seeds: Tensor, blocks: Tensor, row: int, stream: int) -> tuple[Tensor, Tensor]:
-    """Philox in the layout above: words (w0, w2) and (w1, w3) of each block, int64 (2, B, len(blocks)) each."""
+def _blocks(seeds: Tensor, blocks: Tensor, row: Tensor | int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox in the layout above: four words of each block, int64 (B, len(blocks)) each."""
     key = (seeds & _LOW)[:, None], ((seeds >> 32) & _LOW)[:, None]
     return philox(key, (blocks & _LOW, blocks >> 32, row, stream))
 
 
 def words(seeds: Tensor, blocks: Tensor, row: int, stream: int) -> Tensor:
     """The four uint32 words of each block, as int64 (B, len(blocks), 4); seeds int64 (B,), all 64 bits used."""
-    (w0, w2), (w1, w3) = _blocks(seeds, blocks, row, stream)
-    return torch.stack([w0, w1, w2, w3], -1)
+    return torch.stack(_blocks(seeds, blocks, row, stream), -1)
 
 
 def _unit(word: Tensor) -> Tensor:
     """uint32 word -> float32 in [0, 1], the formula of Triton's `uint_to_uniform_float`."""
     signed = word.to(torch.int32)
-    return (signed ^ (signed >> 31)).float().mul_(4.6566127342e-10)
+    return (signed ^ (signed >> 31)).float() * 4.6566127342e-10
 
 
 def uniform(seeds: Tensor, shape: Sequence[int], row: int = 0, stream: int = MODEL) -> Tensor:
@@ -72,20 +65,17 @@ def uniform(seeds: Tensor, shape: Sequence[int], row: int = 0, stream: int = MOD
     return _unit(words(seeds, blocks, row, stream)).flatten(1)[:, :n].reshape(len(seeds), *shape)
 
 
-def normal(seeds: Tensor, shape: Sequence[int], row: int = 0, stream: int = STEP) -> Tensor:
+def normal(seeds: Tensor, shape: Sequence[int], row: Tensor | int = 0, stream: int = STEP) -> Tensor:
     """float32 standard normals of shape (B, *shape), one independent field per seed (int64, (B,)).
 
     Box-Muller on consecutive pairs: sqrt(-2 ln u) cos(2 pi v), then the same with sin.
     """
     n = math.prod(shape)
-    u, v = map(_unit, _blocks(seeds, torch.arange((n + 3) // 4, device=seeds.device), row, stream))  # (2, B, blocks)
-    radius = u.clamp_min_(1e-7).log_().mul_(-2).sqrt_()
-    angle = v.mul_(2 * math.pi)
-    pairs = torch.polar(radius, angle)  # complex: its real and imaginary parts are a pair's two normals
-    out = pairs.new_empty(*pairs.shape[1:], 2)  # (B, blocks, pair)
-    for i in range(2):  # long strided copies; a transposition's short ones cost 20 times the time
-        out[..., i] = pairs[i]
-    return torch.view_as_real(out).flatten(1)[:, :n].reshape(len(seeds), *shape)
+    u0, v0, u1, v1 = map(_unit, _blocks(seeds, torch.arange((n + 3) // 4, device=seeds.device), row, stream))
+    r0, r1 = ((-2 * u.clamp_min(1e-7).log()).sqrt() for u in (u0, u1))
+    a0, a1 = 2 * math.pi * v0, 2 * math.pi * v1
+    out = torch.stack([r0 * a0.cos(), r0 * a0.sin(), r1 * a1.cos(), r1 * a1.sin()], -1)  # (B, blocks, 4)
+    return out.flatten(1)[:, :n].reshape(len(seeds), *shape)
 
 
 def mix(*keys: int) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 from genai.core import rng
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, Denoiser, OnStep, Prediction
-from genai.kernels.affine_step import Impl, Row, affine_step
+from genai.kernels.affine_step import Impl, Row, affine_step, prefer
 from genai.models.diffusion.base import Diffusion
 from genai.models.diffusion.guidance import classifier_free
 from genai.models.diffusion.paths import CLEAN, Level, Path
@@ -225,6 +225,7 @@ def walk(
     With `known` and `mask` (as x), what the mask covers is replaced after each step by known data as noisy as the state.
     """
     noisy = any(row.s for row in table.rows)
+    impl = prefer(x, len(table.rows), noisy or mask is not None) if impl == "auto" else impl
     x_base = x0_prev = None
     for k, (t, row) in enumerate(zip(table.times, table.rows, strict=True)):
         keep = k + 1 < len(table.rows) and table.rows[k + 1].c != 0
