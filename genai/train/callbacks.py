@@ -88,7 +88,8 @@ class Samples(Between):
             columns = data.classes if data.classes and data.classes <= 20 else None
             pl_module.record.picture(trainer.global_step, "samples", grid(samples[data.field], columns))
 
-    def sample(self, lit: LitModel, n: int, on_step: OnStep | None = None) -> Batch:
+    def sample(self, lit: LitModel, n: int, on_step: OnStep = lambda *_: None) -> Batch:
+        """With an on_step always, because a sampler may keep memory for what nobody watches, and training needs it."""
         cond = None if lit.data.classes is None else {"label": torch.arange(n) % lit.data.classes}
         return self.sampler(lit.ema.module, rng.seed_range(self.seed, n), cond, on_step)
 

@@ -62,7 +62,7 @@ class Diffusion(nn.Module):
 
     def null(self) -> Batch:
         """The value, shape (), of each condition that means "not given"."""
-        return {} if self.classes is None else {"label": torch.tensor(self.classes)}
+        return {} if self.classes is None else {"label": torch.full((), self.classes, device=self.device)}
 
     def conditions(self, batch: Batch) -> Batch:
         """The network's keyword arguments; in training some labels become the null."""
@@ -76,7 +76,7 @@ class Diffusion(nn.Module):
 
     def call(self, x: Tensor, time: float, cond: Batch | None) -> Tensor:
         """The network at one time for the whole batch, which it is told; null where there are no conditions."""
-        cond = cond or {name: null.to(x.device).expand(len(x)) for name, null in self.null().items()}
+        cond = cond or {name: null.expand(len(x)) for name, null in self.null().items()}
         return self.net(x, x.new_full((len(x),), time), **cond).to(x.dtype)
 
     def uniforms(self, n: int) -> Tensor:

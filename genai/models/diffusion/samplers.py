@@ -21,6 +21,7 @@ from genai.core.errors import UserError
 from genai.core.protocols import Batch, Denoiser, OnStep, Prediction
 from genai.kernels.affine_step import Impl, Row, affine_step, prefer
 from genai.models.diffusion.base import Diffusion
+from genai.models.diffusion.cuda_graph import replayed, say
 from genai.models.diffusion.guidance import classifier_free
 from genai.models.diffusion.paths import CLEAN, Level, Path
 
@@ -247,6 +248,7 @@ def run(
     cond: Batch | None = None,
     on_step: OnStep | None = None,
     guidance: float | None = None,
+    cuda_graph: bool | None = None,
     denoiser: Denoiser | None = None,
     image: Tensor | None = None,
     known: Tensor | None = None,
@@ -256,6 +258,8 @@ def run(
     """Noise by seed, carried through the table; guidance None is the model's own.
 
     Args:
+        cuda_graph: replay batches after the second as one CUDA graph; None does where nothing asks to see the steps. With
+            True on_step hears of the last step only.
         denoiser: instead of the model with its guidance, see `genai.models.diffusion.guidance`.
         image: start from this, (B, *shape), noised to the table's first level, instead of from noise alone; see `Table.after`.
         known, mask: inpainting, see `walk`.
@@ -264,17 +268,45 @@ def run(
         raise UserError(f"guidance={guidance} was given, but this model is unconditional: leave guidance= out")
     seeds = seeds.to(model.device)
     cond = {k: c.to(model.device) for k, c in (cond or {}).items()}
-    if denoiser is None:
-        denoiser = model.denoise
-        if cond:
-            denoiser = classifier_free(denoiser, model.null(), model.guidance if guidance is None else guidance)
     x = table.start.sigma * rng.normal(seeds, model.shape, stream=rng.INITIAL).to(model.dtype)
     if image is not None:
         x = x + table.start.alpha * image.to(x)
-    out = walk(denoiser, table, x, seeds, cond, on_step, model.clip, known, mask, impl)
+    given = {"x": x, "seeds": seeds, "known": known, "mask": mask}
+    inputs = {**cond, **{name: tensor for name, tensor in given.items() if tensor is not None}}
+    w = model.guidance if guidance is None else guidance
+
+    def trajectory(inputs: Batch, on_step: OnStep | None = None, watch: bool = False) -> Tensor:
+        denoise = denoiser or (classifier_free(model.denoise, model.null(), w) if cond else model.denoise)
+        if watch:
+            denoise = _watched(denoise, len(table.rows))
+        conditions = {name: inputs[name] for name in cond}
+        known, mask = inputs.get("known"), inputs.get("mask")
+        return walk(
+            denoise, table, inputs["x"], inputs["seeds"], conditions, on_step, model.clip, known, mask, impl
+        )  # fmt: skip
+
+    if _graphed(cuda_graph, model, denoiser, on_step):
+        kind = table.start, tuple(table.times), tuple(table.rows), w, model.clip, impl
+        out = replayed(model, kind, trajectory, inputs)
+        if on_step is not None:
+            on_step(len(table.rows) - 1, len(table.rows), {"x": out})
+    else:
+        out = trajectory(inputs, on_step)
     if not out.isfinite().all():  # the same again, with the host looking at every step
-        walk(_watched(denoiser, len(table.rows)), table, x, seeds, cond, None, model.clip, known, mask, impl)
+        trajectory(inputs, watch=True)
     return {model.field: out}
+
+
+def _graphed(asked: bool | None, model: Diffusion, denoiser: Denoiser | None, on_step: OnStep | None) -> bool:
+    """Whether a trajectory may become a CUDA graph; what keeps one that was asked for from it is said."""
+    reason = None
+    if model.device.type != "cuda":
+        reason = f"the model is on {model.device}"
+    elif denoiser is not None or model.training:
+        reason = "the denoiser is not the model's own" if denoiser is not None else "the model is in training mode"
+    if asked and reason:
+        say(reason)
+    return reason is None and (on_step is None if asked is None else asked)
 
 
 def _watched(denoiser: Denoiser, steps: int) -> Denoiser:
@@ -303,10 +335,11 @@ def ddpm(
     spacing: Spacing = "trailing",
     variance: str = "small",
     guidance: float | None = None,
+    cuda_graph: bool | None = None,
 ) -> Batch:
     """Ancestral sampling with `steps` steps (default: all T), see `ddpm_table`."""
     visited = levels(model.path, int(model.path.t_max) + 1 if steps is None else steps, spacing)
-    return run(model, ddpm_table(visited, variance), seeds, cond, on_step, guidance)
+    return run(model, ddpm_table(visited, variance), seeds, cond, on_step, guidance, cuda_graph)
 
 
 def ddim(
@@ -319,9 +352,10 @@ def ddim(
     spacing: Spacing = "trailing",
     eta: float = 0.0,
     guidance: float | None = None,
+    cuda_graph: bool | None = None,
 ) -> Batch:
     """First-order sampling, see `ddim_table`; with other spacings Euler's method and Euler ancestral (eta = 1)."""
-    return run(model, ddim_table(levels(model.path, steps, spacing), eta), seeds, cond, on_step, guidance)
+    return run(model, ddim_table(levels(model.path, steps, spacing), eta), seeds, cond, on_step, guidance, cuda_graph)
 
 
 def heun(
@@ -334,9 +368,10 @@ def heun(
     spacing: Spacing = "karras",
     space: Space = "sigma",
     guidance: float | None = None,
+    cuda_graph: bool | None = None,
 ) -> Batch:
     """Heun's second-order method with two network calls a step, see `heun_table`."""
-    return run(model, heun_table(levels(model.path, steps, spacing), space), seeds, cond, on_step, guidance)
+    return run(model, heun_table(levels(model.path, steps, spacing), space), seeds, cond, on_step, guidance, cuda_graph)
 
 
 def midpoint(
@@ -349,10 +384,11 @@ def midpoint(
     spacing: Spacing = "trailing",
     space: Space = "flow",
     guidance: float | None = None,
+    cuda_graph: bool | None = None,
 ) -> Batch:
     """The midpoint method with two network calls a step, see `midpoint_table`."""
     table = midpoint_table(model.path, levels(model.path, steps, spacing), space)
-    return run(model, table, seeds, cond, on_step, guidance)
+    return run(model, table, seeds, cond, on_step, guidance, cuda_graph)
 
 
 def dpmpp_2m(
@@ -365,9 +401,12 @@ def dpmpp_2m(
     spacing: Spacing = "log_snr",
     eta: float = 0.0,
     guidance: float | None = None,
+    cuda_graph: bool | None = None,
 ) -> Batch:
     """DPM-Solver++ of second order with one network call a step, see `dpmpp_2m_table`."""
-    return run(model, dpmpp_2m_table(levels(model.path, steps, spacing), eta), seeds, cond, on_step, guidance)
+    return run(
+        model, dpmpp_2m_table(levels(model.path, steps, spacing), eta), seeds, cond, on_step, guidance, cuda_graph
+    )
 
 
 def invert(model: Diffusion, image: Tensor, cond: Batch | None = None, *, steps: int = 50) -> Tensor:

@@ -1,0 +1,62 @@
+"""A whole trajectory, network and steps, as one CUDA graph: the host launches once a batch instead of once an operation.
+
+The first batch of a kind runs as it is, which also warms up what is compiled or chosen at first use; the second is
+captured, and from then on each is a replay into the same memory.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor, nn
+
+from genai.core.protocols import Batch
+
+Trajectory = Callable[[Batch], Tensor]
+
+_latest: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, Trajectory | None]] = weakref.WeakKeyDictionary()
+
+
+def replayed(model: nn.Module, kind: Hashable, trajectory: Trajectory, inputs: Batch) -> Tensor:
+    """trajectory(inputs), by a graph from the second call of a kind on; the latest graph of a model is kept.
+
+    Args:
+        kind: whatever the trajectory depends on besides `inputs` and the model's weights.
+        inputs: tensors on the GPU; their shapes and dtypes count as part of the kind.
+    """
+    weights = tuple(p.data_ptr() for p in model.parameters())
+    key = kind, weights, tuple((name, t.shape, t.dtype) for name, t in inputs.items())
+    seen, graph = _latest.get(model, (None, None))
+    if seen != key:
+        _latest[model] = key, None
+        return trajectory(inputs)
+    if graph is None:
+        try:
+            graph = capture(trajectory, inputs)
+        except RuntimeError as error:
+            say(str(error).strip().splitlines()[0])
+            graph = trajectory
+        _latest[model] = key, graph
+    return graph(inputs)
+
+
+def capture(trajectory: Trajectory, inputs: Batch) -> Trajectory:
+    """The trajectory as a graph over copies of its inputs. Raises RuntimeError where something in it needs the host."""
+    static = {name: t.clone() for name, t in inputs.items()}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may copy data meanwhile
+        out = trajectory(static)
+
+    def replay(inputs: Batch) -> Tensor:
+        for name, t in inputs.items():
+            static[name].copy_(t)
+        graph.replay()
+        return out.clone()
+
+    return replay
+
+
+def say(reason: str) -> None:
+    """Warn that sampling goes on without a graph; Python shows one sentence once."""
+    warnings.warn(f"sampling step by step, not as a CUDA graph: {reason}", stacklevel=2)
