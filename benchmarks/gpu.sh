@@ -4,5 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python -m pytest -m gpu
 python -m benchmarks.step --shapes 64,3,32,32 128,3,256,256
-python -m benchmarks.sampling
+python -m benchmarks.sample
+python -m benchmarks.sample --network 128 --dtype bfloat16 --batch 128 --rounds 5
+python -m benchmarks.unet --channels 128 --batch 128
 python -m benchmarks.loop

@@ -1,13 +1,18 @@
 """Time outside the network per DDIM step: 50 steps at batch 16, 3x32x32, with a network that returns a constant.
 
     pip install -e .[bench]
-    python -m benchmarks.sampling [--rounds 15] [--batch 16] [--steps 50]
+    python -m benchmarks.sample [--rounds 15] [--batch 16] [--steps 50]
+    python -m benchmarks.sample --network 64 [--dtype bfloat16]
 
 A step is the difference between a call of 50 steps and one of 10, divided by 40; beside it the whole call divided by its
 steps, in which initial noise, tables and conversions count. Ours goes through
 `genai.models.diffusion.samplers.ddim` and a DDPM; diffusers' is DDIMPipeline itself, tensors out, its progress bar off;
 the hand loop is the least that torch can do, with its coefficients computed beforehand. At eta 1 both add noise.
 Targets: ours <= 0.25x diffusers and <= 100 us a step.
+
+With --network, the whole of sampling instead: a U-Net of that many channels, its rate in GFLOP/s so that the ratio is
+that of images per second at equal FLOPs. On a GPU ours replays one CUDA graph, diffusers' network is compiled
+(reduce-overhead) and channels-last. Target there: 3x diffusers.
 """
 
 import argparse
@@ -18,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import interleave, ratio, report, setup, spread
+from benchmarks.unet import MULTIPLIERS, SHAPE, Diffusers, forward_gflop
 from genai.core import rng
 from genai.models.diffusion.ddpm import DDPM
 from genai.models.diffusion.samplers import ddim, ddim_table, levels
 from genai.models.diffusion.schedules import linear
-
-SHAPE = (3, 32, 32)
+from genai.models.diffusion.unet import UNet
 
 
 class Constant(nn.Module):
@@ -38,33 +43,37 @@ class Constant(nn.Module):
         return self.out
 
 
-def ours(out: Tensor, steps: int, eta: float, label: Tensor | None = None) -> Callable[[], Tensor]:
+def ours(net: nn.Module, n: int, steps: int, eta: float, label: Tensor | None = None) -> Callable[[], Tensor]:
     """Through the model and the sampler, guided where there are labels (the network then sees twice the batch)."""
-    net = Constant(out if label is None else torch.cat([out, out]))
     classes = None if label is None else 10
-    model = DDPM(net, linear(1000), SHAPE, classes=classes, guidance=1.5).to(out.device).eval()
-    seeds, cond = rng.seed_range(0, len(out)), None if label is None else {"label": label}
+    model = DDPM(net, linear(1000), SHAPE, classes=classes, guidance=1.5).eval()
+    seeds, cond = rng.seed_range(0, n), None if label is None else {"label": label}
     return lambda: ddim(model, seeds, cond, steps=steps, eta=eta)["image"]
 
 
-def diffusers(out: Tensor, steps: int, eta: float) -> Callable[[], Tensor]:
-    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+def constant_for_diffusers(out: Tensor) -> nn.Module:
+    from diffusers import UNet2DModel
     from diffusers.models.unets.unet_2d import UNet2DOutput
 
     class Stub(UNet2DModel):
         def forward(self, sample: Tensor, timestep: Tensor, **_) -> UNet2DOutput:
             return UNet2DOutput(sample=out)
 
-    stub = Stub(
+    return Stub(
         sample_size=32,
         block_out_channels=(8,),
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
         norm_num_groups=8,
-    )
-    pipeline = DDIMPipeline(stub, DDIMScheduler()).to(out.device)
+    ).to(out.device)
+
+
+def diffusers(net: nn.Module, n: int, steps: int, eta: float) -> Callable[[], Tensor]:
+    from diffusers import DDIMPipeline, DDIMScheduler
+
+    pipeline = DDIMPipeline(net, DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
-    return lambda: pipeline(len(out), eta=eta, num_inference_steps=steps, output_type="pt").images
+    return lambda: pipeline(n, eta=eta, num_inference_steps=steps, output_type="pt").images
 
 
 def by_hand(out: Tensor, steps: int) -> Callable[[], Tensor]:
@@ -85,26 +94,59 @@ def by_hand(out: Tensor, steps: int) -> Callable[[], Tensor]:
     return sample
 
 
+def end_to_end(channels: int, dtype: torch.dtype, args: argparse.Namespace, device: torch.device) -> None:
+    peer = Diffusers(channels)
+    nets = {"ours": UNet(SHAPE, channels, MULTIPLIERS), "diffusers": peer.net}
+    gflop = {"ours": forward_gflop(nets["ours"]), "diffusers": forward_gflop(peer)}
+    for net in nets.values():
+        net.to(device, dtype).eval()
+    if device.type == "cuda":
+        peer.net.to(memory_format=torch.channels_last)
+        peer.net.forward = torch.compile(peer.net.forward, mode="reduce-overhead")
+    calls = {
+        "ours": ours(nets["ours"], args.batch, args.steps, 0.0),
+        "diffusers": diffusers(peer.net, args.batch, args.steps, 0.0),
+    }
+    seconds = interleave(calls, args.rounds, 1, device, warmup=3)
+    rate = {name: [args.steps * args.batch * gflop[name] / s for s in seconds[name]] for name in calls}
+    rows = [
+        {
+            "loop": name,
+            "forward GFLOP/img": gflop[name],
+            "img/s": spread([args.batch / s for s in seconds[name]], 1, 2),
+            "GFLOP/s": spread(rate[name], 1, 1),
+            "ours / it": ratio(rate["ours"], rate[name]),
+        }
+        for name in calls
+    ]
+    facts = {"channels": channels, "dtype": str(dtype), "batch": args.batch, "steps": args.steps, "rounds": args.rounds}
+    report("sample_network", device, rows, **facts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--network", type=int, help="channels of a real network instead of a constant")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     device = setup()
+    if args.network:
+        return end_to_end(args.network, getattr(torch, args.dtype), args, device)
     out = torch.randn(args.batch, *SHAPE, device=device)
     label = torch.arange(args.batch) % 10
-    short = args.steps // 5
+    short, n = args.steps // 5, args.batch
 
     def cases(steps: int) -> dict[str, Callable[[], Tensor]]:
         return {
-            "ours": ours(out, steps, 0.0),
+            "ours": ours(Constant(out), n, steps, 0.0),
             "hand loop": by_hand(out, steps),
-            "diffusers": diffusers(out, steps, 0.0),
-            "ours, guided": ours(out, steps, 0.0, label),
-            "ours, eta 1": ours(out, steps, 1.0),
-            "diffusers, eta 1": diffusers(out, steps, 1.0),
+            "diffusers": diffusers(constant_for_diffusers(out), n, steps, 0.0),
+            "ours, guided": ours(Constant(torch.cat([out, out])), n, steps, 0.0, label),
+            "ours, eta 1": ours(Constant(out), n, steps, 1.0),
+            "diffusers, eta 1": diffusers(constant_for_diffusers(out), n, steps, 1.0),
         }
 
     long = cases(args.steps)
@@ -126,7 +168,7 @@ def main() -> None:
                 "call / diffusers": ratio(seconds[name], seconds[peer]),
             }
         )
-    report("sampling", device, rows, batch=args.batch, steps=args.steps, rounds=args.rounds)
+    report("sample", device, rows, batch=args.batch, steps=args.steps, rounds=args.rounds)
 
 
 if __name__ == "__main__":
