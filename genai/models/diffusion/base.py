@@ -76,8 +76,8 @@ class Diffusion(nn.Module):
 
     def call(self, x: Tensor, time: float, cond: Batch | None) -> Tensor:
         """The network at one time for the whole batch, which it is told; null where there are no conditions."""
-        cond = cond or {name: null.expand(len(x)) for name, null in self.null().items()}
-        return self.net(x, x.new_full((len(x),), time), **cond).to(x.dtype)
+        cond = cond or {name: null.expand(x.shape[0]) for name, null in self.null().items()}
+        return self.net(x, x.new_full(x.shape[:1], time), **cond).to(x.dtype)
 
     def uniforms(self, n: int) -> Tensor:
         """(n,) in [0, 1), spread evenly over the batch: each is uniform, their mean varies far less than that of
