@@ -26,8 +26,9 @@ from benchmarks.common import interleave, ratio, report, setup, spread
 from benchmarks.unet import MULTIPLIERS, SHAPE, Diffusers, forward_gflop
 from genai.core import rng
 from genai.models.diffusion.ddpm import DDPM
-from genai.models.diffusion.samplers import ddim, ddim_table, levels
+from genai.models.diffusion.samplers import ddim
 from genai.models.diffusion.schedules import linear
+from genai.models.diffusion.tables import ddim_table, levels
 from genai.models.diffusion.unet import UNet
 
 

@@ -150,7 +150,7 @@ SAMPLE = {
     "weights=best": "none of ema, raw",
     "steps=0": "sampler.steps=0 must be between 1 and the model's T=10",
     "sampler.steps=11": "sampler.steps=11 must be between 1 and the model's T=10",
-    "sampler.step=3": "the sampler ddim has no step; it has steps, spacing, eta, guidance, did you mean steps?",
+    "sampler.step=3": "the sampler ddim has no step; it has steps, spacing, eta, guidance, cuda_graph, did you mean steps?",
     "temperature=2": "there is no key temperature",
     "eta=2": "sampler.eta=2",
     "sampler=huen": "sampler=huen is none of ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, euler, euler_ancestral, flow_euler, flow_heun, "

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from genai.core.protocols import Prediction
-from genai.models.diffusion import samplers, schedules
+from genai.models.diffusion import samplers, schedules, tables
 from genai.models.diffusion.paths import to_x0
 from genai.models.diffusion.unet import UNet
 
@@ -44,7 +44,7 @@ def test_ddim_equals_diffusers(kind, clip, steps):
         set_alpha_to_one=True,
     )
     scheduler.set_timesteps(steps)
-    table = samplers.ddim_table(samplers.levels(schedule, steps))
+    table = tables.ddim_table(tables.levels(schedule, steps))
     assert scheduler.timesteps.tolist() == table.times
     if clip is not None:
         step = scheduler.step
@@ -60,11 +60,11 @@ def test_ddpm_mean_equals_diffusers(kind, monkeypatch):
     schedule = schedules.linear(T)
     scheduler = DDPMScheduler(T, prediction_type=KINDS[kind], clip_sample=True, variance_type="fixed_small")
     scheduler.set_timesteps(T)
-    table = samplers.ddpm_table(samplers.levels(schedule, T))
+    table = tables.ddpm_table(tables.levels(schedule, T))
     scheduler.alphas_cumprod = schedule.alpha**2
     for t, row in zip(table.times, table.rows[:-1], strict=False):
         assert scheduler._get_variance(t).item() == pytest.approx(row.s**2, rel=1e-9)
-    silent = samplers.Table(table.start, table.times, [row._replace(s=0.0) for row in table.rows])
+    silent = tables.Table(table.start, table.times, [row._replace(s=0.0) for row in table.rows])
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, **_: torch.zeros(shape))
     theirs, ours = both(scheduler, silent, kind, schedule, 1.0)
     assert (theirs - ours).abs().max() < 1e-8

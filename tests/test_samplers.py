@@ -13,7 +13,7 @@ from genai.core import rng
 from genai.core.errors import UserError
 from genai.core.protocols import Prediction
 from genai.kernels.affine_step import Row
-from genai.models.diffusion import cuda_graph, samplers, schedules, vlb
+from genai.models.diffusion import cuda_graph, samplers, schedules, tables, vlb
 from genai.models.diffusion.ddpm import DDPM
 from genai.models.diffusion.edm import EDM
 from genai.models.diffusion.flow import Flow
@@ -25,22 +25,22 @@ from tests.test_kernels import in_the_interpreter
 
 SPACINGS = ["trailing", "leading", "linspace", "karras", "log_snr"]
 TABLES = {
-    "ddpm": lambda path, levels: samplers.ddpm_table(levels),
-    "ddpm large": lambda path, levels: samplers.ddpm_table(levels, "large"),
-    "ddim": lambda path, levels: samplers.ddim_table(levels),
-    "ddim eta 0.5": lambda path, levels: samplers.ddim_table(levels, 0.5),
-    "ddim eta 1": lambda path, levels: samplers.ddim_table(levels, 1.0),
-    "heun": lambda path, levels: samplers.heun_table(levels),
-    "heun flow": lambda path, levels: samplers.heun_table(levels, "flow"),
-    "midpoint": lambda path, levels: samplers.midpoint_table(path, levels),
-    "midpoint flow": lambda path, levels: samplers.midpoint_table(path, levels, "flow"),
-    "2m": lambda path, levels: samplers.dpmpp_2m_table(levels),
-    "2m sde": lambda path, levels: samplers.dpmpp_2m_table(levels, 1.0),
+    "ddpm": lambda path, levels: tables.ddpm_table(levels),
+    "ddpm large": lambda path, levels: tables.ddpm_table(levels, "large"),
+    "ddim": lambda path, levels: tables.ddim_table(levels),
+    "ddim eta 0.5": lambda path, levels: tables.ddim_table(levels, 0.5),
+    "ddim eta 1": lambda path, levels: tables.ddim_table(levels, 1.0),
+    "heun": lambda path, levels: tables.heun_table(levels),
+    "heun flow": lambda path, levels: tables.heun_table(levels, "flow"),
+    "midpoint": lambda path, levels: tables.midpoint_table(path, levels),
+    "midpoint flow": lambda path, levels: tables.midpoint_table(path, levels, "flow"),
+    "2m": lambda path, levels: tables.dpmpp_2m_table(levels),
+    "2m sde": lambda path, levels: tables.dpmpp_2m_table(levels, 1.0),
 }
 
 
 def table_of(name, path, steps, spacing="trailing"):
-    return TABLES[name](path, samplers.levels(path, steps, spacing))
+    return TABLES[name](path, tables.levels(path, steps, spacing))
 
 
 # The levels
@@ -50,7 +50,7 @@ def table_of(name, path, steps, spacing="trailing"):
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_levels_fall_from_the_noisiest_to_clean_data(T, steps, spacing):
     path = schedules.cosine(T)
-    levels = samplers.levels(path, steps, spacing)
+    levels = tables.levels(path, steps, spacing)
     assert len(levels) == steps + 1
     assert levels[-1] == CLEAN
     assert all(t.ratio > s.ratio for t, s in itertools.pairwise(levels))
@@ -62,14 +62,14 @@ def test_levels_fall_from_the_noisiest_to_clean_data(T, steps, spacing):
 
 def test_spacings_are_those_of_their_papers():
     path = schedules.linear(1000)
-    times = {s: [level.t for level in samplers.levels(path, 4, s)[:-1]] for s in SPACINGS}
+    times = {s: [level.t for level in tables.levels(path, 4, s)[:-1]] for s in SPACINGS}
     assert times["trailing"] == [999, 749, 499, 249]
     assert times["leading"] == [750, 500, 250, 0]
     assert times["linspace"] == [999, 666, 333, 0]
-    ratios = [level.ratio for level in samplers.levels(path, 4, "karras")[:-1]]
+    ratios = [level.ratio for level in tables.levels(path, 4, "karras")[:-1]]
     roots = [r ** (1 / 7) for r in ratios]
     assert [b - a for a, b in itertools.pairwise(roots)] == pytest.approx([roots[1] - roots[0]] * 3)
-    logs = [math.log(level.ratio) for level in samplers.levels(path, 4, "log_snr")[:-1]]
+    logs = [math.log(level.ratio) for level in tables.levels(path, 4, "log_snr")[:-1]]
     assert [b - a for a, b in itertools.pairwise(logs)] == pytest.approx([logs[1] - logs[0]] * 3)
 
 
@@ -84,7 +84,7 @@ def test_the_level_of_a_ratio_has_it(path, ratio):
 @pytest.mark.parametrize("steps", [0, 11, -1])
 def test_impossible_step_counts_are_refused(steps):
     with pytest.raises(UserError, match=rf"sampler\.steps={steps} must be between 1 and the model's T=10"):
-        samplers.levels(schedules.linear(10), steps)
+        tables.levels(schedules.linear(10), steps)
 
 
 def test_zero_terminal_snr_keeps_the_first_and_empties_the_last():
@@ -103,16 +103,16 @@ def test_cells_that_cannot_exist_are_refused_by_name():
         gaussian_model("eps", pure)
     for spacing in ("karras", "log_snr"):
         with pytest.raises(UserError, match=f"spacing={spacing} cannot start from pure noise"):
-            samplers.levels(pure, 10, spacing)
+            tables.levels(pure, 10, spacing)
     for name in ("heun", "midpoint"):
         with pytest.raises(UserError, match="space=sigma cannot start from pure noise"):
             table_of(name, pure, 10)
     with pytest.raises(UserError, match="spacing=linspace would visit clean data"):
-        samplers.levels(Straight(), 10, "linspace")
+        tables.levels(Straight(), 10, "linspace")
     with pytest.raises(UserError, match="'even' is none of trailing, leading"):
-        samplers.levels(pure, 10, "even")
+        tables.levels(pure, 10, "even")
     with pytest.raises(UserError, match="space='flaw' is none of sigma, flow"):
-        samplers.heun_table(samplers.levels(pure, 10), "flaw")
+        tables.heun_table(tables.levels(pure, 10), "flaw")
 
 
 # The rows
@@ -149,7 +149,7 @@ def test_ddpm_rows_are_the_posterior_and_the_last_returns_x0(make):
 def test_ddim_row_is_the_papers_formula():
     """Equation 12 with x0 and eps written out, at one (t, s) of a shortened run."""
     s, eta = schedules.linear(100), 0.6
-    table = samplers.ddim_table(samplers.levels(s, 10), eta)
+    table = tables.ddim_table(tables.levels(s, 10), eta)
     t, r = table.times[3], table.times[4]
     abar_t, abar_s = s.at(t)[0] ** 2, s.at(r)[0] ** 2
     std = eta * math.sqrt((1 - abar_s) / (1 - abar_t)) * math.sqrt(1 - abar_t / abar_s)
@@ -257,7 +257,7 @@ def continuous(kind):
 )
 def test_continuous_models_do_what_the_rows_propagate(name, kind, spacing):
     model = continuous(kind)
-    levels = samplers.levels(model.path, 6, spacing)
+    levels = tables.levels(model.path, 6, spacing)
     if kind == "flow" and name in ("heun", "midpoint"):
         with pytest.raises(UserError, match="space=sigma cannot start from pure noise"):
             TABLES[name](model.path, levels)
@@ -306,7 +306,7 @@ def mixture(path):
 @functools.cache
 def solved(path, name, steps):
     """Carried from the path's noisiest level to its least noisy one, not to clean data, whose jump hides the order."""
-    table = TABLES[name](path, samplers.levels(path, steps + 1, "log_snr")[:-1])
+    table = TABLES[name](path, tables.levels(path, steps + 1, "log_snr")[:-1])
     x = path.level(path.t_max).sigma * torch.linspace(-2, 2, 32, dtype=torch.float64)[:, None]
     return samplers.walk(mixture(path), table, x, torch.zeros(32, dtype=torch.int64))
 
@@ -363,17 +363,17 @@ def theirs_and_ours(scheduler, table_from_levels, vp, z=None):
 
 
 PUBLIC = {
-    "euler": (diffusers.EulerDiscreteScheduler, {}, samplers.ddim_table, False),
-    "heun": (diffusers.HeunDiscreteScheduler, {}, samplers.heun_table, False),
+    "euler": (diffusers.EulerDiscreteScheduler, {}, tables.ddim_table, False),
+    "heun": (diffusers.HeunDiscreteScheduler, {}, tables.heun_table, False),
     "dpmpp_2m": (
-        diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}, samplers.dpmpp_2m_table, True,
+        diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}, tables.dpmpp_2m_table, True,
     ),
     "dpmpp_2m karras": (
-        diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}, samplers.dpmpp_2m_table, True,
+        diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}, tables.dpmpp_2m_table, True,
     ),
     "dpmpp_2m_sde": (
         diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"},
-        functools.partial(samplers.dpmpp_2m_table, eta=1.0), True,
+        functools.partial(tables.dpmpp_2m_table, eta=1.0), True,
     ),
 }  # fmt: skip
 
@@ -390,14 +390,14 @@ def test_euler_ancestral_equals_diffusers(monkeypatch):
     module = "diffusers.schedulers.scheduling_euler_ancestral_discrete.randn_tensor"
     monkeypatch.setattr(module, lambda *_, **__: drawn[-1])
     scheduler = diffusers.EulerAncestralDiscreteScheduler(1000)
-    table = functools.partial(samplers.ddim_table, eta=1.0)
+    table = functools.partial(tables.ddim_table, eta=1.0)
     theirs, ours = theirs_and_ours(scheduler, table, False, drawn.append)
     assert (theirs - ours).abs().max() < 1e-4 * theirs.abs().max()
 
 
 def test_2m_is_k_diffusions():
     """sample_dpmpp_2m of k-diffusion (Crowson), its formulas written out: sigma(t) = exp(-t), x in the exploding view."""
-    sigmas = [level.t for level in samplers.levels(VarianceExploding(), 9, "karras")[:-1]] + [0.0]
+    sigmas = [level.t for level in tables.levels(VarianceExploding(), 9, "karras")[:-1]] + [0.0]
     outs = torch.randn(9, 5, dtype=torch.float64)
     x = y = torch.randn(5, dtype=torch.float64) * sigmas[0]
     old = None
@@ -411,7 +411,7 @@ def test_2m_is_k_diffusions():
             x = sigmas[i + 1] / sigmas[i] * x - math.expm1(-h) * ((1 + 1 / (2 * r)) * outs[i] - 1 / (2 * r) * old)
         old = outs[i]
     calls = iter(outs)
-    table = samplers.dpmpp_2m_table(samplers.levels(VarianceExploding(), 9, "karras"))
+    table = tables.dpmpp_2m_table(tables.levels(VarianceExploding(), 9, "karras"))
     ours = samplers.walk(lambda *_: Prediction(next(calls)[None]), table, y[None], torch.zeros(1, dtype=torch.int64))
     assert torch.allclose(ours[0], x, atol=1e-10)
 
@@ -447,11 +447,11 @@ IN_TRITON = """
 import torch
 torch.set_num_threads(1)
 from genai.core import rng
-from genai.models.diffusion import samplers
+from genai.models.diffusion import samplers, tables
 from tests.test_samplers import tiny_unet
 model, seeds, label = tiny_unet(), rng.seed_range(3, 16), torch.arange(16) % 10
-for table in (samplers.ddim_table(samplers.levels(model.path, 4), eta=1.0),
-              samplers.dpmpp_2m_table(samplers.levels(model.path, 4, "log_snr"))):
+for table in (tables.ddim_table(tables.levels(model.path, 4), eta=1.0),
+              tables.dpmpp_2m_table(tables.levels(model.path, 4, "log_snr"))):
     whole = samplers.run(model, table, seeds, {"label": label}, impl="torch")["image"]
     for size in (1, 4, 16):
         for first in range(0, 16, 4 if size == 1 else size):

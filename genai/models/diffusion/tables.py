@@ -1,0 +1,198 @@
+"""Tables: a pure function states every reverse step of a sampler once, in float64; `samplers` walks the rows.
+
+A solver is told the levels it has to visit and nothing of the model, so each works on every path. Two coordinates make
+the formulas short: x / alpha, whose noise is sigma / alpha (the variance-exploding view of Karras et al. 2022), and
+x / (alpha + sigma), whose noise is sigma / (alpha + sigma) (flow matching). A first-order step is the same in both, and in
+DDIM's own: Euler's method, flow matching's and DDIM are one solver, and so are DDIM with eta = 1, DDPM's
+ancestral sampling and Euler ancestral; they differ in the levels they visit.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from genai.core.errors import UserError
+from genai.kernels.affine_step import Row
+from genai.models.diffusion.paths import CLEAN, Level, Path
+
+Spacing = Literal["trailing", "leading", "linspace", "karras", "log_snr"]
+Space = Literal["sigma", "flow"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """K reverse steps from level `start`: at rows[k] the network sees the state at times[k].
+
+    x0_prev of a row is the x0 of the row before it, x_base the state before that row.
+    """
+
+    start: Level
+    times: list[float]
+    rows: list[Row]
+
+    def after(self, noise: float) -> "Table":
+        """The rest of the table from the first of its levels whose sigma is at most `noise`: image to image."""
+        for k in range(len(self.rows)):
+            here = self.start if k == 0 else Level(self.times[k], self.rows[k - 1].alpha, self.rows[k - 1].sigma)
+            if here.sigma <= noise and self.rows[k].c == self.rows[k].d == 0:
+                return Table(here, self.times[k:], self.rows[k:])
+        raise UserError(f"no step of the sampler starts at sigma <= {noise}: give more noise or more sampler.steps")
+
+
+# Which levels to visit
+
+
+def levels(path: Path, steps: int, spacing: Spacing = "trailing", rho: float = 7.0) -> list[Level]:
+    """`steps` levels from much noise to little, and clean data.
+
+    trailing (from t_max down in equal strides), leading (strides up from t_min, without t_max) and linspace (both ends) are
+    spaced in time (Lin et al. 2024, table 2); karras in the rho-th root of sigma / alpha (Karras et al. 2022, eq. 5),
+    log_snr in its logarithm.
+
+    Raises UserError for a number of steps or a spacing that the path does not have.
+    """
+    low, high = path.level(path.t_min), path.level(path.t_max)
+    T = int(path.t_max) + 1 if path.discrete else 10**6
+    if not 1 <= steps <= T:
+        raise UserError(f"sampler.steps={steps} must be between 1 and the model's T={T}")
+    fractions = [k / (steps - 1) if steps > 1 else 0.0 for k in range(steps)]
+    if spacing != "trailing" and not low.sigma:
+        raise UserError(f"sampler.spacing={spacing} would visit clean data, where this path ends: use trailing")
+    if spacing in ("karras", "log_snr"):
+        if math.isinf(high.ratio):
+            raise UserError(f"sampler.spacing={spacing} cannot start from pure noise (alpha = 0): use trailing")
+        if spacing == "karras":
+            first, last = high.ratio ** (1 / rho), low.ratio ** (1 / rho)
+            ratios = [(first + f * (last - first)) ** rho for f in fractions]
+        else:
+            ratios = [high.ratio * (low.ratio / high.ratio) ** f for f in fractions]
+        visited = [high, *(path.level_of(ratio) for ratio in ratios[1:])]
+    else:
+        span = path.t_max - path.t_min
+        if path.discrete:
+            times = {
+                "trailing": [round(T - k * T / steps) - 1 for k in range(steps)],
+                "leading": [T // steps * k for k in reversed(range(steps))],
+                "linspace": [round(path.t_max - f * span) for f in fractions],
+            }
+        else:
+            times = {
+                "trailing": [path.t_max - k / steps * span for k in range(steps)],
+                "leading": [path.t_min + k / steps * span for k in reversed(range(steps))],
+                "linspace": [path.t_max - f * span for f in fractions],
+            }
+        if spacing not in times:
+            raise UserError(f"sampler.spacing={spacing!r} is none of trailing, leading, linspace, karras, log_snr")
+        visited = [path.level(t) for t in times[spacing]]
+    return [*visited, CLEAN]
+
+
+# How to step between them
+
+
+def _table(levels: Sequence[Level], steps: Sequence[tuple[Level, Level, Row]]) -> Table:
+    """From (level the network sees, level reached, row) of each step."""
+    rows = [row._replace(alpha=to.alpha, sigma=to.sigma) for _, to, row in steps]
+    return Table(levels[0], [seen.t for seen, _, _ in steps], rows)
+
+
+def euler_row(t: Level, s: Level, eta: float = 0.0) -> Row:
+    """x_s = alpha_s x0 + sqrt(sigma_s^2 - std^2) eps + std z, eps re-derived from x and the clipped x0 (DDIM, Song et al.
+    2021, eq. 12 and 16; there alpha^2 is alpha)."""
+    if not eta:
+        a = s.sigma / t.sigma
+        return Row(a=a, b=s.alpha - a * t.alpha)
+    r = s.ratio / t.ratio
+    a = s.sigma / t.sigma * (1 - eta**2 + (eta * r) ** 2) ** 0.5
+    return Row(a=a, b=s.alpha - a * t.alpha, s=eta * s.sigma * max(1 - r**2, 0.0) ** 0.5)
+
+
+def ddim_table(levels: Sequence[Level], eta: float = 0.0) -> Table:
+    """One first-order step between neighbours; eta = 0 is deterministic, eta = 1 has DDPM's variance."""
+    if not 0 <= eta <= 1:
+        raise UserError(f"sampler.eta={eta} must be between 0 (deterministic) and 1 (as noisy as DDPM)")
+    return _table(levels, [(t, s, euler_row(t, s, eta)) for t, s in itertools.pairwise(levels)])
+
+
+def ddpm_table(levels: Sequence[Level], variance: str = "small") -> Table:
+    """Ancestral steps from q(x_s | x_t, x0) (DDPM, Ho et al. 2020, eq. 6 and 7, with alpha_t / alpha_s for a longer step).
+
+    variance: "small" is the posterior's own (beta tilde), "large" is beta. The last step adds no noise.
+    """
+    if variance not in ("small", "large"):
+        raise UserError(f"sampler.variance={variance!r} is none of small, large")
+    steps = []
+    for t, s in itertools.pairwise(levels):
+        row = euler_row(t, s, eta=1.0)
+        if variance == "large" and s.sigma:
+            row = row._replace(s=(t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2) ** 0.5)
+        steps.append((t, s, row))
+    return _table(levels, steps)
+
+
+def _coordinate(level: Level, space: Space) -> tuple[float, float]:
+    """(u, m): x / m has noise u there."""
+    m = level.alpha if space == "sigma" else level.alpha + level.sigma
+    return level.sigma / m if m else math.inf, m
+
+
+def _checked(levels: Sequence[Level], space: Space) -> None:
+    if space not in ("sigma", "flow"):
+        raise UserError(f"sampler.space={space!r} is none of sigma, flow")
+    if not all(_coordinate(level, space)[1] for level in levels):
+        raise UserError("sampler.space=sigma cannot start from pure noise (alpha = 0): use sampler.space=flow")
+
+
+def heun_table(levels: Sequence[Level], space: Space = "sigma") -> Table:
+    """An Euler step, then the mean of the slopes at its two ends (Karras et al. 2022, algorithm 1); the slope is
+    (x / m - x0) / u in either coordinate. Where sigma reaches 0 the Euler step stands."""
+    _checked(levels, space)
+    steps = []
+    for t, s in itertools.pairwise(levels):
+        (u, m), (u_s, m_s) = _coordinate(t, space), _coordinate(s, space)
+        steps.append((t, s, euler_row(t, s)))
+        if s.sigma:
+            first, second = (u_s - u) / (2 * u), (u_s - u) / (2 * u_s)
+            row = Row(a=second, b=-m_s * second, c=-m_s * first, d=m_s / m * (1 + first))
+            steps.append((s, s, row))
+    return _table(levels, steps)
+
+
+def midpoint_table(path: Path, levels: Sequence[Level], space: Space = "sigma") -> Table:
+    """The whole step with the slope half-way, reached by an Euler step."""
+    _checked(levels, space)
+    steps = []
+    for t, s in itertools.pairwise(levels):
+        (u, m), (u_s, m_s) = _coordinate(t, space), _coordinate(s, space)
+        middle = (u + u_s) / 2
+        half = path.level_of(middle if space == "sigma" else middle / (1 - middle))
+        _, m_half = _coordinate(half, space)
+        slope = (u_s - u) / middle
+        steps.append((t, half, euler_row(t, half)))
+        steps.append((half, s, Row(a=m_s / m_half * slope, b=-m_s * slope, d=m_s / m)))
+    return _table(levels, steps)
+
+
+def dpmpp_2m_table(levels: Sequence[Level], eta: float = 0.0) -> Table:
+    """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2): exponential integrator in h = log SNR / 2, x0 extrapolated from the last
+    two. eta = 1 solves the SDE (their appendix on SDE solvers, the midpoint variant). The first step and the last
+    are of first order."""
+    if eta < 0:
+        raise UserError(f"sampler.eta={eta} must be at least 0 (deterministic); 1 is the SDE")
+    steps, h_prev = [], math.inf
+    for t, s in itertools.pairwise(levels):
+        h = math.log(t.ratio / s.ratio) if s.sigma else math.inf
+        damping = eta * h if eta else 0.0
+        amount = -s.alpha * math.expm1(-h - damping)
+        extrapolated = amount * h / (2 * h_prev) if s.sigma and math.isfinite(h_prev) else 0.0
+        row = Row(
+            a=s.sigma / t.sigma * math.exp(-damping),
+            b=amount + extrapolated,
+            c=-extrapolated,
+            s=s.sigma * math.sqrt(-math.expm1(-2 * damping)),
+        )
+        steps.append((t, s, row))
+        h_prev = h
+    return _table(levels, steps)
