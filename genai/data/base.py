@@ -10,7 +10,7 @@ from torch import Tensor
 from genai.core import rng
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch
-from genai.data.io import from_uint8
+from genai.data.io import from_uint8, grid
 
 
 class Split(Protocol):
@@ -75,6 +75,14 @@ class Data:
         """What a checkpoint keeps of the data, plain values only."""
         return {"class_names": self.class_names}
 
+    def cond(self, n: int) -> Batch | None:
+        """Conditions for n samples that show what a model has learned: the classes in turn, None without classes."""
+        return None if self.classes is None else {"label": torch.arange(n) % self.classes}
+
+    def show(self, batch: Batch) -> Tensor | list[str]:
+        """Samples as a person sees them: one picture, uint8 (C, H, W), or a text each."""
+        return grid(batch[self.field], self.classes if self.classes and self.classes <= 20 else None)
+
 
 class Arrays:
     """A split held in memory: uint8 images (N, C, H, W) or float vectors (N, D), labels (N,) or None.
@@ -113,8 +121,8 @@ def held_out(n: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
 
 def example(shape: Sequence[int], field: str, classes: int | None, n: int) -> Batch:
     """A synthetic batch of n samples of the declared shapes, the same every time, for tests and dry runs."""
-    seeds = rng.seed_range(0, n)
-    batch = {field: rng.uniform(seeds, shape) * 2 - 1}
+    values = rng.uniform(rng.seed_range(0, n), shape)
+    batch = {field: (values > 0.5).long() if field == "tokens" else values * 2 - 1}
     if classes is not None:
         batch["label"] = torch.arange(n) % classes
     return batch

@@ -17,7 +17,6 @@ from genai import checkpoint
 from genai.core import rng
 from genai.core.errors import at_least
 from genai.core.protocols import Batch, OnStep, Sampler
-from genai.data.io import grid
 from genai.train.lit import LitModel
 
 Kind = TypeVar("Kind", bound=L.Callback)
@@ -68,7 +67,7 @@ class Evaluate(Between):
 
 
 class Samples(Between):
-    """Every `every_steps`, a grid of `n` samples of the averaged model: seeds `seed`, `seed` + 1, ..., classes in turn."""
+    """Every `every_steps`, `n` samples of the averaged model as the data shows them: seeds `seed`, `seed` + 1, ..."""
 
     def __init__(self, sampler: Sampler, every_steps: int | None, n: int = 100, seed: int = 0):
         self.sampler, self.every_steps, self.n, self.seed = sampler, _every(every_steps, "samples.every_steps"), n, seed
@@ -84,14 +83,12 @@ class Samples(Between):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
         if due(trainer, self.every_steps) and trainer.is_global_zero:
-            data, samples = pl_module.data, self.sample(pl_module, self.n)
-            columns = data.classes if data.classes and data.classes <= 20 else None
-            pl_module.record.picture(trainer.global_step, "samples", grid(samples[data.field], columns))
+            shown = pl_module.data.show(self.sample(pl_module, self.n))
+            pl_module.record.samples(trainer.global_step, "samples", shown)
 
     def sample(self, lit: LitModel, n: int, on_step: OnStep = lambda *_: None) -> Batch:
         """With an on_step always, because a sampler may keep memory for what nobody watches, and training needs it."""
-        cond = None if lit.data.classes is None else {"label": torch.arange(n) % lit.data.classes}
-        return self.sampler(lit.ema.module, rng.seed_range(self.seed, n), cond, on_step)
+        return self.sampler(lit.ema.module, rng.seed_range(self.seed, n), lit.data.cond(n), on_step)
 
 
 class _Enough(Exception):

@@ -61,8 +61,10 @@ class EMA:
         self._pair(model)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged parameters by name; frozen ones and buffers are the live model's."""
-        return dict(zip(self.names, self.average, strict=True))
+        """The averaged parameters by name, tied ones by each of theirs; frozen ones and buffers are the live model's."""
+        averaged = {id(p) for p in self.average}
+        named = self.module.named_parameters(remove_duplicate=False)
+        return {name: p.data for name, p in named if id(p) in averaged}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor], updates: int) -> None:

@@ -42,19 +42,29 @@ class Record:
         if self.tracker is not None:
             self.tracker.log_metrics(dict(values), step)
 
-    def picture(self, step: int, name: str, picture: Tensor) -> None:
-        """uint8 (C, H, W) to samples/<name>_<step>.png and to the tracker."""
+    def samples(self, step: int, name: str, shown: Tensor | list[str]) -> None:
+        """A picture, uint8 (C, H, W), to samples/<name>_<step>.png, or texts to .txt, and to the tracker."""
+        if self.writes:
+            path = self.folder / "samples" / f"{name}_{step:07d}"
+            path.parent.mkdir(exist_ok=True)
+            self._texts(step, name, shown, path) if isinstance(shown, list) else self._picture(step, name, shown, path)
+
+    def _picture(self, step: int, name: str, picture: Tensor, path: Path) -> None:
         from genai.data.io import to_pil
 
-        if not self.writes:
-            return
-        path = self.folder / "samples" / f"{name}_{step:07d}.png"
-        path.parent.mkdir(exist_ok=True)
+        path = path.with_suffix(".png")
         to_pil(picture).save(path)
         if hasattr(self.tracker, "log_image"):
             self.tracker.log_image(name, [str(path)], step=step)
         elif self.tracker is not None and hasattr(self.tracker.experiment, "add_image"):
             self.tracker.experiment.add_image(name, picture, step)
+
+    def _texts(self, step: int, name: str, texts: list[str], path: Path) -> None:
+        path.with_suffix(".txt").write_text("\n\n".join(f"--- {i}\n{text}" for i, text in enumerate(texts)) + "\n")
+        if hasattr(self.tracker, "log_text"):
+            self.tracker.log_text(name, ["sample", "text"], [[i, text] for i, text in enumerate(texts)], step=step)
+        elif self.tracker is not None and hasattr(self.tracker.experiment, "add_text"):
+            self.tracker.experiment.add_text(name, "\n\n".join(texts), step)
 
 
 class Means:

@@ -1,0 +1,366 @@
+"""Text as streams of token ids: prepared once, memory-mapped, cut into windows."""
+
+import codecs
+import hashlib
+import json
+import os
+import random
+import shutil
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genai.core.errors import UserError, at_least
+from genai.core.protocols import Batch
+from genai.data.base import Data, Split
+from genai.data.tokenizers import Tokenizer, learned
+
+FORMAT = 1  # of the prepared files
+PIECE_BYTES = 2**20
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+
+Piece = tuple[str, bool]
+"""Some text, and whether a document ends after it."""
+
+
+class Source(Protocol):
+    """Where a text comes from; `documents` says whether it is made of several, each closed by an end token."""
+
+    documents: bool
+    size_bytes: int
+
+    def fingerprint(self, digest: Any) -> None:
+        """Feed a hashlib digest all that decides the text."""
+        ...
+
+    def pieces(self, first: float, last: float) -> Iterator[Piece]:
+        """The text from share `first` to share `last` of it."""
+        ...
+
+
+class Files:
+    """Files one after the other; splits are consecutive parts of their bytes."""
+
+    def __init__(self, files: Sequence[Path], documents: bool):
+        self.files, self.documents = [(path, path.stat().st_size) for path in files], documents
+        self.size_bytes = sum(size for _, size in self.files)
+
+    def fingerprint(self, digest: Any) -> None:
+        for path, size in self.files:
+            digest.update(f"{size}:".encode())
+            with path.open("rb") as file:
+                while chunk := file.read(PIECE_BYTES):
+                    digest.update(chunk)
+
+    def pieces(self, first: float, last: float) -> Iterator[Piece]:
+        """A cut inside a character moves to its end."""
+        start, stop = int(self.size_bytes * first), int(self.size_bytes * last)
+        for path, size in self.files:
+            if start < size and stop > 0:
+                yield from self._part(path, max(start, 0), min(stop, size), size)
+            start, stop = start - size, stop - size
+
+    def _part(self, path: Path, start: int, stop: int, size: int) -> Iterator[Piece]:
+        with path.open("rb") as file:
+            start, stop = (self._boundary(file, at) for at in (start, stop))
+            file.seek(start)
+            decoder, rest = codecs.getincrementaldecoder("utf-8")(), ""
+            while start < stop:
+                chunk = file.read(min(PIECE_BYTES, stop - start))
+                start += len(chunk)
+                try:
+                    rest += decoder.decode(chunk, final=start == stop)
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
+                        f"{start - len(error.object) + error.start} ({error.reason}); convert the file, for instance with iconv"
+                    ) from None
+                cut = rest.rfind("\n") + 1 or len(rest)  # words stay whole for a tokenizer of merges
+                whole, rest = rest[:cut], rest[cut:]
+                if start < stop and whole:
+                    yield whole, False
+                elif start == stop:
+                    yield whole + rest, stop == size
+
+    @staticmethod
+    def _boundary(file: Any, at: int) -> int:
+        """The first byte from `at` on that continues no character."""
+        file.seek(at)
+        return at + next((i for i, byte in enumerate(file.read(3)) if byte & 0xC0 != 0x80), 0)
+
+
+class Embedded:
+    """One text in memory."""
+
+    def __init__(self, text: str):
+        self.documents, self.text, self.size_bytes = False, text, len(text.encode())
+
+    def fingerprint(self, digest: Any) -> None:
+        digest.update(self.text.encode())
+
+    def pieces(self, first: float, last: float) -> Iterator[Piece]:
+        yield self.text[int(len(self.text) * first) : int(len(self.text) * last)], False
+
+
+class Lines(Files):
+    """Each line of the files is a document, drawn at random into one of the splits."""
+
+    def pieces(self, first: float, last: float) -> Iterator[Piece]:
+        draw, rest = random.Random(0), ""
+        for text, ends in super().pieces(0.0, 1.0):
+            *lines, rest = (rest + text).split("\n")
+            if ends and rest:
+                lines, rest = [*lines, rest], ""
+            for line in lines:
+                line = line.rstrip("\r")
+                if line and first <= draw.random() < last:
+                    yield line, True
+
+
+def prepare(source: Source, tokenizer: str, vocab_size: int | None, shares: dict[str, float], cache: Path) -> Path:
+    """The folder in `cache` with `<split>.bin` for each split and `meta.json`, made if it is not there.
+
+    Its name is a hash of the text and of everything that decides the ids. It is written beside and renamed, so two runs
+    that prepare at once both end with a whole one.
+    """
+    digest = hashlib.sha256(repr((FORMAT, type(source).__name__, tokenizer, vocab_size, shares)).encode())
+    source.fingerprint(digest)
+    folder = cache / digest.hexdigest()[:24]
+    if (folder / "meta.json").exists():
+        return folder
+    temporary = cache / f".{folder.name}.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        if source.size_bytes > 64 * 2**20:
+            print(f"preparing {source.size_bytes / 2**20:.0f} MiB of text in {folder}, once", flush=True)
+        learn_from = 1.0 if tokenizer == "char" else shares["train"]
+        pieces = (text for text, _ in source.pieces(0.0, learn_from))
+        ids = learned(tokenizer, pieces, source.size_bytes, vocab_size, source.documents)
+        meta: dict[str, Any] = {"tokenizer": ids.state(), "dtype": smallest_dtype(ids.vocab_size), "characters": {}}
+        first = 0.0
+        for name, share in shares.items():
+            last = 1.0 if name == [*shares][-1] else first + share
+            parts = source.pieces(first, last)
+            meta["characters"][name] = _write(temporary / f"{name}.bin", parts, ids, meta["dtype"])
+            first = last
+        (temporary / "meta.json").write_text(json.dumps(meta))
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not (folder / "meta.json").exists():
+                raise
+    except OSError as error:
+        raise UserError(f"data.cache={str(cache)!r} cannot be written ({error.strerror}): name another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _write(path: Path, pieces: Iterator[Piece], tokenizer: Tokenizer, dtype: str) -> int:
+    """Token ids of the pieces to a file; returns how many characters they were."""
+    characters = 0
+    with path.open("wb") as file:
+        for text, ends in pieces:
+            file.write(tokenizer.encode(text).astype(dtype).tobytes())
+            if ends and tokenizer.end is not None:
+                file.write(np.array([tokenizer.end], dtype).tobytes())
+            characters += len(text)
+    return characters
+
+
+def smallest_dtype(vocab_size: int) -> str:
+    """Of unsigned integers that hold ids below vocab_size."""
+    return "uint8" if vocab_size <= 2**8 else "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+class Windows:
+    """A split: windows of `length` + 1 tokens, of which a model predicts all but the first.
+
+    Without draws, window i ends where i + 1 begins predicting, each with `overlap` tokens of context that the one
+    before predicted: every token but the stream's first is a target once, marked in `mask`. Training moves each
+    window by up to its length.
+
+    Batch: tokens int64 (B, length + 1), and without draws mask bool (B, length + 1).
+    """
+
+    def __init__(self, path: Path, dtype: str, characters: int, length: int, overlap: int, augments: bool):
+        self.path, self.dtype, self.characters, self.augments = path, np.dtype(dtype), characters, augments
+        self.length, self.overlap, self.map = length, 0 if augments else overlap, None
+        self.tokens = path.stat().st_size // self.dtype.itemsize
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "map": None}  # another process maps the file itself
+
+    def __len__(self) -> int:
+        return max(-(-(self.tokens - 1 - self.overlap) // (self.length - self.overlap)), 1)
+
+    def batch(self, index: Tensor, draws: Tensor | None) -> Batch:
+        if self.map is None:
+            self.map = np.memmap(self.path, self.dtype, "r")
+        starts, stride = self.tokens - self.length, self.length - self.overlap  # how many windows begin somewhere
+        if self.augments and draws is not None:
+            first = (index * self.length + (draws[:, 0] * self.length).long()) % starts
+        else:
+            first = (index * stride).clamp_max(starts - 1)
+        at = first[:, None] + torch.arange(self.length + 1)
+        batch = {"tokens": torch.from_numpy(self.map[at.numpy()].astype(np.int64))}
+        if draws is None:
+            fresh = index * stride + self.overlap * (index > 0)  # the last token that was a target before
+            batch["mask"] = at > fresh[:, None]
+        return batch
+
+
+class Text(Data):
+    """A text in splits of windows.
+
+    Args:
+        source: where the text is.
+        tokenizer: byte, char, or bpe with `vocab_size` ids.
+        val, test: shares of the text.
+        overlap: tokens of context that evaluation windows share.
+        cache: folder of prepared texts, default $XDG_CACHE_HOME/genai or ~/.cache/genai.
+        shape: [context length in tokens].
+        levels: number of ids; None takes what the tokenizer has.
+    """
+
+    def __init__(
+        self, source: Source, tokenizer: str, vocab_size: int | None, val: float, test: float, overlap: int,
+        cache: str | None, field: str, shape: Sequence[int], classes: None, levels: int | None, batch_size: int,
+        num_workers: int = 0,
+    ):  # fmt: skip
+        if len(shape) != 1:
+            raise UserError(f"data.shape={list(shape)} must be [context length in tokens]")
+        length = at_least(shape[0], 1, "data.shape[0]")
+        if at_least(overlap, 0, "data.overlap") >= length:
+            raise UserError(f"data.overlap={overlap} must be smaller than the context of {length} tokens (data.shape)")
+        if not (val > 0 and test >= 0 and val + test < 1):
+            raise UserError(f"data.val={val}, data.test={test}: shares above 0 (test may be 0) that leave some to train")
+        shares = {"train": 1 - val - test, "val": val, **({"test": test} if test else {})}
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = prepare(source, tokenizer, vocab_size, shares, Path(cache) if cache else Path(base) / "genai" / "text")
+        meta = json.loads((folder / "meta.json").read_text())
+        self.tokenizer = from_state(meta["tokenizer"])
+        splits: dict[str, Split] = {}
+        for name in shares:
+            characters = meta["characters"][name]
+            part = Windows(folder / f"{name}.bin", meta["dtype"], characters, length, overlap, name == "train")
+            if part.tokens <= length:
+                raise UserError(
+                    f"the {name} split has {part.tokens} tokens, too few for one window of {length} + 1: give more text, "
+                    f"a shorter data.shape, or a larger data.val"
+                )
+            splits[name] = part
+        super().__init__(
+            field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
+            splits=splits, found_shape=shape, class_names=None, found_levels=self.tokenizer.vocab_size,
+        )  # fmt: skip
+
+    def assets(self) -> dict:
+        return {**super().assets(), "tokenizer": self.tokenizer.state()}
+
+    def cond(self, n: int) -> Batch:
+        """The beginning of a text, n times."""
+        return prompts(self.tokenizer, [""] * n)
+
+    def show(self, batch: Batch) -> list[str]:
+        return texts(self.tokenizer, batch)
+
+
+def from_state(node: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that `state()` described; nothing but one of this project's is built."""
+    from genai.data import tokenizers
+
+    kinds = {f"genai.data.tokenizers.{kind.__name__}": kind for kind in (tokenizers.Byte, tokenizers.Char, tokenizers.BPE)}
+    if node.get("_target_") not in kinds:
+        raise UserError(f"{node.get('_target_')} is no tokenizer of this project")
+    return kinds[node["_target_"]](**{key: value for key, value in node.items() if key != "_target_"})
+
+
+def prompts(tokenizer: Tokenizer, given: Sequence[str]) -> Batch:
+    """Conditions of a text sampler: tokens int64 (B, T), prompts of different length padded on the left, `pad` (B,)
+    how much, and, where documents end, `stop` (B,), the id that ends a sample.
+
+    An empty prompt is the end of the document before, or else a line break, or else the first id.
+    """
+    rows = [_begin(tokenizer, text) for text in given]
+    longest = max(map(len, rows))
+    tokens = torch.stack([torch.cat([row.new_zeros(longest - len(row)), row]) for row in rows])
+    cond = {"tokens": tokens, "pad": torch.tensor([longest - len(row) for row in rows])}
+    if tokenizer.end is not None:
+        cond["stop"] = torch.full((len(rows),), tokenizer.end)
+    return cond
+
+
+def _begin(tokenizer: Tokenizer, text: str) -> Tensor:
+    start = [] if tokenizer.end is None else [tokenizer.end]
+    if not text and not start:
+        try:
+            start = tokenizer.encode("\n").tolist()
+        except UserError:
+            start = [0]
+    return torch.tensor([*start, *tokenizer.encode(text).tolist()], dtype=torch.int64)
+
+
+def texts(tokenizer: Tokenizer, batch: Batch) -> list[str]:
+    """The text of each sample's tokens (B, T), up to its `length` where there is one."""
+    lengths = batch["length"].tolist() if "length" in batch else [batch["tokens"].shape[1]] * len(batch["tokens"])
+    return [tokenizer.decode(row[:n]) for row, n in zip(batch["tokens"].tolist(), lengths, strict=True)]
+
+
+def _file(path: str) -> Path:
+    if not Path(path).is_file():
+        raise UserError(f"data.path={path!r} is no file: set data.path to a UTF-8 text")
+    if Path(path).stat().st_size == 0:
+        raise UserError(f"data.path={path!r} is empty: give a text")
+    return Path(path)
+
+
+def text_file(path: str, **facts: Any) -> Text:
+    """One UTF-8 file as one text."""
+    return Text(Files([_file(path)], documents=False), **facts)
+
+
+def lines(path: str, **facts: Any) -> Text:
+    """A UTF-8 file of which each line is a document: names, SMILES molecules."""
+    return Text(Lines([_file(path)], documents=True), **facts)
+
+
+def text_folder(path: str, pattern: str, **facts: Any) -> Text:
+    """All UTF-8 files below a folder whose names match `pattern`, in the order of their paths; each is a document."""
+    files = sorted(p for p in Path(path).rglob(pattern) if p.is_file() and p.stat().st_size)
+    if not files:
+        raise UserError(f"data.path={path!r} holds no text (data.pattern={pattern!r}): set one of them")
+    return Text(Files(files, documents=True), **facts)
+
+
+def python_docs(**facts: Any) -> Text:
+    """The topics of Python's own `help()`: half a million characters of English and code in every installation."""
+    from pydoc_data.topics import topics
+
+    return Text(Embedded("\n\n".join(topics[name].strip() for name in sorted(topics))), **facts)
+
+
+def tiny_shakespeare(path: str, **facts: Any) -> Text:
+    """A million characters of Shakespeare (Karpathy, 2015), downloaded to `path` if it is not there."""
+    target = Path(path)
+    if not target.exists():
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        existed = target.parent.exists()
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with urllib.request.urlopen(SHAKESPEARE, timeout=30) as answer:
+                temporary.write_bytes(answer.read())
+            temporary.replace(target)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            if not existed and target.parent.is_dir() and not any(target.parent.iterdir()):
+                target.parent.rmdir()
+            raise UserError(
+                f"there is no data.path={path!r}, and {SHAKESPEARE} could not be downloaded ({error}): set data.path to the file"
+            ) from error
+    return Text(Files([_file(path)], documents=False), **facts)

@@ -1,0 +1,147 @@
+"""Tokenizers: text to ids and back. A checkpoint keeps one as plain values, so that sampling needs no other file.
+
+Ids run from 0; with `end` the last one ends a document and stands before the first.
+"""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from genai.core.errors import UserError
+
+SAMPLE_BYTES = 64 * 2**20  # of text, at most, that a vocabulary of merges is learned from
+
+
+class Tokenizer(Protocol):
+    """`encode` and `decode` are inverse on every text the tokenizer can spell."""
+
+    vocab_size: int
+    end: int | None
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids (T,). Raises UserError that names a character it lacks."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; ends of documents are left out, bytes that are no UTF-8 become U+FFFD."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """A config node of plain values that builds it again."""
+        ...
+
+
+class Byte:
+    """The 256 bytes of UTF-8: any text of any script, nothing to learn."""
+
+    def __init__(self, end: bool = False):
+        self.vocab_size, self.end = 256 + end, 256 if end else None
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    def state(self) -> dict[str, Any]:
+        return {"_target_": "genai.data.tokenizers.Byte", "end": self.end is not None}
+
+
+class Char:
+    """One id for each character of `chars`, a string without repeats in the order of code points."""
+
+    def __init__(self, chars: str, end: bool = False):
+        self.chars, self.codes = chars, np.array([ord(c) for c in chars], dtype=np.uint32)
+        self.vocab_size, self.end = len(chars) + end, len(chars) if end else None
+
+    @classmethod
+    def learned(cls, chunks: Iterable[str], end: bool = False) -> "Char":
+        """Of all characters that occur."""
+        return cls("".join(sorted(set().union(*map(set, chunks)))), end)
+
+    def encode(self, text: str) -> np.ndarray:
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        ids = np.searchsorted(self.codes, codes).clip(max=len(self.codes) - 1)
+        wrong = self.codes[ids] != codes
+        if wrong.any():
+            char = chr(codes[wrong.argmax()])
+            raise UserError(
+                f"the character {char!r} (U+{ord(char):04X}) is not among the {len(self.chars)} that this tokenizer "
+                "learned: leave it out, or train with data.tokenizer=byte, which lacks none"
+            )
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.chars[i] for i in ids if i < len(self.chars))
+
+    def state(self) -> dict[str, Any]:
+        return {"_target_": "genai.data.tokenizers.Char", "chars": self.chars, "end": self.end is not None}
+
+
+class BPE:
+    """Byte-level byte-pair encoding of the `tokenizers` library, whose JSON `spec` is all of it (Sennrich et al., 2016)."""
+
+    def __init__(self, spec: str, end: bool = False):
+        self.spec, self.bpe = spec, _library().Tokenizer.from_str(spec)
+        self.words = self.bpe.get_vocab_size()
+        self.vocab_size, self.end = self.words + end, self.words if end else None
+
+    @classmethod
+    def learned(cls, chunks: Iterable[str], vocab_size: int, end: bool = False) -> "BPE":
+        """Merges of the most frequent pairs until there are vocab_size ids, the end included; see `sampled`."""
+        library = _library()
+        bpe = library.Tokenizer(library.models.BPE())
+        bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = library.decoders.ByteLevel()
+        trainer = library.trainers.BpeTrainer(
+            vocab_size=vocab_size - end, show_progress=False, special_tokens=[],
+            initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
+        )  # fmt: skip
+        bpe.train_from_iterator(chunks, trainer)
+        return cls(bpe.to_str(), end)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self.bpe.encode(text).ids, dtype=np.int64)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.bpe.decode([i for i in ids if i < self.words], skip_special_tokens=False)
+
+    def state(self) -> dict[str, Any]:
+        return {"_target_": "genai.data.tokenizers.BPE", "spec": self.spec, "end": self.end is not None}
+
+
+def learned(kind: str, chunks: Iterator[str], size_bytes: int, vocab_size: int | None, end: bool) -> Tokenizer:
+    """The tokenizer `kind`, byte, char or bpe, learned from the pieces of a text of about size_bytes."""
+    if kind == "bpe":
+        least = 256 + end
+        if not isinstance(vocab_size, int) or vocab_size < least:
+            raise UserError(f"data.vocab_size={vocab_size} must be a whole number, at least {least}, for bpe")
+        return BPE.learned(sampled(chunks, size_bytes), vocab_size, end)
+    if vocab_size is not None:
+        raise UserError(f"data.vocab_size={vocab_size} is for data.tokenizer=bpe, this is {kind}: leave it out")
+    if kind == "byte":
+        return Byte(end)
+    if kind == "char":
+        return Char.learned(chunks, end)
+    raise UserError(f"data.tokenizer={kind!r} is none of byte, char, bpe")
+
+
+def sampled(chunks: Iterator[str], size_bytes: int, seed: int = 0) -> Iterator[str]:
+    """The pieces, or a random part of them of about SAMPLE_BYTES, said aloud."""
+    if size_bytes <= SAMPLE_BYTES:
+        yield from chunks
+        return
+    share, draw = SAMPLE_BYTES / size_bytes, random.Random(seed)
+    print(f"bpe: learning from {SAMPLE_BYTES / 2**20:.0f} of {size_bytes / 2**20:.0f} MiB, drawn with seed {seed}")
+    yield from (chunk for chunk in chunks if draw.random() < share)
+
+
+def _library() -> Any:
+    try:
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers, trainers  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError("data.tokenizer=bpe needs the package tokenizers: pip install tokenizers") from error
+    return tokenizers

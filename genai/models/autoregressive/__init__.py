@@ -1,0 +1,1 @@
+"""Autoregressive models: one token after the other."""

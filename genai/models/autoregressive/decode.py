@@ -1,0 +1,278 @@
+"""Writing with an autoregressive model: a cache filled once with the prompt, then one token after the other.
+
+Sampler functions `(model, seeds, cond, on_step, ...) -> Batch`. `cond` holds tokens int64 (B, T), prompts padded on
+the left, and may hold `pad` (B,), how much, and `stop` (B,), the id that ends a sample. The Batch holds
+
+    tokens    int64 (B, max_new_tokens), `stop` after the end
+    length    (B,) tokens before the end
+    log_prob  (B, max_new_tokens) ln p of each token by the model itself, whatever shaped the draw; 0 after the end
+
+Token i of sample b is drawn by inverse CDF from Philox stream 3, element i, of seeds[b].
+"""
+
+import torch
+from torch import Tensor
+
+from genai.core import rng
+from genai.core.errors import UserError, at_least
+from genai.core.protocols import Batch, OnStep
+from genai.models.autoregressive.gpt import GPT
+from genai.nn.transformer import Cache
+
+LOOK_EVERY = 32  # tokens between two questions to the device whether all have stopped
+
+
+def generate(
+    model: GPT,
+    seeds: Tensor,
+    cond: Batch | None = None,
+    on_step: OnStep | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+) -> Batch:
+    """Draw from softmax(logits / temperature), cut as `distribution` says; temperature 0 takes the likeliest.
+
+    Args:
+        max_new_tokens: None: as many as the model's context holds.
+        repetition_penalty: divides positive logits of tokens that occur already, multiplies negative ones (Keskar et
+            al., 2019, section 4.1).
+
+    Raises UserError for an argument out of range, or a prompt longer than the context.
+    """
+    _check(model, temperature, top_k, top_p, min_p)
+    if repetition_penalty <= 0:
+        raise UserError(f"sampler.repetition_penalty={repetition_penalty} must be greater than 0 (1 is none)")
+    n = model.length if max_new_tokens is None else at_least(max_new_tokens, 1, "sampler.max_new_tokens")
+    with torch.inference_mode():
+        tokens, pad, stop = _begin(model, seeds, cond)
+        batch, given = tokens.shape
+        text = torch.cat([tokens, tokens.new_zeros(batch, n)], 1)
+        logs = torch.zeros(batch, n, device=text.device)
+        u = rng.uniform(seeds.to(text.device), (n,), stream=rng.TOKENS)
+        seen = None if repetition_penalty == 1 else _seen(tokens, pad, model.vocab_size)
+        step = _Steps(model, text, given, pad)
+        logits = step.first()
+        for i in range(n):
+            shaped = logits if seen is None else torch.where(seen, _penalised(logits, repetition_penalty), logits)
+            if temperature == 0:
+                token = shaped.argmax(-1, keepdim=True)
+            else:
+                token = draw(distribution(shaped, temperature, top_k, top_p, min_p), u[:, i : i + 1])
+            text[:, given + i] = token[:, 0]
+            logs[:, i] = logits.log_softmax(-1).gather(1, token)[:, 0]
+            if seen is not None:
+                seen.scatter_(1, token, True)
+            if on_step is not None:
+                on_step(i, n, {"tokens": text[:, given : given + i + 1]})
+            if i + 1 == n or (stop is not None and i % LOOK_EVERY == LOOK_EVERY - 1 and _all_stopped(text, given, stop)):
+                break
+            logits = step.next(token)
+        return _finished(text[:, given:], logs, stop)
+
+
+def distribution(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
+) -> Tensor:
+    """Probabilities (..., V) of logits / temperature, cut and renormalised in this order.
+
+    top_k keeps the k likeliest (Fan et al., 2018), top_p the fewest likeliest whose probabilities sum to at least
+    top_p (Holtzman et al., 2020), min_p those at least min_p times as likely as the likeliest (Nguyen et al., 2024).
+    """
+    if temperature != 1:
+        logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, -1).values[..., -1:], float("-inf"))
+    p = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        ordered, order = p.sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        p = p.masked_fill(torch.empty_like(before, dtype=torch.bool).scatter_(-1, order, before >= top_p), 0)
+    if min_p is not None and min_p > 0:
+        p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0)
+    return p / p.sum(-1, keepdim=True) if top_p is not None or min_p is not None else p
+
+
+def draw(p: Tensor, u: Tensor) -> Tensor:
+    """Inverse CDF: the first index at which the sum of p (B, V) reaches u (B, n) in [0, 1] of the whole -> (B, n)."""
+    cdf = p.cumsum(-1)
+    return torch.searchsorted(cdf, u.to(cdf).clamp_min(1e-8) * cdf[:, -1:])  # never one of probability 0
+
+
+class _Steps:
+    """Logits (B, V) of the next token, with the cheapest memory that is exact.
+
+    Within the context a cache holds it all. Past it, positions that only know distances go on with the last `length`
+    of them in a ring; learned ones have none to go on with, so the last `length` tokens are read anew each time.
+    """
+
+    def __init__(self, model: GPT, text: Tensor, given: int, pad: Tensor | None):
+        self.model, self.text, self.at, self.pad = model, text, given, pad
+        total, length = text.shape[1] - 1, model.length  # the last token is not read
+        self.anew = model.net.transformer.position.length is not None
+        if total > length:
+            how = "reading it anew for each token" if self.anew else "by a sliding cache"
+            print(f"this text grows past the {length} tokens the model was trained on: each new one sees the last {length}, {how}")
+        batch, last = len(text), min(total, length) if self.anew else max(total, 1)
+        self.cache = Cache(model.net.transformer, batch, min(max(total, 1), length), last, pad)
+
+    def first(self) -> Tensor:
+        return self.model.net(self.text[:, : self.at], self.cache)[:, -1].float()
+
+    def next(self, token: Tensor) -> Tensor:
+        self.at += 1
+        if not self.anew or self.cache.length < self.cache.capacity:
+            return self.model.net(token, self.cache)[:, -1].float()
+        first = self.at - self.model.length
+        pad = None if self.pad is None else (self.pad - first).clamp_min(0)
+        cache = Cache(self.model.net.transformer, len(token), self.model.length, self.model.length, pad)
+        return self.model.net(self.text[:, first : self.at], cache)[:, -1].float()
+
+
+def _check(model: GPT, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
+    if temperature < 0:
+        raise UserError(f"sampler.temperature={temperature} must be at least 0 (0 takes the likeliest token)")
+    if top_k is not None:
+        at_least(top_k, 1, "sampler.top_k")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"sampler.top_p={top_p} must be greater than 0 and at most 1")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise UserError(f"sampler.min_p={min_p} must be between 0 and 1")
+
+
+def _begin(model: GPT, seeds: Tensor, cond: Batch | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Prompts, padding (None where there is none) and stop ids on the model's device; token 0 if nothing is given."""
+    device = next(model.parameters()).device
+    if cond is None:
+        return torch.zeros(len(seeds), 1, dtype=torch.int64, device=device), None, None
+    tokens, pad, stop = cond["tokens"], cond.get("pad"), cond.get("stop")
+    if tokens.shape[1] > model.length:
+        raise UserError(
+            f"prompt has {tokens.shape[1]} tokens, more than the {model.length} this model was trained to read: shorten prompt="
+        )
+    pad = None if pad is None or not pad.any() else pad.to(device)
+    return tokens.to(device), pad, None if stop is None else stop.to(device)
+
+
+def _seen(tokens: Tensor, pad: Tensor | None, vocab_size: int) -> Tensor:
+    """Which ids occur in each prompt (B, V)."""
+    if pad is not None:  # the last one of a prompt is real
+        real = torch.arange(tokens.shape[1], device=tokens.device) >= pad[:, None]
+        tokens = torch.where(real, tokens, tokens[:, -1:])
+    return torch.zeros(len(tokens), vocab_size, dtype=torch.bool, device=tokens.device).scatter_(1, tokens, True)
+
+
+def _penalised(logits: Tensor, penalty: float) -> Tensor:
+    return torch.where(logits > 0, logits / penalty, logits * penalty)
+
+
+def _all_stopped(text: Tensor, given: int, stop: Tensor) -> bool:
+    return bool((text[:, given:] == stop[:, None]).any(1).all())
+
+
+def _finished(tokens: Tensor, logs: Tensor, stop: Tensor | None) -> Batch:
+    """Everything after the first stop is stop, with ln p 0."""
+    n = tokens.shape[1]
+    if stop is None:
+        return {"tokens": tokens, "length": torch.full((len(tokens),), n, device=tokens.device), "log_prob": logs}
+    stopped = tokens == stop[:, None]
+    after = stopped.cumsum(1) - stopped.long() > 0
+    length = (~stopped & ~after).sum(1)
+    return {"tokens": torch.where(after, stop[:, None], tokens), "length": length, "log_prob": logs.masked_fill(after, 0)}
+
+
+def speculative(
+    model: GPT,
+    seeds: Tensor,
+    cond: Batch | None = None,
+    on_step: OnStep | None = None,
+    draft: GPT | None = None,
+    ahead: int = 4,
+    max_new_tokens: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Batch:
+    """`generate`'s distribution in fewer calls of the model: a small `draft` writes `ahead` tokens, one call judges them
+    (Leviathan et al., 2023, algorithm 1). Samples are written one by one, since each keeps another number of tokens.
+
+    Uniforms of token i come from Philox stream 3, rows 1 (proposal), 2 (judgement) and 3 (correction), element i.
+    Raises UserError for a draft of another vocabulary, or a text longer than either context.
+    """
+    _check(model, temperature, top_k, top_p, min_p)
+    at_least(ahead, 1, "sampler.ahead")
+    if temperature == 0:
+        raise UserError("sampler.temperature=0 is not for speculative decoding: use sampler=generate")
+    if draft is None:
+        raise UserError("sampler.draft=None: name the run or checkpoint of a smaller model")
+    if draft.vocab_size != model.vocab_size:
+        raise UserError(f"sampler.draft has {draft.vocab_size} tokens, this model has {model.vocab_size}: they must share a tokenizer")
+    length = min(model.length, draft.length)
+    with torch.inference_mode():
+        tokens, pad, stop = _begin(model, seeds, cond)
+        n = length if max_new_tokens is None else at_least(max_new_tokens, 1, "sampler.max_new_tokens")
+        n = n if max_new_tokens is not None else length - tokens.shape[1] + 1
+        if tokens.shape[1] + n - 1 > length:
+            raise UserError(f"prompt and sampler.max_new_tokens={n} are longer than the {length} tokens both models read")
+        uniforms = [rng.uniform(seeds.to(tokens.device), (n,), row, rng.TOKENS) for row in (1, 2, 3)]
+        shape = temperature, top_k, top_p, min_p
+        rows, logs = [], []
+        for b in range(len(tokens)):
+            prompt = tokens[b : b + 1] if pad is None else tokens[b : b + 1, int(pad[b]) :]
+            until = None if stop is None else int(stop[b])
+            text, log = _speculate(model, draft, prompt, n, ahead, [u[b] for u in uniforms], shape, until)
+            rows.append(text)
+            logs.append(log)
+            if on_step is not None:
+                on_step(b, len(tokens), {"tokens": text[None]})
+        return _finished(torch.stack(rows), torch.stack(logs), stop)
+
+
+def _speculate(
+    model: GPT, draft: GPT, prompt: Tensor, n: int, ahead: int, uniforms: list[Tensor], shape: tuple, stop: int | None
+) -> tuple[Tensor, Tensor]:
+    """n new tokens of one prompt (1, T), and their ln p by the model."""
+    given, known = prompt.shape[1], prompt
+    caches = [Cache(m.net.transformer, 1, given + n + ahead, given + n + ahead) for m in (model, draft)]
+    logs: list[Tensor] = []
+    while (at := known.shape[1] - given) < n:
+        g = min(ahead, n - at - 1)
+        q, text = [], known
+        for j in range(g):
+            logits = draft.net(text[:, caches[1].length :], caches[1])[:, -1].float()
+            q.append(distribution(logits, *shape))
+            text = torch.cat([text, draw(q[-1], uniforms[0][at + j].view(1, 1))], 1)
+        raw = model.net(text[:, caches[0].length :], caches[0])[0, -g - 1 :].float()  # (g + 1, V)
+        p = distribution(raw, *shape)
+        drafted = text[0, given + at :]
+        kept, token = judge(p, torch.cat(q) if q else p[:0], drafted, *(u[at : at + g + 1] for u in uniforms))
+        text = torch.cat([text[:, : given + at + kept], token.view(1, 1)], 1)
+        fresh = text[0, given + at :]
+        logs.append(raw[: kept + 1].log_softmax(-1).gather(1, fresh[:, None])[:, 0])
+        known = text
+        for cache in caches:
+            cache.cut(min(cache.length, known.shape[1] - 1))
+        if stop is not None and (fresh == stop).any():
+            break
+    tokens, log = known[0, given:], torch.cat(logs)
+    missing = n - len(tokens)
+    return torch.cat([tokens, tokens.new_zeros(missing)]), torch.cat([log, log.new_zeros(missing)])
+
+
+def judge(p: Tensor, q: Tensor, drafted: Tensor, propose: Tensor, accept: Tensor, correct: Tensor) -> tuple[int, Tensor]:
+    """How many of g drafted tokens (g,) are kept, and the token after them.
+
+    Token j is kept with probability min(1, p_j / q_j); the first that is not is drawn anew from max(p - q, 0), and after
+    the last comes one of p itself. p (g + 1, V), q (g, V), uniforms (g + 1,).
+    """
+    g = len(drafted)
+    at = drafted[:, None]
+    refused = accept[:g] * q.gather(1, at)[:, 0] >= p[:g].gather(1, at)[:, 0]
+    kept = int(refused.long().argmax()) if bool(refused.any()) else g
+    if kept == g:
+        return g, draw(p[g:], propose[g].view(1, 1))[0]
+    return kept, draw((p[kept] - q[kept]).clamp_min(0)[None], correct[kept].view(1, 1))[0]

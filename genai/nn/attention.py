@@ -1,0 +1,132 @@
+"""Self-attention, its positions, and the cache of keys and values that saves it from computing them twice.
+
+Tenants to come beside the autoregressive family: masked language models, text conditions of diffusion.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from genai.core.errors import UserError
+
+Rotation = tuple[Tensor, Tensor]
+"""cos and sin of each position's angles, (T, D) or (B, 1, T, D), as `rotate` takes them."""
+
+
+class KV:
+    """Keys and values of one layer, (B, heads, capacity, D), written in place.
+
+    `length` positions have been written; once they are more than fit, each takes the place of the oldest.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor):
+        self.k, self.v, self.length = k, v, 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write T new positions (B, heads, T, D), one at a time when full; returns views of all that are there."""
+        capacity, t = self.k.shape[2], k.shape[2]
+        start = self.length if self.length + t <= capacity else self.length % capacity
+        self.length += t
+        self.k[:, :, start : start + t] = k
+        self.v[:, :, start : start + t] = v
+        filled = min(self.length, capacity)
+        return self.k[:, :, :filled], self.v[:, :, :filled]
+
+
+class Attention(nn.Module):
+    """Scaled dot-product self-attention (Vaswani et al., 2017, eq. 1), queries in groups that share keys and values.
+
+    Args:
+        width: of the residual stream.
+        heads: of queries; width / heads is the dimension D of each.
+        kv_heads: of keys and values (Ainslie et al., 2023), a divisor of heads; None: as many.
+        qk_norm: `qk_norm(D)` normalises each query and key (Henry et al., 2020).
+        bias: of both projections.
+        dropout: of attention weights.
+        causal: position t sees none after it.
+    """
+
+    def __init__(
+        self, width: int, heads: int, kv_heads: int | None = None, qk_norm: Callable[[int], nn.Module] | None = None,
+        bias: bool = False, dropout: float = 0.0, causal: bool = True,
+    ):  # fmt: skip
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        if width % heads or heads % kv_heads:
+            raise UserError(f"heads={heads} must divide width={width}, and kv_heads={kv_heads} must divide heads")
+        self.heads, self.kv_heads, self.head_dim, self.dropout, self.causal = heads, kv_heads, width // heads, dropout, causal
+        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias)
+        self.out = nn.Linear(width, width, bias)
+        self.qk_norm = None if qk_norm is None else qk_norm(self.head_dim)
+
+    def forward(
+        self, x: Tensor, rotation: Rotation | None = None, mask: Tensor | None = None, kv: KV | None = None
+    ) -> Tensor:
+        """(B, T, width) -> (B, T, width). mask (B or 1, 1, T, T') says who sees whom, in the place of `causal`; kv holds
+        the positions before these T, and gets them."""
+        q, k, v = self.heads_of(x, rotation)
+        if kv is not None:
+            k, v = kv.append(k, v)
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, self.dropout if self.training else 0.0, self.causal and mask is None and x.shape[1] > 1,
+            enable_gqa=self.heads != self.kv_heads,
+        )  # fmt: skip
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def heads_of(self, x: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, heads, T, D), keys and values (B, kv_heads, T, D) of x (B, T, width)."""
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], 1)
+        if self.qk_norm is not None:
+            qk = self.qk_norm(qk)
+        if rotation is not None:
+            qk = rotate(qk, rotation)
+        q, k = qk.split([self.heads, self.kv_heads], 1)
+        return q, k, v
+
+    def weights(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """Attention weights (B, heads, T, T) for whoever wants to see them; each row sums to 1."""
+        q, k, _ = self.heads_of(x, rotation)
+        scores = q @ k.repeat_interleave(self.heads // self.kv_heads, 1).transpose(-1, -2) * self.head_dim**-0.5
+        if self.causal:
+            scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), float("-inf"))
+        return scores.softmax(-1)
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn each pair (i, i + D/2) of the last dimension by its position's angle (Su et al., 2021, eq. 34)."""
+    cos, sin = rotation
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class Rotary(nn.Module):
+    """Rotary positions: only the distance of two positions matters to their attention (Su et al., 2021, eq. 15)."""
+
+    length = None  # any position
+
+    def __init__(self, width: int, base: float = 10000.0):
+        super().__init__()
+        self.base = base
+
+    def forward(self, positions: Tensor, head_dim: int) -> tuple[Tensor | None, Rotation | None]:
+        """What to add to the embeddings, and how to rotate queries and keys, at positions (T,) or (B, T)."""
+        half = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64)
+        angles = positions.to(torch.float64)[..., None] * self.base ** (-half / head_dim)
+        cos, sin = angles.cos(), angles.sin()
+        pair = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        dtype = torch.get_default_dtype()
+        cos, sin = (t.to(dtype) if positions.ndim == 1 else t.to(dtype)[:, None] for t in pair)
+        return None, (cos, sin)
+
+
+class Learned(nn.Module):
+    """A learned vector for each of `length` positions, added to the embeddings."""
+
+    def __init__(self, width: int, length: int):
+        super().__init__()
+        self.length, self.table = length, nn.Embedding(length, width)
+
+    def forward(self, positions: Tensor, head_dim: int) -> tuple[Tensor | None, Rotation | None]:
+        return self.table(positions), None

@@ -1,0 +1,29 @@
+"""Normalisation over the last dimension."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class LayerNorm(nn.Module):
+    """Ba et al., "Layer Normalization", 2016; with or without a bias."""
+
+    def __init__(self, width: int, bias: bool = True, eps: float = 1e-5):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps), times a gain if there is one (Zhang and Sennrich, 2019, eq. 4)."""
+
+    def __init__(self, width: int, gain: bool = False, eps: float = 1e-6):
+        super().__init__()
+        self.shape, self.eps = (width,), eps
+        self.weight = nn.Parameter(torch.ones(width)) if gain else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.shape, self.weight, self.eps)
