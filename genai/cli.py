@@ -109,6 +109,7 @@ def composed(
     Raises UserError for a key, a choice or a type that does not exist, with what comes nearest.
     """
     folders = config_folders(config_dir)
+    overrides = [quoted(override) for override in overrides]
     search = [f"hydra.searchpath=[file://{folder}]" for folder in folders[1:]]
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -128,6 +129,18 @@ def composed(
     for override in values:
         apply(cfg, override)
     return cfg
+
+
+TEXTS = ("prompt", "stop")  # keys whose value is prose
+
+
+def quoted(override: str) -> str:
+    """Prose in quotes, so that its commas, spaces and braces are no syntax; lists and what has quotes stay."""
+    key, _, value = override.partition("=")
+    if key not in TEXTS or value in ("", "null") or value[0] in "['\"":
+        return override
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{key}="{escaped}"'
 
 
 def _split(parsed: Iterable[Override], folders: Sequence[Path], sweep: bool) -> tuple[list[Override], list[Override]]:
@@ -211,7 +224,16 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f", did you mean {found}?" if found else ""
 
 
-RESUMABLE = ("max_steps", "data.root", "data.num_workers", "trainer.accelerator", "trainer.devices", "logger", "trust")
+RESUMABLE = (
+    "max_steps",
+    "data.root",
+    "data.path",
+    "data.num_workers",
+    "trainer.accelerator",
+    "trainer.devices",
+    "logger",
+    "trust",
+)
 
 
 def resumed(cfg: DictConfig, overrides: list[Override]) -> list[Override]:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from genai import checkpoint
 from genai.core import rng
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Scorable
+from genai.data.base import Data
 from genai.data.stream import batches
 
 
@@ -24,24 +26,30 @@ def run(cfg: Any) -> dict[str, Any]:
     loaded = checkpoint.load(cfg.ckpt, cfg.weights, device, trust)
     if not isinstance(loaded.model, Scorable):
         raise UserError(f"{loaded.path} has no likelihood to evaluate: {type(loaded.model).__name__} has no log_prob")
-    data = checkpoint.build({**loaded.config["data"], **({"root": cfg.root} if cfg.root else {})}, trust)
+    node = dict(loaded.config["data"])
+    if cfg.root is not None:
+        node["path" if "path" in node else "root"] = cfg.root
+    data = checkpoint.build(node, trust)
+    if data.assets().get("tokenizer") != loaded.assets.get("tokenizer"):
+        raise UserError(
+            f"the vocabulary of {loaded.path} is not that of its data now: give the text it was trained on with root="
+        )
     if cfg.split not in data.splits:
         raise UserError(f"split={cfg.split} is none of {', '.join(data.splits)}")
     n = len(data.splits[cfg.split]) if cfg.n is None else min(at_least(cfg.n, 1, "n"), len(data.splits[cfg.split]))
-    nats, start = [], time.monotonic()
+    nats, targets, start = [], 0, time.monotonic()
     for batch in batches(data.splits[cfg.split], at_least(cfg.batch_size, 1, "batch_size"), n):
         batch = {name: value.to(device) for name, value in batch.items()}
         nats.append(-loaded.model.log_prob(batch, cfg.seed + sum(map(len, nats))).cpu())
+        targets += int(batch["mask"][:, 1:].sum()) if "mask" in batch else 0
         done, seconds = sum(map(len, nats)), time.monotonic() - start
         print(f"\r{done}/{n}, {seconds / done * (n - done):.0f} s left ", end="", flush=True)
-    bits = torch.cat(nats).double() / (math.prod(data.shape) * math.log(2))
+    each = torch.cat(nats).double()
     result = {
-        "bits_per_dim": round(bits.mean().item(), 4),
-        "standard_error": round((bits.std() / math.sqrt(n)).item(), 4),
+        **(_per_token(each, targets, data, cfg.split) if targets else _per_dimension(each, data)),
         "bound": loaded.model.bound,
         "split": cfg.split,
         "n": n,
-        "levels": data.levels,
         "seed": cfg.seed,
         "weights": cfg.weights,
         "step": loaded.step,
@@ -52,3 +60,24 @@ def run(cfg: Any) -> dict[str, Any]:
     out = Path(loaded.path).with_suffix(f".{cfg.split}.json")
     out.write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _per_dimension(nats: Tensor, data: Data) -> dict[str, Any]:
+    bits = nats / (math.prod(data.shape) * math.log(2))
+    error = (bits.std() / math.sqrt(len(bits))).item()
+    return {"bits_per_dim": round(bits.mean().item(), 4), "standard_error": round(error, 4), "levels": data.levels}
+
+
+def _per_token(nats: Tensor, targets: int, data: Any, split: str) -> dict[str, Any]:
+    """Of a text: per token, and per character, which compares across tokenizers."""
+    per_token, part = nats.sum().item() / targets, data.splits[split]
+    characters = targets * part.characters / (part.tokens - 1)
+    return {
+        "nats_per_token": round(per_token, 4),
+        "perplexity": round(math.exp(per_token), 4),
+        "bits_per_character": round(nats.sum().item() / math.log(2) / characters, 4),
+        "tokens": targets,
+        "context": part.length,
+        "context_overlap": part.overlap,
+        "vocabulary": data.levels,
+    }

@@ -1,6 +1,7 @@
 """Sampling from a loaded checkpoint, the same from the command line and from Python."""
 
 import contextlib
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -22,22 +23,26 @@ def sample(
     n: int = 16,
     seed: int = 0,
     label: Any = None,
+    prompt: Any = None,
+    stop: str | None = None,
     sampler: dict | None = None,
     batch_size: int = 256,
     on_step: OnStep | None = None,
     **arguments: Any,
 ) -> Batch:
-    """n samples; sample i depends on seed + i, its label and the sampler, and on nothing else.
+    """n samples; sample i depends on seed + i, its label or prompt and the sampler, and on nothing else.
 
     Args:
         label: index, name or a list of them; shorter lists repeat. None takes the classes in turn.
+        prompt: for models of text, a text or a list of them; shorter lists repeat. None begins a text.
+        stop: text of one token at which a sample ends; None: the end of a document, where the model knows ends.
         sampler: a config node, default the one the checkpoint was trained with.
         batch_size: samples made at once.
         on_step: called as on_step(step so far, steps of all batches, state).
         arguments: of the sampler, such as steps or guidance.
 
     Returns:
-        what the sampler made, on the CPU, with `seeds` (n,) and, for a conditional model, `label` (n,).
+        what the sampler made, on the CPU, with `seeds` (n,) and, for a model of classes, `label` (n,).
     """
     at_least(n, 1, "n")
     at_least(batch_size, 1, "batch_size")
@@ -45,12 +50,13 @@ def sample(
     run = bind(loaded, sampler or loaded.config["sampler"], arguments)
     seeds = rng.seed_range(seed, n)
     labels = resolve_labels(label, n, loaded)
+    cond = resolve_prompts(prompt, stop, n, loaded) or ({} if labels is None else {"label": labels})
     chunks, starts = [], range(0, n, batch_size)
     for k, start in enumerate(starts):
         part = slice(start, start + batch_size)
-        cond = None if labels is None else {"label": labels[part]}
         progress = None if on_step is None else _shifted(on_step, k, len(starts))
-        chunks.append(run(loaded.model, seeds[part], cond, progress))
+        given = {name: value[part] for name, value in cond.items()}
+        chunks.append(run(loaded.model, seeds[part], given or None, progress))
     batch = {name: torch.cat([chunk[name].cpu() for chunk in chunks]) for name in chunks[0]}
     return {**batch, "seeds": seeds, **({} if labels is None else {"label": labels})}
 
@@ -65,12 +71,43 @@ def bind(loaded: Loaded, node: dict, arguments: dict[str, Any]) -> Callable[...,
     for key in arguments:
         if key not in own:
             raise UserError(f"the sampler {node['_target_'].rpartition('.')[2]} has no {key}; it has {', '.join(own)}")
-    run = checkpoint.build({**node, **arguments}, loaded.trust)
+    node = {**node, **arguments}
+    if isinstance(node.get("draft"), str):
+        other = checkpoint.load(
+            node.pop("draft"), device=str(next(loaded.model.parameters()).device), trust=loaded.trust
+        )
+        if other.assets.get("tokenizer") != loaded.assets.get("tokenizer"):
+            raise UserError(f"sampler.draft={other.path} has another tokenizer than {loaded.path}: they must share one")
+        run = functools.partial(checkpoint.build(node, loaded.trust), draft=other.model)
+    else:
+        run = checkpoint.build(node, loaded.trust)
     try:
         inspect.signature(run).bind(None, None, None, None)
     except TypeError as error:
         raise UserError(f"the sampler {node['_target_']} cannot be called: {error}") from error
     return run
+
+
+def resolve_prompts(prompt: Any, stop: str | None, n: int, loaded: Loaded) -> Batch | None:
+    """Conditions of n texts, None for a model of something else. Raises UserError if that was given a prompt."""
+    from genai.data import text
+
+    if "tokenizer" not in loaded.assets:
+        for key, value in (("prompt", prompt), ("stop", stop)):
+            if value is not None:
+                raise UserError(f"{key}={value!r} was given, but this model takes no text: leave {key}= out")
+        return None
+    tokenizer = text.from_state(loaded.assets["tokenizer"])
+    wanted = [str(p) for p in (prompt if isinstance(prompt, list | tuple) else ["" if prompt is None else prompt])]
+    if not wanted:
+        raise UserError("prompt=[] is empty: leave prompt= out for the beginning of a text")
+    cond = text.prompts(tokenizer, (wanted * -(-n // len(wanted)))[:n])
+    if stop is not None:
+        ids = tokenizer.encode(stop)
+        if len(ids) != 1:
+            raise UserError(f"stop={stop!r} is {len(ids)} tokens of this model's tokenizer: give a text that is one")
+        cond["stop"] = torch.full((n,), int(ids[0]))
+    return cond
 
 
 def resolve_labels(label: Any, n: int, loaded: Loaded) -> Tensor | None:
@@ -100,10 +137,10 @@ def _index(value: Any, names: list[str] | None, classes: int) -> int:
 
 
 def run(cfg: Any) -> Path:
-    """`sample.py`: load, sample with a progress bar, write pictures and samples.npz; returns their folder."""
+    """`sample.py`: load, sample with a progress bar or while the text appears, write files; returns their folder."""
     from omegaconf import OmegaConf
 
-    from genai.data.io import write_samples
+    from genai.data import io, text
 
     device = cfg.device
     if device == "auto":
@@ -113,17 +150,22 @@ def run(cfg: Any) -> Path:
     trust = [cfg.trust] if isinstance(cfg.trust, str) else list(cfg.trust or [])
     loaded = checkpoint.load(cfg.ckpt, cfg.weights, device, trust)
     node: dict[str, Any] = OmegaConf.to_container(cfg.sampler, resolve=True)  # type: ignore[assignment]
-    if cfg.prompt is not None:
-        raise UserError(f"prompt={cfg.prompt!r} was given, but this model takes no text: use label=")
     if cfg.guidance is not None:
         node["guidance"] = cfg.guidance
-    label = OmegaConf.to_container(cfg.label) if OmegaConf.is_list(cfg.label) else cfg.label
-    with bar() as on_step:
-        batch = sample(loaded, cfg.n, cfg.seed, label, node, cfg.batch_size, on_step)
+    label, prompt = (OmegaConf.to_container(v) if OmegaConf.is_list(v) else v for v in (cfg.label, cfg.prompt))
+    is_text = "tokenizer" in loaded.assets
+    with streamed(loaded, prompt) if is_text else bar() as on_step:
+        batch = sample(loaded, cfg.n, cfg.seed, label, prompt, cfg.stop, node, cfg.batch_size, on_step)
     out = Path(cfg.out) if cfg.out is not None else _unused(loaded.path.parent)
-    field = loaded.config["data"]["field"]
-    write_samples(out, field, batch[field], batch.get("label"), batch["seeds"], rng.RNG_VERSION)
-    print(f"{cfg.n} samples of {loaded.path} (step {loaded.step}, {cfg.weights} weights): {out}/grid.png, samples.npz")
+    if is_text:
+        given = resolve_prompts(prompt, cfg.stop, cfg.n, loaded) or {}
+        text.write_samples(out, text.from_state(loaded.assets["tokenizer"]), given, batch, rng.RNG_VERSION)
+        files = f"{out}/samples.txt, samples.jsonl"
+    else:
+        field = loaded.config["data"]["field"]
+        io.write_samples(out, field, batch[field], batch.get("label"), batch["seeds"], rng.RNG_VERSION)
+        files = f"{out}/grid.png, samples.npz"
+    print(f"{cfg.n} samples of {loaded.path} (step {loaded.step}, {cfg.weights} weights): {files}")
     return out
 
 
@@ -141,3 +183,25 @@ def bar() -> Iterator[OnStep]:
     with Progress(disable=not sys.stdout.isatty(), transient=True) as progress:
         task = progress.add_task("sampling", total=None)
         yield lambda i, n, state: progress.update(task, completed=i + 1, total=n)
+
+
+@contextlib.contextmanager
+def streamed(loaded: Loaded, prompt: Any) -> Iterator[OnStep]:
+    """An on_step that prints the first text while it is written."""
+    from genai.data import text
+
+    tokenizer, shown = text.from_state(loaded.assets["tokenizer"]), ""
+    first = prompt[0] if isinstance(prompt, list | tuple) and prompt else prompt
+    start = "" if first is None else str(first)
+
+    def on_step(i: int, n: int, state: Batch) -> None:
+        nonlocal shown
+        tokens = state["tokens"][0].tolist()
+        ends = [k for k, token in enumerate(tokens) if token == tokenizer.end]
+        written = start + tokenizer.decode(tokens[: ends[0]] if ends else tokens).rstrip("\ufffd")  # half a character
+        if written.startswith(shown):  # later batches write other texts
+            print(written[len(shown) :], end="", flush=True)
+            shown = written
+
+    yield on_step
+    print()

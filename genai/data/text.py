@@ -155,7 +155,9 @@ def prepare(source: Source, tokenizer: str, vocab_size: int | None, shares: dict
             if not (folder / "meta.json").exists():
                 raise
     except OSError as error:
-        raise UserError(f"data.cache={str(cache)!r} cannot be written ({error.strerror}): name another folder") from error
+        raise UserError(
+            f"data.cache={str(cache)!r} cannot be written ({error.strerror}): name another folder"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
@@ -239,7 +241,9 @@ class Text(Data):
         if at_least(overlap, 0, "data.overlap") >= length:
             raise UserError(f"data.overlap={overlap} must be smaller than the context of {length} tokens (data.shape)")
         if not (val > 0 and test >= 0 and val + test < 1):
-            raise UserError(f"data.val={val}, data.test={test}: shares above 0 (test may be 0) that leave some to train")
+            raise UserError(
+                f"data.val={val}, data.test={test}: shares above 0 (test may be 0) that leave some to train"
+            )
         shares = {"train": 1 - val - test, "val": val, **({"test": test} if test else {})}
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = prepare(source, tokenizer, vocab_size, shares, Path(cache) if cache else Path(base) / "genai" / "text")
@@ -275,7 +279,9 @@ def from_state(node: dict[str, Any]) -> Tokenizer:
     """The tokenizer that `state()` described; nothing but one of this project's is built."""
     from genai.data import tokenizers
 
-    kinds = {f"genai.data.tokenizers.{kind.__name__}": kind for kind in (tokenizers.Byte, tokenizers.Char, tokenizers.BPE)}
+    kinds = {
+        f"genai.data.tokenizers.{kind.__name__}": kind for kind in (tokenizers.Byte, tokenizers.Char, tokenizers.BPE)
+    }
     if node.get("_target_") not in kinds:
         raise UserError(f"{node.get('_target_')} is no tokenizer of this project")
     return kinds[node["_target_"]](**{key: value for key, value in node.items() if key != "_target_"})
@@ -310,6 +316,22 @@ def texts(tokenizer: Tokenizer, batch: Batch) -> list[str]:
     """The text of each sample's tokens (B, T), up to its `length` where there is one."""
     lengths = batch["length"].tolist() if "length" in batch else [batch["tokens"].shape[1]] * len(batch["tokens"])
     return [tokenizer.decode(row[:n]) for row, n in zip(batch["tokens"].tolist(), lengths, strict=True)]
+
+
+def write_samples(out: Path, tokenizer: Tokenizer, given: Batch, batch: Batch, rng_version: int) -> None:
+    """samples.txt to read, and samples.jsonl: seed, prompt, text, its ln p by the model and that of each token."""
+    out.mkdir(parents=True, exist_ok=True)
+    begun = [row[pad:] for row, pad in zip(given["tokens"].tolist(), given["pad"].tolist(), strict=True)]
+    rows = zip(batch["seeds"].tolist(), begun, texts(tokenizer, batch), batch["tokens"], batch["log_prob"], strict=True)
+    with (out / "samples.txt").open("w", encoding="utf-8") as plain, (out / "samples.jsonl").open("w") as lines:
+        for seed, start, text, tokens, log_prob in rows:
+            prompt = tokenizer.decode(start)
+            plain.write(f"--- seed {seed}\n{prompt}{text}\n\n")
+            facts = {
+                "seed": seed, "prompt": prompt, "text": text, "log_prob": round(log_prob.double().sum().item(), 4),
+                "tokens": tokens.tolist(), "log_probs": [round(x, 4) for x in log_prob.tolist()], "rng_version": rng_version,
+            }  # fmt: skip
+            lines.write(json.dumps(facts) + "\n")
 
 
 def _file(path: str) -> Path:

@@ -56,7 +56,13 @@ class Attention(nn.Module):
         kv_heads = heads if kv_heads is None else kv_heads
         if width % heads or heads % kv_heads:
             raise UserError(f"heads={heads} must divide width={width}, and kv_heads={kv_heads} must divide heads")
-        self.heads, self.kv_heads, self.head_dim, self.dropout, self.causal = heads, kv_heads, width // heads, dropout, causal
+        self.heads, self.kv_heads, self.head_dim, self.dropout, self.causal = (
+            heads,
+            kv_heads,
+            width // heads,
+            dropout,
+            causal,
+        )
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias)
         self.out = nn.Linear(width, width, bias)
         self.qk_norm = None if qk_norm is None else qk_norm(self.head_dim)

@@ -27,15 +27,14 @@ class Cache:
 
     def __init__(self, net: "Transformer", batch: int, capacity: int, total: int, pad: Tensor | None = None):
         weight = next(net.parameters())
-        attention = net.blocks[0].attention
-        shape = batch, attention.kv_heads, capacity, attention.head_dim
+        shape = batch, net.kv_heads, capacity, net.head_dim
         self.layers = [KV(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in net.blocks]
         self.capacity, self.pad = capacity, pad
         at = torch.arange(total, device=weight.device)
         if pad is not None:
             self.real = at[:capacity] >= pad[:, None]  # (B, capacity)
             at = (at - pad[:, None]).clamp_min(0)
-        self.added, self.rotation = net.position(at, attention.head_dim)
+        self.added, self.rotation = net.position(at, net.head_dim)
 
     @property
     def length(self) -> int:
@@ -51,7 +50,11 @@ class Cache:
         """What to add, how to rotate, and the mask, for the t positions after those seen."""
         start, end = self.length, self.length + t
         added = None if self.added is None else self.added[..., start:end, :]
-        rotation = None if self.rotation is None else (self.rotation[0][..., start:end, :], self.rotation[1][..., start:end, :])
+        rotation = (
+            None
+            if self.rotation is None
+            else (self.rotation[0][..., start:end, :], self.rotation[1][..., start:end, :])
+        )
         mask, device = None, self.layers[0].k.device
         if t > 1 and (start > 0 or self.pad is not None):
             mask = torch.ones(t, end, dtype=torch.bool, device=device).tril(start)[None, None]
@@ -134,7 +137,9 @@ class Transformer(nn.Module):
         at_least(layers, 1, "layers")
         self.width, self.dropout, self.gradient_checkpointing = width, dropout, gradient_checkpointing
         self.position = position(width)
-        blocks = (Block(attention(width), mlp(width), (norm(width), norm(width)), dropout) for _ in range(layers))
+        self.positions: int | None = self.position.length  # type: ignore[assignment]  # None: any
+        blocks = [Block(attention(width), mlp(width), (norm(width), norm(width)), dropout) for _ in range(layers)]
+        self.kv_heads, self.head_dim = blocks[0].attention.kv_heads, blocks[0].attention.head_dim
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm(width)
 
@@ -142,7 +147,7 @@ class Transformer(nn.Module):
         """With a cache, x are the positions after those it has seen, and it sees them."""
         if cache is None:
             at = torch.arange(x.shape[1], device=x.device)
-            (added, rotation), mask = self.position(at, self.blocks[0].attention.head_dim), None
+            (added, rotation), mask = self.position(at, self.head_dim), None
         else:
             added, rotation, mask = cache.places(x.shape[1])
         x = x if added is None else x + added

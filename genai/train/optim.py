@@ -1,13 +1,14 @@
 """Optimisers: functions of a model that return one torch Optimizer, whose groups carry their learning-rate schedule."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from genai.core.errors import UserError
+from genai.train.muon import Muon
 
 
 def adamw(
@@ -22,14 +23,77 @@ def adamw(
     """Fused AdamW; weight decay on matrices and kernels only. See `lr_at` for the schedule's arguments."""
     if lr <= 0:
         raise UserError(f"optim.lr={lr} must be greater than 0")
+    return _adamw(list(model.parameters()), lr, betas, weight_decay, warmup_steps, decay_steps, lr_min)
+
+
+def _adamw(
+    parameters: Sequence[nn.Parameter], lr: float, betas: Sequence[float], weight_decay: float, warmup_steps: int,
+    decay_steps: int | None, lr_min: float,
+) -> Optimizer:  # fmt: skip
     by_decay: dict[float, list[nn.Parameter]] = {weight_decay: [], 0.0: []}  # one group if nothing decays
-    for p in model.parameters():
+    for p in parameters:
         if p.requires_grad:
             by_decay[weight_decay if p.ndim >= 2 else 0.0].append(p)
     groups = [{"params": params, "weight_decay": decay} for decay, params in by_decay.items()]
     schedule = {"lr_max": lr, "lr_min": lr_min, "warmup_steps": warmup_steps, "decay_steps": decay_steps}
     groups = [{**group, **schedule} for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=True)
+
+
+class Chain(Optimizer):
+    """Several optimisers, each with parameters of its own, as one: one list of groups, one state, one step."""
+
+    def __init__(self, optimizers: Sequence[Optimizer]):
+        self.optimizers = list(optimizers)
+        super().__init__([group for part in optimizers for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let the parts work on this one's groups and state."""
+        groups = iter(self.param_groups)
+        for part in self.optimizers:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    def __setstate__(self, state: dict) -> None:  # what load_state_dict ends with
+        super().__setstate__(state)
+        self._share()
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None if closure is None else closure()
+        for part in self.optimizers:
+            part.step()
+        return loss
+
+
+def muon(
+    model: nn.Module,
+    lr: float,
+    adamw_lr: float,
+    momentum: float = 0.95,
+    betas: Sequence[float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+    warmup_steps: int = 0,
+    decay_steps: int | None = None,
+    lr_min: float = 0.0,
+) -> Optimizer:
+    """Muon (Jordan et al., 2024) for the matrices of linear layers, AdamW for embeddings, the output head and the rest.
+
+    A head is a linear layer named `head`. lr_min is a share of each of the two learning rates; see `lr_at`.
+    """
+    if lr <= 0 or adamw_lr <= 0:
+        raise UserError(f"optim.lr={lr} and optim.adamw_lr={adamw_lr} must be greater than 0")
+    named = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices = [m.weight for name, m in named.items() if name.split(".")[-1] != "head" and id(m.weight) not in tied]
+    matrices = [p for p in matrices if p.requires_grad]
+    if not matrices:
+        raise UserError("optim=muon has nothing to do: this model has no linear layers inside, use optim=adamw")
+    schedule = {"lr_max": lr, "lr_min": lr * lr_min, "warmup_steps": warmup_steps, "decay_steps": decay_steps}
+    inner = Muon([{"params": matrices, **schedule}], lr=lr, weight_decay=weight_decay, momentum=momentum)
+    taken = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    return Chain([inner, _adamw(rest, adamw_lr, betas, weight_decay, warmup_steps, decay_steps, adamw_lr * lr_min)])
 
 
 def lr_at(step: int, lr_max: float, lr_min: float, warmup_steps: int, decay_steps: int | None) -> float:

@@ -60,7 +60,8 @@ class Record:
             self.tracker.experiment.add_image(name, picture, step)
 
     def _texts(self, step: int, name: str, texts: list[str], path: Path) -> None:
-        path.with_suffix(".txt").write_text("\n\n".join(f"--- {i}\n{text}" for i, text in enumerate(texts)) + "\n")
+        whole = "\n\n".join(f"--- {i}\n{text}" for i, text in enumerate(texts)) + "\n"
+        path.with_suffix(".txt").write_text(whole, encoding="utf-8")
         if hasattr(self.tracker, "log_text"):
             self.tracker.log_text(name, ["sample", "text"], [[i, text] for i, text in enumerate(texts)], step=step)
         elif self.tracker is not None and hasattr(self.tracker.experiment, "add_text"):

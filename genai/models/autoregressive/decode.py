@@ -68,14 +68,20 @@ def generate(
                 seen.scatter_(1, token, True)
             if on_step is not None:
                 on_step(i, n, {"tokens": text[:, given : given + i + 1]})
-            if i + 1 == n or (stop is not None and i % LOOK_EVERY == LOOK_EVERY - 1 and _all_stopped(text, given, stop)):
+            if i + 1 == n or (
+                stop is not None and i % LOOK_EVERY == LOOK_EVERY - 1 and _all_stopped(text, given, stop)
+            ):
                 break
             logits = step.next(token)
         return _finished(text[:, given:], logs, stop)
 
 
 def distribution(
-    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
 ) -> Tensor:
     """Probabilities (..., V) of logits / temperature, cut and renormalised in this order.
 
@@ -112,10 +118,12 @@ class _Steps:
     def __init__(self, model: GPT, text: Tensor, given: int, pad: Tensor | None):
         self.model, self.text, self.at, self.pad = model, text, given, pad
         total, length = text.shape[1] - 1, model.length  # the last token is not read
-        self.anew = model.net.transformer.position.length is not None
+        self.anew = model.net.transformer.positions is not None
         if total > length:
             how = "reading it anew for each token" if self.anew else "by a sliding cache"
-            print(f"this text grows past the {length} tokens the model was trained on: each new one sees the last {length}, {how}")
+            print(
+                f"this text grows past the {length} tokens the model was trained on: each new one sees the last {length}, {how}"
+            )
         batch, last = len(text), min(total, length) if self.anew else max(total, 1)
         self.cache = Cache(model.net.transformer, batch, min(max(total, 1), length), last, pad)
 
@@ -181,7 +189,11 @@ def _finished(tokens: Tensor, logs: Tensor, stop: Tensor | None) -> Batch:
     stopped = tokens == stop[:, None]
     after = stopped.cumsum(1) - stopped.long() > 0
     length = (~stopped & ~after).sum(1)
-    return {"tokens": torch.where(after, stop[:, None], tokens), "length": length, "log_prob": logs.masked_fill(after, 0)}
+    return {
+        "tokens": torch.where(after, stop[:, None], tokens),
+        "length": length,
+        "log_prob": logs.masked_fill(after, 0),
+    }
 
 
 def speculative(
@@ -210,14 +222,18 @@ def speculative(
     if draft is None:
         raise UserError("sampler.draft=None: name the run or checkpoint of a smaller model")
     if draft.vocab_size != model.vocab_size:
-        raise UserError(f"sampler.draft has {draft.vocab_size} tokens, this model has {model.vocab_size}: they must share a tokenizer")
+        raise UserError(
+            f"sampler.draft has {draft.vocab_size} tokens, this model {model.vocab_size}: they must share one tokenizer"
+        )
     length = min(model.length, draft.length)
     with torch.inference_mode():
         tokens, pad, stop = _begin(model, seeds, cond)
         n = length if max_new_tokens is None else at_least(max_new_tokens, 1, "sampler.max_new_tokens")
         n = n if max_new_tokens is not None else length - tokens.shape[1] + 1
         if tokens.shape[1] + n - 1 > length:
-            raise UserError(f"prompt and sampler.max_new_tokens={n} are longer than the {length} tokens both models read")
+            raise UserError(
+                f"prompt and sampler.max_new_tokens={n} are longer than the {length} tokens both models read"
+            )
         uniforms = [rng.uniform(seeds.to(tokens.device), (n,), row, rng.TOKENS) for row in (1, 2, 3)]
         shape = temperature, top_k, top_p, min_p
         rows, logs = [], []
@@ -263,7 +279,9 @@ def _speculate(
     return torch.cat([tokens, tokens.new_zeros(missing)]), torch.cat([log, log.new_zeros(missing)])
 
 
-def judge(p: Tensor, q: Tensor, drafted: Tensor, propose: Tensor, accept: Tensor, correct: Tensor) -> tuple[int, Tensor]:
+def judge(
+    p: Tensor, q: Tensor, drafted: Tensor, propose: Tensor, accept: Tensor, correct: Tensor
+) -> tuple[int, Tensor]:
     """How many of g drafted tokens (g,) are kept, and the token after them.
 
     Token j is kept with probability min(1, p_j / q_j); the first that is not is drawn anew from max(p - q, 0), and after

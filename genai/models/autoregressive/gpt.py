@@ -49,7 +49,7 @@ class GPT(nn.Module):
 
     def __init__(self, vocab_size: int, length: int, net: Decoder):
         super().__init__()
-        most = net.transformer.position.length
+        most = net.transformer.positions
         if most is not None and length > most:
             raise UserError(f"data.shape=[{length}] is longer than the {most} positions of model.net")
         self.vocab_size, self.length, self.net = vocab_size, length, net
