@@ -12,6 +12,7 @@ Token i of sample b is drawn by inverse CDF from Philox stream 3, element i, of 
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from genai.core import rng
 from genai.core.errors import UserError, at_least
@@ -240,7 +241,7 @@ def speculative(
         for b in range(len(tokens)):
             prompt = tokens[b : b + 1] if pad is None else tokens[b : b + 1, int(pad[b]) :]
             until = None if stop is None else int(stop[b])
-            text, log = _speculate(model, draft, prompt, n, ahead, [u[b] for u in uniforms], shape, until)
+            text, log = _speculate(model, draft, prompt, n, ahead, [u[b : b + 1] for u in uniforms], shape, until)
             rows.append(text)
             logs.append(log)
             if on_step is not None:
@@ -257,18 +258,18 @@ def _speculate(
     logs: list[Tensor] = []
     while (at := known.shape[1] - given) < n:
         g = min(ahead, n - at - 1)
-        q, text = [], known
+        qs, text = [], known
         for j in range(g):
             logits = draft.net(text[:, caches[1].length :], caches[1])[:, -1].float()
-            q.append(distribution(logits, *shape))
-            text = torch.cat([text, draw(q[-1], uniforms[0][at + j].view(1, 1))], 1)
-        raw = model.net(text[:, caches[0].length :], caches[0])[0, -g - 1 :].float()  # (g + 1, V)
+            qs.append(distribution(logits, *shape))
+            text = torch.cat([text, draw(qs[-1], uniforms[0][:, at + j : at + j + 1])], 1)
+        raw = model.net(text[:, caches[0].length :], caches[0])[:, -g - 1 :].float()  # (1, g + 1, V)
         p = distribution(raw, *shape)
-        drafted = text[0, given + at :]
-        kept, token = judge(p, torch.cat(q) if q else p[:0], drafted, *(u[at : at + g + 1] for u in uniforms))
-        text = torch.cat([text[:, : given + at + kept], token.view(1, 1)], 1)
+        q = torch.stack(qs, 1) if qs else p[:, :0]
+        kept, token = judge(p, q, text[:, given + at :], *(u[:, at : at + g + 1] for u in uniforms[1:]))
+        text = torch.cat([text[:, : given + at + int(kept)], token], 1)
         fresh = text[0, given + at :]
-        logs.append(raw[: kept + 1].log_softmax(-1).gather(1, fresh[:, None])[:, 0])
+        logs.append(raw[0, : len(fresh)].log_softmax(-1).gather(1, fresh[:, None])[:, 0])
         known = text
         for cache in caches:
             cache.cut(min(cache.length, known.shape[1] - 1))
@@ -279,18 +280,15 @@ def _speculate(
     return torch.cat([tokens, tokens.new_zeros(missing)]), torch.cat([log, log.new_zeros(missing)])
 
 
-def judge(
-    p: Tensor, q: Tensor, drafted: Tensor, propose: Tensor, accept: Tensor, correct: Tensor
-) -> tuple[int, Tensor]:
-    """How many of g drafted tokens (g,) are kept, and the token after them.
+def judge(p: Tensor, q: Tensor, drafted: Tensor, accept: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
+    """How many (B,) of g drafted tokens (B, g) are kept, and the token (B, 1) after them.
 
-    Token j is kept with probability min(1, p_j / q_j); the first that is not is drawn anew from max(p - q, 0), and after
-    the last comes one of p itself. p (g + 1, V), q (g, V), uniforms (g + 1,).
+    Token j is kept with probability min(1, p_j / q_j). The first that is not is drawn anew from max(p - q, 0); after the
+    last comes one of p itself, as if q were 0 there. p (B, g + 1, V), q (B, g, V), uniforms (B, g + 1).
     """
-    g = len(drafted)
-    at = drafted[:, None]
-    refused = accept[:g] * q.gather(1, at)[:, 0] >= p[:g].gather(1, at)[:, 0]
-    kept = int(refused.long().argmax()) if bool(refused.any()) else g
-    if kept == g:
-        return g, draw(p[g:], propose[g].view(1, 1))[0]
-    return kept, draw((p[kept] - q[kept]).clamp_min(0)[None], correct[kept].view(1, 1))[0]
+    g, at = drafted.shape[1], drafted[..., None]
+    refused = accept[:, :g] * q.gather(2, at)[..., 0] >= p[:, :g].gather(2, at)[..., 0]
+    kept = torch.cat([refused, refused.new_ones(len(refused), 1)], 1).long().argmax(1)
+    rows = torch.arange(len(kept), device=kept.device)
+    rest = (p - F.pad(q, (0, 0, 0, 1))).clamp_min(0)[rows, kept]
+    return kept, draw(rest, correct[rows, kept, None])

@@ -1,0 +1,405 @@
+"""The autoregressive family: the network against its definition and GPT-2's, the cache, the draws."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from genai.core import rng
+from genai.core.errors import UserError
+from genai.models.autoregressive import decode
+from genai.models.autoregressive.gpt import GPT, Decoder
+from genai.nn import norm, transformer
+from genai.nn.attention import Attention, Learned, Rotary
+from genai.nn.transformer import MLP, Cache, SwiGLU, Transformer
+
+V = 13
+MLPS = {
+    "gelu": partial(MLP, activation=transformer.gelu, bias=True),
+    "squared_relu": partial(MLP, activation=transformer.squared_relu),
+    "swiglu": SwiGLU,
+}
+
+
+def gpt(
+    heads=4, kv_heads=None, qk_norm=None, position="rotary", mlp="squared_relu", normal="rms", bias=False, tied=False,
+    width=16, layers=2, length=24, init=transformer.scaled_init, seed=0,
+):  # fmt: skip
+    torch.manual_seed(seed)
+    net = Transformer(
+        width, layers,
+        attention=partial(Attention, heads=heads, kv_heads=kv_heads, bias=bias, qk_norm=qk_norm and norm.RMSNorm),
+        mlp=MLPS[mlp],
+        norm=partial(norm.RMSNorm, gain=True) if normal == "rms" else norm.LayerNorm,
+        position=Rotary if position == "rotary" else partial(Learned, length=length),
+    )  # fmt: skip
+    model = GPT(V, length, Decoder(V, net, tied, init))
+    with torch.no_grad():  # so that attention and logits are far from uniform
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.mul_(8)
+    return model.eval()
+
+
+OPTIONS = [
+    {},
+    {"kv_heads": 1},
+    {"kv_heads": 2, "qk_norm": True},
+    {"qk_norm": True, "position": "learned"},
+    {"position": "learned", "mlp": "gelu", "normal": "layer", "bias": True, "tied": True},
+    {"mlp": "swiglu"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_cache_changes_nothing(options, batch):
+    """Whatever is read at once and whatever one by one, logits are those of the whole text."""
+    model, tokens = gpt(**options).double(), torch.randint(0, V, (batch, 20))
+    with torch.no_grad():
+        whole = model.net(tokens)
+        for cuts in ([5, 6, 7, 8, 20], [1, 2, 12, 13, 20], [20]):
+            cache, first, parts = Cache(model.net.transformer, batch, 20, 20), 0, []
+            for last in cuts:
+                parts.append(model.net(tokens[:, first:last], cache))
+                first = last
+            assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_prompts_padded_on_the_left_are_read_as_if_alone(options):
+    model = gpt(**options)
+    rows = [torch.randint(1, V, (n,)) for n in (3, 9, 6)]
+    pad = torch.tensor([9 - len(row) for row in rows])
+    tokens = torch.stack([torch.cat([torch.zeros(9 - len(row), dtype=torch.int64), row]) for row in rows])
+    more = torch.randint(0, V, (3, 5))
+    with torch.no_grad():
+        cache = Cache(model.net.transformer, 3, 14, 14, pad)
+        together = [model.net(tokens, cache)[:, -1], *(model.net(more[:, i : i + 1], cache)[:, -1] for i in range(5))]
+        for b, row in enumerate(rows):
+            alone = model.net(torch.cat([row, more[b]])[None])[0, len(row) - 1 :]
+            assert torch.allclose(torch.stack(together)[:, b], alone, atol=1e-4, rtol=1e-5)
+
+
+def test_causality_by_autograd():
+    for options in OPTIONS:
+        model = gpt(**options)
+        x = torch.randn(1, 10, 16, requires_grad=True)
+        y = model.net.transformer(x)
+        for t in range(10):
+            (grad,) = torch.autograd.grad(y[0, t, 0], x, retain_graph=True)
+            assert (grad[0, t + 1 :] == 0).all() and (grad[0, : t + 1].abs().amax(-1) > 0).all(), options
+
+
+def test_attention_is_its_definition():
+    """softmax(q k / sqrt(D)) v, head by head, with grouped keys, and the weights that are shown."""
+    torch.manual_seed(0)
+    attention = Attention(16, heads=4, kv_heads=2, qk_norm=norm.RMSNorm).double()
+    x, rotation = torch.randn(2, 7, 16).double(), Rotary(16)(torch.arange(7), 4)[1]
+    q, k, v = attention.heads_of(x, rotation)
+    heads = []
+    for h in range(4):
+        scores = q[:, h] @ k[:, h // 2].mT / 2
+        scores = scores.masked_fill(~torch.ones(7, 7, dtype=torch.bool).tril(), -math.inf)
+        heads.append(scores.softmax(-1) @ v[:, h // 2])
+        assert torch.allclose(scores.softmax(-1), attention.weights(x, rotation)[:, h])
+    assert torch.allclose(attention(x, rotation), attention.out(torch.cat(heads, -1)))
+
+
+def test_rotary_positions_turn_pairs_and_know_only_distances():
+    q, k = torch.randn(2, 1, 1, 1, 8).double()
+    _, (cos, sin) = Rotary(8)(torch.arange(50), 8)
+    assert torch.allclose(cos[3, 1].double(), torch.tensor(3 * 10000 ** (-2 / 8)).cos().double(), atol=1e-6)
+    q, k = (transformer_rotate(t.expand(1, 1, 50, 8), (cos.double(), sin.double())) for t in (q, k))
+    scores = (q @ k.mT)[0, 0]
+    for distance in (0, 1, 17):
+        line = scores.diagonal(-distance)
+        assert torch.allclose(line, line[0].expand_as(line), atol=1e-5)
+
+
+def transformer_rotate(x, rotation):
+    from genai.nn.attention import rotate
+
+    return rotate(x, rotation)
+
+
+def test_logits_and_loss_equal_public_gpt2():
+    """Hugging Face's GPT-2 with random weights, copied over; its linear maps are stored transposed."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=50, n_positions=32, n_embd=24, n_layer=3, n_head=4, initializer_range=0.3)
+    ).eval()
+    net = Transformer(
+        24, 3, attention=partial(Attention, heads=4, bias=True), norm=norm.LayerNorm, position=partial(Learned, length=32),
+        mlp=partial(MLP, activation=partial(transformer.gelu, approximate="tanh"), bias=True),
+    )  # fmt: skip
+    ours = GPT(50, 32, Decoder(50, net, tied=True)).eval()
+    ours.load_state_dict(from_gpt2(theirs.state_dict()))
+    tokens = torch.randint(0, 50, (2, 33))
+    with torch.no_grad():
+        expected = theirs(tokens[:, :-1]).logits
+        assert torch.allclose(ours.net(tokens[:, :-1]), expected, atol=1e-4, rtol=0)
+        loss = F.cross_entropy(expected.flatten(0, 1), tokens[:, 1:].flatten())
+        assert torch.allclose(ours({"tokens": tokens}, 0).total, loss, atol=1e-5)
+
+
+def from_gpt2(state):
+    """GPT-2's names to ours."""
+    names = {"wte.weight": "net.embed.weight", "wpe.weight": "net.transformer.position.table.weight"}
+    parts = {"ln_1": "norm1", "ln_2": "norm2", "attn.c_attn": "attention.qkv", "attn.c_proj": "attention.out",
+             "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.out"}  # fmt: skip
+    out = {"net.head.weight": state["lm_head.weight"]}
+    for key, value in state.items():
+        key = key.removeprefix("transformer.")
+        if key in names:
+            out[names[key]] = value
+        elif key.startswith("ln_f."):
+            out[f"net.transformer.norm.{key[5:]}"] = value
+        elif key.startswith("h."):
+            _, layer, rest = key.split(".", 2)
+            part, _, kind = rest.rpartition(".")
+            linear = value.T if "c_" in part and kind == "weight" else value
+            out[f"net.transformer.blocks.{layer}.{parts[part]}.{kind}"] = linear
+    return out
+
+
+def test_initial_weights():
+    net = gpt(init=transformer.zero_init).net
+    x = torch.randn(1, 5, 16)
+    assert torch.equal(net.transformer(x), net.transformer.norm(x))  # blocks begin as identities
+    torch.manual_seed(0)
+    deep = Transformer(
+        64, 8, attention=partial(Attention, heads=4), mlp=MLPS["gelu"], norm=norm.LayerNorm, position=Rotary
+    )
+    transformer.scaled_init(deep)
+    assert deep.blocks[0].attention.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert deep.blocks[3].mlp.out.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    grads = []
+    for again in (False, True):
+        model = gpt().train()
+        model.net.transformer.gradient_checkpointing = again
+        model({"tokens": torch.arange(24).view(2, 12) % V}, 0).total.backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_loss_counts_only_what_the_mask_marks():
+    model, tokens = gpt(), torch.randint(0, V, (2, 9))
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    mask[0, 3], mask[1, 5:] = True, True
+    loss = model({"tokens": tokens, "mask": mask}, 0)
+    nats = -model.net(tokens[:, :-1]).log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    assert loss.weight == 5
+    assert torch.allclose(loss.total, (nats[0, 2] + nats[1, 4:].sum()) / 5)
+    assert torch.allclose(model.log_prob({"tokens": tokens, "mask": mask}, 0), -torch.stack([nats[0, 2], nats[1, 4:].sum()]))
+
+
+# Decoding
+
+
+def plain(model, prompt, seed, n, window=None, **shape):
+    """The definition: read the whole text anew for each token, without a cache."""
+    u = rng.uniform(torch.tensor([seed]), (n,), stream=rng.TOKENS)
+    text = prompt.clone()
+    for i in range(n):
+        with torch.no_grad():
+            logits = model.net(text[None, -window:] if window else text[None])[0, -1:].float()
+        p = decode.distribution(logits, **shape)
+        text = torch.cat([text, decode.draw(p, u[:, i : i + 1])[0]])
+    return text[len(prompt) :]
+
+
+SHAPES = [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1, "temperature": 1.3}]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("position", ["rotary", "learned"])
+def test_generation_is_its_definition_and_depends_on_the_seed_alone(shape, position):
+    """Batched, padded, streamed and cached, in float64: the tokens of each seed are those of the plain loop."""
+    model = gpt(position=position, qk_norm=True).double()
+    rows = [torch.randint(1, V, (n,)) for n in (2, 7, 4, 7)]
+    pad = torch.tensor([7 - len(row) for row in rows])
+    tokens = torch.stack([torch.cat([torch.zeros(7 - len(row), dtype=torch.int64), row]) for row in rows])
+    seen = []
+    batch = decode.generate(
+        model, torch.arange(4) + 5, {"tokens": tokens, "pad": pad}, lambda i, n, s: seen.append(s["tokens"].clone()),
+        max_new_tokens=17, **shape,
+    )  # fmt: skip
+    for b, row in enumerate(rows):
+        assert batch["tokens"][b].tolist() == plain(model, row, 5 + b, 17, **shape).tolist()
+    assert len(seen) == 17 and all(torch.equal(s, batch["tokens"][:, : i + 1]) for i, s in enumerate(seen))
+    whole = torch.cat([rows[1], batch["tokens"][1]])
+    nats = model.nats({"tokens": whole[None]})[0, 6:]
+    assert torch.allclose(batch["log_prob"][1].double(), -nats.double(), atol=1e-5)
+
+
+def test_tokens_of_a_seed_do_not_depend_on_the_batch():
+    model = gpt(qk_norm=True)
+    whole = decode.generate(model, torch.arange(1000), max_new_tokens=12)["tokens"]
+    parts = torch.cat([decode.generate(model, s, max_new_tokens=12)["tokens"] for s in torch.arange(1000).split(37)])
+    assert (whole == parts).all(1).float().mean() >= 0.99
+
+
+def test_greedy_takes_the_likeliest_and_repetition_is_penalised():
+    model = gpt()
+    one = decode.generate(model, torch.tensor([1, 2]), max_new_tokens=15, temperature=0)["tokens"]
+    assert torch.equal(one[0], one[1])
+    text = torch.cat([torch.zeros(1, dtype=torch.int64), one[0]])
+    assert torch.equal(model.net(text[None])[0, :-1].argmax(-1), one[0])
+    many = decode.generate(model, torch.tensor([1]), max_new_tokens=11, temperature=0, repetition_penalty=1e6)["tokens"][0]
+    assert len(set(many.tolist()) | {0}) == 12  # while there are others, none comes twice
+
+
+def test_stop_tokens_end_a_sample_and_save_the_rest():
+    model, calls = gpt(), []
+    cond = {"tokens": torch.tensor([[1], [2], [3]]), "stop": torch.tensor([4, 4, 4])}
+    batch = decode.generate(model, torch.arange(3), cond, lambda i, n, s: calls.append(i), max_new_tokens=500)
+    free = decode.generate(model, torch.arange(3), {"tokens": cond["tokens"]}, max_new_tokens=500)
+    for b, length in enumerate(batch["length"].tolist()):
+        assert (batch["tokens"][b, :length] != 4).all() and (batch["tokens"][b, length:] == 4).all()
+        assert torch.equal(batch["tokens"][b, :length], free["tokens"][b, :length])
+        assert (batch["log_prob"][b, length + 1 :] == 0).all() and batch["log_prob"][b, length] < 0
+    assert batch["length"].max() < len(calls) <= batch["length"].max() + decode.LOOK_EVERY
+
+
+def test_past_the_context_by_a_sliding_cache(capsys):
+    """Rotary: equal to attention in which every position sees the last `length` alone, in any batch."""
+    model = gpt(length=8, qk_norm=True).double()
+    rows = [torch.randint(1, V, (n,)) for n in (3, 6)]
+    tokens = torch.stack([F.pad(row, (6 - len(row), 0)) for row in rows])
+    cond = {"tokens": tokens, "pad": torch.tensor([3, 0])}
+    batch = decode.generate(model, torch.arange(2), cond, max_new_tokens=30)
+    assert "past the 8 tokens" in capsys.readouterr().out
+    for b, row in enumerate(rows):
+        text = torch.cat([row, batch["tokens"][b]])
+        t = len(text) - 1
+        band = torch.ones(t, t, dtype=torch.bool).tril().triu(-7)[None, None]
+        net = model.net.transformer
+        with torch.no_grad():
+            x, rotation = model.net.embed(text[None, :-1]), net.position(torch.arange(t), net.head_dim)[1]
+            for block in net.blocks:
+                x = block(x, rotation, band)
+            logits = model.net.head(net.norm(x))[0, len(row) - 1 :]
+        u = rng.uniform(torch.tensor([b]), (30,), stream=rng.TOKENS)[0][:, None]
+        assert torch.equal(decode.draw(logits.float().softmax(-1), u)[:, 0], batch["tokens"][b])
+
+
+def test_past_the_context_with_learned_positions_the_window_is_read_anew(capsys):
+    model = gpt(length=8, position="learned").double()
+    rows = [torch.randint(1, V, (n,)) for n in (3, 6)]
+    cond = {"tokens": torch.stack([F.pad(row, (6 - len(row), 0)) for row in rows]), "pad": torch.tensor([3, 0])}
+    batch = decode.generate(model, torch.arange(2), cond, max_new_tokens=20)
+    assert "reading it anew" in capsys.readouterr().out
+    for b, row in enumerate(rows):
+        assert torch.equal(batch["tokens"][b], plain(model, row, b, 20, window=8))
+
+
+def test_distribution_cuts():
+    logits = torch.tensor([[0.5, 0.3, 0.1, 0.07, 0.03]]).log()
+
+    def kept(**shape):
+        p = decode.distribution(logits, **shape)
+        assert torch.allclose(p[p > 0], logits.exp()[p > 0] / logits.exp()[p > 0].sum())
+        return (p > 0).sum().item()
+
+    assert [kept(top_k=k) for k in (2, 4, 99)] == [2, 4, 5]
+    assert [kept(top_p=p) for p in (0.45, 0.55, 0.79, 0.85, 1.0)] == [1, 2, 2, 3, 5]
+    assert [kept(min_p=p) for p in (0.5, 0.19, 0.0)] == [2, 3, 5]
+    assert kept(top_k=3, top_p=0.85) == 2  # of 0.556, 0.333, 0.111
+    hot = decode.distribution(logits, temperature=2.0)
+    assert torch.allclose(hot, logits.exp().sqrt() / logits.exp().sqrt().sum())
+
+
+def test_the_inverse_cdf_never_takes_what_cannot_be():
+    p = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
+    u = torch.tensor([[0.0, 1e-9, 0.2499, 0.2501, 0.9999999, 1.0]])
+    assert decode.draw(p, u).tolist() == [[1, 1, 1, 3, 3, 3]]
+
+
+def chi_square(tokens, p):
+    """Sum of (seen - expected)^2 / expected, and its degrees of freedom."""
+    expected = p.double() * len(tokens)
+    seen = torch.bincount(tokens, minlength=len(p)).double()
+    possible = expected > 0
+    assert seen[~possible].sum() == 0
+    return ((seen - expected)[possible] ** 2 / expected[possible]).sum().item(), int(possible.sum()) - 1
+
+
+@pytest.mark.parametrize("shape", [{}, {"top_k": 6}, {"top_p": 0.8}, {"min_p": 0.2, "temperature": 0.8}], ids=str)
+def test_speculative_judgement_keeps_the_target_distribution(shape):
+    """100,000 draws: a draft proposes, the judge keeps or corrects; what comes out is the target's."""
+    from scipy.stats import chi2
+
+    torch.manual_seed(0)
+    p, q = (decode.distribution(torch.randn(1, V), **shape) for _ in range(2))
+    n = 100_000
+    u = rng.uniform(torch.arange(n), (5,), stream=rng.TOKENS)
+    drafted = decode.draw(q.expand(n, V), u[:, :1])
+    kept, token = decode.judge(p.expand(n, 2, V), q.expand(n, 1, V), drafted, u[:, 1:3], u[:, 3:5])
+    out = torch.where(kept == 1, drafted[:, 0], token[:, 0])
+    statistic, freedom = chi_square(out, p[0])
+    assert statistic < chi2.ppf(0.999, freedom)
+
+
+def test_speculative_decoding_writes_what_the_model_would():
+    """Texts of three tokens have the model's joint distribution, and the model is called less often."""
+    from scipy.stats import chi2
+
+    model, draft = gpt(width=8, heads=2), gpt(width=8, heads=2, layers=1, seed=1)
+    prompt, n = torch.tensor([[3, 1]]), 3000
+    cond = {"tokens": prompt.expand(n, 2)}
+    batch = decode.speculative(model, torch.arange(n), cond, draft=draft, ahead=2, max_new_tokens=3, top_k=4)
+    with torch.no_grad():
+        first = decode.distribution(model.net(prompt)[:, -1], top_k=4)[0]
+        joint = torch.zeros(V, V)
+        for a in range(V):
+            joint[a] = first[a] * decode.distribution(model.net(torch.tensor([[3, 1, a]]))[:, -1], top_k=4)[0]
+    statistic, freedom = chi_square(batch["tokens"][:, 0] * V + batch["tokens"][:, 1], joint.flatten())
+    assert statistic < chi2.ppf(0.999, freedom)
+    whole = torch.cat([prompt[0], batch["tokens"][7]])
+    assert torch.allclose(batch["log_prob"][7], -model.nats({"tokens": whole[None]})[0, 1:], atol=1e-4)
+
+
+def test_a_perfect_draft_is_always_believed():
+    model = gpt()
+    calls = []
+    model.net.register_forward_hook(lambda *_: calls.append(1))
+    draft = gpt()
+    decode.speculative(model, torch.tensor([0]), draft=draft, ahead=4, max_new_tokens=20)
+    assert len(calls) == 4  # five tokens a call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": -1}, "sampler.temperature=-1"),
+        ({"top_k": 0}, "sampler.top_k=0"),
+        ({"top_p": 0}, "sampler.top_p=0 must be greater than 0 and at most 1"),
+        ({"top_p": 1.5}, "sampler.top_p=1.5"),
+        ({"min_p": 2}, "sampler.min_p=2"),
+        ({"repetition_penalty": 0}, "sampler.repetition_penalty=0"),
+        ({"max_new_tokens": 0}, "sampler.max_new_tokens=0"),
+        ({"cond": {"tokens": torch.zeros(1, 30, dtype=torch.int64)}}, "prompt has 30 tokens, more than the 24"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(UserError, match=message):
+        decode.generate(gpt(), torch.tensor([0]), **arguments)
+
+
+def test_wrong_drafts_and_networks():
+    with pytest.raises(UserError, match="name the run or checkpoint"):
+        decode.speculative(gpt(), torch.tensor([0]))
+    with pytest.raises(UserError, match="are longer than the 24 tokens"):
+        decode.speculative(gpt(), torch.tensor([0]), draft=gpt(), max_new_tokens=40)
+    with pytest.raises(UserError, match="heads=3 must divide width=16"):
+        gpt(heads=3)
+    with pytest.raises(UserError, match=r"data.shape=\[30\] is longer than the 24 positions"):
+        net = gpt(position="learned").net
+        GPT(V, 30, net)
