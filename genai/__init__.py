@@ -29,3 +29,10 @@ def sample(loaded: Loaded, n: int = 16, seed: int = 0, label: Any = None, **argu
     from genai import sampling
 
     return sampling.sample(loaded, n, seed, label, **arguments)
+
+
+def texts(loaded: Loaded, batch: Batch) -> list[str]:
+    """What a model of text wrote, without the prompts."""
+    from genai.data import text
+
+    return text.texts(text.from_state(loaded.assets["tokenizer"]), batch)

@@ -5,6 +5,7 @@ Nothing here imports torch, so that help and mistakes answer at once.
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -139,8 +140,11 @@ def quoted(override: str) -> str:
     key, _, value = override.partition("=")
     if key not in TEXTS or value in ("", "null") or value[0] in "['\"":
         return override
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'{key}="{escaped}"'
+    value = re.sub(
+        r'(\\*)("|$)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), value
+    )  # a backslash counts before a quote
+    value = value.replace("${", "\\${")
+    return f'{key}="{value}"'
 
 
 def _split(parsed: Iterable[Override], folders: Sequence[Path], sweep: bool) -> tuple[list[Override], list[Override]]:

@@ -35,7 +35,7 @@ def gpt(
         norm=partial(norm.RMSNorm, gain=True) if normal == "rms" else norm.LayerNorm,
         position=Rotary if position == "rotary" else partial(Learned, length=length),
     )  # fmt: skip
-    model = GPT(V, length, Decoder(V, net, tied, init))
+    model = GPT("tokens", V, length, Decoder(V, net, tied, init))
     with torch.no_grad():  # so that attention and logits are far from uniform
         for p in model.parameters():
             if p.ndim == 2:
@@ -136,7 +136,7 @@ def test_logits_and_loss_equal_public_gpt2():
         24, 3, attention=partial(Attention, heads=4, bias=True), norm=norm.LayerNorm, position=partial(Learned, length=32),
         mlp=partial(MLP, activation=partial(transformer.gelu, approximate="tanh"), bias=True),
     )  # fmt: skip
-    ours = GPT(50, 32, Decoder(50, net, tied=True)).eval()
+    ours = GPT("tokens", 50, 32, Decoder(50, net, tied=True)).eval()
     ours.load_state_dict(from_gpt2(theirs.state_dict()))
     tokens = torch.randint(0, 50, (2, 33))
     with torch.no_grad():
@@ -197,7 +197,9 @@ def test_loss_counts_only_what_the_mask_marks():
     nats = -model.net(tokens[:, :-1]).log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
     assert loss.weight == 5
     assert torch.allclose(loss.total, (nats[0, 2] + nats[1, 4:].sum()) / 5)
-    assert torch.allclose(model.log_prob({"tokens": tokens, "mask": mask}, 0), -torch.stack([nats[0, 2], nats[1, 4:].sum()]))
+    assert torch.allclose(
+        model.log_prob({"tokens": tokens, "mask": mask}, 0), -torch.stack([nats[0, 2], nats[1, 4:].sum()])
+    )
 
 
 # Decoding
@@ -252,7 +254,9 @@ def test_greedy_takes_the_likeliest_and_repetition_is_penalised():
     assert torch.equal(one[0], one[1])
     text = torch.cat([torch.zeros(1, dtype=torch.int64), one[0]])
     assert torch.equal(model.net(text[None])[0, :-1].argmax(-1), one[0])
-    many = decode.generate(model, torch.tensor([1]), max_new_tokens=11, temperature=0, repetition_penalty=1e6)["tokens"][0]
+    many = decode.generate(model, torch.tensor([1]), max_new_tokens=11, temperature=0, repetition_penalty=1e6)[
+        "tokens"
+    ][0]
     assert len(set(many.tolist()) | {0}) == 12  # while there are others, none comes twice
 
 
@@ -275,7 +279,7 @@ def test_past_the_context_by_a_sliding_cache(capsys):
     tokens = torch.stack([F.pad(row, (6 - len(row), 0)) for row in rows])
     cond = {"tokens": tokens, "pad": torch.tensor([3, 0])}
     batch = decode.generate(model, torch.arange(2), cond, max_new_tokens=30)
-    assert "past the 8 tokens" in capsys.readouterr().out
+    assert "past the 8 tokens" in capsys.readouterr().err
     for b, row in enumerate(rows):
         text = torch.cat([row, batch["tokens"][b]])
         t = len(text) - 1
@@ -295,7 +299,7 @@ def test_past_the_context_with_learned_positions_the_window_is_read_anew(capsys)
     rows = [torch.randint(1, V, (n,)) for n in (3, 6)]
     cond = {"tokens": torch.stack([F.pad(row, (6 - len(row), 0)) for row in rows]), "pad": torch.tensor([3, 0])}
     batch = decode.generate(model, torch.arange(2), cond, max_new_tokens=20)
-    assert "reading it anew" in capsys.readouterr().out
+    assert "reading it anew" in capsys.readouterr().err
     for b, row in enumerate(rows):
         assert torch.equal(batch["tokens"][b], plain(model, row, b, 20, window=8))
 
@@ -402,4 +406,4 @@ def test_wrong_drafts_and_networks():
         gpt(heads=3)
     with pytest.raises(UserError, match=r"data.shape=\[30\] is longer than the 24 positions"):
         net = gpt(position="learned").net
-        GPT(V, 30, net)
+        GPT("tokens", V, 30, net)

@@ -144,7 +144,7 @@ def prepare(source: Source, tokenizer: str, vocab_size: int | None, shares: dict
         meta: dict[str, Any] = {"tokenizer": ids.state(), "dtype": smallest_dtype(ids.vocab_size), "characters": {}}
         first = 0.0
         for name, share in shares.items():
-            last = 1.0 if name == [*shares][-1] else first + share
+            last = 1.0 if name == [*shares][-1] else round(first + share, 9)
             parts = source.pieces(first, last)
             meta["characters"][name] = _write(temporary / f"{name}.bin", parts, ids, meta["dtype"])
             first = last
@@ -244,7 +244,7 @@ class Text(Data):
             raise UserError(
                 f"data.val={val}, data.test={test}: shares above 0 (test may be 0) that leave some to train"
             )
-        shares = {"train": 1 - val - test, "val": val, **({"test": test} if test else {})}
+        shares = {"train": round(1 - val - test, 9), "val": val, **({"test": test} if test else {})}
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = prepare(source, tokenizer, vocab_size, shares, Path(cache) if cache else Path(base) / "genai" / "text")
         meta = json.loads((folder / "meta.json").read_text())

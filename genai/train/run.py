@@ -44,10 +44,12 @@ def run(cfg: DictConfig) -> Path:
         cfg.model.sigma_data = round(std(data.splits["train"], data.field), 4)
     config: dict[str, Any] = {**OmegaConf.to_container(cfg, resolve=True), "resume": None}  # type: ignore[dict-item]
     folder, resumed = _folder(cfg)
+    if resumed is not None:
+        _same_names(resumed[0]["assets"], data.assets(), resumed[1])
     torch.manual_seed(rng.mix(cfg.seed))
     model = checkpoint.build(config["model"], trust)
     if cfg.init_from is not None:
-        _init_from(model, cfg.init_from, cfg.init_strict)
+        _init_from(model, data.assets(), cfg.init_from, cfg.init_strict)
     optim, ema = checkpoint.build(config["optim"], trust), checkpoint.build(config["ema"], trust)
     optim(model)  # so that what it refuses is refused now
     first = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -156,8 +158,18 @@ def _folder(cfg: DictConfig) -> tuple[Path, tuple[dict, Path] | None]:
     return folder, None
 
 
-def _init_from(model: torch.nn.Module, ckpt: str, strict: bool) -> None:
+def _same_names(stored: dict, found: dict, path: Path) -> None:
+    """Raise UserError if a label or a token meant something else when the checkpoint was written."""
+    for name in stored.keys() | found.keys():
+        if stored.get(name) != found.get(name):
+            what = {"tokenizer": "vocabulary"}.get(name, name.replace("_", " "))
+            raise UserError(f"the {what} of this data is not that of {path}: give the data= it was trained on")
+
+
+def _init_from(model: torch.nn.Module, assets: dict, ckpt: str, strict: bool) -> None:
     content, path = checkpoint.locate(ckpt)
+    if strict and "tokenizer" in content["assets"]:
+        _same_names(content["assets"], assets, path)
     skipped = checkpoint.load_weights(model, {**content["model"], **content["ema"]}, path, strict)
     print(f"weights from the average in {path}" + (f", without {', '.join(skipped)}" if skipped else ""))
 

@@ -10,6 +10,8 @@ the left, and may hold `pad` (B,), how much, and `stop` (B,), the id that ends a
 Token i of sample b is drawn by inverse CDF from Philox stream 3, element i, of seeds[b].
 """
 
+import sys
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -122,9 +124,8 @@ class _Steps:
         self.anew = model.net.transformer.positions is not None
         if total > length:
             how = "reading it anew for each token" if self.anew else "by a sliding cache"
-            print(
-                f"this text grows past the {length} tokens the model was trained on: each new one sees the last {length}, {how}"
-            )
+            sentence = f"past the {length} tokens the model was trained on, each new one sees the last {length}, {how}"
+            print(sentence, file=sys.stderr)
         batch, last = len(text), min(total, length) if self.anew else max(total, 1)
         self.cache = Cache(model.net.transformer, batch, min(max(total, 1), length), last, pad)
 

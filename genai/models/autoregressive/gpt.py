@@ -40,6 +40,7 @@ class GPT(nn.Module):
     """Maximum likelihood of the next token.
 
     Args:
+        field: of the data, tokens.
         vocab_size: ids.
         length: context in tokens, as trained.
         net: tokens and an optional cache -> logits, such as Decoder.
@@ -47,8 +48,10 @@ class GPT(nn.Module):
 
     bound = "exact"
 
-    def __init__(self, vocab_size: int, length: int, net: Decoder):
+    def __init__(self, field: str, vocab_size: int, length: int, net: Decoder):
         super().__init__()
+        if field != "tokens":
+            raise UserError(f"a GPT takes tokens, but this data has {field}: choose a text with data=")
         most = net.transformer.positions
         if most is not None and length > most:
             raise UserError(f"data.shape=[{length}] is longer than the {most} positions of model.net")

@@ -1,0 +1,384 @@
+"""Text: tokenizers, prepared streams, windows, and the way from a file on disk to samples and bits per character."""
+
+import json
+import math
+import multiprocessing
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import genai
+from genai import evaluation
+from genai.cli import composed, quoted
+from genai.core.errors import UserError
+from genai.data import text, tokenizers
+from genai.data.stream import batches, train_loader
+from tests.conftest import ROOT
+from tests.test_commands import refused  # noqa: F401
+
+PROSE = "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich; 東京 🙂\n" * 40
+FACTS = {
+    "tokenizer": "byte", "vocab_size": None, "val": 0.1, "test": 0.1, "overlap": 0, "field": "tokens", "shape": [16],
+    "classes": None, "levels": None, "batch_size": 4,
+}  # fmt: skip
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A Text of a file with this content: make("...", tokenizer="char")."""
+
+    def data(content, kind=text.text_file, **facts):
+        path = tmp_path / "text.txt"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return kind(path=str(path), **{**FACTS, "cache": str(tmp_path / "cache"), **facts})
+
+    return data
+
+
+def stream(split):
+    """All tokens of a split, put together from its windows."""
+    parts = [b["tokens"][b["mask"]] for b in batches(split, 3)]
+    first = next(iter(batches(split, 3)))["tokens"][0, :1]
+    return torch.cat([first, *parts])
+
+
+@pytest.mark.parametrize("end", [False, True])
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
+def test_tokenizers_round_trip_and_are_plain_values(kind, end):
+    size = 300 if kind == "bpe" else None
+    made = tokenizers.learned(kind, iter([PROSE]), len(PROSE), size, end)
+    again = text.from_state(json.loads(json.dumps(made.state())))
+    for tokenizer in (made, again):
+        ids = tokenizer.encode(PROSE)
+        assert tokenizer.decode(ids.tolist()) == PROSE
+        assert ids.max() < tokenizer.vocab_size - end
+        assert tokenizer.end == (tokenizer.vocab_size - 1 if end else None)
+        if end:
+            assert tokenizer.decode([*ids[:3].tolist(), tokenizer.end]) == tokenizer.decode(ids[:3].tolist())
+    if kind == "bpe":
+        assert made.vocab_size == 300 and len(made.encode(PROSE)) < len(PROSE.encode()) * 0.6
+    if kind != "char":
+        assert made.decode(made.encode("Ωmega").tolist()) == "Ωmega"  # bytes lack nothing
+
+
+def test_a_character_that_is_lacking_is_named():
+    tokenizer = tokenizers.Char.learned(["abc\n"])
+    assert tokenizer.state()["chars"] == "\nabc"
+    with pytest.raises(UserError, match=r"the character 'é' \(U\+00E9\) is not among the 4"):
+        tokenizer.encode("cabé")
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
+def test_splits_are_the_text(make, kind):
+    """Whatever the tokenizer, the splits are the same parts of the text, cut between characters."""
+    data = make(PROSE, tokenizer=kind, vocab_size=300 if kind == "bpe" else None)
+    parts = [data.tokenizer.decode(np.fromfile(s.path, s.dtype).tolist()) for s in data.splits.values()]
+    assert "".join(parts) == PROSE
+    assert [s.characters for s in data.splits.values()] == [len(part) for part in parts]
+    raw = PROSE.encode()
+    assert 0 <= len(parts[0].encode()) - int(0.8 * len(raw)) <= 3
+    assert data.levels == data.tokenizer.vocab_size and data.shape == [16]
+
+
+@pytest.mark.parametrize("overlap", [0, 5, 15])
+def test_evaluation_predicts_every_token_once(make, overlap):
+    split = make(PROSE, overlap=overlap).splits["val"]
+    assert stream(split).tolist() == np.fromfile(split.path, np.uint8).tolist()
+    for i, batch in enumerate(batches(split, 1)):
+        assert batch["tokens"].shape == (1, 17)
+        if i > 0:  # each target has the stated context at least
+            assert batch["mask"][0].int().argmax() > overlap
+
+
+def test_training_windows_are_parts_of_the_text_that_move_and_cover_it(make):
+    split = make(PROSE).splits["train"]
+    whole = bytes(np.fromfile(split.path, np.uint8))
+    data = make(PROSE)
+    seen, epochs = torch.zeros(len(whole)), 6
+    loader = iter(train_loader(data, 1, seed=0, start=0))
+    starts = set()
+    for _ in range(epochs * len(split) // 4):
+        for row in next(loader)[0]["tokens"]:
+            at = whole.find(bytes(row.tolist()))
+            assert at >= 0 and len(row) == 17
+            starts.add(at % 16)
+            seen[at : at + 17] += 1
+    assert len(starts) == 16
+    resumed = next(iter(train_loader(data, 1, seed=0, start=3)))[0]["tokens"]
+    straight = iter(train_loader(data, 1, seed=0, start=0))
+    assert torch.equal([next(straight) for _ in range(4)][3][0]["tokens"], resumed)
+
+
+def test_two_workers_give_the_same_stream(make):
+    one, two = make(PROSE), make(PROSE, num_workers=2)
+    a, b = (iter(train_loader(data, 2, seed=0, start=5)) for data in (one, two))
+    for _ in range(3):
+        for x, y in zip(next(a), next(b), strict=True):
+            assert torch.equal(x["tokens"], y["tokens"])
+
+
+def test_lines_are_documents_drawn_into_splits(make):
+    names = [f"name{i:03d}" for i in range(400)]
+    data = make("\n".join(names) + "\r\n\n", text.lines, shape=[8])
+    found = []
+    for split in data.splits.values():
+        tokens = np.fromfile(split.path, split.dtype).tolist()
+        assert tokens[-1] == 256
+        found.append(bytes(t if t < 256 else 10 for t in tokens).decode().split())
+    assert sorted(sum(found, [])) == names
+    assert 20 < len(found[1]) < 60 and found[0] != names[: len(found[0])]
+    start = data.cond(2)
+    assert start["tokens"].tolist() == [[256], [256]] and start["stop"].tolist() == [256, 256]
+
+
+def test_a_folder_is_its_files_each_a_document(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a.txt").write_text("first " * 30)
+    (tmp_path / "b" / "c.txt").write_text("second " * 30)
+    (tmp_path / "b" / "ignored.md").write_text("no")
+    data = text.text_folder(path=str(tmp_path), pattern="*.txt", cache=str(tmp_path / "cache"), **FACTS)
+    tokens = np.concatenate([np.fromfile(s.path, s.dtype) for s in data.splits.values()]).tolist()
+    assert bytes(t if t < 256 else 0 for t in tokens) == b"first " * 30 + b"\0" + b"second " * 30 + b"\0"
+    assert data.splits["train"].dtype == np.uint16
+
+
+def test_pieces_are_cut_where_nothing_breaks(make, monkeypatch):
+    whole = make(PROSE, tokenizer="bpe", vocab_size=280)
+    monkeypatch.setattr(text, "PIECE_BYTES", 37)
+    pieces = text.Files([whole.splits["train"].path.parents[2] / "text.txt"], False)
+    assert "".join(piece for piece, _ in pieces.pieces(0, 1)) == PROSE
+    assert "".join(p for a, b in ((0, 0.313), (0.313, 0.77), (0.77, 1)) for p, _ in pieces.pieces(a, b)) == PROSE
+
+
+def test_a_learned_vocabulary_is_drawn_from_part_of_a_large_text(monkeypatch, capsys):
+    monkeypatch.setattr(tokenizers, "SAMPLE_BYTES", 1000)
+    pieces = [f"{i} " * 10 for i in range(1000)]
+    kept = list(tokenizers.sampled(iter(pieces), 100_000))
+    assert 0 < len(kept) < 50 and kept == list(tokenizers.sampled(iter(pieces), 100_000))
+    assert "drawn with seed 0" in capsys.readouterr().out
+
+
+def prepare_now(path, cache, start, answers):
+    start.wait()
+    source = text.Files([path], False)
+    answers.put(str(text.prepare(source, "char", None, {"train": 0.9, "val": 0.1}, cache)))
+
+
+def test_two_runs_may_prepare_at_once_and_the_text_is_prepared_once(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(PROSE * 50)
+    context = multiprocessing.get_context("fork")
+    start, answers = context.Event(), context.Queue()
+    runs = [context.Process(target=prepare_now, args=(path, tmp_path / "cache", start, answers)) for _ in range(3)]
+    for run in runs:
+        run.start()
+    start.set()
+    folders = {answers.get(timeout=60) for _ in runs}
+    for run in runs:
+        run.join()
+    (folder,) = folders
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [folder.rpartition("/")[2]]
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")}
+    source = text.Files([path], False)
+    again = text.prepare(source, "char", None, {"train": 0.9, "val": 0.1}, tmp_path / "cache")
+    assert str(again) == folder and before == {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")}
+    path.write_text(PROSE * 50 + "!")
+    changed = text.prepare(text.Files([path], False), "char", None, {"train": 0.9, "val": 0.1}, tmp_path / "cache")
+    assert str(changed) != folder
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    """Anonymous memory of a process that prepares a text and draws from it: under 0.3 byte per byte of text."""
+    script = """
+import sys, torch
+from genai.data.text import text_file
+from genai.data.stream import train_loader
+data = text_file(path=sys.argv[1], tokenizer="byte", vocab_size=None, val=0.1, test=0.0, overlap=0, cache=sys.argv[2],
+                 field="tokens", shape=[64], classes=None, levels=None, batch_size=8)
+stream = iter(train_loader(data, 1, 0, 0))
+for _ in range(50):
+    next(stream)
+print(next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) * 1024)
+"""
+    used = []
+    for megabytes in (2, 66):
+        path = tmp_path / f"{megabytes}.txt"
+        path.write_bytes(
+            (PROSE.encode() * (megabytes * 2**20 // len(PROSE.encode()) + 1))[: megabytes * 2**20 // 70 * 70]
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(path), str(tmp_path / "cache")], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        used.append(int(done.stdout.split()[-1]))
+    assert (used[1] - used[0]) / (64 * 2**20) < 0.3
+
+
+# From the command line
+
+TINY = [
+    "model=gpt", "logger=none", "max_steps=8", "data.shape=[24]", "data.batch_size=4", "model.net.transformer.width=16",
+    "model.net.transformer.layers=1", "optim.warmup_steps=2", "callbacks.samples.n=2", "callbacks.evaluate.n=8",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run over bytes with an end token and one over characters."""
+    from genai.train.run import run
+
+    folder = tmp_path_factory.mktemp("text")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        (folder / "lines.txt").write_text("\n".join(f"Zoë number {i}" for i in range(500)))
+        (folder / "chars.txt").write_text("the cat sat on the mat, and then it sat again\n" * 40)
+        for name, data, more in (("lines", "lines", []), ("chars", "text_file", ["data.tokenizer=char"])):
+            run(
+                composed(
+                    "train",
+                    [*TINY, f"data={data}", f"data.path={folder / name}.txt", f"run_dir={folder / name}", *more],
+                )
+            )
+    return folder
+
+
+def test_a_run_leaves_texts_and_samples_come_from_the_checkpoint_alone(runs, tmp_path, command):
+    shown = (runs / "lines" / "samples" / "samples_0000008.txt").read_text()
+    assert shown.startswith("--- 0\n")
+    out = command(
+        "sample.py", f"ckpt={runs / 'lines'}", "prompt=Zoë, what's 1={2}?", "n=3", "seed=7", "max_new_tokens=20",
+        "temperature=0.8", "top_k=50", "out=here", cwd=tmp_path,
+    )  # fmt: skip
+    assert out.returncode == 0, out.stderr
+    rows = [json.loads(line) for line in (tmp_path / "here" / "samples.jsonl").read_text().splitlines()]
+    plain = (tmp_path / "here" / "samples.txt").read_text(encoding="utf-8")
+    assert [row["seed"] for row in rows] == [7, 8, 9]
+    loaded = genai.load(runs / "lines")
+    batch = genai.sample(loaded, n=3, seed=7, prompt="Zoë, what's 1={2}?", max_new_tokens=20, temperature=0.8, top_k=50)
+    assert genai.texts(loaded, batch) == [row["text"] for row in rows]
+    for row, log_prob in zip(rows, batch["log_prob"], strict=True):
+        assert row["prompt"] == "Zoë, what's 1={2}?" and row["prompt"] + row["text"] in plain
+        assert row["log_prob"] == pytest.approx(log_prob.sum().item(), abs=1e-3)
+        assert sum(row["log_probs"]) == pytest.approx(row["log_prob"], abs=2e-2)
+    assert out.stdout.startswith(rows[0]["prompt"] + rows[0]["text"].rstrip("\ufffd")), out.stdout
+
+
+def test_prompts_in_turn_stop_tokens_and_drafts(runs):
+    loaded = genai.load(runs / "chars")
+    batch = genai.sample(loaded, n=5, prompt=["the cat", "a"], stop=" ", max_new_tokens=30)
+    assert all(" " not in t for t in genai.texts(loaded, batch))
+    alone = genai.sample(loaded, n=1, seed=3, prompt="a", stop=" ", max_new_tokens=30)
+    assert genai.texts(loaded, alone)[0] == genai.texts(loaded, batch)[3]
+    node = {
+        "_target_": "genai.models.autoregressive.decode.speculative",
+        "_partial_": True,
+        "ahead": 3,
+        "max_new_tokens": 10,
+    }
+    node |= {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None, "draft": str(runs / "chars")}
+    assert genai.sample(loaded, n=2, prompt="the", sampler=node)["tokens"].shape == (2, 10)
+    with pytest.raises(UserError, match="has another tokenizer"):
+        genai.sample(genai.load(runs / "lines"), n=1, sampler=node)
+
+
+def test_evaluation_is_of_the_whole_split(runs, capsys):
+    cfg = composed("evaluate", [f"ckpt={runs / 'chars'}", "split=val", "batch_size=7"])
+    result = evaluation.run(cfg)
+    loaded = genai.load(runs / "chars")
+    content = (runs / "chars.txt").read_text()
+    tokenizer = text.from_state(loaded.assets["tokenizer"])
+    val = content[int(len(content) * 0.9) : int(len(content) * 0.95)]
+    ids = torch.from_numpy(tokenizer.encode(val))
+    nats = 0.0
+    for i in range(0, len(ids) - 1, 24):
+        part = ids[i : i + 25]
+        nats -= loaded.model.log_prob({"tokens": part[None]}, 0).item()
+    assert result["tokens"] == len(ids) - 1
+    # the last window begins earlier, so that its targets have more context than here
+    assert result["nats_per_token"] == pytest.approx(nats / (len(ids) - 1), rel=0.02)
+    assert result["perplexity"] == pytest.approx(math.exp(result["nats_per_token"]), rel=1e-3)
+    assert result["bits_per_character"] == pytest.approx(result["nats_per_token"] / math.log(2), rel=2e-2)
+    assert result["context"] == 24 and result["context_overlap"] == 0
+
+
+def test_a_resumed_run_wants_its_own_vocabulary(runs, tmp_path, refused):  # noqa: F811
+    other = tmp_path / "other.txt"
+    other.write_text((runs / "chars.txt").read_text().replace("m", "w"))
+    said = refused("train.py", f"resume={runs / 'chars'}", "max_steps=9", f"data.path={other}")
+    assert "the vocabulary of this data is not that of" in said
+    said = refused(
+        "train.py", *TINY, f"init_from={runs / 'chars'}", "data=text_file", f"data.path={other}", "data.tokenizer=char"
+    )
+    assert "the vocabulary of this data is not that of" in said
+    assert "vocabulary" in refused("evaluate.py", f"ckpt={runs / 'chars'}", f"root={other}")
+
+
+SAMPLE = {
+    "prompt=thé": "the character 'é' (U+00E9) is not among",
+    f"prompt={'the cat ' * 9}": "prompt has 72 tokens, more than the 24 this model was trained to read",
+    "stop=at": "stop='at' is 2 tokens",
+    "prompt=[]": "prompt=[] is empty",
+    "top_p=1.5": "sampler.top_p=1.5 must be greater than 0 and at most 1",
+    "label=1": "unconditional: leave label= out",
+    "guidance=2": "the sampler generate has no guidance",
+    "steps=3": "there is no key steps",
+    "sampler=speculative": "name the run or checkpoint of a smaller model",
+}
+
+
+@pytest.mark.parametrize("argument", SAMPLE)
+def test_wrong_sampling_commands(refused, runs, argument):  # noqa: F811
+    assert SAMPLE[argument] in refused("sample.py", f"ckpt={runs / 'chars'}", "n=2", argument)
+
+
+def test_wrong_texts(refused, tmp_path):  # noqa: F811
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("hello")
+    (tmp_path / "latin.txt").write_bytes("Stra\u00dfe".encode("latin-1") * 2000)
+    (tmp_path / "late.txt").write_bytes(b"x" * 3_000_001 + b"\xff" + b"x" * 3_000_000)
+    (tmp_path / "good.txt").write_text(PROSE)
+    cases = {
+        ("data=text_file", "data.path=none.txt"): "data.path='none.txt' is no file",
+        ("data=text_file", "data.path=empty.txt"): "data.path='empty.txt' is empty",
+        ("data=text_file", "data.path=short.txt"): "too few for one window of 128 + 1",
+        ("data=text_file", "data.path=latin.txt"): "latin.txt is not UTF-8: byte 0xdf at offset 4",
+        ("data=text_file", "data.path=late.txt"): "byte 0xff at offset 3000001",
+        ("data=text_folder", "data.path=nowhere"): "data.path='nowhere' holds no text",
+        ("data=lines", "data.path=empty.txt"): "is empty",
+        (
+            "data=text_file",
+            "data.path=good.txt",
+            "data.tokenizer=word",
+        ): "data.tokenizer='word' is none of byte, char, bpe",
+        ("data=text_file", "data.path=good.txt", "data.tokenizer=bpe"): "data.vocab_size=None must be a whole number",
+        (
+            "data=text_file",
+            "data.path=good.txt",
+            "data.vocab_size=300",
+        ): "data.vocab_size=300 is for data.tokenizer=bpe",
+        (
+            "data=text_file",
+            "data.path=good.txt",
+            "data.overlap=200",
+        ): "data.overlap=200 must be smaller than the context",
+        ("data=text_file", "data.path=good.txt", "data.val=1"): "data.val=1",
+        ("data=text_file", "data.path=good.txt", "data.levels=100"): "data.levels=100, but this data has 256",
+        ("model.net.transformer.attention.heads=3",): "heads=3 must divide width=128",
+        ("optim.lr=0",): "optim.lr=0",
+        ("data=digits",): "a GPT takes tokens, but this data has image",
+    }
+    for arguments, message in cases.items():
+        # the cache is beside the folder that must stay as it was
+        said = refused("train.py", "model=gpt", *arguments, f"data.cache={tmp_path.parent / 'cache'}"
+                       if "data=digits" not in arguments else "logger=none", "logger=none")  # fmt: skip
+        assert message in said, arguments
+
+
+def test_prose_on_the_command_line_is_taken_as_it_is():
+    for prose in ("a, b", "x={1}", 'say "hi"', "two  ", "back\\slash", "end\\", '\\"', "a=b", "${x}", "null?", "1"):
+        assert composed("sample", [f"prompt={prose}"]).prompt == prose
+    assert composed("sample", ["prompt=[a,b]"]).prompt == ["a", "b"]
+    assert quoted("seed=1,2") == "seed=1,2" and quoted("prompt=null") == "prompt=null"
