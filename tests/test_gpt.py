@@ -13,7 +13,7 @@ from genai.models.autoregressive import decode
 from genai.models.autoregressive.gpt import GPT, Decoder
 from genai.nn import norm, transformer
 from genai.nn.attention import Attention, Learned, Rotary
-from genai.nn.transformer import MLP, Cache, SwiGLU, Transformer
+from genai.nn.transformer import MLP, Cache, Places, SwiGLU, Transformer
 
 V = 13
 MLPS = {
@@ -25,7 +25,7 @@ MLPS = {
 
 def gpt(
     heads=4, kv_heads=None, qk_norm=None, position="rotary", mlp="squared_relu", normal="rms", bias=False, tied=False,
-    width=16, layers=2, length=24, init=transformer.scaled_init, seed=0,
+    shift=False, width=16, layers=2, length=24, init=transformer.scaled_init, seed=0,
 ):  # fmt: skip
     torch.manual_seed(seed)
     net = Transformer(
@@ -34,6 +34,7 @@ def gpt(
         mlp=MLPS[mlp],
         norm=partial(norm.RMSNorm, gain=True) if normal == "rms" else norm.LayerNorm,
         position=Rotary if position == "rotary" else partial(Learned, length=length),
+        shift=transformer.Shift if shift else None,
     )  # fmt: skip
     model = GPT("tokens", V, length, Decoder(V, net, tied, init))
     with torch.no_grad():  # so that attention and logits are far from uniform
@@ -50,6 +51,7 @@ OPTIONS = [
     {"qk_norm": True, "position": "learned"},
     {"position": "learned", "mlp": "gelu", "normal": "layer", "bias": True, "tied": True},
     {"mlp": "swiglu"},
+    {"shift": True, "qk_norm": True},
 ]
 
 
@@ -224,7 +226,7 @@ SHAPES = [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.8}
 @pytest.mark.parametrize("position", ["rotary", "learned"])
 def test_generation_is_its_definition_and_depends_on_the_seed_alone(shape, position):
     """Batched, padded, streamed and cached, in float64: the tokens of each seed are those of the plain loop."""
-    model = gpt(position=position, qk_norm=True).double()
+    model = gpt(position=position, qk_norm=True, shift=position == "rotary").double()
     rows = [torch.randint(1, V, (n,)) for n in (2, 7, 4, 7)]
     pad = torch.tensor([7 - len(row) for row in rows])
     tokens = torch.stack([torch.cat([torch.zeros(7 - len(row), dtype=torch.int64), row]) for row in rows])
@@ -272,9 +274,10 @@ def test_stop_tokens_end_a_sample_and_save_the_rest():
     assert batch["length"].max() < len(calls) <= batch["length"].max() + decode.LOOK_EVERY
 
 
-def test_past_the_context_by_a_sliding_cache(capsys):
+@pytest.mark.parametrize("shift", [False, True])
+def test_past_the_context_by_a_sliding_cache(capsys, shift):
     """Rotary: equal to attention in which every position sees the last `length` alone, in any batch."""
-    model = gpt(length=8, qk_norm=True).double()
+    model = gpt(length=8, qk_norm=True, shift=shift).double()
     rows = [torch.randint(1, V, (n,)) for n in (3, 6)]
     tokens = torch.stack([F.pad(row, (6 - len(row), 0)) for row in rows])
     cond = {"tokens": tokens, "pad": torch.tensor([3, 0])}
@@ -288,7 +291,7 @@ def test_past_the_context_by_a_sliding_cache(capsys):
         with torch.no_grad():
             x, rotation = model.net.embed(text[None, :-1]), net.position(torch.arange(t), net.head_dim)[1]
             for block in net.blocks:
-                x = block(x, rotation, band)
+                x = block(x, Places(None, rotation, band))
             logits = model.net.head(net.norm(x))[0, len(row) - 1 :]
         u = rng.uniform(torch.tensor([b]), (30,), stream=rng.TOKENS)[0][:, None]
         assert torch.equal(decode.draw(logits.float().softmax(-1), u)[:, 0], batch["tokens"][b])
@@ -355,7 +358,7 @@ def test_speculative_decoding_writes_what_the_model_would():
     """Texts of three tokens have the model's joint distribution, and the model is called less often."""
     from scipy.stats import chi2
 
-    model, draft = gpt(width=8, heads=2), gpt(width=8, heads=2, layers=1, seed=1)
+    model, draft = gpt(width=8, heads=2, shift=True), gpt(width=8, heads=2, layers=1, seed=1)
     prompt, n = torch.tensor([[3, 1]]), 3000
     cond = {"tokens": prompt.expand(n, 2)}
     batch = decode.speculative(model, torch.arange(n), cond, draft=draft, ahead=2, max_new_tokens=3, top_k=4)

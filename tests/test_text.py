@@ -128,7 +128,7 @@ def test_lines_are_documents_drawn_into_splits(make):
         tokens = np.fromfile(split.path, split.dtype).tolist()
         assert tokens[-1] == 256
         found.append(bytes(t if t < 256 else 10 for t in tokens).decode().split())
-    assert sorted(sum(found, [])) == names
+    assert sorted(name for part in found for name in part) == names
     assert 20 < len(found[1]) < 60 and found[0] != names[: len(found[0])]
     start = data.cond(2)
     assert start["tokens"].tolist() == [[256], [256]] and start["stop"].tolist() == [256, 256]

@@ -3,7 +3,7 @@
 Tenants to come beside the autoregressive family: masked language models, text conditions of diffusion.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +15,27 @@ Rotation = tuple[Tensor, Tensor]
 """cos and sin of each position's angles, (T, D) or (B, 1, T, D), as `rotate` takes them."""
 
 
-class KV:
-    """Keys and values of one layer, (B, heads, capacity, D), written in place.
+class Ring:
+    """The last `capacity` positions of a sequence, (..., capacity, D), written in place.
 
-    `length` positions have been written; once they are more than fit, each takes the place of the oldest.
+    `length` have been written; once they are more than fit, each takes the place of the oldest.
     """
 
-    def __init__(self, k: Tensor, v: Tensor):
-        self.k, self.v, self.length = k, v, 0
+    def __init__(self, data: Tensor):
+        self.data, self.capacity, self.length = data, data.shape[-2], 0
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write T new positions (B, heads, T, D), one at a time when full; returns views of all that are there."""
-        capacity, t = self.k.shape[2], k.shape[2]
-        start = self.length if self.length + t <= capacity else self.length % capacity
+    def append(self, x: Tensor) -> Tensor:
+        """Write T new positions (..., T, D), one at a time when full; returns a view of all that are there."""
+        t = x.shape[-2]
+        start = self.length if self.length + t <= self.capacity else self.length % self.capacity
         self.length += t
-        self.k[:, :, start : start + t] = k
-        self.v[:, :, start : start + t] = v
-        filled = min(self.length, capacity)
-        return self.k[:, :, :filled], self.v[:, :, :filled]
+        self.data[..., start : start + t, :] = x
+        return self.data[..., : min(self.length, self.capacity), :]
+
+    def last(self) -> Tensor:
+        """The newest position (..., 1, D); zeros before the first."""
+        at = (self.length - 1) % self.capacity
+        return self.data[..., at : at + 1, :] if self.length else torch.zeros_like(self.data[..., :1, :])
 
 
 class Attention(nn.Module):
@@ -68,13 +71,13 @@ class Attention(nn.Module):
         self.qk_norm = None if qk_norm is None else qk_norm(self.head_dim)
 
     def forward(
-        self, x: Tensor, rotation: Rotation | None = None, mask: Tensor | None = None, kv: KV | None = None
+        self, x: Tensor, rotation: Rotation | None = None, mask: Tensor | None = None, past: Sequence[Ring] = ()
     ) -> Tensor:
-        """(B, T, width) -> (B, T, width). mask (B or 1, 1, T, T') says who sees whom, in the place of `causal`; kv holds
-        the positions before these T, and gets them."""
+        """(B, T, width) -> (B, T, width). mask (B or 1, 1, T, T') says who sees whom, in the place of `causal`; past are
+        the keys and values (B, kv_heads, T', D) before these T, and get them."""
         q, k, v = self.heads_of(x, rotation)
-        if kv is not None:
-            k, v = kv.append(k, v)
+        if past:
+            k, v = past[0].append(k), past[1].append(v)
         y = F.scaled_dot_product_attention(
             q, k, v, mask, self.dropout if self.training else 0.0, self.causal and mask is None and x.shape[1] > 1,
             enable_gqa=self.heads != self.kv_heads,

@@ -3,7 +3,8 @@
 Tenants to come beside the autoregressive family: masked language models, text conditions of diffusion.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,33 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from genai.core.errors import at_least
-from genai.nn.attention import KV, Attention, Rotation
+from genai.nn.attention import Attention, Ring, Rotation
+
+
+class Places(NamedTuple):
+    """What T new positions need to know of themselves."""
+
+    added: Tensor | None = None
+    """Added to their embeddings, (T, width) or (B, T, width)."""
+    rotation: Rotation | None = None
+    """Of their queries and keys."""
+    mask: Tensor | None = None
+    """Who of those seen each sees, (B or 1, 1, T, T'); None: all up to itself."""
+    real: Tensor | None = None
+    """Which are not padding, (B, T, 1); None: all."""
+
+
+class Past(NamedTuple):
+    """What one block remembers."""
+
+    kv: Sequence[Ring] = ()
+    """Keys and values."""
+    shifted: Sequence[Ring | None] = (None, None)
+    """What its two shifts have read."""
 
 
 class Cache:
-    """What a causal Transformer has seen: keys and values of every layer for the last `capacity` positions of B texts.
+    """What a causal Transformer has seen: of every block, the last `capacity` positions of B texts.
 
     Args:
         net: whose it is.
@@ -27,8 +50,12 @@ class Cache:
 
     def __init__(self, net: "Transformer", batch: int, capacity: int, total: int, pad: Tensor | None = None):
         weight = next(net.parameters())
-        shape = batch, net.kv_heads, capacity, net.head_dim
-        self.layers = [KV(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in net.blocks]
+
+        def rings(*shape: int) -> list[Ring]:
+            return [Ring(weight.new_zeros(shape)) for _ in range(2)]
+
+        shifts = [rings(batch, capacity, net.width) if net.shifts else (None, None) for _ in net.blocks]
+        self.past = [Past(rings(batch, net.kv_heads, capacity, net.head_dim), shifted) for shifted in shifts]
         self.capacity, self.pad = capacity, pad
         at = torch.arange(total, device=weight.device)
         if pad is not None:
@@ -39,32 +66,49 @@ class Cache:
     @property
     def length(self) -> int:
         """Positions seen so far, padding included."""
-        return self.layers[0].length
+        return self.past[0].kv[0].length
 
     def cut(self, length: int) -> None:
         """Forget all but the first `length` positions; only while none has been overwritten."""
-        for kv in self.layers:
-            kv.length = length
+        for past in self.past:
+            for ring in (*past.kv, *past.shifted):
+                if ring is not None:
+                    ring.length = length
 
-    def places(self, t: int) -> tuple[Tensor | None, Rotation | None, Tensor | None]:
-        """What to add, how to rotate, and the mask, for the t positions after those seen."""
+    def places(self, t: int) -> Places:
+        """Of the t positions after those seen."""
         start, end = self.length, self.length + t
         added = None if self.added is None else self.added[..., start:end, :]
-        rotation = (
-            None
-            if self.rotation is None
-            else (self.rotation[0][..., start:end, :], self.rotation[1][..., start:end, :])
-        )
-        mask, device = None, self.layers[0].k.device
+        rotation = self.rotation and (self.rotation[0][..., start:end, :], self.rotation[1][..., start:end, :])
+        mask, device = None, self.past[0].kv[0].data.device
         if t > 1 and (start > 0 or self.pad is not None):
             mask = torch.ones(t, end, dtype=torch.bool, device=device).tril(start)[None, None]
-        if self.pad is not None:
-            if start >= self.capacity:
-                self.real[:, start % self.capacity] = True
-            real = self.real[:, None, None, :end]
-            # padding sees itself: attention over nothing would be nan
-            mask = real if mask is None else mask & (real | torch.eye(end, dtype=torch.bool, device=device)[start:])
-        return added, rotation, mask
+        if self.pad is None:
+            return Places(added, rotation, mask)
+        if start >= self.capacity:
+            self.real[:, start % self.capacity] = True
+        seen = self.real[:, None, None, :end]
+        # padding sees itself: attention over nothing would be nan
+        mask = seen if mask is None else mask & (seen | torch.eye(end, dtype=torch.bool, device=device)[start:])
+        return Places(added, rotation, mask, self.real[:, start:end, None] if t > 1 else None)
+
+
+class Shift(nn.Module):
+    """x_t + mix (x_{t-1} - x_t): a learned share of the position before, for each channel (Peng et al., "RWKV", 2023,
+    section 3.1.1). At first the share falls from `start` to 0 over the channels."""
+
+    def __init__(self, width: int, start: float = 0.5):
+        super().__init__()
+        self.mix = nn.Parameter(torch.linspace(start, 0, width))
+
+    def forward(self, x: Tensor, past: Ring | None = None) -> Tensor:
+        """(B, T, width) -> (B, T, width); `past` holds what came before these T, and gets them."""
+        if past is None:
+            before = F.pad(x, (0, 0, 1, -1))
+        else:
+            before = torch.cat([past.last(), x[:, :-1]], 1)
+            past.append(x)
+        return torch.lerp(x, before, self.mix)
 
 
 class MLP(nn.Module):
@@ -103,15 +147,28 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(shift(norm(x))), then x + mlp(shift(norm(x))); without a shift where there is none."""
 
-    def __init__(self, attention: Attention, mlp: nn.Module, norms: tuple[nn.Module, nn.Module], dropout: float):
+    def __init__(
+        self, width: int, attention: Callable[[int], Attention], mlp: Callable[[int], nn.Module],
+        norm: Callable[[int], nn.Module], shift: Callable[[int], Shift] | None, dropout: float,
+    ):  # fmt: skip
         super().__init__()
-        self.norm1, self.attention, self.norm2, self.mlp, self.dropout = norms[0], attention, norms[1], mlp, dropout
+        self.norm1, self.attention, self.norm2, self.mlp = norm(width), attention(width), norm(width), mlp(width)
+        self.shift1, self.shift2 = (None, None) if shift is None else (shift(width), shift(width))
+        self.dropout = dropout
 
-    def forward(self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, kv: KV | None = None) -> Tensor:
-        x = x + self.drop(self.attention(self.norm1(x), rotation, mask, kv))
-        return x + self.drop(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, places: Places, past: Past = Past()) -> Tensor:  # noqa: B008
+        y = self.shifted(self.norm1(x), self.shift1, places, past.shifted[0])
+        x = x + self.drop(self.attention(y, places.rotation, places.mask, past.kv))
+        y = self.shifted(self.norm2(x), self.shift2, places, past.shifted[1])
+        return x + self.drop(self.mlp(y))
+
+    @staticmethod
+    def shifted(x: Tensor, shift: Shift | None, places: Places, past: Ring | None) -> Tensor:
+        if shift is None:
+            return x
+        return shift(x if places.real is None else x * places.real, past)  # before a text there is nothing
 
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -124,21 +181,23 @@ class Transformer(nn.Module):
         width: of the residual stream.
         layers: blocks.
         attention, mlp, norm, position: called with `width` each time one is needed.
+        shift: likewise, before attention and MLP; None for none.
         dropout: of what each block adds, and of the embeddings.
         gradient_checkpointing: compute activations twice instead of keeping them.
     """
 
     def __init__(
         self, width: int, layers: int, attention: Callable[[int], Attention], mlp: Callable[[int], nn.Module],
-        norm: Callable[[int], nn.Module], position: Callable[[int], nn.Module], dropout: float = 0.0,
-        gradient_checkpointing: bool = False,
+        norm: Callable[[int], nn.Module], position: Callable[[int], nn.Module],
+        shift: Callable[[int], Shift] | None = None, dropout: float = 0.0, gradient_checkpointing: bool = False,
     ):  # fmt: skip
         super().__init__()
         at_least(layers, 1, "layers")
         self.width, self.dropout, self.gradient_checkpointing = width, dropout, gradient_checkpointing
         self.position = position(width)
         self.positions: int | None = self.position.length  # type: ignore[assignment]  # None: any
-        blocks = [Block(attention(width), mlp(width), (norm(width), norm(width)), dropout) for _ in range(layers)]
+        blocks = [Block(width, attention, mlp, norm, shift, dropout) for _ in range(layers)]
+        self.shifts = shift is not None
         self.kv_heads, self.head_dim = blocks[0].attention.kv_heads, blocks[0].attention.head_dim
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm(width)
@@ -146,17 +205,16 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         """With a cache, x are the positions after those it has seen, and it sees them."""
         if cache is None:
-            at = torch.arange(x.shape[1], device=x.device)
-            (added, rotation), mask = self.position(at, self.head_dim), None
+            places = Places(*self.position(torch.arange(x.shape[1], device=x.device), self.head_dim))
         else:
-            added, rotation, mask = cache.places(x.shape[1])
-        x = x if added is None else x + added
+            places = cache.places(x.shape[1])
+        x = x if places.added is None else x + places.added
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         for i, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, rotation, mask, use_reentrant=False)  # type: ignore[assignment]
+                x = checkpoint(block, x, places, use_reentrant=False)  # type: ignore[assignment]
             else:
-                x = block(x, rotation, mask, None if cache is None else cache.layers[i])
+                x = block(x, places, Past() if cache is None else cache.past[i])
         return self.norm(x)
 
 
