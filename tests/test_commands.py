@@ -46,7 +46,11 @@ def refused(tmp_path, monkeypatch, capsys):
     return run
 
 
-MODELS = ", ".join(sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")))
+def names(group):
+    return ", ".join(sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")))
+
+
+MODELS = names("model")
 TRAIN = {
     "max_step=3": "no key max_step, did you mean max_steps?",
     "lr=1e-3": "no key lr, did you mean optim.lr?",
@@ -153,8 +157,7 @@ SAMPLE = {
     "sampler.step=3": "the sampler ddim has no step; it has steps, spacing, eta, guidance, cuda_graph, did you mean steps?",
     "temperature=2": "there is no key temperature",
     "eta=2": "sampler.eta=2",
-    "sampler=huen": "sampler=huen is none of ddim, ddpm, dpmpp_2m, dpmpp_2m_sde, euler, euler_ancestral, flow_euler, flow_heun, "
-    "flow_midpoint, heun, midpoint, did you mean heun?",
+    "sampler=huen": f"sampler=huen is none of {names('sampler')}, did you mean heun?",
     "spacing=even": "sampler.spacing='even' is none of trailing, leading",
     "prompt=cat": "takes no text",
 }

@@ -348,6 +348,7 @@ def test_wrong_texts(refused, tmp_path):  # noqa: F811
         ("data=text_file", "data.path=late.txt"): "byte 0xff at offset 3000001",
         ("data=text_folder", "data.path=nowhere"): "data.path='nowhere' holds no text",
         ("data=lines", "data.path=empty.txt"): "is empty",
+        ("data=names", "data.path=new/names.txt", "data.url=http://127.0.0.1:9/names.txt"): "could not be downloaded",
         (
             "data=text_file",
             "data.path=good.txt",

@@ -22,7 +22,6 @@ from genai.data.tokenizers import Tokenizer, learned
 
 FORMAT = 1  # of the prepared files
 PIECE_BYTES = 2**20
-SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 Piece = tuple[str, bool]
 """Some text, and whether a document ends after it."""
@@ -334,22 +333,43 @@ def write_samples(out: Path, tokenizer: Tokenizer, given: Batch, batch: Batch, r
             lines.write(json.dumps(facts) + "\n")
 
 
-def _file(path: str) -> Path:
-    if not Path(path).is_file():
+def _file(path: str, url: str | None) -> Path:
+    """The file, downloaded if it is not there and `url` says from where. Raises UserError if there is none, or no text."""
+    target = Path(path)
+    if not target.exists() and url is not None:
+        _download(target, url)
+    if not target.is_file():
         raise UserError(f"data.path={path!r} is no file: set data.path to a UTF-8 text")
-    if Path(path).stat().st_size == 0:
+    if target.stat().st_size == 0:
         raise UserError(f"data.path={path!r} is empty: give a text")
-    return Path(path)
+    return target
 
 
-def text_file(path: str, **facts: Any) -> Text:
+def _download(target: Path, url: str) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    existed = target.parent.exists()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            temporary.write_bytes(answer.read())
+        temporary.replace(target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if not existed and target.parent.is_dir():
+            target.parent.rmdir()
+        raise UserError(
+            f"there is no data.path={str(target)!r}, and {url} could not be downloaded ({error}): set data.path to the file"
+        ) from error
+
+
+def text_file(path: str, url: str | None = None, **facts: Any) -> Text:
     """One UTF-8 file as one text."""
-    return Text(Files([_file(path)], documents=False), **facts)
+    return Text(Files([_file(path, url)], documents=False), **facts)
 
 
-def lines(path: str, **facts: Any) -> Text:
+def lines(path: str, url: str | None = None, **facts: Any) -> Text:
     """A UTF-8 file of which each line is a document: names, SMILES molecules."""
-    return Text(Lines([_file(path)], documents=True), **facts)
+    return Text(Lines([_file(path, url)], documents=True), **facts)
 
 
 def text_folder(path: str, pattern: str, **facts: Any) -> Text:
@@ -365,24 +385,3 @@ def python_docs(**facts: Any) -> Text:
     from pydoc_data.topics import topics
 
     return Text(Embedded("\n\n".join(topics[name].strip() for name in sorted(topics))), **facts)
-
-
-def tiny_shakespeare(path: str, **facts: Any) -> Text:
-    """A million characters of Shakespeare (Karpathy, 2015), downloaded to `path` if it is not there."""
-    target = Path(path)
-    if not target.exists():
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        existed = target.parent.exists()
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with urllib.request.urlopen(SHAKESPEARE, timeout=30) as answer:
-                temporary.write_bytes(answer.read())
-            temporary.replace(target)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            if not existed and target.parent.is_dir() and not any(target.parent.iterdir()):
-                target.parent.rmdir()
-            raise UserError(
-                f"there is no data.path={path!r}, and {SHAKESPEARE} could not be downloaded ({error}): set data.path to the file"
-            ) from error
-    return Text(Files([_file(path)], documents=False), **facts)
