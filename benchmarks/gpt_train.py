@@ -1,0 +1,152 @@
+"""Training tokens/s of gpt_nano beside a plain loop in nanoGPT's manner, Hugging Face, litgpt and x-transformers.
+
+    python -m benchmarks.gpt_train [--rounds 7] [--through]
+
+At nanoGPT's CPU shape: 4 layers, width 128, 12 windows of 64. A step is forward, backward, clipping and AdamW, in
+every case by the recipe's own settings; nanoGPT's AdamW is not fused on a CPU. --through also runs `train.py` for 600
+steps, in turns with the plain loop over the same text, and compares the whole loop, evaluation left out.
+"""
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks import gpt
+from benchmarks.common import interleave, ratio, report, setup, spread
+from genai import checkpoint
+
+BATCH, LENGTH = 12, 64
+
+
+def step(
+    model: nn.Module, loss: Callable[[torch.Tensor], torch.Tensor], optimizer: Any, vocab: int
+) -> Callable[[], None]:
+    device = next(model.parameters()).device
+    tokens = torch.randint(0, vocab, (BATCH, LENGTH + 1), device=device)
+
+    def one() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss(tokens).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return one
+
+
+def theirs(model: nn.Module, device: torch.device, logits: Callable[[Any], torch.Tensor] = lambda out: out) -> Callable:
+    model = model.to(device).train()
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    fused = device.type == "cuda"  # as nanoGPT does
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=1e-3, betas=(0.9, 0.99), fused=fused)
+
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
+        out = logits(model(tokens[:, :-1]))
+        return F.cross_entropy(out.flatten(0, 1), tokens[:, 1:].flatten())
+
+    return step(model, loss, optimizer, gpt.VOCAB)
+
+
+def ours(device: torch.device) -> Callable:
+    model = gpt.ours(LENGTH).to(device).train()
+    optimizer = checkpoint.build(gpt.config(LENGTH)["optim"])(model)
+    return step(model, lambda tokens: model({"tokens": tokens}, 0).total, optimizer, gpt.VOCAB)
+
+
+def through(rounds: int) -> tuple[float, list[float], list[float]]:
+    """(train.py's tokens/s over the plain loop's, both), wall seconds, each alone on the machine in turn."""
+    ours_, plain = [], []
+    text = "".join(chr(97 + i * i % 23) for i in range(200_000))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "text.txt"
+        path.write_text(text)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+        for k in range(rounds):
+            run = Path(folder) / f"run{k}"
+            command = [
+                sys.executable, "train.py", "model=gpt_nano", "data=text_file", f"data.path={path}", f"data.cache={folder}/cache",
+                f"data.shape=[{LENGTH}]", f"data.batch_size={BATCH}", "max_steps=600", f"run_dir={run}", "logger=none",
+                "callbacks.samples=null", "callbacks.evaluate=null", "callbacks.save=null", "log_every_steps=50",
+            ]  # fmt: skip
+            subprocess.run(command, check=True, capture_output=True, env=environment)
+            rates = re.findall(r"perf/steps_per_second,([\d.]+)", (run / "metrics.csv").read_text())
+            ours_.append(statistics.median(map(float, rates[2:])) * BATCH * LENGTH)
+            script = "import benchmarks.gpt_train as b; b.plain_loop()"
+            done = subprocess.run(
+                [sys.executable, "-c", script], check=True, capture_output=True, env=environment, text=True
+            )
+            plain.append(float(done.stdout))
+    return statistics.median(a / b for a, b in zip(ours_, plain, strict=True)), ours_, plain
+
+
+def plain_loop() -> None:
+    """Print tokens/s of nanoGPT's manner of loop over random windows, median over pieces of 50 steps."""
+    import time
+
+    torch.set_num_threads(1)
+    model = gpt.Plain(LENGTH)
+    data = torch.randint(0, gpt.VOCAB, (200_000,))
+    one_step = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    rates = []
+    for _ in range(12):
+        start = time.perf_counter()
+        for _ in range(50):
+            at = torch.randint(len(data) - LENGTH, (BATCH,))
+            tokens = torch.stack([data[i : i + LENGTH + 1] for i in at])
+            loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            one_step.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            one_step.step()
+            loss.item()  # nanoGPT prints it
+        rates.append(50 * BATCH * LENGTH / (time.perf_counter() - start))
+    print(statistics.median(rates[2:]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--through", action="store_true")
+    arguments = parser.parse_args()
+    device = setup()
+    cases = {
+        "ours (gpt_nano)": ours(device),
+        "plain, as nanoGPT": theirs(gpt.Plain(LENGTH), device),
+        "Hugging Face GPT-2": theirs(gpt.hugging_face(LENGTH), device, lambda out: out.logits),
+        "litgpt": theirs(gpt.litgpt(LENGTH), device),
+        "x-transformers": theirs(gpt.x_transformers(LENGTH), device),
+    }
+    seconds = interleave(cases, arguments.rounds, 10, device, warmup=3)
+    floor = seconds["plain, as nanoGPT"]
+    rows = [
+        {
+            "system": name,
+            "ms a step": spread(times, 1e3, 1),
+            "tokens/s": round(BATCH * LENGTH / statistics.median(times)),
+            "speed over plain": round(ratio(floor, times), 3),
+        }
+        for name, times in seconds.items()
+    ]
+    facts: dict[str, Any] = {"shape": f"{BATCH} x {LENGTH} tokens"}
+    if arguments.through:
+        whole, a, b = through(3)
+        facts["train.py over the plain loop, wall"] = (
+            f"{whole:.3f} ({[round(x) for x in a]} over {[round(x) for x in b]} tokens/s)"
+        )
+    report("gpt_train", device, rows, **facts)
+
+
+if __name__ == "__main__":
+    main()
