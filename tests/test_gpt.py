@@ -17,8 +17,8 @@ from genai.nn.transformer import MLP, Cache, Places, SwiGLU, Transformer
 
 V = 13
 MLPS = {
-    "gelu": partial(MLP, activation=transformer.gelu, bias=True),
-    "squared_relu": partial(MLP, activation=transformer.squared_relu),
+    "gelu": partial(MLP, activation=transformer.GELU(), bias=True),
+    "squared_relu": partial(MLP, activation=transformer.SquaredReLU()),
     "swiglu": SwiGLU,
 }
 
@@ -136,7 +136,7 @@ def test_logits_and_loss_equal_public_gpt2():
     ).eval()
     net = Transformer(
         24, 3, attention=partial(Attention, heads=4, bias=True), norm=norm.LayerNorm, position=partial(Learned, length=32),
-        mlp=partial(MLP, activation=partial(transformer.gelu, approximate="tanh"), bias=True),
+        mlp=partial(MLP, activation=transformer.GELU("tanh"), bias=True),
     )  # fmt: skip
     ours = GPT("tokens", 50, 32, Decoder(50, net, tied=True)).eval()
     ours.load_state_dict(from_gpt2(theirs.state_dict()))

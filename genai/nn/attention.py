@@ -29,13 +29,14 @@ class Ring:
         t = x.shape[-2]
         start = self.length if self.length + t <= self.capacity else self.length % self.capacity
         self.length += t
-        self.data[..., start : start + t, :] = x
-        return self.data[..., : min(self.length, self.capacity), :]
+        self.data.narrow(-2, start, t).copy_(x)
+        return self.data.narrow(-2, 0, min(self.length, self.capacity))
 
     def last(self) -> Tensor:
         """The newest position (..., 1, D); zeros before the first."""
         at = (self.length - 1) % self.capacity
-        return self.data[..., at : at + 1, :] if self.length else torch.zeros_like(self.data[..., :1, :])
+        newest = self.data.narrow(-2, at, 1)
+        return newest if self.length else torch.zeros_like(newest)
 
 
 class Attention(nn.Module):
@@ -82,17 +83,20 @@ class Attention(nn.Module):
             q, k, v, mask, self.dropout if self.training else 0.0, self.causal and mask is None and x.shape[1] > 1,
             enable_gqa=self.heads != self.kv_heads,
         )  # fmt: skip
-        return self.out(y.transpose(1, 2).flatten(2))
+        return self.out(y.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
 
     def heads_of(self, x: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, heads, T, D), keys and values (B, kv_heads, T, D) of x (B, T, width)."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], 1)
+        heads = self.qkv(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+        if self.qk_norm is None and rotation is None:
+            q, k, v = heads.split_with_sizes([self.heads, self.kv_heads, self.kv_heads], 1)
+            return q, k, v
+        qk, v = heads.split_with_sizes([self.heads + self.kv_heads, self.kv_heads], 1)
         if self.qk_norm is not None:
             qk = self.qk_norm(qk)
         if rotation is not None:
             qk = rotate(qk, rotation)
-        q, k = qk.split([self.heads, self.kv_heads], 1)
+        q, k = qk.split_with_sizes([self.heads, self.kv_heads], 1)
         return q, k, v
 
     def weights(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:

@@ -78,8 +78,8 @@ class Cache:
     def places(self, t: int) -> Places:
         """Of the t positions after those seen."""
         start, end = self.length, self.length + t
-        added = None if self.added is None else self.added[..., start:end, :]
-        rotation = self.rotation and (self.rotation[0][..., start:end, :], self.rotation[1][..., start:end, :])
+        added = None if self.added is None else self.added.narrow(-2, start, t)
+        rotation = self.rotation and (self.rotation[0].narrow(-2, start, t), self.rotation[1].narrow(-2, start, t))
         mask, device = None, self.past[0].kv[0].data.device
         if t > 1 and (start > 0 or self.pad is not None):
             mask = torch.ones(t, end, dtype=torch.bool, device=device).tril(start)[None, None]
@@ -114,7 +114,7 @@ class Shift(nn.Module):
 class MLP(nn.Module):
     """Two linear maps with an activation between; the inner width is `ratio` times the outer."""
 
-    def __init__(self, width: int, activation: Callable[[Tensor], Tensor], ratio: float = 4.0, bias: bool = False):
+    def __init__(self, width: int, activation: nn.Module, ratio: float = 4.0, bias: bool = False):
         super().__init__()
         self.activation = activation
         self.up, self.out = nn.Linear(width, int(width * ratio), bias), nn.Linear(int(width * ratio), width, bias)
@@ -136,14 +136,22 @@ class SwiGLU(nn.Module):
         return self.out(F.silu(gate) * value)
 
 
-def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """Hendrycks and Gimpel, 2016; approximate="tanh" is GPT-2's."""
-    return F.gelu(x, approximate=approximate)
+class GELU(nn.Module):
+    """x times the normal distribution's CDF at x (Hendrycks and Gimpel, 2016); approximate="tanh" is GPT-2's."""
+
+    def __init__(self, approximate: str = "none"):
+        super().__init__()
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate=self.approximate)
 
 
-def squared_relu(x: Tensor) -> Tensor:
+class SquaredReLU(nn.Module):
     """max(x, 0)^2 (So et al., "Primer", 2021)."""
-    return F.relu(x).square()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
 
 
 class Block(nn.Module):
