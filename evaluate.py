@@ -1,4 +1,4 @@
-"""Bits per dimension of a checkpoint: python evaluate.py [ckpt=] [split=test] [n=] [key=value ...]."""
+"""Likelihood of a checkpoint: python evaluate.py [ckpt=] [split=test] [n=] [key=value ...]."""
 
 from omegaconf import DictConfig
 

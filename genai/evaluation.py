@@ -18,7 +18,8 @@ from genai.data.stream import batches
 
 
 def run(cfg: Any) -> dict[str, Any]:
-    """`evaluate.py`: bits per dimension with its protocol, printed as one JSON line and written beside the checkpoint."""
+    """`evaluate.py`: bits per dimension, or of a text nats per token and bits per character, with the protocol; printed
+    as one JSON line and written beside the checkpoint."""
     trust = [cfg.trust] if isinstance(cfg.trust, str) else list(cfg.trust or [])
     device = cfg.device if cfg.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from genai.core import rng
 from genai.core.errors import UserError
-from genai.models.autoregressive import decode
+from genai.models.autoregressive import decode, gpt2
 from genai.models.autoregressive.gpt import GPT, Decoder
 from genai.nn import norm, transformer
-from genai.nn.attention import Attention, Learned, Rotary
+from genai.nn.attention import Attention, Learned, Rotary, rotate
 from genai.nn.transformer import MLP, Cache, Places, SwiGLU, Transformer
 
 V = 13
@@ -114,17 +114,11 @@ def test_rotary_positions_turn_pairs_and_know_only_distances():
     q, k = torch.randn(2, 1, 1, 1, 8).double()
     _, (cos, sin) = Rotary(8)(torch.arange(50), 8)
     assert torch.allclose(cos[3, 1].double(), torch.tensor(3 * 10000 ** (-2 / 8)).cos().double(), atol=1e-6)
-    q, k = (transformer_rotate(t.expand(1, 1, 50, 8), (cos.double(), sin.double())) for t in (q, k))
+    q, k = (rotate(t.expand(1, 1, 50, 8), (cos.double(), sin.double())) for t in (q, k))
     scores = (q @ k.mT)[0, 0]
     for distance in (0, 1, 17):
         line = scores.diagonal(-distance)
         assert torch.allclose(line, line[0].expand_as(line), atol=1e-5)
-
-
-def transformer_rotate(x, rotation):
-    from genai.nn.attention import rotate
-
-    return rotate(x, rotation)
 
 
 def test_logits_and_loss_equal_public_gpt2():
@@ -139,33 +133,13 @@ def test_logits_and_loss_equal_public_gpt2():
         mlp=partial(MLP, activation=transformer.GELU("tanh"), bias=True),
     )  # fmt: skip
     ours = GPT("tokens", 50, 32, Decoder(50, net, tied=True)).eval()
-    ours.load_state_dict(from_gpt2(theirs.state_dict()))
+    ours.load_state_dict(gpt2.renamed(theirs.state_dict()))
     tokens = torch.randint(0, 50, (2, 33))
     with torch.no_grad():
         expected = theirs(tokens[:, :-1]).logits
         assert torch.allclose(ours.net(tokens[:, :-1]), expected, atol=1e-4, rtol=0)
         loss = F.cross_entropy(expected.flatten(0, 1), tokens[:, 1:].flatten())
         assert torch.allclose(ours({"tokens": tokens}, 0).total, loss, atol=1e-5)
-
-
-def from_gpt2(state):
-    """GPT-2's names to ours."""
-    names = {"wte.weight": "net.embed.weight", "wpe.weight": "net.transformer.position.table.weight"}
-    parts = {"ln_1": "norm1", "ln_2": "norm2", "attn.c_attn": "attention.qkv", "attn.c_proj": "attention.out",
-             "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.out"}  # fmt: skip
-    out = {"net.head.weight": state["lm_head.weight"]}
-    for key, value in state.items():
-        key = key.removeprefix("transformer.")
-        if key in names:
-            out[names[key]] = value
-        elif key.startswith("ln_f."):
-            out[f"net.transformer.norm.{key[5:]}"] = value
-        elif key.startswith("h."):
-            _, layer, rest = key.split(".", 2)
-            part, _, kind = rest.rpartition(".")
-            linear = value.T if "c_" in part and kind == "weight" else value
-            out[f"net.transformer.blocks.{layer}.{parts[part]}.{kind}"] = linear
-    return out
 
 
 def test_initial_weights():
