@@ -8,3 +8,5 @@ python -m benchmarks.sample
 python -m benchmarks.sample --network 128 --dtype bfloat16 --batch 128 --rounds 5
 python -m benchmarks.unet --channels 128 --batch 128
 python -m benchmarks.loop
+python -m benchmarks.gpt_train
+python -m benchmarks.gpt_generate
