@@ -154,7 +154,7 @@ def run(cfg: Any) -> Path:
         node["guidance"] = cfg.guidance
     label, prompt = (OmegaConf.to_container(v) if OmegaConf.is_list(v) else v for v in (cfg.label, cfg.prompt))
     is_text = "tokenizer" in loaded.assets
-    with streamed(loaded, prompt) if is_text else bar() as on_step:
+    with streamed(loaded, prompt, cfg.stop) if is_text else bar() as on_step:
         batch = sample(loaded, cfg.n, cfg.seed, label, prompt, cfg.stop, node, cfg.batch_size, on_step)
     out = Path(cfg.out) if cfg.out is not None else _unused(loaded.path.parent)
     if is_text:
@@ -186,18 +186,20 @@ def bar() -> Iterator[OnStep]:
 
 
 @contextlib.contextmanager
-def streamed(loaded: Loaded, prompt: Any) -> Iterator[OnStep]:
-    """An on_step that prints the first text while it is written."""
+def streamed(loaded: Loaded, prompt: Any, stop: str | None) -> Iterator[OnStep]:
+    """An on_step that prints the first text while it is written, up to where it stops."""
     from genai.data import text
 
     tokenizer, shown = text.from_state(loaded.assets["tokenizer"]), ""
     first = prompt[0] if isinstance(prompt, list | tuple) and prompt else prompt
     start = "" if first is None else str(first)
+    given = resolve_prompts(prompt, stop, 1, loaded) or {}
+    end = int(given["stop"]) if "stop" in given else None
 
     def on_step(i: int, n: int, state: Batch) -> None:
         nonlocal shown
         tokens = state["tokens"][0].tolist()
-        ends = [k for k, token in enumerate(tokens) if token == tokenizer.end]
+        ends = [k for k, token in enumerate(tokens) if token == end]
         written = start + tokenizer.decode(tokens[: ends[0]] if ends else tokens).rstrip("\ufffd")  # half a character
         if written.startswith(shown):  # later batches write other texts
             print(written[len(shown) :], end="", flush=True)

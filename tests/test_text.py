@@ -16,6 +16,7 @@ from genai.cli import composed, quoted
 from genai.core.errors import UserError
 from genai.data import text, tokenizers
 from genai.data.stream import batches, train_loader
+from genai.sampling import streamed
 from tests.conftest import ROOT
 from tests.test_commands import refused  # noqa: F401
 
@@ -143,6 +144,10 @@ def test_a_folder_is_its_files_each_a_document(tmp_path):
     tokens = np.concatenate([np.fromfile(s.path, s.dtype) for s in data.splits.values()]).tolist()
     assert bytes(t if t < 256 else 0 for t in tokens) == b"first " * 30 + b"\0" + b"second " * 30 + b"\0"
     assert data.splits["train"].dtype == np.uint16
+    (tmp_path / "b" / "c.txt").unlink()  # one file as a text and as a folder of documents are not the same ids
+    one = text.text_file(path=str(tmp_path / "a.txt"), cache=str(tmp_path / "cache"), **FACTS)
+    folder = text.text_folder(path=str(tmp_path), pattern="*.txt", cache=str(tmp_path / "cache"), **FACTS)
+    assert (one.levels, folder.levels) == (256, 257)
 
 
 def test_pieces_are_cut_where_nothing_breaks(make, monkeypatch):
@@ -266,11 +271,13 @@ def test_a_run_leaves_texts_and_samples_come_from_the_checkpoint_alone(runs, tmp
     assert out.stdout.startswith(rows[0]["prompt"] + rows[0]["text"].rstrip("\ufffd")), out.stdout
 
 
-def test_prompts_in_turn_stop_tokens_and_drafts(runs):
+def test_prompts_in_turn_stop_tokens_and_drafts(runs, capsys):
     loaded = genai.load(runs / "chars")
     batch = genai.sample(loaded, n=5, prompt=["the cat", "a"], stop=" ", max_new_tokens=30)
     assert all(" " not in t for t in genai.texts(loaded, batch))
-    alone = genai.sample(loaded, n=1, seed=3, prompt="a", stop=" ", max_new_tokens=30)
+    with streamed(loaded, "a", " ") as on_step:
+        alone = genai.sample(loaded, n=1, seed=3, prompt="a", stop=" ", max_new_tokens=30, on_step=on_step)
+    assert capsys.readouterr().out == f"a{genai.texts(loaded, alone)[0]}\n"
     assert genai.texts(loaded, alone)[0] == genai.texts(loaded, batch)[3]
     node = {
         "_target_": "genai.models.autoregressive.decode.speculative",

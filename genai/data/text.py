@@ -127,7 +127,8 @@ def prepare(source: Source, tokenizer: str, vocab_size: int | None, shares: dict
     Its name is a hash of the text and of everything that decides the ids. It is written beside and renamed, so two runs
     that prepare at once both end with a whole one.
     """
-    digest = hashlib.sha256(repr((FORMAT, type(source).__name__, tokenizer, vocab_size, shares)).encode())
+    decides = (FORMAT, type(source).__name__, source.documents, tokenizer, vocab_size, shares)
+    digest = hashlib.sha256(repr(decides).encode())
     source.fingerprint(digest)
     folder = cache / digest.hexdigest()[:24]
     if (folder / "meta.json").exists():
