@@ -126,8 +126,8 @@ class _Steps:
             how = "reading it anew for each token" if self.anew else "by a sliding cache"
             sentence = f"past the {length} tokens the model was trained on, each new one sees the last {length}, {how}"
             print(sentence, file=sys.stderr)
-        batch, last = len(text), min(total, length) if self.anew else max(total, 1)
-        self.cache = Cache(model.net.transformer, batch, min(max(total, 1), length), last, pad)
+        capacity = min(total, length)
+        self.cache = Cache(model.net.transformer, len(text), capacity, capacity if self.anew else total, pad)
 
     def first(self) -> Tensor:
         return self.model.net(self.text[:, : self.at], self.cache)[:, -1].float()
