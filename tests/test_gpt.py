@@ -113,9 +113,9 @@ def test_attention_is_its_definition():
 def test_rotary_positions_turn_pairs_and_know_only_distances():
     q, k = torch.randn(2, 1, 1, 1, 8).double()
     _, (cos, sin) = Rotary(8)(torch.arange(50), 8)
-    assert torch.allclose(cos[3, 1].double(), torch.tensor(3 * 10000 ** (-2 / 8)).cos().double(), atol=1e-6)
-    q, k = (rotate(t.expand(1, 1, 50, 8), (cos.double(), sin.double())) for t in (q, k))
-    scores = (q @ k.mT)[0, 0]
+    assert torch.allclose(cos[3, 0, 1].double(), torch.tensor(3 * 10000 ** (-2 / 8)).cos().double(), atol=1e-6)
+    q, k = (rotate(t.expand(1, 50, 1, 8), (cos.double(), sin.double()))[0, :, 0] for t in (q, k))
+    scores = q @ k.T
     for distance in (0, 1, 17):
         line = scores.diagonal(-distance)
         assert torch.allclose(line, line[0].expand_as(line), atol=1e-5)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from genai.core import rng
+from genai.core import cuda_graph, rng
 from genai.core.errors import UserError
 from genai.core.protocols import Prediction
 from genai.kernels.affine_step import Row
-from genai.models.diffusion import cuda_graph, samplers, schedules, tables, vlb
+from genai.models.diffusion import samplers, schedules, tables, vlb
 from genai.models.diffusion.ddpm import DDPM
 from genai.models.diffusion.edm import EDM
 from genai.models.diffusion.flow import Flow

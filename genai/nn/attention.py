@@ -3,7 +3,8 @@
 Tenants to come beside the autoregressive family: masked language models, text conditions of diffusion.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,31 +13,26 @@ from torch.nn import functional as F
 from genai.core.errors import UserError
 
 Rotation = tuple[Tensor, Tensor]
-"""cos and sin of each position's angles, (T, D) or (B, 1, T, D), as `rotate` takes them."""
+"""cos and sin of each position's angles, (T, 1, D) or (B, T, 1, D), as `rotate` takes them."""
 
 
-class Ring:
-    """The last `capacity` positions of a sequence, (..., capacity, D), written in place.
+class Rows(NamedTuple):
+    """What T new positions see of something remembered, with room for themselves."""
 
-    `length` have been written; once they are more than fit, each takes the place of the oldest.
-    """
+    seen: Tensor
+    """(..., T', D)"""
+    new: Tensor
+    """The room: (..., T, D), a part of `seen`; or int64 (1,), which row of it is the room of one."""
+    before: Tensor | None = None
+    """A copy of the position before the new ones (..., 1, D), for who asks; zeros before the first."""
 
-    def __init__(self, data: Tensor):
-        self.data, self.capacity, self.length = data, data.shape[-2], 0
-
-    def append(self, x: Tensor) -> Tensor:
-        """Write T new positions (..., T, D), one at a time when full; returns a view of all that are there."""
-        t = x.shape[-2]
-        start = self.length if self.length + t <= self.capacity else self.length % self.capacity
-        self.length += t
-        self.data.narrow(-2, start, t).copy_(x)
-        return self.data.narrow(-2, 0, min(self.length, self.capacity))
-
-    def last(self) -> Tensor:
-        """The newest position (..., 1, D); zeros before the first."""
-        at = (self.length - 1) % self.capacity
-        newest = self.data.narrow(-2, at, 1)
-        return newest if self.length else torch.zeros_like(newest)
+    def put(self, x: Tensor) -> Tensor:
+        """Fill the room with x (..., T, D); returns all that is seen."""
+        if self.new.is_floating_point():
+            self.new.copy_(x)
+        else:
+            self.seen.index_copy_(-2, self.new, x)
+        return self.seen
 
 
 class Attention(nn.Module):
@@ -60,25 +56,21 @@ class Attention(nn.Module):
         kv_heads = heads if kv_heads is None else kv_heads
         if width % heads or heads % kv_heads:
             raise UserError(f"heads={heads} must divide width={width}, and kv_heads={kv_heads} must divide heads")
-        self.heads, self.kv_heads, self.head_dim, self.dropout, self.causal = (
-            heads,
-            kv_heads,
-            width // heads,
-            dropout,
-            causal,
-        )
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, width // heads
+        self.dropout, self.causal = dropout, causal
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * self.head_dim, bias)
         self.out = nn.Linear(width, width, bias)
         self.qk_norm = None if qk_norm is None else qk_norm(self.head_dim)
 
     def forward(
-        self, x: Tensor, rotation: Rotation | None = None, mask: Tensor | None = None, past: Sequence[Ring] = ()
-    ) -> Tensor:
-        """(B, T, width) -> (B, T, width). mask (B or 1, 1, T, T') says who sees whom, in the place of `causal`; past are
-        the keys and values (B, kv_heads, T', D) before these T, and get them."""
+        self, x: Tensor, rotation: Rotation | None = None, mask: Tensor | None = None,
+        keys: Rows | None = None, values: Rows | None = None,
+    ) -> Tensor:  # fmt: skip
+        """(B, T, width) -> (B, T, width). mask (B or 1, 1, T, T') says who sees whom, in the place of `causal`; keys and
+        values hold those (B, kv_heads, T', D) of the positions before these T, and get theirs."""
         q, k, v = self.heads_of(x, rotation)
-        if past:
-            k, v = past[0].append(k), past[1].append(v)
+        if keys is not None and values is not None:
+            k, v = keys.put(k), values.put(v)
         y = F.scaled_dot_product_attention(
             q, k, v, mask, self.dropout if self.training else 0.0, self.causal and mask is None and x.shape[1] > 1,
             enable_gqa=self.heads != self.kv_heads,
@@ -87,17 +79,17 @@ class Attention(nn.Module):
 
     def heads_of(self, x: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, heads, T, D), keys and values (B, kv_heads, T, D) of x (B, T, width)."""
-        heads = self.qkv(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+        heads = self.qkv(x).view(*x.shape[:2], -1, self.head_dim)
         if self.qk_norm is None and rotation is None:
-            q, k, v = heads.split_with_sizes([self.heads, self.kv_heads, self.kv_heads], 1)
-            return q, k, v
-        qk, v = heads.split_with_sizes([self.heads + self.kv_heads, self.kv_heads], 1)
-        if self.qk_norm is not None:
-            qk = self.qk_norm(qk)
-        if rotation is not None:
-            qk = rotate(qk, rotation)
-        q, k = qk.split_with_sizes([self.heads, self.kv_heads], 1)
-        return q, k, v
+            q, k, v = heads.split_with_sizes([self.heads, self.kv_heads, self.kv_heads], 2)
+        else:
+            qk, v = heads.split_with_sizes([self.heads + self.kv_heads, self.kv_heads], 2)
+            if self.qk_norm is not None:
+                qk = self.qk_norm(qk)
+            if rotation is not None:
+                qk = rotate(qk, rotation)
+            q, k = qk.split_with_sizes([self.heads, self.kv_heads], 2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def weights(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         """Attention weights (B, heads, T, T) for whoever wants to see them; each row sums to 1."""
@@ -129,8 +121,7 @@ class Rotary(nn.Module):
         angles = positions.to(torch.float64)[..., None] * self.base ** (-half / head_dim)
         cos, sin = angles.cos(), angles.sin()
         pair = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-        dtype = torch.get_default_dtype()
-        cos, sin = (t.to(dtype) if positions.ndim == 1 else t.to(dtype)[:, None] for t in pair)
+        cos, sin = (t.to(torch.get_default_dtype())[..., None, :] for t in pair)
         return None, (cos, sin)
 
 

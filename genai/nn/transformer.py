@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from genai.core.errors import at_least
-from genai.nn.attention import Attention, Ring, Rotation
+from genai.nn.attention import Attention, Rotation, Rows
 
 
 class Places(NamedTuple):
@@ -27,18 +27,24 @@ class Places(NamedTuple):
     real: Tensor | None = None
     """Which are not padding, (B, T, 1); None: all."""
 
+    def without_padding(self, x: Tensor) -> Tensor:
+        """Zeros where padding is: before a text there is nothing."""
+        return x if self.real is None else x * self.real
 
-class Past(NamedTuple):
-    """What one block remembers."""
 
-    kv: Sequence[Ring] = ()
-    """Keys and values."""
-    shifted: Sequence[Ring | None] = (None, None)
-    """What its two shifts have read."""
+class Memory(NamedTuple):
+    """What one block knows of the positions before."""
+
+    keys: Rows | None = None
+    values: Rows | None = None
+    shift1: Rows | None = None
+    shift2: Rows | None = None
 
 
 class Cache:
     """What a causal Transformer has seen: of every block, the last `capacity` positions of B texts.
+
+    Each position beyond `capacity` is written over the oldest. `length` counts those seen so far, padding included.
 
     Args:
         net: whose it is.
@@ -49,48 +55,58 @@ class Cache:
     """
 
     def __init__(self, net: "Transformer", batch: int, capacity: int, total: int, pad: Tensor | None = None):
-        weight = next(net.parameters())
-
-        def rings(*shape: int) -> list[Ring]:
-            return [Ring(weight.new_zeros(shape)) for _ in range(2)]
-
-        shifts = [rings(batch, capacity, net.width) if net.shifts else (None, None) for _ in net.blocks]
-        self.past = [Past(rings(batch, net.kv_heads, capacity, net.head_dim), shifted) for shifted in shifts]
-        self.capacity, self.pad = capacity, pad
-        at = torch.arange(total, device=weight.device)
+        weight, n = next(net.parameters()), len(net.blocks)
+        self.kv = [weight.new_zeros(n, batch, net.kv_heads, capacity, net.head_dim) for _ in range(2)]
+        self.shifted = [weight.new_zeros(n, batch, capacity, net.width) for _ in range(2 if net.shifts else 0)]
+        self.capacity, self.pad, self.length = capacity, pad, 0
+        self.positions = at = torch.arange(total, device=weight.device)
+        self.at: Tensor | None = None
         if pad is not None:
             self.real = at[:capacity] >= pad[:, None]  # (B, capacity)
             at = (at - pad[:, None]).clamp_min(0)
         self.added, self.rotation = net.position(at, net.head_dim)
 
-    @property
-    def length(self) -> int:
-        """Positions seen so far, padding included."""
-        return self.past[0].kv[0].length
-
     def cut(self, length: int) -> None:
-        """Forget all but the first `length` positions; only while none has been overwritten."""
-        for past in self.past:
-            for ring in (*past.kv, *past.shifted):
-                if ring is not None:
-                    ring.length = length
+        """Forget all but the first `length` positions, at least 1; only while none has been overwritten."""
+        self.length = length
 
-    def places(self, t: int) -> Places:
-        """Of the t positions after those seen."""
-        start, end = self.length, self.length + t
-        added = None if self.added is None else self.added.narrow(-2, start, t)
-        rotation = self.rotation and (self.rotation[0].narrow(-2, start, t), self.rotation[1].narrow(-2, start, t))
-        mask, device = None, self.past[0].kv[0].data.device
-        if t > 1 and (start > 0 or self.pad is not None):
-            mask = torch.ones(t, end, dtype=torch.bool, device=device).tril(start)[None, None]
-        if self.pad is None:
-            return Places(added, rotation, mask)
-        if start >= self.capacity:
-            self.real[:, start % self.capacity] = True
-        seen = self.real[:, None, None, :end]
-        # padding sees itself: attention over nothing would be nan
-        mask = seen if mask is None else mask & (seen | torch.eye(end, dtype=torch.bool, device=device)[start:])
-        return Places(added, rotation, mask, self.real[:, start:end, None] if t > 1 else None)
+    def fix(self) -> None:
+        """From here on each take(1) is the same work whatever the position, as a CUDA graph needs: a tensor says which it
+        is, and attention goes over the whole capacity under a mask."""
+        self.at = torch.full((1,), self.length, device=self.positions.device)
+
+    def take(self, t: int) -> tuple[Places, list[Memory]]:
+        """Of the t positions after those seen, which count as seen from now on."""
+        start, self.length = self.length, self.length + t
+        if self.at is None:
+            at, row, seen = self.positions[start : self.length], start % self.capacity, min(self.length, self.capacity)
+        else:
+            at, row, seen = self.at.clone(), self.at % self.capacity, self.capacity
+            self.at.add_(1)
+        mask = real = None
+        if self.at is not None or (t > 1 and (start > 0 or self.pad is not None)):
+            mask = (self.positions[:seen] <= at[:, None])[None, None]
+        if self.pad is not None:
+            if t == 1:
+                self.real.index_fill_(1, at % self.capacity, True)  # where padding may have been
+            else:
+                real = self.real[:, start : self.length, None]
+            sees = self.real[:, None, None, :seen]
+            # padding sees itself: attention over nothing would be nan
+            mask = sees if mask is None else mask & (sees | (self.positions[:seen] == at[:, None]))
+        added = None if self.added is None else self.added.index_select(-2, at)
+        rotation = self.rotation and (self.rotation[0].index_select(-3, at), self.rotation[1].index_select(-3, at))
+        last = (at[:1] - 1) % self.capacity
+
+        def rooms(data: Tensor) -> Sequence[Tensor]:
+            return [row] * len(data) if isinstance(row, Tensor) else data.narrow(-2, row, t).unbind(0)
+
+        kv = (map(Rows, data.narrow(-2, 0, seen).unbind(0), rooms(data)) for data in self.kv)
+        shifts = (
+            map(Rows, data.unbind(0), rooms(data), data.index_select(-2, last).unbind(0)) for data in self.shifted
+        )
+        blocks = zip(*kv, *shifts, strict=True)
+        return Places(added, rotation, mask, real), [Memory(*rows) for rows in blocks]
 
 
 class Shift(nn.Module):
@@ -101,13 +117,13 @@ class Shift(nn.Module):
         super().__init__()
         self.mix = nn.Parameter(torch.linspace(start, 0, width))
 
-    def forward(self, x: Tensor, past: Ring | None = None) -> Tensor:
+    def forward(self, x: Tensor, past: Rows | None = None) -> Tensor:
         """(B, T, width) -> (B, T, width); `past` holds what came before these T, and gets them."""
-        if past is None:
+        if past is None or past.before is None:
             before = F.pad(x, (0, 0, 1, -1))
         else:
-            before = torch.cat([past.last(), x[:, :-1]], 1)
-            past.append(x)
+            before = past.before if x.shape[1] == 1 else torch.cat([past.before, x[:, :-1]], 1)
+            past.put(x)
         return torch.lerp(x, before, self.mix)
 
 
@@ -166,17 +182,15 @@ class Block(nn.Module):
         self.shift1, self.shift2 = (None, None) if shift is None else (shift(width), shift(width))
         self.dropout = dropout
 
-    def forward(self, x: Tensor, places: Places, past: Past = Past()) -> Tensor:  # noqa: B008
-        y = self.shifted(self.norm1(x), self.shift1, places, past.shifted[0])
-        x = x + self.drop(self.attention(y, places.rotation, places.mask, past.kv))
-        y = self.shifted(self.norm2(x), self.shift2, places, past.shifted[1])
+    def forward(self, x: Tensor, places: Places, memory: Memory = Memory()) -> Tensor:  # noqa: B008
+        y = self.norm1(x)
+        if self.shift1 is not None:
+            y = self.shift1(places.without_padding(y), memory.shift1)
+        x = x + self.drop(self.attention(y, places.rotation, places.mask, memory.keys, memory.values))
+        y = self.norm2(x)
+        if self.shift2 is not None:
+            y = self.shift2(places.without_padding(y), memory.shift2)
         return x + self.drop(self.mlp(y))
-
-    @staticmethod
-    def shifted(x: Tensor, shift: Shift | None, places: Places, past: Ring | None) -> Tensor:
-        if shift is None:
-            return x
-        return shift(x if places.real is None else x * places.real, past)  # before a text there is nothing
 
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -214,15 +228,16 @@ class Transformer(nn.Module):
         """With a cache, x are the positions after those it has seen, and it sees them."""
         if cache is None:
             places = Places(*self.position(torch.arange(x.shape[1], device=x.device), self.head_dim))
+            memories = [Memory()] * len(self.blocks)
         else:
-            places = cache.places(x.shape[1])
+            places, memories = cache.take(x.shape[1])
         x = x if places.added is None else x + places.added
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        for i, block in enumerate(self.blocks):
+        for block, memory in zip(self.blocks, memories, strict=True):
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, places, use_reentrant=False)  # type: ignore[assignment]
             else:
-                x = block(x, places, Past() if cache is None else cache.past[i])
+                x = block(x, places, memory)
         return self.norm(x)
 
 

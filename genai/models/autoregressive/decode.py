@@ -11,12 +11,15 @@ Token i of sample b is drawn by inverse CDF from Philox stream 3, element i, of 
 """
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from genai.core import rng
+from genai.core.cuda_graph import capture, say
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch, OnStep
 from genai.models.autoregressive.gpt import GPT
@@ -36,6 +39,7 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
+    cuda_graph: bool | None = None,
 ) -> Batch:
     """Draw from softmax(logits / temperature), cut as `distribution` says; temperature 0 takes the likeliest.
 
@@ -43,6 +47,7 @@ def generate(
         max_new_tokens: None: as many as the model's context holds.
         repetition_penalty: divides positive logits of tokens that occur already, multiplies negative ones (Keskar et
             al., 2019, section 4.1).
+        cuda_graph: replay reading and drawing a token as one CUDA graph; None does on a GPU.
 
     Raises UserError for an argument out of range, or a prompt longer than the context.
     """
@@ -50,32 +55,43 @@ def generate(
     if repetition_penalty <= 0:
         raise UserError(f"sampler.repetition_penalty={repetition_penalty} must be greater than 0 (1 is none)")
     n = model.length if max_new_tokens is None else at_least(max_new_tokens, 1, "sampler.max_new_tokens")
-    with torch.inference_mode():
+    with torch.inference_mode(), _small_kernels(model.net.head.weight):
         tokens, pad, stop = _begin(model, seeds, cond)
-        batch, given = tokens.shape
-        text = torch.cat([tokens, tokens.new_zeros(batch, n)], 1)
-        logs = torch.zeros(batch, n, device=text.device)
+        given = tokens.shape[1]
+        text = torch.cat([tokens, tokens.new_zeros(len(tokens), n)], 1)
+        logs = torch.zeros(len(tokens), n, device=text.device)
         u = rng.uniform(seeds.to(text.device), (n,), stream=rng.TOKENS)
         seen = None if repetition_penalty == 1 else _seen(tokens, pad, model.vocab_size)
-        step = _Steps(model, text, given, pad)
-        logits = step.first()
-        for i in range(n):
+        at = torch.zeros(1, dtype=torch.int64, device=text.device)  # which new token, where a graph can see it
+        reader = _Reader(model, text, given, pad)
+
+        def write(logits: Tensor) -> Tensor:
+            """Draw the next token (B, 1) and note it."""
             shaped = logits if seen is None else torch.where(seen, _penalised(logits, repetition_penalty), logits)
             if temperature == 0:
                 token = shaped.argmax(-1, keepdim=True)
             else:
-                token = draw(distribution(shaped, temperature, top_k, top_p, min_p), u[:, i : i + 1])
-            text[:, given + i] = token[:, 0]
-            logs[:, i] = logits.log_softmax(-1).gather(1, token)[:, 0]
+                token = draw(distribution(shaped, temperature, top_k, top_p, min_p), u.index_select(1, at))
+            text.index_copy_(1, at + given, token)
+            logs.index_copy_(1, at, logits.log_softmax(-1).gather(1, token))
             if seen is not None:
                 seen.scatter_(1, token, True)
+            at.add_(1)
+            return token
+
+        def step(token: Tensor) -> Tensor:
+            return write(reader.next(token))
+
+        token = write(reader.first())
+        if _graphed(cuda_graph, reader):
+            step = _graph_of(step, reader)
+        for i in range(n):
+            if i > 0:
+                token = step(token)
             if on_step is not None:
                 on_step(i, n, {"tokens": text[:, given : given + i + 1]})
-            if i + 1 == n or (
-                stop is not None and i % LOOK_EVERY == LOOK_EVERY - 1 and _all_stopped(text, given, stop)
-            ):
+            if stop is not None and i % LOOK_EVERY == LOOK_EVERY - 1 and _all_stopped(text, given, stop):
                 break
-            logits = step.next(token)
         return _finished(text[:, given:], logs, stop)
 
 
@@ -111,7 +127,7 @@ def draw(p: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(cdf, u.to(cdf).clamp_min(1e-8) * cdf[:, -1:])  # never one of probability 0
 
 
-class _Steps:
+class _Reader:
     """Logits (B, V) of the next token, with the cheapest memory that is exact.
 
     Within the context a cache holds it all. Past it, positions that only know distances go on with the last `length`
@@ -121,7 +137,7 @@ class _Steps:
     def __init__(self, model: GPT, text: Tensor, given: int, pad: Tensor | None):
         self.model, self.text, self.at, self.pad = model, text, given, pad
         total, length = text.shape[1] - 1, model.length  # the last token is not read
-        self.anew = model.net.transformer.positions is not None
+        self.anew = total > length and model.net.transformer.positions is not None
         if total > length:
             how = "reading it anew for each token" if self.anew else "by a sliding cache"
             sentence = f"past the {length} tokens the model was trained on, each new one sees the last {length}, {how}"
@@ -140,6 +156,45 @@ class _Steps:
         pad = None if self.pad is None else (self.pad - first).clamp_min(0)
         cache = Cache(self.model.net.transformer, len(token), self.model.length, self.model.length, pad)
         return self.model.net(self.text[:, first : self.at], cache)[:, -1].float()
+
+
+def _graphed(cuda_graph: bool | None, reader: _Reader) -> bool:
+    on_gpu = reader.text.is_cuda
+    if cuda_graph and not on_gpu:
+        say(f"the model is on {reader.text.device}")
+    elif cuda_graph and reader.anew:
+        say("the text is read anew for each token")
+    return cuda_graph is not False and on_gpu and not reader.anew
+
+
+def _graph_of(step: Callable[[Tensor], Tensor], reader: _Reader) -> Callable[[Tensor], Tensor]:
+    """`step` as a graph from its second call on; the first warms up what is chosen at first use."""
+    reader.cache.fix()
+    calls, graph = 0, None
+
+    def stepped(token: Tensor) -> Tensor:
+        nonlocal calls, graph
+        calls += 1
+        if calls == 2:
+            try:
+                graph = capture(lambda inputs: step(inputs["token"]), {"token": token})
+            except RuntimeError as error:
+                say(str(error).strip().splitlines()[0])
+        return step(token) if graph is None else graph({"token": token})
+
+    return stepped
+
+
+@contextmanager
+def _small_kernels(weight: Tensor) -> Iterator[None]:
+    """Without oneDNN where nothing but GELU asks for it: it takes 7 us to begin one, torch's own kernel 1."""
+    was = torch.backends.mkldnn.enabled
+    alone = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkl.is_available()
+    torch.backends.mkldnn.enabled = was and not alone  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = was
 
 
 def _check(model: GPT, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from genai.core import rng
+from genai.core.cuda_graph import replayed, say
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, Denoiser, OnStep, Prediction
 from genai.kernels.affine_step import Impl, affine_step, prefer
 from genai.models.diffusion.base import Diffusion
-from genai.models.diffusion.cuda_graph import replayed, say
 from genai.models.diffusion.guidance import classifier_free
 from genai.models.diffusion.tables import (
     Space,

@@ -1,8 +1,4 @@
-"""A whole trajectory, network and steps, as one CUDA graph: the host launches once a batch instead of once an operation.
-
-The first batch of a kind runs as it is, which also warms up what is compiled or chosen at first use; the second is
-captured, and from then on each is a replay into the same memory.
-"""
+"""Steps of a sampler, network included, as one CUDA graph: the host launches once instead of once an operation."""
 
 import warnings
 import weakref
@@ -20,6 +16,9 @@ _latest: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, Trajectory | None]
 
 def replayed(model: nn.Module, kind: Hashable, trajectory: Trajectory, inputs: Batch) -> Tensor:
     """trajectory(inputs), by a graph from the second call of a kind on; the latest graph of a model is kept.
+
+    The first call runs as it is, which also warms up what is compiled or chosen at first use; the second is captured,
+    and from then on each is a replay into the same memory.
 
     Args:
         kind: whatever the trajectory depends on besides `inputs` and the model's weights.
