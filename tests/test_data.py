@@ -11,12 +11,13 @@ from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from genai.core import rng
 from genai.core.errors import UserError
 from genai.data import images, io, toy2d
 from genai.data.base import Arrays, Data, held_out
 from genai.data.celeba import CelebA
 from genai.data.image_folder import ImageFolder, crop_box
-from genai.data.stream import Positions, batches, train_loader
+from genai.data.stream import AUGMENT, DRAWN_AT_ONCE, Stream, Table, batches, train_loader
 from tests.conftest import ROOT
 
 
@@ -89,8 +90,8 @@ def test_accumulation_groups_the_same_positions():
 
 
 def test_each_epoch_is_another_permutation():
-    positions = Positions(50, seed=3)
-    seen = [positions.index(torch.arange(first, first + 8)) for first in range(0, 400, 8)]
+    table = Table(50, Stream(range(50), 8, 1, 3, 0, 0, 1).order)
+    seen = [table.rows(torch.arange(first, first + 8)) for first in range(0, 400, 8)]
     epochs = torch.cat(seen).view(-1, 50)
     assert all(sorted(epoch.tolist()) == list(range(50)) for epoch in epochs)
     assert not torch.equal(epochs[0], epochs[1])
@@ -100,6 +101,10 @@ def test_augmentation_is_a_function_of_seed_and_position():
     small = torch.cat([b["image"] for step in take(indexed(batch_size=2, flip=True), 40) for b in step])
     large = torch.cat([b["image"] for step in take(indexed(batch_size=20, flip=True), 4) for b in step])
     assert torch.equal(small, large)
+    stream, far = Stream(range(50), 8, 1, 3, 0, 0, 1), torch.arange(DRAWN_AT_ONCE - 3, DRAWN_AT_ONCE + 5)
+    key = torch.tensor([rng.mix(3, AUGMENT)])
+    expected = rng.words(key, far, 0, rng.MODEL)[0] / 2**32
+    assert torch.equal(Table(DRAWN_AT_ONCE, stream.draw).rows(far), expected)
     flipped = (small[:, 0, 0, 0] % 1 == 0).double().mean().item()
     assert 0.3 < flipped < 0.7
 

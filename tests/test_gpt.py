@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from genai.core import rng
@@ -279,6 +280,62 @@ def test_past_the_context_with_learned_positions_the_window_is_read_anew(capsys)
     assert "reading it anew" in capsys.readouterr().err
     for b, row in enumerate(rows):
         assert torch.equal(batch["tokens"][b], plain(model, row, b, 20, window=8))
+
+
+def replay_of(trajectory, inputs):
+    """In the place of a CUDA graph: the operations of one call, recorded, and run again on the same memory. The host's
+    part is not run again, so a number it counts or a shape it grows would show. Recording runs the call, replays do not
+    repeat that."""
+    done = []
+    graph = make_fx(lambda inputs: done.append(trajectory(inputs)) or done[0])(inputs)
+    return lambda inputs: done.pop().clone() if done else graph(inputs)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("n", [12, 40])
+def test_a_step_is_the_same_work_whatever_the_position(options, n, monkeypatch):
+    """The second step is recorded, the others replay it; past the context too. Tokens are those of ordinary steps."""
+    if n == 40 and options.get("position") == "learned":
+        pytest.skip("past its context a text is read anew, without a graph")
+    model = gpt(**options).double()
+    cond = {"tokens": torch.randint(1, V, (3, 7)), "pad": torch.tensor([0, 5, 2]), "stop": torch.tensor([V, 2, V])}
+    arguments = {"max_new_tokens": n, "top_k": 8, "temperature": 0.9, "repetition_penalty": 1.1}
+    expected = decode.generate(model, torch.arange(3), cond, **arguments)
+    monkeypatch.setattr(decode, "_graphed", lambda *_: True)
+    monkeypatch.setattr(decode, "capture", replay_of)
+    read, calls = [], []
+    model.net.register_forward_hook(lambda *_: calls.append(1))
+    got = decode.generate(model, torch.arange(3), cond, lambda i, n, s: read.append(s["tokens"].clone()), **arguments)
+    assert len(calls) == 3  # the prompt, the step that warms up, the step that is recorded
+    assert torch.equal(got["tokens"], expected["tokens"])
+    assert torch.allclose(got["log_prob"], expected["log_prob"], atol=1e-6)
+    assert len(read) == n and torch.equal(read[-1][0], got["tokens"][0])
+
+
+def test_a_graph_that_cannot_be_says_why(monkeypatch):
+    with pytest.warns(UserWarning, match="step by step, not as a CUDA graph: the model is on cpu"):
+        plain_ = decode.generate(gpt(), torch.arange(2), max_new_tokens=5, cuda_graph=True)["tokens"]
+
+    def capture(trajectory, inputs):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(decode, "_graphed", lambda *_: True)
+    monkeypatch.setattr(decode, "capture", capture)
+    with pytest.warns(UserWarning, match="not as a CUDA graph: operation not permitted when stream is capturing$"):
+        assert torch.equal(decode.generate(gpt(), torch.arange(2), max_new_tokens=5)["tokens"], plain_)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_cuda_graph_writes_the_tokens_of_its_steps(options):
+    model = gpt(**options).cuda()
+    cond = {"tokens": torch.randint(1, V, (3, 7)), "pad": torch.tensor([0, 5, 2])}
+    graphed, stepped = (
+        decode.generate(model, torch.arange(3), cond, max_new_tokens=17, top_k=8, cuda_graph=graph)
+        for graph in (None, False)
+    )
+    assert torch.equal(graphed["tokens"], stepped["tokens"])
+    assert torch.allclose(graphed["log_prob"], stepped["log_prob"], atol=1e-4)
 
 
 def test_distribution_cuts():

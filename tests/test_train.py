@@ -222,6 +222,17 @@ def test_the_average_is_live_until_its_first_update_and_then_the_formula():
     assert not any(p.requires_grad for p in ema.module.parameters())
 
 
+def test_an_average_without_decay_is_the_live_weights():
+    model = Masked()
+    ema = EMA(model, decay=0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 1
+    ema.update()
+    assert torch.equal(flat(ema.module), flat(model))
+    assert not any(p.requires_grad for p in ema.module.parameters())
+
+
 def test_decay_warms_up_by_a_power():
     assert decay_at(1, 0.999, 0.75) == pytest.approx(1 - 2**-0.75)
     assert decay_at(10**9, 0.999, 0.75) == 0.999

@@ -1,6 +1,6 @@
 """An endless stream of steps, a pure function of (seed, position), whatever the number of workers and ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -11,22 +11,22 @@ from genai.core.protocols import Batch
 from genai.data.base import Data, Split
 
 ORDER, AUGMENT = 1, 2  # what a seed is mixed for
+DRAWN_AT_ONCE = 4096  # one by one, Philox in eager torch takes half a millisecond a step
 
 
-class Positions:
-    """Position -> index of the item there: each pass over the n items is a fresh permutation."""
+class Table:
+    """Position -> its row, of pages `page(k)` of n rows each, which are made one at a time."""
 
-    def __init__(self, n: int, seed: int):
-        self.n, self.seed, self.epoch = n, seed, -1
+    def __init__(self, n: int, page: Callable[[int], torch.Tensor]):
+        self.n, self.page, self.k = n, page, -1
 
-    def index(self, positions: torch.Tensor) -> torch.Tensor:
-        """Ascending positions int64 (B,) -> indices (B,)."""
+    def rows(self, positions: torch.Tensor) -> torch.Tensor:
+        """Of ascending positions int64 (B,): (B, ...)."""
         parts = []
-        for epoch in range(int(positions[0]) // self.n, int(positions[-1]) // self.n + 1):
-            if epoch != self.epoch:
-                generator = torch.Generator().manual_seed(rng.mix(self.seed, ORDER, epoch))
-                self.epoch, self.order = epoch, torch.randperm(self.n, generator=generator)
-            parts.append(self.order[positions[positions // self.n == epoch] % self.n])
+        for k in range(int(positions[0]) // self.n, int(positions[-1]) // self.n + 1):
+            if k != self.k:
+                self.k, self.open = k, self.page(k)
+            parts.append(self.open[positions[positions // self.n == k] % self.n])
         return torch.cat(parts)
 
 
@@ -44,20 +44,27 @@ class Stream(IterableDataset):
     def __iter__(self) -> Iterator[list[Batch]]:
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        positions = Positions(len(self.split), self.seed)
+        items, draws = Table(len(self.split), self.order), Table(DRAWN_AT_ONCE, self.draw)
         step = self.start + first  # the loader takes whole steps from its workers in turn
         while True:
-            yield [self.micro_batch(positions, step * self.accumulate + m) for m in range(self.accumulate)]
+            yield [self.micro_batch(items, draws, step * self.accumulate + m) for m in range(self.accumulate)]
             step += stride
 
-    def micro_batch(self, positions: Positions, m: int) -> Batch:
+    def order(self, epoch: int) -> torch.Tensor:
+        """Each pass over the items is a fresh permutation."""
+        generator = torch.Generator().manual_seed(rng.mix(self.seed, ORDER, epoch))
+        return torch.randperm(len(self.split), generator=generator)
+
+    def draw(self, k: int) -> torch.Tensor:
+        """Four numbers in [0, 1) of each position of page k."""
+        key = torch.tensor([rng.mix(self.seed, AUGMENT)])
+        at = torch.arange(k * DRAWN_AT_ONCE, (k + 1) * DRAWN_AT_ONCE)
+        return rng.words(key, at, 0, rng.MODEL)[0] / 2**32
+
+    def micro_batch(self, items: Table, draws: Table, m: int) -> Batch:
         first = (m * self.world + self.rank) * self.batch_size
         at = torch.arange(first, first + self.batch_size)
-        draws = None
-        if self.split.augments:
-            key = torch.tensor([rng.mix(self.seed, AUGMENT)])
-            draws = rng.words(key, at, 0, rng.MODEL)[0] / 2**32  # (B, 4)
-        return self.split.batch(positions.index(at), draws)
+        return self.split.batch(items.rows(at), draws.rows(at) if self.split.augments else None)
 
 
 class Loader(DataLoader):

@@ -39,12 +39,15 @@ class EMA:
         self.live: list[Tensor] = [*trained.values()]
         self.average: list[Tensor] = [average[name] for name in trained]
         self.buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
+        if self.decay == 0:  # the live weights: share their memory
+            for mine, live in zip(self.average, self.live, strict=True):
+                mine.data = live.data
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the live weights; once per optimiser step."""
         self.updates += 1
-        if self.average:
+        if self.average and self.decay > 0:
             torch._foreach_lerp_(self.average, self.live, 1 - decay_at(self.updates, self.decay, self.power))
         for mine, live in self.buffers:
             mine.copy_(live)

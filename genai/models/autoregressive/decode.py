@@ -83,11 +83,10 @@ def generate(
             return write(reader.next(token))
 
         token = write(reader.first())
-        if _graphed(cuda_graph, reader):
-            step = _graph_of(step, reader)
+        advance = _graph_of(step, reader) if _graphed(cuda_graph, reader) else step
         for i in range(n):
             if i > 0:
-                token = step(token)
+                token = advance(token)
             if on_step is not None:
                 on_step(i, n, {"tokens": text[:, given : given + i + 1]})
             if stop is not None and i % LOOK_EVERY == LOOK_EVERY - 1 and _all_stopped(text, given, stop):
