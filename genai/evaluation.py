@@ -72,7 +72,7 @@ def _per_dimension(nats: Tensor, data: Data) -> dict[str, Any]:
 def _per_token(nats: Tensor, targets: int, data: Any, split: str) -> dict[str, Any]:
     """Of a text: per token, and per character, which compares across tokenizers."""
     per_token, part = nats.sum().item() / targets, data.splits[split]
-    characters = targets * part.characters / (part.tokens - 1)
+    characters = targets * part.characters / part.tokens
     return {
         "nats_per_token": round(per_token, 4),
         "perplexity": round(math.exp(per_token), 4),

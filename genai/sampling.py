@@ -15,7 +15,7 @@ from genai import checkpoint
 from genai.checkpoint import Loaded
 from genai.core import rng
 from genai.core.errors import UserError, at_least
-from genai.core.protocols import Batch, OnStep
+from genai.core.protocols import Batch, OnStep, check_sampler
 
 
 def sample(
@@ -85,6 +85,7 @@ def bind(loaded: Loaded, node: dict, arguments: dict[str, Any]) -> Callable[...,
         inspect.signature(run).bind(None, None, None, None)
     except TypeError as error:
         raise UserError(f"the sampler {node['_target_']} cannot be called: {error}") from error
+    check_sampler(run, loaded.model)
     return run
 
 
@@ -103,7 +104,9 @@ def resolve_prompts(prompt: Any, stop: str | None, n: int, loaded: Loaded) -> Ba
         raise UserError("prompt=[] is empty: leave prompt= out for the beginning of a text")
     cond = text.prompts(tokenizer, (wanted * -(-n // len(wanted)))[:n])
     if stop is not None:
-        ids = tokenizer.encode(stop)
+        if not isinstance(stop, str | int | float):
+            raise UserError(f"stop={stop} must be one text of one token")
+        ids = tokenizer.encode(str(stop))
         if len(ids) != 1:
             raise UserError(f"stop={stop!r} is {len(ids)} tokens of this model's tokenizer: give a text that is one")
         cond["stop"] = torch.full((n,), int(ids[0]))
@@ -190,18 +193,22 @@ def streamed(loaded: Loaded, prompt: Any, stop: str | None) -> Iterator[OnStep]:
     """An on_step that prints the first text while it is written, up to where it stops."""
     from genai.data import text
 
+    given = resolve_prompts(prompt, stop, 1, loaded) or {}
     tokenizer, shown = text.from_state(loaded.assets["tokenizer"]), ""
     first = prompt[0] if isinstance(prompt, list | tuple) and prompt else prompt
-    start = "" if first is None else str(first)
-    given = resolve_prompts(prompt, stop, 1, loaded) or {}
-    end = int(given["stop"]) if "stop" in given else None
+    start = "" if first is None else tokenizer.decode(tokenizer.encode(str(first)).tolist())
+    end, width = int(given["stop"]) if "stop" in given else None, 0
 
     def on_step(i: int, n: int, state: Batch) -> None:
-        nonlocal shown
+        nonlocal shown, width
         tokens = state["tokens"][0].tolist()
+        if len(tokens) <= width:  # another text
+            width = sys.maxsize
+            return
+        width = len(tokens)
         ends = [k for k, token in enumerate(tokens) if token == end]
         written = start + tokenizer.decode(tokens[: ends[0]] if ends else tokens).rstrip("\ufffd")  # half a character
-        if written.startswith(shown):  # later batches write other texts
+        if len(written) > len(shown):
             print(written[len(shown) :], end="", flush=True)
             shown = written
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from genai.core import rng
 from genai.core.errors import UserError
-from genai.models.autoregressive import decode, gpt2
+from genai.models.autoregressive import decode, gpt2, speculative
 from genai.models.autoregressive.gpt import GPT, Decoder
 from genai.nn import norm, transformer
 from genai.nn.attention import Attention, Learned, Rotary, rotate
@@ -147,6 +147,16 @@ def test_initial_weights():
     net = gpt(init=transformer.zero_init).net
     x = torch.randn(1, 5, 16)
     assert torch.equal(net.transformer(x), net.transformer.norm(x))  # blocks begin as identities
+    for tied in (False, True):
+        torch.manual_seed(0)
+        wide = Decoder(
+            V,
+            Transformer(128, 1, partial(Attention, heads=4), SwiGLU, norm.RMSNorm, Rotary),
+            tied,
+            transformer.zero_init,
+        )
+        logits = wide(torch.randint(0, V, (4, 20)))
+        assert 0.01 < logits.std() < 2 and logits.abs().max() < 4, tied
     torch.manual_seed(0)
     deep = Transformer(
         64, 8, attention=partial(Attention, heads=4), mlp=MLPS["gelu"], norm=norm.LayerNorm, position=Rotary
@@ -247,6 +257,20 @@ def test_stop_tokens_end_a_sample_and_save_the_rest():
         assert torch.equal(batch["tokens"][b, :length], free["tokens"][b, :length])
         assert (batch["log_prob"][b, length + 1 :] == 0).all() and batch["log_prob"][b, length] < 0
     assert batch["length"].max() < len(calls) <= batch["length"].max() + decode.LOOK_EVERY
+
+
+def test_the_first_token_of_a_vocabulary_can_end_a_sample_too():
+    """Tokens still to come are no zeros that somebody wrote."""
+    model, stop = gpt(length=200), torch.tensor([0])
+    for seed in torch.arange(40).split(1):
+        free = decode.generate(model, seed, max_new_tokens=100)["tokens"][0].tolist()
+        if 0 not in free[: decode.LOOK_EVERY]:
+            break
+    cond = {"tokens": torch.zeros(1, 1, dtype=torch.int64), "stop": stop}
+    batch = decode.generate(model, seed, cond, max_new_tokens=100)
+    length = free.index(0) if 0 in free else 100
+    assert length > decode.LOOK_EVERY and batch["length"].item() == length
+    assert batch["tokens"][0, :length].tolist() == free[:length]
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -379,7 +403,7 @@ def test_speculative_judgement_keeps_the_target_distribution(shape):
     n = 100_000
     u = rng.uniform(torch.arange(n), (5,), stream=rng.TOKENS)
     drafted = decode.draw(q.expand(n, V), u[:, :1])
-    kept, token = decode.judge(p.expand(n, 2, V), q.expand(n, 1, V), drafted, u[:, 1:3], u[:, 3:5])
+    kept, token = speculative.judge(p.expand(n, 2, V), q.expand(n, 1, V), drafted, u[:, 1:3], u[:, 3:5])
     out = torch.where(kept == 1, drafted[:, 0], token[:, 0])
     statistic, freedom = chi_square(out, p[0])
     assert statistic < chi2.ppf(0.999, freedom)
@@ -392,7 +416,7 @@ def test_speculative_decoding_writes_what_the_model_would():
     model, draft = gpt(width=8, heads=2, shift=True), gpt(width=8, heads=2, layers=1, seed=1)
     prompt, n = torch.tensor([[3, 1]]), 3000
     cond = {"tokens": prompt.expand(n, 2)}
-    batch = decode.speculative(model, torch.arange(n), cond, draft=draft, ahead=2, max_new_tokens=3, top_k=4)
+    batch = speculative.speculative(model, torch.arange(n), cond, draft=draft, ahead=2, max_new_tokens=3, top_k=4)
     with torch.no_grad():
         first = decode.distribution(model.net(prompt)[:, -1], top_k=4)[0]
         joint = torch.zeros(V, V)
@@ -404,12 +428,27 @@ def test_speculative_decoding_writes_what_the_model_would():
     assert torch.allclose(batch["log_prob"][7], -model.nats({"tokens": whole[None]})[0, 1:], atol=1e-4)
 
 
+@pytest.mark.parametrize("position", ["rotary", "learned"])
+def test_speculative_decoding_fills_the_context_and_reads_padding_and_stops(position):
+    model, draft = gpt(position=position), gpt(position=position, layers=1, seed=1)
+    rows = [torch.randint(1, V, (n,)) for n in (2, 5)]
+    tokens = torch.stack([F.pad(row, (5 - len(row), 0)) for row in rows])
+    cond = {"tokens": tokens, "pad": torch.tensor([3, 0]), "stop": torch.tensor([4, V])}
+    batch = speculative.speculative(model, torch.arange(2), cond, draft=draft)
+    assert batch["tokens"].shape == (2, 20)  # 24, of which the last is not read
+    for b, row in enumerate(rows):
+        n = min(int(batch["length"][b]) + 1, 20)
+        nats = model.nats({"tokens": torch.cat([row, batch["tokens"][b, :n]])[None]})[0, len(row) - 1 :]
+        assert torch.allclose(batch["log_prob"][b, :n], -nats, atol=1e-4)
+    assert (batch["tokens"][0, int(batch["length"][0]) :] == 4).all()
+
+
 def test_a_perfect_draft_is_always_believed():
     model = gpt()
     calls = []
     model.net.register_forward_hook(lambda *_: calls.append(1))
     draft = gpt()
-    decode.speculative(model, torch.tensor([0]), draft=draft, ahead=4, max_new_tokens=20)
+    speculative.speculative(model, torch.tensor([0]), draft=draft, ahead=4, max_new_tokens=20)
     assert len(calls) == 4  # five tokens a call
 
 
@@ -418,7 +457,7 @@ def test_a_perfect_draft_is_always_believed():
     [
         ({"temperature": -1}, "sampler.temperature=-1"),
         ({"top_k": 0}, "sampler.top_k=0"),
-        ({"top_p": 0}, "sampler.top_p=0 must be greater than 0 and at most 1"),
+        ({"top_p": 0}, "sampler.top_p=0 must be a number greater than 0 and at most 1"),
         ({"top_p": 1.5}, "sampler.top_p=1.5"),
         ({"min_p": 2}, "sampler.min_p=2"),
         ({"repetition_penalty": 0}, "sampler.repetition_penalty=0"),
@@ -433,9 +472,12 @@ def test_wrong_arguments(arguments, message):
 
 def test_wrong_drafts_and_networks():
     with pytest.raises(UserError, match="name the run or checkpoint"):
-        decode.speculative(gpt(), torch.tensor([0]))
+        speculative.speculative(gpt(), torch.tensor([0]))
+    long = {"tokens": torch.zeros(1, 20, dtype=torch.int64)}
+    with pytest.raises(UserError, match="prompt has 20 tokens, more than the 12 both models read"):
+        speculative.speculative(gpt(), torch.tensor([0]), long, draft=gpt(length=12))
     with pytest.raises(UserError, match="are longer than the 24 tokens"):
-        decode.speculative(gpt(), torch.tensor([0]), draft=gpt(), max_new_tokens=40)
+        speculative.speculative(gpt(), torch.tensor([0]), draft=gpt(), max_new_tokens=40)
     with pytest.raises(UserError, match="heads=3 must divide width=16"):
         gpt(heads=3)
     with pytest.raises(UserError, match=r"data.shape=\[30\] is longer than the 24 positions"):

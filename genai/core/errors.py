@@ -10,3 +10,17 @@ def at_least(value: object, minimum: int, key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise UserError(f"{key}={value} must be a whole number, at least {minimum}")
     return value
+
+
+def number(value: object, key: str, low: float, high: float = float("inf"), open_low: bool = False) -> float:
+    """value, checked to be a number from low (or above it) to high. Raises UserError that names the config key."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not (low < value if open_low else low <= value)
+        or value > high
+    ):
+        least = f"greater than {low:g}" if open_low else f"at least {low:g}"
+        most = "" if high == float("inf") else f" and at most {high:g}"
+        raise UserError(f"{key}={value} must be a number {least}{most}")
+    return value

@@ -1,9 +1,13 @@
 """The nouns of the house. Families implement them, the loop above and the tools beside it know nothing else."""
 
+import functools
+import typing
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
+
+from genai.core.errors import UserError
 
 Batch = dict[str, Tensor]
 """Named tensors, first dimension B: `image`, `vector`, `label`, `tokens`, `audio`, `mask`, ..."""
@@ -72,3 +76,16 @@ class Sampler(Protocol):
     def __call__(
         self, model: nn.Module, seeds: Tensor, cond: Batch | None = None, on_step: OnStep | None = None
     ) -> Batch: ...
+
+
+def check_sampler(sampler: Callable, model: nn.Module) -> None:
+    """Raises UserError where a sampler names the class of model it is for, and this is another."""
+    function = sampler
+    while isinstance(function, functools.partial):
+        function = function.func
+    kind = next(iter(typing.get_type_hints(function).values()), None)
+    if isinstance(kind, type) and issubclass(kind, nn.Module) and not isinstance(model, kind):
+        raise UserError(
+            f"the sampler {function.__name__} is for a {kind.__name__}, and this model is a {type(model).__name__}: choose "
+            "another with sampler="
+        )

@@ -2,6 +2,7 @@
 
 import codecs
 import hashlib
+import http.client
 import json
 import os
 import random
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genai.core.errors import UserError, at_least
+from genai.core.errors import UserError, at_least, number
 from genai.core.protocols import Batch
 from genai.data.base import Data, Split
 from genai.data.tokenizers import Tokenizer, learned
@@ -90,7 +91,8 @@ class Files:
     def _boundary(file: Any, at: int) -> int:
         """The first byte from `at` on that continues no character."""
         file.seek(at)
-        return at + next((i for i, byte in enumerate(file.read(3)) if byte & 0xC0 != 0x80), 0)
+        tail = file.read(3)
+        return at + next((i for i, byte in enumerate(tail) if byte & 0xC0 != 0x80), len(tail) if len(tail) < 3 else 0)
 
 
 class Embedded:
@@ -240,7 +242,9 @@ class Text(Data):
         length = at_least(shape[0], 1, "data.shape[0]")
         if at_least(overlap, 0, "data.overlap") >= length:
             raise UserError(f"data.overlap={overlap} must be smaller than the context of {length} tokens (data.shape)")
-        if not (val > 0 and test >= 0 and val + test < 1):
+        number(val, "data.val", 0, 1)
+        number(test, "data.test", 0, 1)
+        if not (val > 0 and val + test < 1):
             raise UserError(
                 f"data.val={val}, data.test={test}: shares above 0 (test may be 0) that leave some to train"
             )
@@ -256,7 +260,7 @@ class Text(Data):
             if part.tokens <= length:
                 raise UserError(
                     f"the {name} split has {part.tokens} tokens, too few for one window of {length} + 1: give more text, "
-                    f"a shorter data.shape, or a larger data.val"
+                    f"a shorter data.shape, or {'smaller shares to others' if name == 'train' else f'a larger data.{name}'}"
                 )
             splits[name] = part
         super().__init__(
@@ -354,7 +358,7 @@ def _download(target: Path, url: str) -> None:
         with urllib.request.urlopen(url, timeout=30) as answer:
             temporary.write_bytes(answer.read())
         temporary.replace(target)
-    except OSError as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # no address, no server, half a file
         temporary.unlink(missing_ok=True)
         if not existed and target.parent.is_dir():
             target.parent.rmdir()
@@ -375,7 +379,10 @@ def lines(path: str, url: str | None = None, **facts: Any) -> Text:
 
 def text_folder(path: str, pattern: str, **facts: Any) -> Text:
     """All UTF-8 files below a folder whose names match `pattern`, in the order of their paths; each is a document."""
-    files = sorted(p for p in Path(path).rglob(pattern) if p.is_file() and p.stat().st_size)
+    try:
+        files = sorted(p for p in Path(path).rglob(pattern) if p.is_file() and p.stat().st_size)
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"data.pattern={pattern!r} is no pattern of file names ({error}): try *.txt") from None
     if not files:
         raise UserError(f"data.path={path!r} holds no text (data.pattern={pattern!r}): set one of them")
     return Text(Files(files, documents=True), **facts)

@@ -59,7 +59,10 @@ class Char:
     @classmethod
     def learned(cls, chunks: Iterable[str], end: bool = False) -> "Char":
         """Of all characters that occur."""
-        return cls("".join(sorted(set().union(*map(set, chunks)))), end)
+        seen: set[str] = set()
+        for chunk in chunks:
+            seen.update(chunk)
+        return cls("".join(sorted(seen)), end)
 
     def encode(self, text: str) -> np.ndarray:
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -103,7 +106,10 @@ class BPE:
         return cls(bpe.to_str(), end)
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self.bpe.encode(text).ids, dtype=np.int64)
+        try:
+            return np.array(self.bpe.encode(text).ids, dtype=np.int64)
+        except (TypeError, UnicodeEncodeError):
+            raise UserError(f"{text!r} holds bytes that are no UTF-8, which bpe cannot read") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.bpe.decode([i for i in ids if i < self.words], skip_special_tokens=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genai.core.errors import UserError
+from genai.core.errors import UserError, at_least, number
 
 Rotation = tuple[Tensor, Tensor]
 """cos and sin of each position's angles, (T, 1, D) or (B, T, 1, D), as `rotate` takes them."""
@@ -53,7 +53,8 @@ class Attention(nn.Module):
         bias: bool = False, dropout: float = 0.0, causal: bool = True,
     ):  # fmt: skip
         super().__init__()
-        kv_heads = heads if kv_heads is None else kv_heads
+        kv_heads = at_least(heads, 1, "heads") if kv_heads is None else at_least(kv_heads, 1, "kv_heads")
+        number(dropout, "dropout of attention", 0, 1)
         if width % heads or heads % kv_heads:
             raise UserError(f"heads={heads} must divide width={width}, and kv_heads={kv_heads} must divide heads")
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, width // heads
@@ -117,6 +118,8 @@ class Rotary(nn.Module):
 
     def forward(self, positions: Tensor, head_dim: int) -> tuple[Tensor | None, Rotation | None]:
         """What to add to the embeddings, and how to rotate queries and keys, at positions (T,) or (B, T)."""
+        if head_dim % 2:
+            raise UserError(f"rotary positions turn pairs, but width / heads is {head_dim}: make it even")
         half = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64)
         angles = positions.to(torch.float64)[..., None] * self.base ** (-half / head_dim)
         cos, sin = angles.cos(), angles.sin()

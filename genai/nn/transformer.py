@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from genai.core.errors import at_least
+from genai.core.errors import at_least, number
 from genai.nn.attention import Attention, Rotation, Rows
 
 
@@ -215,6 +215,7 @@ class Transformer(nn.Module):
     ):  # fmt: skip
         super().__init__()
         at_least(layers, 1, "layers")
+        number(dropout, "dropout", 0, 1)
         self.width, self.dropout, self.gradient_checkpointing = width, dropout, gradient_checkpointing
         self.position = position(width)
         self.positions: int | None = self.position.length  # type: ignore[assignment]  # None: any
@@ -223,6 +224,7 @@ class Transformer(nn.Module):
         self.kv_heads, self.head_dim = blocks[0].attention.kv_heads, blocks[0].attention.head_dim
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm(width)
+        self.position(torch.arange(1), self.head_dim)  # what cannot be says so here
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         """With a cache, x are the positions after those it has seen, and it sees them."""
@@ -254,8 +256,11 @@ def scaled_init(net: nn.Module, std: float = 0.02) -> None:
 
 
 def zero_init(net: nn.Module) -> None:
-    """Every matrix uniform with variance 1/(3 inputs), what writes to the residual stream 0: blocks begin as identities."""
+    """Every linear map uniform with variance 1/(3 inputs), what writes to the residual stream 0: blocks begin as identities.
+    Embeddings stay N(0, 1), but those that also give the logits, `net.tied`, begin with a standard deviation of 1/width."""
     for module in net.modules():
+        if isinstance(module, nn.Embedding) and getattr(net, "tied", False):
+            nn.init.normal_(module.weight, std=1 / module.embedding_dim)
         if isinstance(module, nn.Linear):
             nn.init.uniform_(module.weight, -(module.in_features**-0.5), module.in_features**-0.5)
             if module.bias is not None:

@@ -16,7 +16,7 @@ from rich.progress import Progress as RichProgress
 from genai import checkpoint
 from genai.core import rng
 from genai.core.errors import at_least
-from genai.core.protocols import Batch, OnStep, Sampler
+from genai.core.protocols import Batch, OnStep, Sampler, check_sampler
 from genai.train.lit import LitModel
 
 Kind = TypeVar("Kind", bound=L.Callback)
@@ -78,6 +78,7 @@ class Samples(Between):
         def enough(i: int, n: int, state: Batch) -> None:
             raise _Enough
 
+        check_sampler(self.sampler, pl_module.model)
         with contextlib.suppress(_Enough):
             self.sample(pl_module, 1, enough)
 

@@ -16,11 +16,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from genai.core import rng
 from genai.core.cuda_graph import capture, say
-from genai.core.errors import UserError, at_least
+from genai.core.errors import UserError, at_least, number
 from genai.core.protocols import Batch, OnStep
 from genai.models.autoregressive.gpt import GPT
 from genai.nn.transformer import Cache
@@ -44,19 +43,20 @@ def generate(
     """Draw from softmax(logits / temperature), cut as `distribution` says; temperature 0 takes the likeliest.
 
     Args:
-        max_new_tokens: None: as many as the model's context holds.
-        repetition_penalty: divides positive logits of tokens that occur already, multiplies negative ones (Keskar et
-            al., 2019, section 4.1).
+        max_new_tokens: None: as many as the model's context is long.
+        repetition_penalty: divides positive logits of tokens that occur already (Keskar et al., 2019, section 4.1), and
+            multiplies negative ones, which dividing would favour.
         cuda_graph: replay reading and drawing a token as one CUDA graph; None does on a GPU.
 
     Raises UserError for an argument out of range, or a prompt longer than the context.
     """
-    _check(model, temperature, top_k, top_p, min_p)
-    if repetition_penalty <= 0:
-        raise UserError(f"sampler.repetition_penalty={repetition_penalty} must be greater than 0 (1 is none)")
+    check(temperature, top_k, top_p, min_p)
+    number(repetition_penalty, "sampler.repetition_penalty", 0, open_low=True)
+    if cuda_graph not in (None, True, False):
+        raise UserError(f"sampler.cuda_graph={cuda_graph} must be true, false or null")
     n = model.length if max_new_tokens is None else at_least(max_new_tokens, 1, "sampler.max_new_tokens")
     with torch.inference_mode(), _small_kernels(model.net.head.weight):
-        tokens, pad, stop = _begin(model, seeds, cond)
+        tokens, pad, stop = begin(model, seeds, cond)
         given = tokens.shape[1]
         text = torch.cat([tokens, tokens.new_zeros(len(tokens), n)], 1)
         logs = torch.zeros(len(tokens), n, device=text.device)
@@ -87,11 +87,12 @@ def generate(
         for i in range(n):
             if i > 0:
                 token = advance(token)
+            written = text[:, given : given + i + 1]
             if on_step is not None:
-                on_step(i, n, {"tokens": text[:, given : given + i + 1]})
-            if stop is not None and i % LOOK_EVERY == LOOK_EVERY - 1 and _all_stopped(text, given, stop):
+                on_step(i, n, {"tokens": written})
+            if stop is not None and i % LOOK_EVERY == LOOK_EVERY - 1 and (written == stop[:, None]).any(1).all():
                 break
-        return _finished(text[:, given:], logs, stop)
+        return finished(text[:, given:], logs, stop)
 
 
 def distribution(
@@ -196,18 +197,17 @@ def _small_kernels(weight: Tensor) -> Iterator[None]:
         torch.backends.mkldnn.enabled = was
 
 
-def _check(model: GPT, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
-    if temperature < 0:
-        raise UserError(f"sampler.temperature={temperature} must be at least 0 (0 takes the likeliest token)")
+def check(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
+    number(temperature, "sampler.temperature", 0)
     if top_k is not None:
         at_least(top_k, 1, "sampler.top_k")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"sampler.top_p={top_p} must be greater than 0 and at most 1")
-    if min_p is not None and not 0 <= min_p <= 1:
-        raise UserError(f"sampler.min_p={min_p} must be between 0 and 1")
+    if top_p is not None:
+        number(top_p, "sampler.top_p", 0, 1, open_low=True)
+    if min_p is not None:
+        number(min_p, "sampler.min_p", 0, 1)
 
 
-def _begin(model: GPT, seeds: Tensor, cond: Batch | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def begin(model: GPT, seeds: Tensor, cond: Batch | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Prompts, padding (None where there is none) and stop ids on the model's device; token 0 if nothing is given."""
     device = next(model.parameters()).device
     if cond is None:
@@ -233,11 +233,7 @@ def _penalised(logits: Tensor, penalty: float) -> Tensor:
     return torch.where(logits > 0, logits / penalty, logits * penalty)
 
 
-def _all_stopped(text: Tensor, given: int, stop: Tensor) -> bool:
-    return bool((text[:, given:] == stop[:, None]).any(1).all())
-
-
-def _finished(tokens: Tensor, logs: Tensor, stop: Tensor | None) -> Batch:
+def finished(tokens: Tensor, logs: Tensor, stop: Tensor | None) -> Batch:
     """Everything after the first stop is stop, with ln p 0."""
     n = tokens.shape[1]
     if stop is None:
@@ -250,100 +246,3 @@ def _finished(tokens: Tensor, logs: Tensor, stop: Tensor | None) -> Batch:
         "length": length,
         "log_prob": logs.masked_fill(after, 0),
     }
-
-
-def speculative(
-    model: GPT,
-    seeds: Tensor,
-    cond: Batch | None = None,
-    on_step: OnStep | None = None,
-    draft: GPT | None = None,
-    ahead: int = 4,
-    max_new_tokens: int | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-) -> Batch:
-    """`generate`'s distribution in fewer calls of the model: a small `draft` writes `ahead` tokens, one call judges them
-    (Leviathan et al., 2023, algorithm 1). Samples are written one by one, since each keeps another number of tokens.
-
-    Uniforms of token i come from Philox stream 3, rows 1 (proposal), 2 (judgement) and 3 (correction), element i.
-    Raises UserError for a draft of another vocabulary, or a text longer than either context.
-    """
-    _check(model, temperature, top_k, top_p, min_p)
-    at_least(ahead, 1, "sampler.ahead")
-    if temperature == 0:
-        raise UserError("sampler.temperature=0 is not for speculative decoding: use sampler=generate")
-    if draft is None:
-        raise UserError("sampler.draft=None: name the run or checkpoint of a smaller model")
-    if draft.vocab_size != model.vocab_size:
-        raise UserError(
-            f"sampler.draft has {draft.vocab_size} tokens, this model {model.vocab_size}: they must share one tokenizer"
-        )
-    length = min(model.length, draft.length)
-    with torch.inference_mode():
-        tokens, pad, stop = _begin(model, seeds, cond)
-        n = length if max_new_tokens is None else at_least(max_new_tokens, 1, "sampler.max_new_tokens")
-        n = n if max_new_tokens is not None else length - tokens.shape[1] + 1
-        if tokens.shape[1] + n - 1 > length:
-            raise UserError(
-                f"prompt and sampler.max_new_tokens={n} are longer than the {length} tokens both models read"
-            )
-        uniforms = [rng.uniform(seeds.to(tokens.device), (n,), row, rng.TOKENS) for row in (1, 2, 3)]
-        shape = temperature, top_k, top_p, min_p
-        rows, logs = [], []
-        for b in range(len(tokens)):
-            prompt = tokens[b : b + 1] if pad is None else tokens[b : b + 1, int(pad[b]) :]
-            until = None if stop is None else int(stop[b])
-            text, log = _speculate(model, draft, prompt, n, ahead, [u[b : b + 1] for u in uniforms], shape, until)
-            rows.append(text)
-            logs.append(log)
-            if on_step is not None:
-                on_step(b, len(tokens), {"tokens": text[None]})
-        return _finished(torch.stack(rows), torch.stack(logs), stop)
-
-
-def _speculate(
-    model: GPT, draft: GPT, prompt: Tensor, n: int, ahead: int, uniforms: list[Tensor], shape: tuple, stop: int | None
-) -> tuple[Tensor, Tensor]:
-    """n new tokens of one prompt (1, T), and their ln p by the model."""
-    given, known = prompt.shape[1], prompt
-    caches = [Cache(m.net.transformer, 1, given + n + ahead, given + n + ahead) for m in (model, draft)]
-    logs: list[Tensor] = []
-    while (at := known.shape[1] - given) < n:
-        g = min(ahead, n - at - 1)
-        qs, text = [], known
-        for j in range(g):
-            logits = draft.net(text[:, caches[1].length :], caches[1])[:, -1].float()
-            qs.append(distribution(logits, *shape))
-            text = torch.cat([text, draw(qs[-1], uniforms[0][:, at + j : at + j + 1])], 1)
-        raw = model.net(text[:, caches[0].length :], caches[0])[:, -g - 1 :].float()  # (1, g + 1, V)
-        p = distribution(raw, *shape)
-        q = torch.stack(qs, 1) if qs else p[:, :0]
-        kept, token = judge(p, q, text[:, given + at :], *(u[:, at : at + g + 1] for u in uniforms[1:]))
-        text = torch.cat([text[:, : given + at + int(kept)], token], 1)
-        fresh = text[0, given + at :]
-        logs.append(raw[0, : len(fresh)].log_softmax(-1).gather(1, fresh[:, None])[:, 0])
-        known = text
-        for cache in caches:
-            cache.cut(min(cache.length, known.shape[1] - 1))
-        if stop is not None and (fresh == stop).any():
-            break
-    tokens, log = known[0, given:], torch.cat(logs)
-    missing = n - len(tokens)
-    return torch.cat([tokens, tokens.new_zeros(missing)]), torch.cat([log, log.new_zeros(missing)])
-
-
-def judge(p: Tensor, q: Tensor, drafted: Tensor, accept: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
-    """How many (B,) of g drafted tokens (B, g) are kept, and the token (B, 1) after them.
-
-    Token j is kept with probability min(1, p_j / q_j). The first that is not is drawn anew from max(p - q, 0); after the
-    last comes one of p itself, as if q were 0 there. p (B, g + 1, V), q (B, g, V), uniforms (B, g + 1).
-    """
-    g, at = drafted.shape[1], drafted[..., None]
-    refused = accept[:, :g] * q.gather(2, at)[..., 0] >= p[:, :g].gather(2, at)[..., 0]
-    kept = torch.cat([refused, refused.new_ones(len(refused), 1)], 1).long().argmax(1)
-    rows = torch.arange(len(kept), device=kept.device)
-    rest = (p - F.pad(q, (0, 0, 0, 1))).clamp_min(0)[rows, kept]
-    return kept, draw(rest, correct[rows, kept, None])

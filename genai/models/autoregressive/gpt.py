@@ -27,6 +27,7 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(vocab_size, transformer.width)
         self.transformer = transformer
         self.head = nn.Linear(transformer.width, vocab_size, bias=False)
+        self.tied = tied
         if init is not None:
             init(self)
         if tied:

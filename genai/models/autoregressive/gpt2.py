@@ -23,7 +23,8 @@ PARTS = {
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Hugging Face's state of a GPT2LMHeadModel -> state of a GPT built by `model=gpt2` with as many positions.
 
-    Its linear maps are stored transposed, and its masks are no weights. Raises KeyError for a name it does not know.
+    Its linear maps are stored transposed; masks, and what stands outside the decoder, are left out. Raises KeyError for a
+    weight of a block that GPT-2's have not.
     """
     out = {}
     for name, value in state.items():
