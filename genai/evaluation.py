@@ -12,7 +12,7 @@ from torch import Tensor
 from genai import checkpoint
 from genai.core import rng
 from genai.core.errors import UserError, at_least
-from genai.core.protocols import Scorable
+from genai.core.protocols import Reconstructing, Scorable
 from genai.data.base import Data
 from genai.data.stream import batches
 
@@ -38,16 +38,19 @@ def run(cfg: Any) -> dict[str, Any]:
     if cfg.split not in data.splits:
         raise UserError(f"split={cfg.split} is none of {', '.join(data.splits)}")
     n = len(data.splits[cfg.split]) if cfg.n is None else min(at_least(cfg.n, 1, "n"), len(data.splits[cfg.split]))
-    nats, targets, start = [], 0, time.monotonic()
+    nats, decibels, targets, start = [], [], 0, time.monotonic()
     for batch in batches(data.splits[cfg.split], at_least(cfg.batch_size, 1, "batch_size"), n):
         batch = {name: value.to(device) for name, value in batch.items()}
         nats.append(-loaded.model.log_prob(batch, cfg.seed + sum(map(len, nats))).cpu())
+        if isinstance(loaded.model, Reconstructing):
+            decibels.append(psnr(loaded.model.reconstruct(batch), batch[loaded.model.field]).cpu())
         targets += int(batch["mask"][:, 1:].sum()) if "mask" in batch else 0
         done, seconds = sum(map(len, nats)), time.monotonic() - start
         print(f"\r{done}/{n}, {seconds / done * (n - done):.0f} s left ", end="", flush=True)
     each = torch.cat(nats).double()
     result = {
         **(_per_token(each, targets, data, cfg.split) if targets else _per_dimension(each, data)),
+        **({"reconstruction_psnr_db": round(torch.cat(decibels).mean().item(), 2)} if decibels else {}),
         "bound": loaded.model.bound,
         "split": cfg.split,
         "n": n,
@@ -61,6 +64,11 @@ def run(cfg: Any) -> dict[str, Any]:
     out = Path(loaded.path).with_suffix(f".{cfg.split}.json")
     out.write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of samples in [-1, 1], decibels (B,): 10 log10 of 2^2 over the mean squared error."""
+    return -10 * (((x - y) ** 2).flatten(1).mean(1) / 4).log10()
 
 
 def _per_dimension(nats: Tensor, data: Data) -> dict[str, Any]:

@@ -72,21 +72,32 @@ def bind(loaded: Loaded, node: dict, arguments: dict[str, Any]) -> Callable[...,
         if key not in own:
             raise UserError(f"the sampler {node['_target_'].rpartition('.')[2]} has no {key}; it has {', '.join(own)}")
     node = {**node, **arguments}
+    extras: dict[str, Any] = {}
+    if "split" in node:
+        extras["items"] = items_of(loaded, node.pop("split"))
     if isinstance(node.get("draft"), str):
         other = checkpoint.load(
             node.pop("draft"), device=str(next(loaded.model.parameters()).device), trust=loaded.trust
         )
         if other.assets.get("tokenizer") != loaded.assets.get("tokenizer"):
             raise UserError(f"sampler.draft={other.path} has another tokenizer than {loaded.path}: they must share one")
-        run = functools.partial(checkpoint.build(node, loaded.trust), draft=other.model)
-    else:
-        run = checkpoint.build(node, loaded.trust)
+        extras["draft"] = other.model
+    run = functools.partial(checkpoint.build(node, loaded.trust), **extras)
     try:
         inspect.signature(run).bind(None, None, None, None)
     except TypeError as error:
         raise UserError(f"the sampler {node['_target_']} cannot be called: {error}") from error
     check_sampler(run, loaded.model)
     return run
+
+
+def items_of(loaded: Loaded, split: str) -> Callable[[Tensor], Tensor]:
+    """Items of the data a checkpoint was trained on, by index, beginning again at the end; of the field it models."""
+    data = checkpoint.build(loaded.config["data"], loaded.trust)
+    if split not in data.splits:
+        raise UserError(f"sampler.split={split} is none of {', '.join(data.splits)}")
+    part = data.splits[split]
+    return lambda index: part.batch(index % len(part), None)[data.field]
 
 
 def resolve_prompts(prompt: Any, stop: str | None, n: int, loaded: Loaded) -> Batch | None:
@@ -166,7 +177,8 @@ def run(cfg: Any) -> Path:
         files = f"{out}/samples.txt, samples.jsonl"
     else:
         field = loaded.config["data"]["field"]
-        io.write_samples(out, field, batch[field], batch.get("label"), batch["seeds"], rng.RNG_VERSION)
+        columns = node.get("columns") or (10 if "label" in batch and cfg.n >= 10 else None)
+        io.write_samples(out, field, batch[field], batch.get("label"), batch["seeds"], rng.RNG_VERSION, columns)
         files = f"{out}/grid.png, samples.npz"
     print(f"{cfg.n} samples of {loaded.path} (step {loaded.step}, {cfg.weights} weights): {files}")
     return out

@@ -98,7 +98,7 @@ def test_builds_learns_saves_loads_samples_and_resumes(case, tmp_path):
     assert torch.isfinite(losses.total)
 
     loaded = genai.load(tmp_path / "1.ckpt")
-    label = None if config["data"]["classes"] is None else 1
+    label = None if config["model"].get("classes") is None else 1
     first = genai.sample(loaded, n=2, seed=5, label=label)
     again = genai.sample(genai.load(tmp_path / "1.ckpt"), n=2, seed=5, label=label)
     field = config["data"]["field"]

@@ -48,6 +48,15 @@ class Scorable(Protocol):
         ...
 
 
+@runtime_checkable
+class Reconstructing(Protocol):
+    """A model that compresses: `reconstruct` gives back one field of a batch, in [-1, 1], as well as it can."""
+
+    field: str
+
+    def reconstruct(self, batch: Batch) -> Tensor: ...
+
+
 class Prediction(NamedTuple):
     """A denoiser's answer in parts, so that one fused pass can finish it: x0 = p x + q (u + w (out - u))."""
 

@@ -54,11 +54,11 @@ def to_pil(picture: Tensor):
 
 
 def write_samples(
-    out: Path, field: str, samples: Tensor, labels: Tensor | None, seeds: Tensor, rng_version: int
-) -> None:
+    out: Path, field: str, samples: Tensor, labels: Tensor | None, seeds: Tensor, rng_version: int,
+    columns: int | None = None,
+) -> None:  # fmt: skip
     """grid.png, one PNG per image named by its seed, and samples.npz (uint8 images or float vectors, labels, seeds)."""
     out.mkdir(parents=True, exist_ok=True)
-    columns = 10 if labels is not None and len(samples) >= 10 else None
     to_pil(grid(samples[:400], columns)).save(out / "grid.png")
     arrays: dict[str, Any] = {"samples": to_uint8(samples) if field == "image" else samples, "seeds": seeds}
     if labels is not None:

@@ -1,0 +1,1 @@
+"""Variational autoencoders: an encoder that guesses latents, a decoder that says how likely the data is, and their bound."""

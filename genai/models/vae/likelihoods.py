@@ -1,0 +1,138 @@
+"""p(x | z) of data in [-1, 1]: what the numbers of a decoder mean.
+
+Each takes `out` (B, outputs * C, ...), the decoder's answer for data x (B, C, ...), and counts nats of a whole sample.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from genai.core.errors import UserError, at_least
+
+
+class Likelihood(nn.Module):
+    """What all share. `outputs` numbers describe each number of the data; `levels` is how many values that can take, None
+    for a density."""
+
+    outputs: int
+    levels: int | None
+    stochastic = False
+    """Whether the data is drawn anew from what the batch holds: see `prepare`."""
+
+    def prepare(self, x: Tensor, u: Tensor) -> Tensor:
+        """The data that is modelled, of a batch's x and uniforms of its shape."""
+        return x
+
+    def log_prob(self, out: Tensor, x: Tensor) -> Tensor:
+        """ln p(x | z), nats (B,)."""
+        raise NotImplementedError
+
+    def mean(self, out: Tensor) -> Tensor:
+        """E[x | z], or where that has no closed form the location; (B, C, ...)."""
+        raise NotImplementedError
+
+    def draw(self, out: Tensor, u: Tensor) -> Tensor:
+        """x ~ p(x | z) by inverse CDF of uniforms u (B, C, ...)."""
+        raise NotImplementedError
+
+    def parts(self, out: Tensor) -> Tensor:
+        """(B, outputs * C, ...) -> (outputs, B, C, ...)"""
+        return out.float().unflatten(1, (self.outputs, -1)).transpose(0, 1)
+
+
+class Categorical(Likelihood):
+    """Any distribution over `levels` grey levels, evenly spaced from -1 to 1, of each number by itself."""
+
+    def __init__(self, levels: int):
+        super().__init__()
+        self.levels = self.outputs = at_least(levels, 2, "levels")
+        self.register_buffer("values", torch.linspace(-1, 1, levels), persistent=False)
+
+    def log_prob(self, out: Tensor, x: Tensor) -> Tensor:
+        index = ((x + 1) * (self.outputs - 1) / 2).round().long()
+        return -F.cross_entropy(self.parts(out).transpose(0, 1), index, reduction="none").flatten(1).sum(1)
+
+    def mean(self, out: Tensor) -> Tensor:
+        return torch.einsum("l...,l->...", self.parts(out).softmax(0), self.values)
+
+    def draw(self, out: Tensor, u: Tensor) -> Tensor:
+        below = self.parts(out).softmax(0).cumsum(0)[:-1] <= u
+        return below.sum(0) * (2 / (self.outputs - 1)) - 1
+
+
+class Bernoulli(Likelihood):
+    """Of binary data, -1 or 1. Grey data is made binary: anew each time with probability (x + 1) / 2 of a 1
+    (`binarize="dynamic"`, Salakhutdinov and Murray, 2008), or once at 0 ("threshold")."""
+
+    outputs, levels = 1, 2
+
+    def __init__(self, binarize: str = "dynamic"):
+        super().__init__()
+        if binarize not in ("dynamic", "threshold"):
+            raise UserError(f"model.likelihood.binarize={binarize} is neither dynamic nor threshold")
+        self.stochastic = binarize == "dynamic"
+
+    def prepare(self, x: Tensor, u: Tensor) -> Tensor:
+        return torch.where((u if self.stochastic else 0.5) < (x + 1) / 2, 1.0, -1.0)
+
+    def log_prob(self, out: Tensor, x: Tensor) -> Tensor:
+        return F.logsigmoid(self.parts(out)[0] * x).flatten(1).sum(1)
+
+    def mean(self, out: Tensor) -> Tensor:
+        return 2 * self.parts(out)[0].sigmoid() - 1
+
+    def draw(self, out: Tensor, u: Tensor) -> Tensor:
+        return torch.where(u < self.parts(out)[0].sigmoid(), 1.0, -1.0)
+
+
+class DiscretizedLogistic(Likelihood):
+    """A logistic's mass between the midpoints of `levels` grey levels, the outer two reaching to infinity (Kingma et al.,
+    2016, appendix; Salimans et al., "PixelCNN++", 2017, section 2.1)."""
+
+    outputs = 2
+
+    def __init__(self, levels: int):
+        super().__init__()
+        self.levels = at_least(levels, 2, "levels")
+        self.half_bin = 1 / (levels - 1)
+
+    def log_prob(self, out: Tensor, x: Tensor) -> Tensor:
+        location, log_scale = self.parts(out)
+        inverse = torch.exp(-log_scale.clamp_min(-7))
+        upper, lower = (x + self.half_bin - location) * inverse, (x - self.half_bin - location) * inverse
+        # sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - exp(l - u)), whose logarithm underflows nowhere
+        inner = torch.log(-torch.expm1(lower - upper))
+        below = torch.where(x > 1 - self.half_bin, 0.0, F.logsigmoid(upper))
+        above = torch.where(x < -1 + self.half_bin, 0.0, F.logsigmoid(-lower))
+        return (below + above + torch.where(x.abs() > 1 - self.half_bin, 0.0, inner)).flatten(1).sum(1)
+
+    def mean(self, out: Tensor) -> Tensor:
+        return self.parts(out)[0].clamp(-1, 1)
+
+    def draw(self, out: Tensor, u: Tensor) -> Tensor:
+        location, log_scale = self.parts(out)
+        x = location + log_scale.clamp_min(-7).exp() * torch.logit(u, 1e-6)
+        return ((x.clamp(-1, 1) + 1) / (2 * self.half_bin)).round() * (2 * self.half_bin) - 1
+
+
+class Gaussian(Likelihood):
+    """N(out, sigma^2) with one learned sigma, a density: of continuous data only."""
+
+    outputs, levels = 1, None
+
+    def __init__(self, sigma: float = 1.0):
+        super().__init__()
+        self.log_sigma = nn.Parameter(torch.tensor(float(sigma)).log())
+
+    def log_prob(self, out: Tensor, x: Tensor) -> Tensor:
+        z = (x - self.parts(out)[0]) * torch.exp(-self.log_sigma)
+        return (-0.5 * (z**2 + LOG_2PI) - self.log_sigma).flatten(1).sum(1)
+
+    def mean(self, out: Tensor) -> Tensor:
+        return self.parts(out)[0]
+
+    def draw(self, out: Tensor, u: Tensor) -> Tensor:
+        return self.parts(out)[0] + self.log_sigma.exp() * torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7))
+
+
+LOG_2PI = 1.8378770664093453

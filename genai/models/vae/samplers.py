@@ -1,0 +1,118 @@
+"""Looking at a VAE: samples of the prior, reconstructions, ways between two items, what each latent does.
+
+Sampler functions `(model, seeds, cond, on_step, ...) -> Batch`. `pixels="mean"` shows E[x | z], "draw" a draw of p(x | z)
+by Philox stream 1. `items(index)` gives items of the data, int64 (B,) -> (B, *shape); rows of the picture are `columns` long,
+and sample i is the picture's cell seeds[i].
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from genai.core import rng
+from genai.core.errors import UserError, at_least
+from genai.core.protocols import Batch, OnStep
+from genai.models.vae.vae import VAE
+
+Items = Callable[[Tensor], Tensor]
+
+
+def prior(
+    model: VAE,
+    seeds: Tensor,
+    cond: Batch | None = None,
+    on_step: OnStep | None = None,
+    temperature: float = 1.0,
+    pixels: str = "mean",
+) -> Batch:
+    """z ~ N(0, temperature^2), from Philox stream 0."""
+    z = temperature * rng.normal(seeds.to(_device(model)), (model.latents,), stream=rng.INITIAL)
+    return _shown(model, z, seeds, on_step, pixels)
+
+
+def reconstruct(
+    model: VAE,
+    seeds: Tensor,
+    cond: Batch | None = None,
+    on_step: OnStep | None = None,
+    items: Items | None = None,
+    columns: int = 10,
+    pixels: str = "mean",
+) -> Batch:
+    """Rows of items, and below each row what the decoder makes of their mean latents."""
+    row, column = _cells(seeds, columns)
+    x = _given(items, row // 2 * columns + column, model)
+    batch = _shown(model, _mean(model, x), seeds, on_step, pixels)
+    original = (row % 2 == 0).view(-1, *[1] * (x.ndim - 1)).to(x.device)
+    return {model.field: torch.where(original, x, batch[model.field])}
+
+
+def interpolate(
+    model: VAE,
+    seeds: Tensor,
+    cond: Batch | None = None,
+    on_step: OnStep | None = None,
+    items: Items | None = None,
+    columns: int = 10,
+    pixels: str = "mean",
+) -> Batch:
+    """Row r goes on a straight line from the mean latents of item 2 r to those of item 2 r + 1."""
+    row, column = _cells(seeds, columns)
+    share = (column / max(columns - 1, 1))[:, None].to(_device(model))
+    a, b = (_mean(model, _given(items, 2 * row + k, model)) for k in (0, 1))
+    return _shown(model, torch.lerp(a, b, share), seeds, on_step, pixels)
+
+
+def traverse(
+    model: VAE,
+    seeds: Tensor,
+    cond: Batch | None = None,
+    on_step: OnStep | None = None,
+    items: Items | None = None,
+    columns: int = 10,
+    extent: float = 3.0,
+    pixels: str = "mean",
+) -> Batch:
+    """Row r moves latent r of item 0 from -extent to extent; rows past the last latent begin again with the next item."""
+    row, column = _cells(seeds, columns)
+    z = _mean(model, _given(items, row // model.latents, model))
+    value = extent * (2 * column / max(columns - 1, 1) - 1)
+    z[torch.arange(len(z)), (row % model.latents).to(z.device)] = value.to(z)
+    return _shown(model, z, seeds, on_step, pixels)
+
+
+def _device(model: VAE) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _cells(seeds: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    at_least(columns, 1, "sampler.columns")
+    return seeds // columns, seeds % columns
+
+
+def _given(items: Items | None, index: Tensor, model: VAE) -> Tensor:
+    if items is None:
+        raise UserError("this sampler starts from data: use it with sample.py, or give it items=")
+    return items(index).to(_device(model))
+
+
+def _mean(model: VAE, x: Tensor) -> Tensor:
+    """The mean latents of items; what is binary at random is cut in the middle here."""
+    with torch.no_grad():
+        x = model.likelihood.prepare(x, torch.full_like(x, 0.5))
+        return model.encode(x)[0]
+
+
+def _shown(model: VAE, z: Tensor, seeds: Tensor, on_step: OnStep | None, pixels: str) -> Batch:
+    if pixels not in ("mean", "draw"):
+        raise UserError(f"sampler.pixels={pixels} is neither mean nor draw")
+    with torch.no_grad():
+        out = model.decoder(z)
+        if pixels == "mean":
+            x = model.likelihood.mean(out)
+        else:
+            x = model.likelihood.draw(out, rng.uniform(seeds.to(z.device), model.shape, stream=rng.STEP))
+    if on_step is not None:
+        on_step(0, 1, {model.field: x})
+    return {model.field: x}
