@@ -1,0 +1,120 @@
+"""Quantisers: the nearest code, what the book learns, the gradient that is published, codes that decode to what was said."""
+
+import itertools
+
+import pytest
+import torch
+
+from genai.core.errors import UserError
+from genai.models.vae.quantize import FiniteScalarQuantizer, ResidualQuantizer, VectorQuantizer, rotated
+
+
+def quantizers():
+    torch.manual_seed(0)
+    return [
+        VectorQuantizer(16, 3), VectorQuantizer(16, 3, gradient="rotation"),
+        ResidualQuantizer([VectorQuantizer(16, 3) for _ in range(3)]), FiniteScalarQuantizer([8, 5, 4]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("quantizer", quantizers(), ids=lambda q: type(q).__name__)
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 6)], ids=len)
+def test_codes_decode_to_what_was_said(quantizer, shape):
+    z = torch.randn(shape)
+    quantized = quantizer.eval()(z)
+    assert quantized.z.shape == z.shape and quantized.index.shape[:-1] == (shape[0], *shape[2:])
+    assert quantized.index.min() >= 0 and quantized.index.max() < quantizer.codes
+    assert torch.allclose(quantizer.decode(quantized.index), quantized.z, atol=1e-5)
+
+
+def test_the_nearest_code_is_the_nearest():
+    quantizer, x = VectorQuantizer(50, 4), torch.randn(200, 4)
+    assert torch.equal(quantizer.nearest(x), torch.cdist(x, quantizer.book).argmin(1))
+
+
+def test_the_book_moves_to_the_mean_of_what_chose_it():
+    """decay 0 is one step of k-means; the moving average is the formula."""
+    torch.manual_seed(0)
+    x = torch.randn(500, 2)
+    quantizer = VectorQuantizer(4, 2, decay=0.0, restart=0.0).train()
+    index = quantizer.nearest(x)
+    quantizer(x)
+    for k in index.unique():
+        assert torch.allclose(quantizer.book[k], x[index == k].mean(0), atol=1e-5)
+    quantizer = VectorQuantizer(4, 2, decay=0.9, restart=0.0).train()
+    before, index = quantizer.sums.clone(), quantizer.nearest(x)
+    quantizer(x)
+    n = (index == index[0]).sum()
+    expected = (0.9 * before[index[0]] + 0.1 * x[index == index[0]].sum(0)) / (0.9 + 0.1 * n)
+    assert torch.allclose(quantizer.book[index[0]], expected, atol=1e-5)
+
+
+def test_dead_codes_begin_anew_where_the_data_is():
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(32, 2).train()
+    quantizer.book += 100  # one of them is nearest to everything
+    quantizer.sums += 100
+    for _ in range(200):
+        quantizer(torch.randn(256, 2))
+    used = quantizer.nearest(torch.randn(5000, 2)).unique()
+    assert len(used) > 28 and quantizer.book.abs().max() < 10
+
+
+def test_gradients_are_the_published_ones():
+    x = torch.randn(6, 3, requires_grad=True)
+    g = torch.randn(6, 3)
+    quantizer = VectorQuantizer(8, 3).eval()
+    quantized = quantizer(x)
+    quantized.z.backward(g)
+    assert torch.allclose(x.grad, g)  # straight through
+    x.grad = None
+    quantized.commitment.backward()
+    assert torch.allclose(x.grad, 2 * (x - quantizer.book[quantized.index[:, 0]]).detach() / 18, atol=1e-6)
+
+    code = quantizer.book[quantized.index[:, 0]]
+    for k in range(6):  # the rotation in the plane of e and q by the angle between them, as a matrix
+        e, q = x[k].detach() / x[k].norm().detach(), code[k] / code[k].norm()
+        r = (e + q) / (e + q).norm()
+        turn = torch.eye(3) - 2 * torch.outer(r, r) + 2 * torch.outer(q, e)
+        assert torch.allclose(turn @ turn.T, torch.eye(3), atol=1e-5)
+        scale = (code[k].norm() / x[k].norm()).detach()
+        one = x[k : k + 1].detach().requires_grad_()
+        out = rotated(one, code[k : k + 1])
+        assert torch.allclose(out[0], code[k], atol=1e-5)
+        (grad,) = torch.autograd.grad(out, one, g[k : k + 1])
+        assert torch.allclose(grad[0], scale * turn.T @ g[k], atol=1e-5)
+
+
+def test_each_residual_stage_brings_it_closer():
+    torch.manual_seed(0)
+    quantizer, x = ResidualQuantizer([VectorQuantizer(64, 4) for _ in range(4)]).train(), torch.randn(4096, 4)
+    for _ in range(100):
+        quantizer(x)
+    index = quantizer.eval()(x).index
+    errors = []
+    for k in range(1, 5):
+        parts = [stage.decode(index[..., j : j + 1]) for j, stage in enumerate(list(quantizer.stages)[:k])]
+        errors.append((x - sum(parts)).square().mean().item())
+    assert all(later < 0.75 * earlier for earlier, later in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize("levels", [[8, 5, 5], [2, 3], [7]])
+def test_finite_scalars_use_every_level_and_no_other(levels):
+    quantizer = FiniteScalarQuantizer(levels)
+    z = 4 * torch.randn(200_000, len(levels))
+    quantized = quantizer(z)
+    assert len(quantized.index.unique()) == quantizer.codes
+    for k, level in enumerate(levels):
+        assert len(quantized.z[:, k].unique()) == level and quantized.z[:, k].abs().max() <= 1
+    z = torch.zeros(1, len(levels), requires_grad=True)
+    quantizer(z).z.sum().backward()
+    assert (z.grad > 0).all()
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(UserError, match="neither straight_through nor rotation"):
+        VectorQuantizer(4, 2, gradient="magic")
+    with pytest.raises(UserError, match="codes=1"):
+        VectorQuantizer(1, 2)
+    with pytest.raises(UserError, match="levels=1"):
+        FiniteScalarQuantizer([8, 1])
