@@ -49,7 +49,7 @@ def run(cfg: Any) -> dict[str, Any]:
         print(f"\r{done}/{n}, {seconds / done * (n - done):.0f} s left ", end="", flush=True)
     each = torch.cat(nats).double()
     result = {
-        **(_per_token(each, targets, data, cfg.split) if targets else _per_dimension(each, data)),
+        **(_per_token(each, targets, data, cfg.split) if targets else _per_dimension(each, data, loaded.model)),
         **({"reconstruction_psnr_db": round(torch.cat(decibels).mean().item(), 2)} if decibels else {}),
         "bound": loaded.model.bound,
         "split": cfg.split,
@@ -71,10 +71,15 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
     return -10 * (((x - y) ** 2).flatten(1).mean(1) / 4).log10()
 
 
-def _per_dimension(nats: Tensor, data: Data) -> dict[str, Any]:
+def _per_dimension(nats: Tensor, data: Data, model: Any) -> dict[str, Any]:
     bits = nats / (math.prod(data.shape) * math.log(2))
     error = (bits.std() / math.sqrt(len(bits))).item()
-    return {"bits_per_dim": round(bits.mean().item(), 4), "standard_error": round(error, 4), "levels": data.levels}
+    return {
+        "bits_per_dim": round(bits.mean().item(), 4),
+        "standard_error": round(error, 4),
+        "nats": round(nats.mean().item(), 2),
+        "levels": getattr(model, "levels", data.levels),  # a model of binary images counts two of grey ones
+    }
 
 
 def _per_token(nats: Tensor, targets: int, data: Any, split: str) -> dict[str, Any]:

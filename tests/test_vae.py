@@ -176,6 +176,7 @@ def test_binary_data_is_drawn_anew_in_training_and_by_seed_in_evaluation():
         "image", shape, 256, 2, nets.MLPEncoder(shape, 2, 8), nets.MLPDecoder(shape, 2, 1, 8), likelihoods.Bernoulli()
     )
     batch = {"image": torch.zeros(3, *shape)}
+    assert model.levels == 2
     assert torch.equal(model.log_prob(batch, 5), model.log_prob(batch, 5))
     assert not torch.equal(model.log_prob(batch, 5), model.log_prob(batch, 6))
     x = model.likelihood.prepare(batch["image"], torch.linspace(0, 1, 48).view(3, *shape))
@@ -247,6 +248,9 @@ def test_a_run_shows_itself_from_the_command_line(tmp_path, command, refused):  
     first = checkpoint.build(data).splits["val"].batch(torch.arange(6), None)["image"]
     assert np.array_equal(np.load(tmp_path / "reconstruct" / "samples.npz")["samples"][:6], io.to_uint8(first).numpy())
     result = evaluation.run(composed("evaluate", [f"ckpt={run}", "split=val", "n=20"]))
+    assert (
+        result["nats"] == pytest.approx(result["bits_per_dim"] * 64 * math.log(2), abs=0.02) and result["levels"] == 17
+    )
     assert (
         3 < result["bits_per_dim"] < 7
         and 0 < result["reconstruction_psnr_db"] < 20

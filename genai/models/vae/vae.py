@@ -51,7 +51,7 @@ class VAE(nn.Module):
             if value < 0:
                 raise UserError(f"model.{key}={value} must be at least 0")
         self.field, self.shape, self.latents = field, tuple(shape), at_least(latents, 1, "model.latents")
-        self.encoder, self.decoder, self.likelihood = encoder, decoder, likelihood
+        self.encoder, self.decoder, self.likelihood, self.levels = encoder, decoder, likelihood, likelihood.levels
         self.beta, self.free_bits = beta, free_bits
         self.kl_warmup_steps = at_least(kl_warmup_steps, 0, "model.kl_warmup_steps")
         self.importance_samples = at_least(importance_samples, 1, "model.importance_samples")
