@@ -2,7 +2,7 @@
 # Everything that wants a GPU: the tests marked for one, then the benchmarks whose figures it changes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python -m pytest -m gpu
+python -m pytest -o addopts=-q -m gpu
 python -m benchmarks.step --shapes 64,3,32,32 128,3,256,256
 python -m benchmarks.sample
 python -m benchmarks.sample --network 128 --dtype bfloat16 --batch 128 --rounds 5

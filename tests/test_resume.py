@@ -180,9 +180,10 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, kills,
 def test_killed_at_random_moments(uninterrupted, tmp_path, workers):
     folder, draw, kills = tmp_path / "run", random.Random(workers), 0
     # The first dies before it has written anything; until config.yaml is there, there is nothing to resume.
-    for delay in (0.1, *(draw.uniform(0.4, 1.0) for _ in range(20))):
-        if not (folder / "config.yaml").exists():
-            kills += train(folder, f"data.num_workers={workers}", kill_after=delay) != 0
+    delay = 0.1
+    while not (folder / "config.yaml").exists():
+        kills += train(folder, f"data.num_workers={workers}", kill_after=delay) != 0
+        delay = 1.3 * delay + 0.2 * draw.random()  # a slow machine gets there too
     for _ in range(8):
         if not (folder / "checkpoints" / "step_0000024.ckpt").exists():
             kills += train(folder, kill_after=draw.uniform(0.2, 1.5), new=False) != 0
@@ -226,7 +227,7 @@ def test_a_flipped_byte_is_detected(uninterrupted, tmp_path):
         checkpoint.read(tmp_path / "bad.ckpt")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_exits(tmp_path, number, code):
     """Through the real command line; then the run goes on."""
     import subprocess

@@ -94,8 +94,8 @@ def test_a_crashed_run_shows_as_crashed(tmp_path):
     "env",
     [
         {"WANDB_MODE": "", "WANDB_API_KEY": "x" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"},
-        {"WANDB_MODE": "", "WANDB_API_KEY": "", "HOME": "/nonexistent"},
-        {"WANDB_MODE": "disabled"},
+        pytest.param({"WANDB_MODE": "", "WANDB_API_KEY": "", "HOME": "/nonexistent"}, marks=pytest.mark.slow),
+        pytest.param({"WANDB_MODE": "disabled"}, marks=pytest.mark.slow),
     ],
     ids=["server does not answer", "no account", "disabled"],
 )

@@ -336,6 +336,7 @@ def test_two_ranks_equal_one_with_the_doubled_batch(tmp_path):
         assert not torch.equal(noise_a, noise_b)  # ranks draw different noise
 
 
+@pytest.mark.slow
 def test_two_ranks_through_the_command_line(tmp_path, command):
     """One rank has nothing to evaluate, only the first writes, and the run resumes."""
     from tests.test_checkpoint import DEBUG
