@@ -15,7 +15,7 @@ from genai import checkpoint
 from genai.checkpoint import Loaded
 from genai.core import rng
 from genai.core.errors import UserError, at_least
-from genai.core.protocols import Batch, OnStep, check_sampler
+from genai.core.protocols import Batch, OnStep, check_sampler, with_items
 
 
 def sample(
@@ -73,8 +73,6 @@ def bind(loaded: Loaded, node: dict, arguments: dict[str, Any]) -> Callable[...,
             raise UserError(f"the sampler {node['_target_'].rpartition('.')[2]} has no {key}; it has {', '.join(own)}")
     node = {**node, **arguments}
     extras: dict[str, Any] = {}
-    if "split" in node:
-        extras["items"] = items_of(loaded, node.pop("split"))
     if isinstance(node.get("draft"), str):
         other = checkpoint.load(
             node.pop("draft"), device=str(next(loaded.model.parameters()).device), trust=loaded.trust
@@ -82,7 +80,7 @@ def bind(loaded: Loaded, node: dict, arguments: dict[str, Any]) -> Callable[...,
         if other.assets.get("tokenizer") != loaded.assets.get("tokenizer"):
             raise UserError(f"sampler.draft={other.path} has another tokenizer than {loaded.path}: they must share one")
         extras["draft"] = other.model
-    run = functools.partial(checkpoint.build(node, loaded.trust), **extras)
+    run = with_items(functools.partial(checkpoint.build(node, loaded.trust), **extras), items_of(loaded))
     try:
         inspect.signature(run).bind(None, None, None, None)
     except TypeError as error:
@@ -91,13 +89,10 @@ def bind(loaded: Loaded, node: dict, arguments: dict[str, Any]) -> Callable[...,
     return run
 
 
-def items_of(loaded: Loaded, split: str) -> Callable[[Tensor], Tensor]:
-    """Items of the data a checkpoint was trained on, by index, beginning again at the end; of the field it models."""
-    data = checkpoint.build(loaded.config["data"], loaded.trust)
-    if split not in data.splits:
-        raise UserError(f"sampler.split={split} is none of {', '.join(data.splits)}")
-    part = data.splits[split]
-    return lambda index: part.batch(index % len(part), None)[data.field]
+def items_of(loaded: Loaded) -> Callable[[str, Tensor], Tensor]:
+    """Items of the data a checkpoint was trained on, which is built when first asked."""
+    data = functools.cache(lambda: checkpoint.build(loaded.config["data"], loaded.trust))
+    return lambda split, index: data().items(split, index)
 
 
 def resolve_prompts(prompt: Any, stop: str | None, n: int, loaded: Loaded) -> Batch | None:

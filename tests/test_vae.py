@@ -186,7 +186,7 @@ def test_binary_data_is_drawn_anew_in_training_and_by_seed_in_evaluation():
 def test_samplers_show_what_they_say():
     model = tiny()
     data = torch.randint(0, 17, (30, 1, 8, 8)) / 8 - 1
-    items = lambda index: data[index]  # noqa: E731
+    items = lambda split, index: data[index]  # noqa: E731
     seeds = torch.arange(40)
     means = model.encode(data)[0]
     pixels = lambda z: model.likelihood.mean(model.decoder(z)).detach()  # noqa: E731

@@ -1,6 +1,7 @@
 """The nouns of the house. Families implement them, the loop above and the tools beside it know nothing else."""
 
 import functools
+import inspect
 import typing
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -57,6 +58,24 @@ class Reconstructing(Protocol):
     def reconstruct(self, batch: Batch) -> Tensor: ...
 
 
+@runtime_checkable
+class Codec(Reconstructing, Protocol):
+    """A first stage: one field of a batch to latents and back, without randomness."""
+
+    latent_shape: tuple[int, ...]
+    """Of the latents of one sample."""
+    vocabulary: int | None
+    """How many token ids the latents are, int64; None for continuous ones."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, *shape) -> (B, *latent_shape)."""
+        ...
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, *latent_shape) -> (B, *shape)."""
+        ...
+
+
 class Prediction(NamedTuple):
     """A denoiser's answer in parts, so that one fused pass can finish it: x0 = p x + q (u + w (out - u))."""
 
@@ -88,13 +107,19 @@ class Sampler(Protocol):
 
 
 def check_sampler(sampler: Callable, model: nn.Module) -> None:
-    """Raises UserError where a sampler names the class of model it is for, and this is another."""
+    """Raises UserError where a sampler names the kind of model it is for, a class or a protocol, and this is another."""
     function = sampler
     while isinstance(function, functools.partial):
         function = function.func
     kind = next(iter(typing.get_type_hints(function).values()), None)
-    if isinstance(kind, type) and issubclass(kind, nn.Module) and not isinstance(model, kind):
+    if isinstance(kind, type) and kind not in (object, nn.Module) and not isinstance(model, kind):
         raise UserError(
             f"the sampler {function.__name__} is for a {kind.__name__}, and this model is a {type(model).__name__}: choose "
             "another with sampler="
         )
+
+
+def with_items(sampler: Callable, items: Callable[[str, Tensor], Tensor]) -> Callable:
+    """A sampler that starts from items of the data gets them: `items(split, index)`."""
+    takes = "items" in inspect.signature(sampler).parameters
+    return functools.partial(sampler, items=items) if takes else sampler

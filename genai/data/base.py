@@ -75,6 +75,13 @@ class Data:
         """What a checkpoint keeps of the data, plain values only."""
         return {"class_names": self.class_names}
 
+    def items(self, split: str, index: Tensor) -> Tensor:
+        """The field of items int64 (B,) of a split, beginning again at its end. Raises UserError for a split it lacks."""
+        if split not in self.splits:
+            raise UserError(f"sampler.split={split} is none of {', '.join(self.splits)}")
+        part = self.splits[split]
+        return part.batch(index % len(part), None)[self.field]
+
     def cond(self, n: int) -> Batch | None:
         """Conditions for n samples that show what a model has learned: the classes in turn, None without classes."""
         return None if self.classes is None else {"label": torch.arange(n) % self.classes}

@@ -16,7 +16,7 @@ from rich.progress import Progress as RichProgress
 from genai import checkpoint
 from genai.core import rng
 from genai.core.errors import at_least
-from genai.core.protocols import Batch, OnStep, Sampler, check_sampler
+from genai.core.protocols import Batch, OnStep, Sampler, check_sampler, with_items
 from genai.train.lit import LitModel
 
 Kind = TypeVar("Kind", bound=L.Callback)
@@ -89,7 +89,8 @@ class Samples(Between):
 
     def sample(self, lit: LitModel, n: int, on_step: OnStep = lambda *_: None) -> Batch:
         """With an on_step always, because a sampler may keep memory for what nobody watches, and training needs it."""
-        return self.sampler(lit.ema.module, rng.seed_range(self.seed, n), lit.data.cond(n), on_step)
+        sampler = with_items(self.sampler, lit.data.items)
+        return sampler(lit.ema.module, rng.seed_range(self.seed, n), lit.data.cond(n), on_step)
 
 
 class _Enough(Exception):

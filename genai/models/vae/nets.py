@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from genai.core.errors import UserError
+
 
 class MLPEncoder(nn.Module):
     """x (B, *shape) -> (B, 2 latents)."""
@@ -42,20 +44,13 @@ def mlp(inputs: int, width: int, layers: int, outputs: int, dropout: float = 0.0
 
 
 class ConvEncoder(nn.Module):
-    """Images (B, *shape) -> (B, 2 latents): halved once for each multiplier, then one linear map."""
+    """Images (B, *shape) -> (B, 2 latents): `MapEncoder`, then one linear map."""
 
     def __init__(self, shape: Sequence[int], latents: int, channels: int = 32, multipliers: Sequence[int] = (1, 2)):
         super().__init__()
         widths, sizes = pyramid(shape, channels, multipliers)
-        stem = nn.Conv2d(shape[0], widths[0], 3, padding=1)
-        stages = [
-            nn.Sequential(
-                norm_act(a), nn.Conv2d(a, b, 3, stride=2, padding=1), norm_act(b), nn.Conv2d(b, b, 3, padding=1)
-            )
-            for a, b in itertools.pairwise(widths)
-        ]
         flat = nn.Linear(widths[-1] * math.prod(sizes[-1]), 2 * latents)
-        self.net = nn.Sequential(stem, *stages, norm_act(widths[-1]), nn.Flatten(), flat)
+        self.net = nn.Sequential(*down(shape[0], widths), norm_act(widths[-1]), nn.Flatten(), flat)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -69,20 +64,96 @@ class ConvDecoder(nn.Module):
     ):
         super().__init__()
         widths, sizes = pyramid(shape, channels, multipliers)
-        self.start, stages = (widths[-1], *sizes[-1]), []
-        for a, b, size in zip(widths[:0:-1], widths[-2::-1], sizes[-2::-1], strict=True):
-            stages += [
-                norm_act(a),
-                nn.Upsample(size),
-                nn.Conv2d(a, b, 3, padding=1),
-                norm_act(b),
-                nn.Conv2d(b, b, 3, padding=1),
-            ]
+        self.start = (widths[-1], *sizes[-1])
         self.flat = nn.Linear(latents, math.prod(self.start))
-        self.net = nn.Sequential(*stages, norm_act(widths[0]), nn.Conv2d(widths[0], outputs * shape[0], 3, padding=1))
+        self.net = nn.Sequential(*up(outputs * shape[0], widths, sizes))
 
     def forward(self, z: Tensor) -> Tensor:
         return self.net(self.flat(z).view(-1, *self.start))
+
+
+class MapEncoder(nn.Module):
+    """Images (B, *shape) -> maps (B, outputs, h, w): halved once for each multiplier, with `blocks` residual blocks each.
+
+    Raises UserError if (h, w) is not what `latent_shape` says.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], latent_shape: Sequence[int], outputs: int, channels: int = 32,
+        multipliers: Sequence[int] = (1, 2), blocks: int = 1,
+    ):  # fmt: skip
+        super().__init__()
+        widths, _ = checked_pyramid(shape, latent_shape, channels, multipliers)
+        head = nn.Conv2d(widths[-1], outputs, 3, padding=1)
+        self.net = nn.Sequential(*down(shape[0], widths, blocks), norm_act(widths[-1]), head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class MapDecoder(nn.Module):
+    """Maps (B, *latent_shape) -> images (B, *shape), the encoder's way back."""
+
+    def __init__(
+        self, shape: Sequence[int], latent_shape: Sequence[int], channels: int = 32, multipliers: Sequence[int] = (1, 2),
+        blocks: int = 1,
+    ):  # fmt: skip
+        super().__init__()
+        widths, sizes = checked_pyramid(shape, latent_shape, channels, multipliers)
+        self.stem = nn.Conv2d(latent_shape[0], widths[-1], 3, padding=1)
+        self.net = nn.Sequential(*(ResBlock(widths[-1]) for _ in range(blocks)), *up(shape[0], widths, sizes, blocks))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.net(self.stem(z))
+
+
+class ResBlock(nn.Module):
+    """x + conv(act(norm(conv(act(norm(x)))))), the last convolution zero at first."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        last = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(last.weight)
+        self.net = nn.Sequential(
+            norm_act(channels), nn.Conv2d(channels, channels, 3, padding=1), norm_act(channels), last
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.net(x)
+
+
+def down(inputs: int, widths: Sequence[int], blocks: int = 0) -> list[nn.Module]:
+    """Images to maps of each width in turn, each half the size of the one before."""
+    stages: list[nn.Module] = [nn.Conv2d(inputs, widths[0], 3, padding=1)]
+    for a, b in itertools.pairwise(widths):
+        halve = nn.Conv2d(a, b, 3, stride=2, padding=1)
+        stages += [norm_act(a), halve, norm_act(b), nn.Conv2d(b, b, 3, padding=1), *(ResBlock(b) for _ in range(blocks))]
+    return stages
+
+
+def up(
+    outputs: int, widths: Sequence[int], sizes: Sequence[tuple[int, int]], blocks: int = 0
+) -> list[nn.Module]:
+    """The way back of `down` through the same sizes, and to as many channels."""
+    stages: list[nn.Module] = []
+    for a, b, size in zip(widths[:0:-1], widths[-2::-1], sizes[-2::-1], strict=True):
+        widen = nn.Conv2d(a, b, 3, padding=1)
+        stages += [norm_act(a), nn.Upsample(size), widen, norm_act(b), nn.Conv2d(b, b, 3, padding=1)]
+        stages += [ResBlock(b) for _ in range(blocks)]
+    return [*stages, norm_act(widths[0]), nn.Conv2d(widths[0], outputs, 3, padding=1)]
+
+
+def checked_pyramid(
+    shape: Sequence[int], latent_shape: Sequence[int], channels: int, multipliers: Sequence[int]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """`pyramid`. Raises UserError if it does not end at the latents' size."""
+    widths, sizes = pyramid(shape, channels, multipliers)
+    if len(latent_shape) != 3 or tuple(latent_shape[1:]) != sizes[-1]:
+        raise UserError(
+            f"latents of shape {list(latent_shape)} were asked for, but {list(shape)} halved {len(multipliers)} times is "
+            f"[channels, {sizes[-1][0]}, {sizes[-1][1]}]: correct the shape in model=, or the number of multipliers"
+        )
+    return widths, sizes
 
 
 def pyramid(shape: Sequence[int], channels: int, multipliers: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:

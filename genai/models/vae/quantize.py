@@ -20,7 +20,22 @@ class Quantized(NamedTuple):
     """Squared distance of the encoder's answer to its code, mean over all numbers: a loss of the encoder alone."""
 
 
-class VectorQuantizer(nn.Module):
+class Quantizer(nn.Module):
+    """What all are: z (B, D, ...) -> Quantized, and codes (B, ..., depth) back to (B, D, ...)."""
+
+    codes: int
+    """How many there are to choose from."""
+    depth: int = 1
+    """How many are chosen at each place."""
+
+    def forward(self, z: Tensor) -> Quantized:
+        raise NotImplementedError
+
+    def decode(self, index: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class VectorQuantizer(Quantizer):
     """The nearest of `codes` vectors (van den Oord et al., 2017), which follow the mean of what chose them (appendix A.1).
 
     Args:
@@ -84,13 +99,13 @@ class VectorQuantizer(nn.Module):
         self.book.copy_(self.sums / self.counts.clamp_min(1e-5)[:, None])
 
 
-class ResidualQuantizer(nn.Module):
+class ResidualQuantizer(Quantizer):
     """Each stage quantises what those before left over (Zeghidour et al., 2021, algorithm 1)."""
 
     def __init__(self, stages: Sequence[VectorQuantizer]):
         super().__init__()
         self.stages = nn.ModuleList(stages)
-        self.codes = stages[0].codes
+        self.codes, self.depth = stages[0].codes, len(stages)
 
     def forward(self, z: Tensor) -> Quantized:
         rest, total, index, commitment = z, torch.zeros_like(z), [], []
@@ -106,7 +121,7 @@ class ResidualQuantizer(nn.Module):
         return torch.stack(parts).sum(0)
 
 
-class FiniteScalarQuantizer(nn.Module):
+class FiniteScalarQuantizer(Quantizer):
     """Each of D numbers is bounded and rounded to one of its few levels; no book to learn (Mentzer et al., 2023, eq. 1).
 
     Args:

@@ -1,21 +1,22 @@
 """Looking at a VAE: samples of the prior, reconstructions, ways between two items, what each latent does.
 
 Sampler functions `(model, seeds, cond, on_step, ...) -> Batch`. `pixels="mean"` shows E[x | z], "draw" a draw of p(x | z)
-by Philox stream 1. `items(index)` gives items of the data, int64 (B,) -> (B, *shape); rows of the picture are `columns` long,
-and sample i is the picture's cell seeds[i].
+by Philox stream 1. `items(split, index)` gives items of the data, int64 (B,) -> (B, *shape); rows of the picture are
+`columns` long, and sample i is the picture's cell seeds[i].
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from genai.core import rng
 from genai.core.errors import UserError, at_least
-from genai.core.protocols import Batch, OnStep
+from genai.core.protocols import Batch, Codec, OnStep, Reconstructing
 from genai.models.vae.vae import VAE
 
-Items = Callable[[Tensor], Tensor]
+Items = Callable[[str, Tensor], Tensor]
 
 
 def prior(
@@ -32,20 +33,32 @@ def prior(
 
 
 def reconstruct(
-    model: VAE,
+    model: Reconstructing,
     seeds: Tensor,
     cond: Batch | None = None,
     on_step: OnStep | None = None,
     items: Items | None = None,
+    split: str = "val",
     columns: int = 10,
-    pixels: str = "mean",
 ) -> Batch:
-    """Rows of items, and below each row what the decoder makes of their mean latents."""
+    """Rows of items, and below each row what the model makes of them."""
     row, column = _cells(seeds, columns)
-    x = _given(items, row // 2 * columns + column, model)
-    batch = _shown(model, _mean(model, x), seeds, on_step, pixels)
+    x = _given(items, split, row // 2 * columns + column, model)
     original = (row % 2 == 0).view(-1, *[1] * (x.ndim - 1)).to(x.device)
-    return {model.field: torch.where(original, x, batch[model.field])}
+    return _reported({model.field: torch.where(original, x, model.reconstruct({model.field: x}))}, on_step)
+
+
+def random_latents(
+    model: Codec, seeds: Tensor, cond: Batch | None = None, on_step: OnStep | None = None, temperature: float = 1.0
+) -> Batch:
+    """Latents without a prior over them: normal numbers, or token ids, each as likely as another. What the decoder makes
+    of them shows what a second stage has to learn."""
+    seeds = seeds.to(_device(model))
+    if model.vocabulary is None:
+        z = temperature * rng.normal(seeds, model.latent_shape, stream=rng.INITIAL)
+    else:
+        z = (rng.uniform(seeds, model.latent_shape, stream=rng.INITIAL) * model.vocabulary).long()
+    return _reported({model.field: model.decode(z)}, on_step)
 
 
 def interpolate(
@@ -54,13 +67,14 @@ def interpolate(
     cond: Batch | None = None,
     on_step: OnStep | None = None,
     items: Items | None = None,
+    split: str = "val",
     columns: int = 10,
     pixels: str = "mean",
 ) -> Batch:
     """Row r goes on a straight line from the mean latents of item 2 r to those of item 2 r + 1."""
     row, column = _cells(seeds, columns)
     share = (column / max(columns - 1, 1))[:, None].to(_device(model))
-    a, b = (_mean(model, _given(items, 2 * row + k, model)) for k in (0, 1))
+    a, b = (_mean(model, _given(items, split, 2 * row + k, model)) for k in (0, 1))
     return _shown(model, torch.lerp(a, b, share), seeds, on_step, pixels)
 
 
@@ -70,19 +84,20 @@ def traverse(
     cond: Batch | None = None,
     on_step: OnStep | None = None,
     items: Items | None = None,
+    split: str = "val",
     columns: int = 10,
     extent: float = 3.0,
     pixels: str = "mean",
 ) -> Batch:
     """Row r moves latent r of item 0 from -extent to extent; rows past the last latent begin again with the next item."""
     row, column = _cells(seeds, columns)
-    z = _mean(model, _given(items, row // model.latents, model))
+    z = _mean(model, _given(items, split, row // model.latents, model))
     value = extent * (2 * column / max(columns - 1, 1) - 1)
     z[torch.arange(len(z)), (row % model.latents).to(z.device)] = value.to(z)
     return _shown(model, z, seeds, on_step, pixels)
 
 
-def _device(model: VAE) -> torch.device:
+def _device(model: Any) -> torch.device:
     return next(model.parameters()).device
 
 
@@ -91,10 +106,10 @@ def _cells(seeds: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     return seeds // columns, seeds % columns
 
 
-def _given(items: Items | None, index: Tensor, model: VAE) -> Tensor:
+def _given(items: Items | None, split: str, index: Tensor, model: Any) -> Tensor:
     if items is None:
         raise UserError("this sampler starts from data: use it with sample.py, or give it items=")
-    return items(index).to(_device(model))
+    return items(split, index).to(_device(model))
 
 
 def _mean(model: VAE, x: Tensor) -> Tensor:
@@ -113,6 +128,10 @@ def _shown(model: VAE, z: Tensor, seeds: Tensor, on_step: OnStep | None, pixels:
             x = model.likelihood.mean(out)
         else:
             x = model.likelihood.draw(out, rng.uniform(seeds.to(z.device), model.shape, stream=rng.STEP))
+    return _reported({model.field: x}, on_step)
+
+
+def _reported(batch: Batch, on_step: OnStep | None) -> Batch:
     if on_step is not None:
-        on_step(0, 1, {model.field: x})
-    return {model.field: x}
+        on_step(0, 1, batch)
+    return batch

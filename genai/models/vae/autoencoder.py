@@ -1,0 +1,73 @@
+"""The autoencoder that is the first stage of latent diffusion (Rombach et al., 2022, section 3.1)."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from genai.core.errors import UserError, number
+from genai.core.protocols import Batch, Losses
+from genai.models.vae.vae import gaussian_kl
+
+
+class Autoencoder(nn.Module):
+    """Reconstruction first, with a KL term so small that it only keeps the latents near the unit normal. A Codec whose
+    code is the mean of the latents. No likelihood: its decoder is no distribution.
+
+    Args:
+        field, shape: of the data.
+        latent_shape: of the latents, (C, h, w) or (D,).
+        encoder: x (B, *shape) -> (B, 2 latent_shape[0], ...), means and log variances.
+        decoder: (B, *latent_shape) -> (B, *shape).
+        kl_weight: of the KL in nats per number of x.
+        power: p of the reconstruction |x - y|^p: 2 for the least squared error, 1 for sharper edges.
+        perceptual: `perceptual(x, y) -> (B,)`, a distance of what the eye sees, or None.
+        perceptual_weight: of its mean.
+    """
+
+    vocabulary: int | None = None
+
+    def __init__(
+        self, field: str, shape: Sequence[int], latent_shape: Sequence[int], encoder: nn.Module, decoder: nn.Module,
+        kl_weight: float = 1e-4, power: int = 2, perceptual: nn.Module | None = None, perceptual_weight: float = 0.1,
+    ):  # fmt: skip
+        super().__init__()
+        if power not in (1, 2):
+            raise UserError(f"model.power={power} is neither 1 nor 2")
+        self.field, self.shape, self.latent_shape = field, tuple(shape), tuple(latent_shape)
+        self.encoder, self.decoder, self.perceptual, self.power = encoder, decoder, perceptual, power
+        self.kl_weight = number(kl_weight, "model.kl_weight", 0)
+        self.perceptual_weight = number(perceptual_weight, "model.perceptual_weight", 0)
+
+    def nets(self) -> Mapping[str, nn.Module]:
+        return {"encoder": self.encoder, "decoder": self.decoder}
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and log variances (B, *latent_shape) of the latents."""
+        mean, log_variance = self.encoder(x).float().chunk(2, 1)
+        return mean, log_variance.clamp(-14, 14)
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        x = batch[self.field]
+        mean, log_variance = self.posterior(x)
+        y = self.decoder(mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))
+        kl = gaussian_kl(mean, log_variance).flatten(1).sum(1).mean()
+        error = (y - x).abs().pow(self.power).mean()
+        logs, total = {"error": error, "kl": kl}, error + self.kl_weight * kl / math.prod(self.shape)
+        if self.perceptual is not None:
+            logs["perceptual"] = self.perceptual(x, y).mean()
+            total = total + self.perceptual_weight * logs["perceptual"]
+        n = float(len(x))
+        return Losses(total, n, {name: (value.detach(), n) for name, value in logs.items()})
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        return self.posterior(x)[0]
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(z).clamp(-1, 1)
+
+    def reconstruct(self, batch: Batch) -> Tensor:
+        return self.decode(self.encode(batch[self.field]))
