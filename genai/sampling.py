@@ -24,6 +24,7 @@ def sample(
     seed: int = 0,
     label: Any = None,
     prompt: Any = None,
+    negative_prompt: Any = None,
     stop: str | None = None,
     sampler: dict | None = None,
     batch_size: int = 256,
@@ -34,7 +35,9 @@ def sample(
 
     Args:
         label: index, name or a list of them; shorter lists repeat. None takes the classes in turn.
-        prompt: for models of text, a text or a list of them; shorter lists repeat. None begins a text.
+        prompt: for models of text, and those that a caption steers, a text or a list of them; shorter lists repeat. None
+            begins a text, and leaves the caption out.
+        negative_prompt: what guidance leads away from, where a caption steers.
         stop: text of one token at which a sample ends; None: the end of a document, where the model knows ends.
         sampler: a config node, default the one the checkpoint was trained with.
         batch_size: samples made at once.
@@ -50,7 +53,9 @@ def sample(
     run = bind(loaded, sampler or loaded.config["sampler"], arguments)
     seeds = rng.seed_range(seed, n)
     labels = resolve_labels(label, n, loaded)
-    cond = resolve_prompts(prompt, stop, n, loaded) or ({} if labels is None else {"label": labels})
+    captions = resolve_captions(prompt, negative_prompt, n, loaded)
+    cond = resolve_prompts(None if captions else prompt, stop, n, loaded) or {}
+    cond |= (captions or {}) | ({} if labels is None else {"label": labels})
     chunks, starts = [], range(0, n, batch_size)
     for k, start in enumerate(starts):
         part = slice(start, start + batch_size)
@@ -105,10 +110,7 @@ def resolve_prompts(prompt: Any, stop: str | None, n: int, loaded: Loaded) -> Ba
                 raise UserError(f"{key}={value!r} was given, but this model takes no text: leave {key}= out")
         return None
     tokenizer = text.from_state(loaded.assets["tokenizer"])
-    wanted = [str(p) for p in (prompt if isinstance(prompt, list | tuple) else ["" if prompt is None else prompt])]
-    if not wanted:
-        raise UserError("prompt=[] is empty: leave prompt= out for the beginning of a text")
-    cond = text.prompts(tokenizer, (wanted * -(-n // len(wanted)))[:n])
+    cond = text.prompts(tokenizer, _repeated("" if prompt is None else prompt, n, "prompt"))
     if stop is not None:
         if not isinstance(stop, str | int | float):
             raise UserError(f"stop={stop} must be one text of one token")
@@ -117,6 +119,33 @@ def resolve_prompts(prompt: Any, stop: str | None, n: int, loaded: Loaded) -> Ba
             raise UserError(f"stop={stop!r} is {len(ids)} tokens of this model's tokenizer: give a text that is one")
         cond["stop"] = torch.full((n,), int(ids[0]))
     return cond
+
+
+def resolve_captions(prompt: Any, negative_prompt: Any, n: int, loaded: Loaded) -> Batch | None:
+    """The captions n samples are steered by; None where no prompt was given, or the model writes text itself.
+
+    Raises UserError if the model takes no captions, or not as long ones.
+    """
+    from genai.data.captions import encode
+
+    null = loaded.model.null().get("caption") if hasattr(loaded.model, "null") else None  # type: ignore[operator]
+    if negative_prompt is not None and (null is None or prompt is None):
+        why = "this model takes no prompt" if null is None else "there is no prompt= to guide towards"
+        raise UserError(f"negative_prompt={negative_prompt!r} was given, but {why}: leave negative_prompt= out")
+    if null is None or prompt is None:
+        return None
+    given = {"caption": prompt, "negative": negative_prompt}
+    return {
+        name: encode(_repeated(text, n, name), len(null), "data.length of this model")
+        for name, text in given.items() if text is not None
+    }  # fmt: skip
+
+
+def _repeated(text: Any, n: int, key: str) -> list[str]:
+    texts = [str(t) for t in (text if isinstance(text, list | tuple) else [text])]
+    if not texts:
+        raise UserError(f"{key}=[] is empty: leave it out, or give a text")
+    return (texts * -(-n // len(texts)))[:n]
 
 
 def resolve_labels(label: Any, n: int, loaded: Loaded) -> Tensor | None:
@@ -149,7 +178,7 @@ def run(cfg: Any) -> Path:
     """`sample.py`: load, sample with a progress bar or while the text appears, write files; returns their folder."""
     from omegaconf import OmegaConf
 
-    from genai.data import io, text
+    from genai.data import captions, io, text
 
     device = cfg.device
     if device == "auto":
@@ -161,10 +190,11 @@ def run(cfg: Any) -> Path:
     node: dict[str, Any] = OmegaConf.to_container(cfg.sampler, resolve=True)  # type: ignore[assignment]
     if cfg.guidance is not None:
         node["guidance"] = cfg.guidance
-    label, prompt = (OmegaConf.to_container(v) if OmegaConf.is_list(v) else v for v in (cfg.label, cfg.prompt))
+    given = cfg.label, cfg.prompt, cfg.negative_prompt
+    label, prompt, negative_prompt = (OmegaConf.to_container(v) if OmegaConf.is_list(v) else v for v in given)
     is_text = "tokenizer" in loaded.assets
     with streamed(loaded, prompt, cfg.stop) if is_text else bar() as on_step:
-        batch = sample(loaded, cfg.n, cfg.seed, label, prompt, cfg.stop, node, cfg.batch_size, on_step)
+        batch = sample(loaded, cfg.n, cfg.seed, label, prompt, negative_prompt, cfg.stop, node, cfg.batch_size, on_step)
     out = Path(cfg.out) if cfg.out is not None else _unused(loaded.path.parent)
     if is_text:
         given = resolve_prompts(prompt, cfg.stop, cfg.n, loaded) or {}
@@ -174,6 +204,8 @@ def run(cfg: Any) -> Path:
         field = loaded.config["data"]["field"]
         columns = node.get("columns") or (10 if "label" in batch and cfg.n >= 10 else None)
         io.write_samples(out, field, batch[field], batch.get("label"), batch["seeds"], rng.RNG_VERSION, columns)
+        if prompt is not None:
+            captions.write(out, io.file_names(batch["seeds"], None), _repeated(prompt, cfg.n, "prompt"))
         files = f"{out}/grid.png, samples.npz"
     print(f"{cfg.n} samples of {loaded.path} (step {loaded.step}, {cfg.weights} weights): {files}")
     return out

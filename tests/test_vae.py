@@ -201,8 +201,9 @@ def test_samplers_show_what_they_say():
     assert torch.allclose(x[19], pixels(z[None])[0], atol=1e-5)
     for sampler in (samplers.prior, samplers.reconstruct, samplers.interpolate, samplers.traverse):
         given = {} if sampler is samplers.prior else {"items": items}
-        whole = sampler(model, seeds, pixels="draw", **given)["image"]
-        part = sampler(model, seeds[7:9], pixels="draw", **given)["image"]
+        given |= {} if sampler is samplers.reconstruct else {"pixels": "draw"}
+        whole = sampler(model, seeds, **given)["image"]
+        part = sampler(model, seeds[7:9], **given)["image"]
         assert (whole[7:9] - part).abs().max() < 1e-4
 
 

@@ -177,6 +177,8 @@ def scan(files: Files) -> list[Header]:
     found: list[Header] = []
     skipped: list[str] = []
     for name in files.names():
+        if name.endswith(".jsonl"):
+            continue  # captions
         try:
             with files.open(name) as file, Image.open(file) as image:
                 sideways = "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= 5

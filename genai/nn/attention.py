@@ -101,6 +101,33 @@ class Attention(nn.Module):
         return scores.softmax(-1)
 
 
+class CrossAttention(nn.Module):
+    """Attention of one sequence to another (Vaswani et al., 2017, section 3.2.3); its answer is zero at first.
+
+    Args:
+        width: of the sequence that asks, and of the answer.
+        context_width: of the one that is asked.
+        heads: a divisor of width.
+    """
+
+    def __init__(self, width: int, context_width: int, heads: int):
+        super().__init__()
+        if width % at_least(heads, 1, "heads"):
+            raise UserError(f"heads={heads} must divide width={width}")
+        self.heads = heads
+        self.q, self.kv = nn.Linear(width, width, False), nn.Linear(context_width, 2 * width, False)
+        self.out = nn.Linear(width, width)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor, context: Tensor, real: Tensor) -> Tensor:
+        """x (B, T, width), context (B, T', context_width), real bool (B, T'), False where it is padding -> as x."""
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.kv(context).chunk(2, -1))
+        y = F.scaled_dot_product_attention(q, k, v, real[:, None, None])
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn each pair (i, i + D/2) of the last dimension by its position's angle (Su et al., 2021, eq. 34)."""
     cos, sin = rotation

@@ -226,10 +226,11 @@ class Transformer(nn.Module):
         self.norm = norm(width)
         self.position(torch.arange(1), self.head_dim)  # what cannot be says so here
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        """With a cache, x are the positions after those it has seen, and it sees them."""
+    def forward(self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+        """With a cache, x are the positions after those it has seen, and it sees them; without, `mask` (B or 1, 1, T or 1,
+        T) may say who sees whom."""
         if cache is None:
-            places = Places(*self.position(torch.arange(x.shape[1], device=x.device), self.head_dim))
+            places = Places(*self.position(torch.arange(x.shape[1], device=x.device), self.head_dim), mask)
             memories = [Memory()] * len(self.blocks)
         else:
             places, memories = cache.take(x.shape[1])

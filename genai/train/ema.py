@@ -29,7 +29,8 @@ class EMA:
         if not 0 <= decay <= 1:
             raise UserError(f"ema.decay={decay} must be between 0 (the live weights) and 1")
         self.decay, self.power, self.updates = decay, power, 0
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}  # one copy is enough
+        self.module = copy.deepcopy(model, frozen).eval().requires_grad_(False)
         self._pair(model)
 
     def _pair(self, model: nn.Module) -> None:

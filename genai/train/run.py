@@ -18,7 +18,8 @@ from genai import checkpoint
 from genai.core import rng
 from genai.core.errors import UserError, at_least
 from genai.data.base import std
-from genai.train import trackers
+from genai.data.stream import batches
+from genai.train import codec, trackers
 from genai.train.callbacks import File, Progress, Stop
 from genai.train.record import Record
 
@@ -42,12 +43,19 @@ def run(cfg: DictConfig) -> Path:
         cfg.data[fact] = getattr(data, fact)
     if cfg.model.get("sigma_data", 1.0) is None:
         cfg.model.sigma_data = round(std(data.splits["train"], data.field), 4)
+    weights = codec.adopt(cfg, data, trust or _packages(cfg.trust), cfg.resume is not None)
     config: dict[str, Any] = {**OmegaConf.to_container(cfg, resolve=True), "resume": None}  # type: ignore[dict-item]
     folder, resumed = _folder(cfg)
     if resumed is not None:
         _same_names(resumed[0]["assets"], data.assets(), resumed[1])
     torch.manual_seed(rng.mix(cfg.seed))
     model = checkpoint.build(config["model"], trust)
+    if weights is not None:
+        codec.fill(model, weights, cfg.codec.ckpt)
+    if resumed is None and hasattr(model, "measure"):
+        model.measure(batches(data.splits["train"], data.batch_size, codec.MEASURED))
+    if cfg.get("codec") is not None and cfg.codec.cache is not None:
+        codec.precompute(model, data, cfg)
     if cfg.init_from is not None:
         _init_from(model, data.assets(), cfg.init_from, cfg.init_strict)
     optim, ema = checkpoint.build(config["optim"], trust), checkpoint.build(config["ema"], trust)
@@ -200,5 +208,6 @@ def _quiet() -> None:
         ".*does not have many workers.*",
         ".*`isinstance.treespec, LeafSpec.*",
         ".*exists and is not empty.*",
+        ".*in eval mode at the start of training.*",  # a first stage that is not trained
     ):
         warnings.filterwarnings("ignore", message)

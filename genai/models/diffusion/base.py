@@ -1,13 +1,15 @@
 """What all diffusion models share: one field of the batch, its label as a condition, how times are spread."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, Losses, Prediction
+from genai.models.diffusion.latent import Latent
 from genai.models.diffusion.paths import Path
+from genai.models.diffusion.text import TextEncoder
 
 
 class Diffusion(nn.Module):
@@ -15,13 +17,15 @@ class Diffusion(nn.Module):
 
     Args:
         net: `net(x, time, label) -> out`, x and out (B, *shape), time (B,) in [0, 1000], label int64 (B,) where the
-            index `classes` is the learned null; an unconditional model calls `net(x, time)`.
+            index `classes` is the learned null; an unconditional model calls `net(x, time)`. One whose `net.text` is a
+            TextEncoder is called `net(x, time, states=, real=)` with its Context of `caption` int64 (B, length).
         shape: of one sample, (C, H, W) or (D,).
         field: the batch's tensor to model, scaled to [-1, 1] if `clip` is 1.
         classes: number of labels, None for an unconditional model.
-        label_dropout: probability of training a sample with the null label, for classifier-free guidance.
+        label_dropout: probability of training a sample with the null label and caption, for classifier-free guidance.
         guidance: weight of classifier-free guidance when sampling, 1 for none.
         clip: bound of |x0| while sampling, None for unbounded data.
+        latent: the space to work in instead of the field's own; `shape` is that of its latents.
     """
 
     path: Path
@@ -35,12 +39,16 @@ class Diffusion(nn.Module):
         label_dropout: float = 0.1,
         guidance: float = 1.0,
         clip: float | None = 1.0,
+        latent: Latent | None = None,
     ):
         super().__init__()
         if not 0 <= label_dropout <= 1:
             raise UserError(f"model.label_dropout={label_dropout} must be a probability between 0 and 1")
         self.net, self.shape, self.field = net, tuple(shape), field
         self.classes, self.label_dropout, self.guidance, self.clip = classes, label_dropout, guidance, clip
+        self.latent = latent
+        if latent is not None and latent.shape != self.shape:
+            raise UserError(f"model.shape={list(shape)}, but the first stage's latents are {list(latent.shape)}")
 
     def forward(self, batch: Batch, step: int) -> Losses:
         raise NotImplementedError
@@ -60,23 +68,58 @@ class Diffusion(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.net.parameters()).dtype
 
+    @property
+    def text(self) -> TextEncoder | None:
+        return getattr(self.net, "text", None)
+
+    @property
+    def codec(self) -> nn.Module | None:
+        """The first stage, whose weights are somebody else's."""
+        return None if self.latent is None else self.latent.codec
+
+    def measure(self, batches: Iterable[Batch]) -> None:
+        """What must be known of the training data before the first step."""
+        if self.latent is not None:
+            self.latent.measure(batches)
+
+    def clean(self, batch: Batch) -> Tensor:
+        """x0 of a batch, (B, *shape)."""
+        return batch[self.field] if self.latent is None else self.latent.encode(batch)
+
+    def shown(self, x0: Tensor) -> Tensor:
+        """x0 as the field it is of."""
+        return x0 if self.latent is None else self.latent.decode(x0)
+
     def null(self) -> Batch:
-        """The value, shape (), of each condition that means "not given"."""
-        return {} if self.classes is None else {"label": torch.full((), self.classes, device=self.device)}
+        """The value, of the shape of one sample's, of each condition that means "not given"."""
+        label = {} if self.classes is None else {"label": torch.full((), self.classes, device=self.device)}
+        return label if self.text is None else {**label, "caption": self.text.null()}
+
+    def nulls(self, n: int) -> Batch:
+        """`null` of n samples."""
+        return {name: null.expand(n, *null.shape) for name, null in self.null().items()}
 
     def conditions(self, batch: Batch) -> Batch:
-        """The network's keyword arguments; in training some labels become the null."""
-        if self.classes is None:
+        """The network's keyword arguments; in training some samples get the null, as all do that come without."""
+        null = self.null()
+        if not null:
             return {}
-        label = batch["label"]
+        n = len(next(iter(batch.values())))
+        cond = {name: batch.get(name, value) for name, value in self.nulls(n).items()}
         if self.training:
-            dropped = torch.rand(label.shape, device=label.device) < self.label_dropout
-            label = torch.where(dropped, self.classes, label)
-        return {"label": label}
+            dropped = torch.rand(n, device=self.device) < self.label_dropout
+            cond = {name: torch.where(dropped.view(-1, *[1] * (c.ndim - 1)), null[name], c) for name, c in cond.items()}
+        return self.encoded(cond)
+
+    def encoded(self, cond: Batch) -> Batch:
+        """Conditions with the caption as the network attends to it; as they are if that has been done."""
+        if self.text is None or "caption" not in cond:
+            return cond
+        return {name: c for name, c in cond.items() if name != "caption"} | self.text(cond["caption"])._asdict()
 
     def call(self, x: Tensor, time: float, cond: Batch | None) -> Tensor:
         """The network at one time for the whole batch, which it is told; null where there are no conditions."""
-        cond = cond or {name: null.expand(x.shape[0]) for name, null in self.null().items()}
+        cond = self.encoded(cond or self.nulls(len(x)))
         return self.net(x, x.new_full(x.shape[:1], time), **cond).to(x.dtype)
 
     def uniforms(self, n: int) -> Tensor:

@@ -9,6 +9,7 @@ from genai.core.protocols import Batch, Losses, Prediction
 from genai.core.shapes import expand_like, mean_flat
 from genai.models.diffusion import vlb, weightings
 from genai.models.diffusion.base import Diffusion
+from genai.models.diffusion.latent import Latent
 from genai.models.diffusion.paths import Parameterization, combination, to_x0
 from genai.models.diffusion.schedules import Schedule
 
@@ -17,7 +18,7 @@ class DDPM(Diffusion):
     """Discrete-time diffusion, optionally conditioned on a label.
 
     Args:
-        net, shape, field, classes, label_dropout, guidance, clip: see `Diffusion`; the time is t * 1000 / T.
+        net, shape, field, classes, label_dropout, guidance, clip, latent: see `Diffusion`; the time is t * 1000 / T.
         schedule: alpha and sigma for t = 0, ..., T-1.
         parameterization: what the network predicts: eps, x0, v or flow.
         weighting: `(schedule, q) -> (T,)`, the loss weight of each t.
@@ -44,8 +45,9 @@ class DDPM(Diffusion):
         clip: float | None = 1.0,
         levels: int | None = None,
         variance: vlb.Variance = "small",
+        latent: Latent | None = None,
     ):
-        super().__init__(net, shape, field, classes, label_dropout, guidance, clip)
+        super().__init__(net, shape, field, classes, label_dropout, guidance, clip, latent)
         self.path = self.schedule = schedule
         self.parameterization: Parameterization = parameterization
         self.levels = levels
@@ -58,7 +60,7 @@ class DDPM(Diffusion):
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """The weighted denoising loss (eq. 14 where the weighting is simple); evaluation adds its quartiles over t."""
-        x0 = batch[self.field]
+        x0 = self.clean(batch)
         t = self.draw_t(len(x0))
         eps = self.draw_eps(x0)
         alpha, sigma = expand_like(self.alpha[t], x0), expand_like(self.sigma[t], x0)

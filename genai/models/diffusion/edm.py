@@ -10,6 +10,7 @@ from genai.core.errors import UserError
 from genai.core.protocols import Batch, Losses, Prediction
 from genai.core.shapes import expand_like, mean_flat
 from genai.models.diffusion.base import Diffusion
+from genai.models.diffusion.latent import Latent
 from genai.models.diffusion.paths import Number, VarianceExploding
 
 
@@ -17,7 +18,7 @@ class EDM(Diffusion):
     """Diffusion in continuous sigma: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (eq. 7).
 
     Args:
-        net, shape, field, classes, label_dropout, guidance, clip: see `Diffusion`. The time the network is told is affine
+        net, shape, field, classes, label_dropout, guidance, clip, latent: see `Diffusion`. The time the network is told is affine
             in c_noise = ln(sigma) / 4, 0 at sigma_min and 1000 at sigma_max.
         sigma_data: standard deviation of the data; train.py measures it where the config says null.
         sigma_min, sigma_max: the levels that are sampled from.
@@ -38,8 +39,9 @@ class EDM(Diffusion):
         label_dropout: float = 0.1,
         guidance: float = 1.0,
         clip: float | None = None,
+        latent: Latent | None = None,
     ):
-        super().__init__(net, shape, field, classes, label_dropout, guidance, clip)
+        super().__init__(net, shape, field, classes, label_dropout, guidance, clip, latent)
         if not sigma_data or sigma_data < 0:
             raise UserError(f"model.sigma_data={sigma_data} must be the standard deviation of the data, above 0")
         if not 0 < sigma_min < sigma_max:
@@ -59,7 +61,7 @@ class EDM(Diffusion):
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """The loss of eq. 8. Its weight lambda(sigma) = 1 / c_out^2 leaves a plain squared error of F."""
-        x0 = batch[self.field]
+        x0 = self.clean(batch)
         u = self.uniforms(len(x0))
         log_sigma = self.log_sigma_mean + self.log_sigma_std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
         sigma = expand_like(log_sigma.exp(), x0)

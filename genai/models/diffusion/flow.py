@@ -12,6 +12,7 @@ from genai.core.errors import UserError
 from genai.core.protocols import Batch, Losses, Prediction
 from genai.core.shapes import expand_like, mean_flat
 from genai.models.diffusion.base import Diffusion
+from genai.models.diffusion.latent import Latent
 from genai.models.diffusion.paths import Straight, to_x0
 
 
@@ -19,7 +20,7 @@ class Flow(Diffusion):
     """A velocity field from noise to data.
 
     Args:
-        net, shape, field, classes, label_dropout, guidance, clip: see `Diffusion`; the time the network is told is 1000 t.
+        net, shape, field, classes, label_dropout, guidance, clip, latent: see `Diffusion`; the time the network is told is 1000 t.
         logit_mean, logit_std: of the normal that logit(t) is drawn from in training (Esser et al. 2024, eq. 19);
             a positive mean trains more on noise, logit_std 0 draws t uniformly.
     """
@@ -35,15 +36,16 @@ class Flow(Diffusion):
         label_dropout: float = 0.1,
         guidance: float = 1.0,
         clip: float | None = None,
+        latent: Latent | None = None,
     ):
-        super().__init__(net, shape, field, classes, label_dropout, guidance, clip)
+        super().__init__(net, shape, field, classes, label_dropout, guidance, clip, latent)
         if logit_std < 0:
             raise UserError(f"model.logit_std={logit_std} must be at least 0 (0 draws t uniformly)")
         self.path, self.logit_mean, self.logit_std = Straight(), logit_mean, logit_std
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """The squared error of the velocity (conditional flow matching, Lipman et al. 2023, eq. 9)."""
-        x0 = batch[self.field]
+        x0 = self.clean(batch)
         u = self.uniforms(len(x0))
         t = self.logit_mean + self.logit_std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
         t = torch.sigmoid(t) if self.logit_std else u

@@ -71,7 +71,8 @@ def run(
     mask: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Batch:
-    """Noise by seed, carried through the table; guidance None is the model's own.
+    """Noise by seed, carried through the table; guidance None is the model's own. Of cond the model gets what it takes;
+    guidance leads away from the caption `negative`, or else from none.
 
     Args:
         cuda_graph: replay batches after the second as one CUDA graph; None does where nothing asks to see the steps. With
@@ -80,10 +81,11 @@ def run(
         image: start from this, (B, *shape), noised to the table's first level, instead of from noise alone; see `Table.after`.
         known, mask: inpainting, see `walk`.
     """
-    if guidance is not None and model.classes is None:
+    if guidance is not None and not model.null():
         raise UserError(f"guidance={guidance} was given, but this model is unconditional: leave guidance= out")
     seeds = seeds.to(model.device)
-    cond = {k: c.to(model.device) for k, c in (cond or {}).items()}
+    takes = {*model.null(), "negative"}
+    cond = {k: c.to(model.device) for k, c in (cond or {}).items() if k in takes}
     x = table.start.sigma * rng.normal(seeds, model.shape, stream=rng.INITIAL).to(model.dtype)
     if image is not None:
         x = x + table.start.alpha * image.to(x)
@@ -92,10 +94,14 @@ def run(
     w = model.guidance if guidance is None else guidance
 
     def trajectory(inputs: Batch, on_step: OnStep | None = None, watch: bool = False) -> Tensor:
-        denoise = denoiser or (classifier_free(model.denoise, model.null(), w) if cond else model.denoise)
+        conditions = model.encoded({name: inputs[name] for name in cond if name != "negative"})
+        denoise = denoiser or model.denoise
+        if denoiser is None and cond:
+            null = model.nulls(1)
+            null.update({"caption": inputs["negative"]} if "negative" in inputs else {})
+            denoise = classifier_free(denoise, model.encoded(null), w)
         if watch:
             denoise = _watched(denoise, len(table.rows))
-        conditions = {name: inputs[name] for name in cond}
         known, mask = inputs.get("known"), inputs.get("mask")
         return walk(
             denoise, table, inputs["x"], inputs["seeds"], conditions, on_step, model.clip, known, mask, impl
@@ -110,7 +116,7 @@ def run(
         out = trajectory(inputs, on_step)
     if not out.isfinite().all():  # the same again, with the host looking at every step
         trajectory(inputs, watch=True)
-    return {model.field: out}
+    return {model.field: model.shown(out)}
 
 
 def _graphed(asked: bool | None, model: Diffusion, denoiser: Denoiser | None, on_step: OnStep | None) -> bool:

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from genai.core.errors import UserError
+from genai.models.diffusion.text import Context, TextEncoder
+from genai.nn.attention import CrossAttention
 
 
 def time_embedding(time: Tensor, dim: int) -> Tensor:
@@ -41,7 +43,7 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
         """x (B, c_in, H, W), emb (B, c_emb) already activated -> (B, c_out, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.emb(emb)[:, :, None, None].chunk(2, 1)
@@ -57,19 +59,34 @@ class AttentionBlock(nn.Module):
         self.norm, self.qkv = group_norm(channels), nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H, W); emb is not used."""
+    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W); nothing else is used."""
         qkv = self.qkv(self.norm(x)).flatten(2).mT  # (B, HW, 3C)
         h = F.scaled_dot_product_attention(*qkv[:, None].chunk(3, -1))[:, 0]  # (B, HW, C)
         return x + self.out(h.mT.unflatten(2, x.shape[2:]))
 
 
-class Stage(nn.ModuleList):
-    """Blocks called one after the other with the same embedding."""
+class CrossAttentionBlock(nn.Module):
+    """Attention of the pixels to a text, plus the input; heads of about 32 channels."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def __init__(self, channels: int, context_width: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.attention = CrossAttention(channels, context_width, math.gcd(channels, max(channels // 32, 1)))
+
+    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W); emb is not used."""
+        assert context is not None
+        h = self.attention(self.norm(x).flatten(2).mT, *context)
+        return x + h.mT.unflatten(2, x.shape[2:])
+
+
+class Stage(nn.ModuleList):
+    """Blocks called one after the other with the same embedding and text."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
         for block in self:
-            x = block(x, emb)
+            x = block(x, emb, context)
         return x
 
 
@@ -79,7 +96,7 @@ class Downsample(nn.Conv2d):
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
         return super().forward(x)
 
 
@@ -89,12 +106,14 @@ class Upsample(nn.Conv2d):
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
         return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class UNet(nn.Module):
     """U-Net whose time and class enter every residual block by scale and shift.
+
+    A text enters there by the state that sums it up, and by cross-attention wherever there is self-attention.
 
     Args:
         shape: (C, H, W) of the images; H and W must be multiples of 2^(len(multipliers) - 1).
@@ -106,6 +125,7 @@ class UNet(nn.Module):
         dropout: probability inside residual blocks.
         gradient_checkpointing: recompute stages in the backward pass instead of keeping their activations.
         out_channels: channels of the output, None for those of the images.
+        text: encodes captions, None for none.
 
     Raises UserError if the net cannot take the size.
     """
@@ -121,6 +141,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         gradient_checkpointing: bool = False,
         out_channels: int | None = None,
+        text: TextEncoder | None = None,
     ):
         super().__init__()
         c_image, height, _ = _checked(shape, len(multipliers))
@@ -129,9 +150,15 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(channels, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         self.label = None if classes is None else nn.Embedding(classes + 1, c_emb)
 
+        self.text = text
+        self.summary = None if text is None else nn.Linear(text.width, c_emb)
+
+        def attend(c: int, h: int) -> list[nn.Module]:
+            cross = [] if text is None else [CrossAttentionBlock(c, text.width)]
+            return [AttentionBlock(c), *cross] if h in attention else []
+
         def stage(c_in: int, c_out: int, h: int) -> Stage:
-            attend = [AttentionBlock(c_out)] if h in attention else []
-            return Stage([ResBlock(c_in, c_out, c_emb, dropout), *attend])
+            return Stage([ResBlock(c_in, c_out, c_emb, dropout), *attend(c_out, h)])
 
         c = channels
         self.stem = nn.Conv2d(c_image, c, 3, padding=1)
@@ -146,8 +173,7 @@ class UNet(nn.Module):
                 self.down.append(Stage([Downsample(c)]))
                 skips.append(c)
         deepest = height >> (len(multipliers) - 1)
-        attend = [AttentionBlock(c)] if deepest in attention else []
-        self.middle = Stage([ResBlock(c, c, c_emb, dropout), *attend, ResBlock(c, c, c_emb, dropout)])
+        self.middle = Stage([ResBlock(c, c, c_emb, dropout), *attend(c, deepest), ResBlock(c, c, c_emb, dropout)])
         for level, multiplier in reversed(list(enumerate(multipliers))):
             for i in range(blocks + 1):
                 up = stage(c + skips.pop(), channels * multiplier, height >> level)
@@ -158,26 +184,33 @@ class UNet(nn.Module):
         self.head = nn.Sequential(group_norm(c), nn.SiLU(), zero(nn.Conv2d(c, out_channels or c_image, 3, padding=1)))
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,) -> (B, out_channels, H, W)."""
+    def forward(
+        self, x: Tensor, time: Tensor, label: Tensor | None = None, states: Tensor | None = None,
+        real: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,), `Context` of a caption -> (B, out_channels, H, W)."""
         emb = self.time(time_embedding(time, self.channels))
         if self.label is not None:
             emb = emb + self.label(label)
+        context = None
+        if self.summary is not None:
+            assert states is not None and real is not None
+            context, emb = Context(states, real), emb + self.summary(states[:, 0])
         emb = F.silu(emb)
         h = self.stem(x.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for stage in self.down:
-            h = self._run(stage, h, emb)
+            h = self._run(stage, h, emb, context)
             skips.append(h)
-        h = self._run(self.middle, h, emb)
+        h = self._run(self.middle, h, emb, context)
         for stage in self.up:
-            h = self._run(stage, torch.cat([h, skips.pop()], 1), emb)
+            h = self._run(stage, torch.cat([h, skips.pop()], 1), emb, context)
         return self.head(h).contiguous()
 
-    def _run(self, stage: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
+    def _run(self, stage: nn.Module, h: Tensor, emb: Tensor, context: Context | None) -> Tensor:
         if self.gradient_checkpointing and self.training:
-            return checkpoint(stage, h, emb, use_reentrant=False)
-        return stage(h, emb)
+            return checkpoint(stage, h, emb, context, use_reentrant=False)
+        return stage(h, emb, context)
 
 
 def _checked(shape: Sequence[int], levels: int) -> Sequence[int]:

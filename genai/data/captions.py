@@ -1,0 +1,136 @@
+"""Images with captions: sentences made of class names, or a file of them beside the images."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from genai.core.errors import UserError, at_least
+from genai.core.protocols import Batch
+from genai.data.base import Data, Split
+from genai.data.image_folder import Images
+
+PAD = 256  # what follows the bytes of a caption
+
+
+class Captioned(Data):
+    """Data whose batches also have `caption`, int64 (B, length): the bytes of a text, then `PAD`. In training one of an
+    item's captions at random, else its first.
+
+    Args:
+        images: the data.
+        root: where they are; its config refers to it, so that data.root= means here what it means everywhere.
+        templates: sentences in which {} becomes the class name.
+        names: of the classes in sentences, None for the data's own.
+        file: instead, JSON lines `{"file_name": "a/b.png", "text": "..."}` in the root of an image folder (or zip), any
+            number of lines for each image.
+        length: bytes of the longest caption.
+
+    Raises UserError if an image has no caption, or one that is too long.
+    """
+
+    def __init__(
+        self, images: Data, root: str | None, templates: Sequence[str] | None, names: Sequence[str] | None,
+        file: str | None, length: int, field: str, shape: Sequence[int] | None, classes: int | None, levels: int | None, batch_size: int, num_workers: int = 0,
+    ):  # fmt: skip
+        at_least(length, 1, "data.length")
+        if (templates is None) == (file is None):
+            raise UserError("captions come from data.templates or from data.file: set one of them, and the other to null")
+        self.length, splits = length, {}
+        if templates is not None:
+            if names is not None and len(names) != images.classes:
+                raise UserError(f"data.names={list(names)} are {len(names)}, but this data has {images.classes} classes")
+            sentences = by_class(templates, names or images.class_names)
+            splits = {name: CaptionedSplit(part, sentences, length) for name, part in images.splits.items()}
+        else:
+            assert file is not None
+            for name, part in images.splits.items():
+                splits[name] = CaptionedSplit(part, from_file(part, file), length, by_label=False)
+        super().__init__(
+            field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
+            splits=splits, found_shape=images.shape, class_names=images.class_names, found_levels=images.levels,
+        )  # fmt: skip
+
+    def cond(self, n: int) -> Batch:
+        """Captions of the classes in turn with their labels, or of the first validation images."""
+        part = self.splits["val"]
+        assert isinstance(part, CaptionedSplit)
+        label = super().cond(n)
+        rows = torch.arange(n) % len(part.first) if label is None or not part.by_label else label["label"]
+        return {"caption": part.captions[part.first[rows]].long(), **(label or {})}
+
+
+class CaptionedSplit:
+    """A split and the captions of each of its items, or `by_label` of each of its classes."""
+
+    def __init__(self, split: Split, captions: Sequence[Sequence[str]], length: int, by_label: bool = True):
+        self.split, self.by_label = split, by_label
+        self.captions = encode([text for own in captions for text in own], length, "data.length").to(torch.int16)
+        self.count = torch.tensor([len(own) for own in captions])
+        self.first = self.count.cumsum(0) - self.count
+        self.augments = split.augments or bool((self.count > 1).any())
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def batch(self, index: Tensor, draws: Tensor | None) -> Batch:
+        """Items `index` (B,); the last of the draws (B, 4) chooses the caption."""
+        batch = self.split.batch(index, draws)
+        row = batch["label"] if self.by_label else index
+        which = 0 if draws is None else (draws[:, 3] * self.count[row]).long()
+        return {**batch, "caption": self.captions[self.first[row] + which].long()}
+
+
+def encode(texts: Sequence[str], length: int, key: str) -> Tensor:
+    """The bytes of texts, int64 (B, length), then `PAD`. Raises UserError for one that is longer."""
+    rows = torch.full((len(texts), length), PAD)
+    for row, text in zip(rows, texts, strict=True):
+        data = text.encode(errors="surrogateescape")
+        if len(data) > length:
+            raise UserError(f"{text[:60]!r} is {len(data)} bytes long, but {key} is {length}: shorten it or train with more")
+        row[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).long() if data else row[:0]
+    return rows
+
+
+def by_class(templates: Sequence[str], names: Sequence[str] | None) -> list[list[str]]:
+    """Every template with every class name. Raises UserError if there are no classes, or no place for one."""
+    if names is None:
+        raise UserError("data.templates need class names, and this data has no classes: give captions with data.file")
+    wrong = [t for t in templates if "{}" not in t]
+    if wrong or not templates:
+        raise UserError(f"data.templates={list(templates)} must be sentences with a place {{}} for the class name")
+    return [[t.replace("{}", name) for t in templates] for name in names]
+
+
+def from_file(split: Split, file: str) -> list[list[str]]:
+    """Captions of each item of a split of image files. Raises UserError that counts and names those without."""
+    if not isinstance(split, Images):
+        raise UserError(f"data.file={file} gives captions to image files: use it with data.images of an image folder")
+    root, found = split.files.root, {}
+    try:
+        with split.files.open(file) as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    entry = json.loads(line)
+                    found.setdefault(str(entry["file_name"]), []).append(str(entry["text"]))
+    except (OSError, KeyError) as error:
+        if isinstance(error, KeyError) and "number" in locals():
+            raise UserError(f"{root / file}, line {number}, has no {error}: write file_name and text") from None
+        raise UserError(f"there is no {file} in data.root={str(root)!r}: name the captions with data.file") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{root / file}, line {number}, is no JSON of file_name and text ({error})") from None
+    missing = [name for name in map(str, split.names) if name not in found]
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise UserError(
+            f"{len(missing)} of {len(split)} images in {root} have no caption in {file} ({shown}): add them or remove the images"
+        )
+    return [found[str(name)] for name in split.names]
+
+
+def write(out: Path, names: Sequence[str], texts: Sequence[str]) -> None:
+    """captions.jsonl of images, as `Captioned` reads it."""
+    lines = (json.dumps({"file_name": f"{name}.png", "text": text}) for name, text in zip(names, texts, strict=True))
+    (out / "captions.jsonl").write_text("\n".join(lines) + "\n")

@@ -1,0 +1,109 @@
+"""A Transformer that denoises patches: Peebles and Xie, "Scalable Diffusion Models with Transformers", 2023."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from genai.core.errors import UserError, at_least
+from genai.models.diffusion.text import Context, TextEncoder
+from genai.models.diffusion.unet import time_embedding, zero
+from genai.nn.attention import Attention, CrossAttention
+from genai.nn.norm import RMSNorm
+from genai.nn.transformer import GELU, MLP
+
+
+class DiTBlock(nn.Module):
+    """Self-attention and MLP, each scaled, shifted and gated by the embedding, the gates 0 at first ("adaLN-Zero", section
+    3.2); between them attention to a text where there is one."""
+
+    def __init__(self, width: int, heads: int, ratio: float, context_width: int | None):
+        super().__init__()
+        self.attention = Attention(width, heads, qk_norm=RMSNorm, bias=True, causal=False)
+        self.cross = None if context_width is None else CrossAttention(width, context_width, heads)
+        self.mlp = MLP(width, GELU("tanh"), ratio, bias=True)
+        self.modulation = zero(nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
+        """x (B, T, width), emb (B, width) already activated -> (B, T, width)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb)[:, None].chunk(6, -1)
+        x = x + gate1 * self.attention(modulated(x, shift1, scale1))
+        if self.cross is not None:
+            assert context is not None
+            x = x + self.cross(F.layer_norm(x, x.shape[-1:]), *context)
+        return x + gate2 * self.mlp(modulated(x, shift2, scale2))
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(x) * (1 + scale) + shift."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
+
+
+class DiT(nn.Module):
+    """Diffusion Transformer for images or latents of any size that `patch` divides.
+
+    Args:
+        shape: (C, H, W).
+        patch: side of the squares that become one position each.
+        width, layers, heads, ratio: of the Transformer; ratio is the MLP's inner width over the outer.
+        classes: number of labels, None for none; the embedding has one more row, the null.
+        text: encodes captions, None for none; its summary enters with the time, its states by cross-attention.
+        gradient_checkpointing: compute activations twice instead of keeping them.
+        out_channels: channels of the output, None for those of the images.
+
+    Raises UserError if the net cannot take the shape.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], patch: int = 2, width: int = 128, layers: int = 6, heads: int = 4, ratio: float = 4.0,
+        classes: int | None = None, text: TextEncoder | None = None, gradient_checkpointing: bool = False,
+        out_channels: int | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        if len(shape) != 3 or shape[1] % at_least(patch, 1, "model.net.patch") or shape[2] % patch:
+            raise UserError(f"a DiT takes [C, H, W] whose sides model.net.patch={patch} divides, got {list(shape)}")
+        if width % 4:
+            raise UserError(f"model.net.width={width} must be a multiple of 4, for positions in two directions")
+        c, h, w = shape
+        self.patch, self.width, self.gradient_checkpointing = patch, width, gradient_checkpointing
+        self.stem = nn.Linear(c * patch**2, width)
+        self.register_buffer("positions", positions(h // patch, w // patch, width), persistent=False)
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.label = None if classes is None else nn.Embedding(classes + 1, width)
+        self.text = text
+        self.summary = None if text is None else nn.Linear(text.width, width)
+        context_width = None if text is None else text.width
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, ratio, context_width) for _ in range(layers))
+        self.modulation = zero(nn.Linear(width, 2 * width))
+        self.head = zero(nn.Linear(width, (out_channels or c) * patch**2))
+
+    def forward(
+        self, x: Tensor, time: Tensor, label: Tensor | None = None, states: Tensor | None = None,
+        real: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,), `Context` of a caption -> (B, out_channels, H, W)."""
+        emb = self.time(time_embedding(time, self.width))
+        if self.label is not None:
+            emb = emb + self.label(label)
+        context = None
+        if self.summary is not None:
+            assert states is not None and real is not None
+            context, emb = Context(states, real), emb + self.summary(states[:, 0])
+        emb = F.silu(emb)
+        height = x.shape[2] // self.patch
+        h = self.stem(F.pixel_unshuffle(x, self.patch).flatten(2).mT) + self.positions  # (B, T, width)
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                h = checkpoint(block, h, emb, context, use_reentrant=False)
+            else:
+                h = block(h, emb, context)
+        out = self.head(modulated(h, *self.modulation(emb)[:, None].chunk(2, -1)))  # type: ignore[arg-type]
+        return F.pixel_shuffle(out.mT.unflatten(2, (height, -1)), self.patch)
+
+
+def positions(height: int, width: int, dim: int) -> Tensor:
+    """(height width, dim): half of the numbers are sinusoids of the row, half of the column."""
+    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.cat([time_embedding(axis.flatten().float(), dim // 2) for axis in (row, column)], 1)

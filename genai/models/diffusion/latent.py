@@ -1,0 +1,94 @@
+"""Diffusion in the latents of a frozen first stage (Rombach et al., "High-Resolution Image Synthesis", 2022)."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from genai.core.errors import UserError
+from genai.core.protocols import Batch, Codec
+
+
+class Latent(nn.Module):
+    """The latents of a Codec, each channel moved to mean 0 and standard deviation 1; never trained.
+
+    What a channel's mean and deviation are is measured on the training split before the first step (section 4.3.2 of the
+    paper rescales by a measured deviation alone), and part of the weights.
+
+    Args:
+        codec: any Codec of continuous latents.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, codec: nn.Module):
+        super().__init__()
+        if not isinstance(codec, Codec) or codec.vocabulary is not None:
+            raise UserError(
+                f"codec= is a {type(codec).__name__}, which has no continuous latents: choose an autoencoder such as "
+                "model=autoencoder trains"
+            )
+        self.codec: nn.Module = codec.requires_grad_(False).eval()  # type: ignore[attr-defined]
+        self.field, self.shape = codec.field, codec.latent_shape
+        per_channel = (self.shape[0], *[1] * (len(self.shape) - 1))
+        self.register_buffer("mean", torch.zeros(per_channel))
+        self.register_buffer("std", torch.ones(per_channel))
+
+    def train(self, mode: bool = True) -> "Latent":
+        """The first stage stays as it is."""
+        return super().train(False)
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Latents (B, *shape) of a batch's images, or those that it brings along as `latent`."""
+        z = batch["latent"] if "latent" in batch else self.codec.encode(batch[self.field])  # type: ignore[operator]
+        return (z - self.mean) / self.std
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.codec.decode(z * self.std + self.mean)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def measure(self, batches: Iterable[Batch]) -> None:
+        """Set mean and std from these batches. Raises UserError if a channel never changes."""
+        self.mean.zero_()
+        self.std.fill_(1)
+        z = torch.cat([self.encode(batch).double() for batch in batches])
+        rest = [d for d in range(z.ndim) if d != 1]
+        std, mean = torch.std_mean(z, rest, correction=0)
+        if not (std > 0).all():
+            raise UserError(
+                f"channel {int((std <= 0).int().argmax())} of the first stage's latents is the same for all data: train "
+                "codec.ckpt anew with fewer latents, or a smaller model.kl_weight"
+            )
+        self.mean.copy_(mean.view_as(self.mean))
+        self.std.copy_(std.view_as(self.std))
+
+
+class SpaceToDepth(nn.Module):
+    """The first stage that needs no training: each square of factor x factor pixels becomes one place of a smaller map.
+
+    Exact both ways. A floor for what a learned first stage has to gain.
+
+    Args:
+        field, shape: of the images, (C, H, W).
+        factor: a divisor of H and W.
+    """
+
+    vocabulary: int | None = None
+
+    def __init__(self, field: str, shape: Sequence[int], factor: int = 2):
+        super().__init__()
+        c, h, w = shape
+        if h % factor or w % factor:
+            raise UserError(f"codec.model.factor={factor} must divide {h} and {w}, the image's height and width")
+        self.field, self.shape, self.factor = field, tuple(shape), factor
+        self.latent_shape = (c * factor**2, h // factor, w // factor)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return nn.functional.pixel_unshuffle(x, self.factor)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return nn.functional.pixel_shuffle(z, self.factor)
+
+    def reconstruct(self, batch: Batch) -> Tensor:
+        return batch[self.field]

@@ -1,0 +1,52 @@
+"""A text encoder trained along with the network it conditions."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from genai.core.errors import at_least
+from genai.data.captions import PAD
+from genai.nn.attention import Attention, Learned
+from genai.nn.norm import LayerNorm
+from genai.nn.transformer import GELU, MLP, Transformer
+
+
+class Context(NamedTuple):
+    """What a network attends to."""
+
+    states: Tensor
+    """(B, T, width); the first sums up the whole, and is never padding."""
+    real: Tensor
+    """Which are not padding, bool (B, T)."""
+
+
+class TextEncoder(nn.Module):
+    """Captions to the states of a small bidirectional Transformer.
+
+    A caption is int64 (B, length), bytes of UTF-8 from 0 to 255, padded at the end with `PAD`; one of padding alone is "no
+    caption". A learned state stands before each, so that even that has something to attend to.
+
+    Args:
+        length: of captions, in bytes.
+        width, layers, heads: of the Transformer.
+    """
+
+    def __init__(self, length: int, width: int = 128, layers: int = 2, heads: int = 4):
+        super().__init__()
+        self.length, self.width = at_least(length, 1, "model.net.text.length"), width
+        self.embed, self.begin = nn.Embedding(256, width), nn.Parameter(torch.randn(width))
+        self.transformer = Transformer(
+            width, layers, lambda n: Attention(n, heads, causal=False), lambda n: MLP(n, GELU()), LayerNorm,
+            lambda n: Learned(n, length + 1),
+        )  # fmt: skip
+
+    def null(self) -> Tensor:
+        """No caption, (length,)."""
+        return torch.full((self.length,), PAD, device=self.begin.device)
+
+    def forward(self, caption: Tensor) -> Context:
+        real = torch.nn.functional.pad(caption != PAD, (1, 0), value=True)
+        x = self.embed(caption.clamp_max(PAD - 1))
+        x = torch.cat([self.begin.expand(len(x), 1, -1), x], 1)
+        return Context(self.transformer(x, mask=real[:, None, None]), real)

@@ -1,0 +1,122 @@
+"""The first stage a model is trained over: named by path and checksum, then part of the run's own checkpoints."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from genai import checkpoint
+from genai.core.errors import UserError
+from genai.core.protocols import Batch, Codec
+from genai.data.base import Data, Split
+from genai.data.stream import batches
+
+MEASURED = 4096  # samples a model may look at before its first step
+
+
+def digest(content: dict) -> str:
+    """SHA-256 of what decides what a checkpoint's model does: its config and its averaged weights."""
+    sha = hashlib.sha256(json.dumps(content["config"]["model"], sort_keys=True).encode())
+    for name, tensor in sorted({**content["model"], **content["ema"]}.items()):
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        sha.update(tensor.contiguous().view(torch.uint8).numpy() if tensor.ndim else tensor.numpy())
+    return sha.hexdigest()
+
+
+def adopt(cfg: DictConfig, data: Data, trust: Sequence[str], resumed: bool) -> dict[str, Tensor] | None:
+    """Put the model config of codec.ckpt, its checksum and the shape of its latents into cfg; returns its weights.
+
+    A run that is resumed has them in its own checkpoint: nothing is changed then, and None returned. Raises UserError if
+    the file is no longer what it was, or no first stage for this data.
+    """
+    node = cfg.get("codec")
+    if node is None:
+        return None
+    weights = None
+    if node.ckpt is not None and not (resumed and not Path(node.ckpt).exists()):
+        content, path = checkpoint.locate(node.ckpt)
+        found = digest(content)
+        if node.sha256 not in (None, found):
+            raise UserError(
+                f"codec.ckpt={node.ckpt} has changed: its SHA-256 is {found[:16]}..., and codec.sha256 says "
+                f"{node.sha256[:16]}...; latents of another first stage mean something else, so bring the old file back or "
+                "train anew (codec.sha256=null)"
+            )
+        if not resumed:
+            node.sha256, node.model = found, content["config"]["model"]
+            weights = {**content["model"], **content["ema"]}
+    if resumed:
+        return None
+    model = checkpoint.build(OmegaConf.to_container(node.model, resolve=True), trust if weights else None)
+    if not isinstance(model, Codec) or model.vocabulary is not None:
+        raise UserError(
+            f"codec.ckpt={node.ckpt} is a {type(model).__name__}, which has no continuous latents: name an autoencoder, such "
+            "as model=autoencoder trains"
+        )
+    if model.field != data.field or list(model.shape) != list(data.shape):
+        raise UserError(
+            f"codec.ckpt={node.ckpt} takes {model.field} of shape {list(model.shape)}, but this data is {data.field} of "
+            f"shape {list(data.shape)}: choose the data= it was trained on, or another codec.ckpt"
+        )
+    node.shape = list(model.latent_shape)
+    return weights
+
+
+def fill(model: nn.Module, weights: dict[str, Tensor], ckpt: Any) -> None:
+    """Give the model's first stage its weights. Raises UserError if it has none, or they do not fit."""
+    codec = getattr(model, "codec", None)
+    if codec is None:
+        raise UserError(f"codec.ckpt={ckpt} was given, but this model has no first stage: choose model=latent")
+    checkpoint.load_weights(codec, weights, Path(str(ckpt)))
+
+
+class Cached:
+    """A split whose latents were computed once; the images are left out."""
+
+    def __init__(self, split: Split, latents: np.ndarray, field: str):
+        self.split, self.latents, self.field, self.augments = split, latents, field, split.augments
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def batch(self, index: Tensor, draws: Tensor | None) -> Batch:
+        batch = self.split.batch(index, draws)
+        return {**batch, "latent": torch.from_numpy(self.latents[index.numpy()])}
+
+
+def precompute(model: nn.Module, data: Data, cfg: DictConfig) -> None:
+    """Let every split of data bring its latents along, from memory-mapped files in codec.cache, made where absent.
+
+    Their name holds the checksums of first stage and data. Raises UserError where images are augmented.
+    """
+    codec: Any = model.codec
+    description = {k: v for k, v in cfg.data.items() if k not in ("batch_size", "num_workers")}
+    key = hashlib.sha256(f"{cfg.codec.sha256} {cfg.codec.model} {description}".encode()).hexdigest()[:16]
+    for name, split in data.splits.items():
+        first, ends = torch.arange(min(8, len(split))), torch.tensor([[0.0], [0.999]])
+        still = split.batch(first, None)[data.field]
+        if any(not torch.equal(split.batch(first, d.expand(len(first), 4))[data.field], still) for d in ends):
+            raise UserError(
+                "codec.cache keeps one latent of each image, but this data augments images (data.flip, data.crop): turn "
+                "that off, or set codec.cache=null"
+            )
+        path = Path(cfg.codec.cache) / f"{key}_{name}.npy"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            with temporary.open("wb") as file:
+                np.lib.format.write_array_header_2_0(
+                    file, {"descr": "<f4", "fortran_order": False, "shape": (len(split), *codec.latent_shape)}
+                )
+                for batch in batches(split, 256, None):
+                    file.write(codec.encode(batch[data.field]).float().contiguous().numpy().tobytes())
+            temporary.replace(path)
+            print(f"latents of {len(split)} {name} samples: {path}")
+        data.splits[name] = Cached(split, np.load(path, mmap_mode="r"), data.field)
