@@ -227,7 +227,9 @@ def test_a_flipped_byte_is_detected(uninterrupted, tmp_path):
         checkpoint.read(tmp_path / "bad.ckpt")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_exits(tmp_path, number, code):
     """Through the real command line; then the run goes on."""
     import subprocess

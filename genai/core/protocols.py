@@ -62,6 +62,8 @@ class Reconstructing(Protocol):
 class Codec(Reconstructing, Protocol):
     """A first stage: one field of a batch to latents and back, without randomness."""
 
+    shape: tuple[int, ...]
+    """Of one sample of that field."""
     latent_shape: tuple[int, ...]
     """Of the latents of one sample."""
     vocabulary: int | None

@@ -33,15 +33,20 @@ class Captioned(Data):
 
     def __init__(
         self, images: Data, root: str | None, templates: Sequence[str] | None, names: Sequence[str] | None,
-        file: str | None, length: int, field: str, shape: Sequence[int] | None, classes: int | None, levels: int | None, batch_size: int, num_workers: int = 0,
+        file: str | None, length: int, field: str, shape: Sequence[int] | None, classes: int | None, levels: int | None,
+        batch_size: int, num_workers: int = 0,
     ):  # fmt: skip
         at_least(length, 1, "data.length")
         if (templates is None) == (file is None):
-            raise UserError("captions come from data.templates or from data.file: set one of them, and the other to null")
-        self.length, splits = length, {}
+            raise UserError(
+                "captions come from data.templates or from data.file: set one of them, and the other to null"
+            )
+        splits: dict[str, CaptionedSplit] = {}
         if templates is not None:
             if names is not None and len(names) != images.classes:
-                raise UserError(f"data.names={list(names)} are {len(names)}, but this data has {images.classes} classes")
+                raise UserError(
+                    f"data.names={list(names)} are {len(names)}, but this data has {images.classes} classes"
+                )
             sentences = by_class(templates, names or images.class_names)
             splits = {name: CaptionedSplit(part, sentences, length) for name, part in images.splits.items()}
         else:
@@ -50,16 +55,15 @@ class Captioned(Data):
                 splits[name] = CaptionedSplit(part, from_file(part, file), length, by_label=False)
         super().__init__(
             field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
-            splits=splits, found_shape=images.shape, class_names=images.class_names, found_levels=images.levels,
+            splits=dict(splits), found_shape=images.shape, class_names=images.class_names, found_levels=images.levels,
         )  # fmt: skip
+        self.shown = splits["val"]
 
     def cond(self, n: int) -> Batch:
         """Captions of the classes in turn with their labels, or of the first validation images."""
-        part = self.splits["val"]
-        assert isinstance(part, CaptionedSplit)
-        label = super().cond(n)
-        rows = torch.arange(n) % len(part.first) if label is None or not part.by_label else label["label"]
-        return {"caption": part.captions[part.first[rows]].long(), **(label or {})}
+        label = super().cond(n) or {}
+        rows = label["label"] if self.shown.by_label else torch.arange(n) % len(self.shown)
+        return {"caption": self.shown.captions[self.shown.first[rows]].long(), **label}
 
 
 class CaptionedSplit:
@@ -89,7 +93,9 @@ def encode(texts: Sequence[str], length: int, key: str) -> Tensor:
     for row, text in zip(rows, texts, strict=True):
         data = text.encode(errors="surrogateescape")
         if len(data) > length:
-            raise UserError(f"{text[:60]!r} is {len(data)} bytes long, but {key} is {length}: shorten it or train with more")
+            raise UserError(
+                f"{text[:60]!r} is {len(data)} bytes long, but {key} is {length}: shorten it or train with more"
+            )
         row[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).long() if data else row[:0]
     return rows
 
@@ -108,24 +114,25 @@ def from_file(split: Split, file: str) -> list[list[str]]:
     """Captions of each item of a split of image files. Raises UserError that counts and names those without."""
     if not isinstance(split, Images):
         raise UserError(f"data.file={file} gives captions to image files: use it with data.images of an image folder")
-    root, found = split.files.root, {}
+    root = split.files.root
     try:
-        with split.files.open(file) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    entry = json.loads(line)
-                    found.setdefault(str(entry["file_name"]), []).append(str(entry["text"]))
-    except (OSError, KeyError) as error:
-        if isinstance(error, KeyError) and "number" in locals():
-            raise UserError(f"{root / file}, line {number}, has no {error}: write file_name and text") from None
+        with split.files.open(file) as stream:
+            lines = stream.read().splitlines()
+    except (OSError, KeyError):
         raise UserError(f"there is no {file} in data.root={str(root)!r}: name the captions with data.file") from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{root / file}, line {number}, is no JSON of file_name and text ({error})") from None
+    found: dict[str, list[str]] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            found.setdefault(entry["file_name"], []).append(str(entry["text"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{root / file}, line {number}, is no JSON with file_name and text ({error})") from None
     missing = [name for name in map(str, split.names) if name not in found]
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise UserError(
-            f"{len(missing)} of {len(split)} images in {root} have no caption in {file} ({shown}): add them or remove the images"
+            f"{len(missing)} of {len(split)} images in {root} have no caption in {file} ({shown}): add them, or remove the "
+            "images"
         )
     return [found[str(name)] for name in split.names]
 

@@ -230,7 +230,9 @@ class Transformer(nn.Module):
         """With a cache, x are the positions after those it has seen, and it sees them; without, `mask` (B or 1, 1, T or 1,
         T) may say who sees whom."""
         if cache is None:
-            places = Places(*self.position(torch.arange(x.shape[1], device=x.device), self.head_dim), mask)
+            places = Places(*self.position(torch.arange(x.shape[1], device=x.device), self.head_dim))._replace(
+                mask=mask
+            )
             memories = [Memory()] * len(self.blocks)
         else:
             places, memories = cache.take(x.shape[1])

@@ -41,7 +41,7 @@ def adopt(cfg: DictConfig, data: Data, trust: Sequence[str], resumed: bool) -> d
         return None
     weights = None
     if node.ckpt is not None and not (resumed and not Path(node.ckpt).exists()):
-        content, path = checkpoint.locate(node.ckpt)
+        content, _ = checkpoint.locate(node.ckpt)
         found = digest(content)
         if node.sha256 not in (None, found):
             raise UserError(

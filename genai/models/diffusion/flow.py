@@ -20,7 +20,7 @@ class Flow(Diffusion):
     """A velocity field from noise to data.
 
     Args:
-        net, shape, field, classes, label_dropout, guidance, clip, latent: see `Diffusion`; the time the network is told is 1000 t.
+        net, shape, field, classes, label_dropout, guidance, clip, latent: see `Diffusion`; the network is told 1000 t.
         logit_mean, logit_std: of the normal that logit(t) is drawn from in training (Esser et al. 2024, eq. 19);
             a positive mean trains more on noise, logit_std 0 draws t uniformly.
     """

@@ -127,13 +127,17 @@ def down(inputs: int, widths: Sequence[int], blocks: int = 0) -> list[nn.Module]
     stages: list[nn.Module] = [nn.Conv2d(inputs, widths[0], 3, padding=1)]
     for a, b in itertools.pairwise(widths):
         halve = nn.Conv2d(a, b, 3, stride=2, padding=1)
-        stages += [norm_act(a), halve, norm_act(b), nn.Conv2d(b, b, 3, padding=1), *(ResBlock(b) for _ in range(blocks))]
+        stages += [
+            norm_act(a),
+            halve,
+            norm_act(b),
+            nn.Conv2d(b, b, 3, padding=1),
+            *(ResBlock(b) for _ in range(blocks)),
+        ]
     return stages
 
 
-def up(
-    outputs: int, widths: Sequence[int], sizes: Sequence[tuple[int, int]], blocks: int = 0
-) -> list[nn.Module]:
+def up(outputs: int, widths: Sequence[int], sizes: Sequence[tuple[int, int]], blocks: int = 0) -> list[nn.Module]:
     """The way back of `down` through the same sizes, and to as many channels."""
     stages: list[nn.Module] = []
     for a, b, size in zip(widths[:0:-1], widths[-2::-1], sizes[-2::-1], strict=True):

@@ -1,0 +1,71 @@
+"""Distances of images that look at features instead of pixels: modules `(x, y) -> (B,)`, never trained.
+
+A distance of features is the squared difference of their vectors at each place, each brought to length 1, mean over places
+and layers (Zhang et al., "The Unreasonable Effectiveness of Deep Features", 2018, eq. 1, its weights w all equal).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from genai.core import rng
+from genai.core.errors import UserError, at_least
+
+
+class RandomFeatures(nn.Module):
+    """Features of a small convolutional pyramid with random filters, always the same ones: nothing to download.
+
+    Args:
+        shape: of the images, (C, H, W).
+        channels: features of each layer.
+        layers: each at half the size of the one before.
+    """
+
+    def __init__(self, shape: Sequence[int], channels: int = 32, layers: int = 3):
+        super().__init__()
+        self.layers = at_least(layers, 1, "model.perceptual.layers")
+        for k in range(layers):
+            size = (channels, shape[0] if k == 0 else channels, 3, 3)
+            filters = rng.normal(torch.tensor([k]), size, stream=rng.MODEL)[0] * (2 / (9 * size[1])) ** 0.5
+            self.register_buffer(f"filters{k}", filters, persistent=False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        total = x.new_zeros(len(x))
+        for k in range(self.layers):
+            x, y = (F.relu(F.conv2d(t, getattr(self, f"filters{k}"), padding=1)) for t in (x, y))
+            total = total + (F.normalize(x) - F.normalize(y)).square().sum(1).flatten(1).mean(1)
+            if min(x.shape[2:]) > 1:
+                x, y = (F.avg_pool2d(t, 2) for t in (x, y))
+        return total / self.layers
+
+
+class LPIPS(nn.Module):
+    """The learned distance of the package `lpips`, on images of any channel count.
+
+    Args:
+        net: "vgg", "alex" or "squeeze", whose weights torchvision finds or downloads.
+
+    Raises UserError if package or weights are not there.
+    """
+
+    def __init__(self, net: str = "vgg"):
+        super().__init__()
+        try:
+            import lpips  # type: ignore[import-not-found]
+
+            self.distance = lpips.LPIPS(net=net, verbose=False).requires_grad_(False)
+        except ModuleNotFoundError:
+            raise UserError(
+                "model.perceptual=LPIPS needs the package lpips: pip install lpips, or choose RandomFeatures"
+            ) from None
+        except OSError as error:  # a download that failed
+            raise UserError(
+                f"the weights of {net} for model.perceptual=LPIPS cannot be had ({error}): choose RandomFeatures"
+            ) from None
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if x.shape[1] == 1:
+            x, y = x.expand(-1, 3, -1, -1), y.expand(-1, 3, -1, -1)
+        return self.distance(x, y).flatten()
