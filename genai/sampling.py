@@ -63,6 +63,10 @@ def sample(
         given = {name: value[part] for name, value in cond.items()}
         chunks.append(run(loaded.model, seeds[part], given or None, progress))
     batch = {name: torch.cat([chunk[name].cpu() for chunk in chunks]) for name in chunks[0]}
+    if "pixels" in loaded.assets:
+        from genai.data.pixels import to_images
+
+        batch["image"] = to_images(batch["tokens"], **loaded.assets["pixels"])
     return {**batch, "seeds": seeds, **({} if labels is None else {"label": labels})}
 
 
@@ -201,7 +205,7 @@ def run(cfg: Any) -> Path:
         text.write_samples(out, text.from_state(loaded.assets["tokenizer"]), given, batch, rng.RNG_VERSION)
         files = f"{out}/samples.txt, samples.jsonl"
     else:
-        field = loaded.config["data"]["field"]
+        field = "image" if "image" in batch else loaded.config["data"]["field"]
         columns = node.get("columns") or (10 if "label" in batch and cfg.n >= 10 else None)
         io.write_samples(out, field, batch[field], batch.get("label"), batch["seeds"], rng.RNG_VERSION, columns)
         if prompt is not None:

@@ -1,6 +1,7 @@
 """One thread for every test, and the few things that tests share."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -43,5 +44,26 @@ def command():
             text=True,
             timeout=timeout,
         )
+
+    return run
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Run a script in this process and an empty folder; returns the sentence it was refused with."""
+
+    def run(script, *arguments):
+        monkeypatch.chdir(tmp_path)
+        before = sorted(tmp_path.rglob("*"))
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        printed = capsys.readouterr()
+        lines = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+        assert stopped.value.code == 2, printed
+        assert len(lines) == 1, printed.err
+        assert "Traceback" not in printed.err + printed.out
+        assert sorted(tmp_path.rglob("*")) == before, "a refused command left files behind"
+        return lines[0].removeprefix("error: ")
 
     return run

@@ -1,7 +1,6 @@
 """Wrong commands: one sentence that names the fix, exit code 2, no traceback, nothing written."""
 
 import resource
-import runpy
 import shutil
 import subprocess
 import sys
@@ -23,27 +22,6 @@ def runs(tmp_path_factory):
     run(composed("train", [*DEBUG, f"run_dir={folder / 'digits'}"]))
     run(composed("train", ["debug=true", "experiment=ddpm_toy2d", "sampler.steps=2", f"run_dir={folder / 'toy'}"]))
     return folder
-
-
-@pytest.fixture
-def refused(tmp_path, monkeypatch, capsys):
-    """Run a script in this process and an empty folder; returns the sentence it was refused with."""
-
-    def run(script, *arguments):
-        monkeypatch.chdir(tmp_path)
-        before = sorted(tmp_path.rglob("*"))
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        printed = capsys.readouterr()
-        lines = [line for line in printed.err.splitlines() if line.startswith("error: ")]
-        assert stopped.value.code == 2, printed
-        assert len(lines) == 1, printed.err
-        assert "Traceback" not in printed.err + printed.out
-        assert sorted(tmp_path.rglob("*")) == before, "a refused command left files behind"
-        return lines[0].removeprefix("error: ")
-
-    return run
 
 
 def names(group):

@@ -18,7 +18,6 @@ from genai.data import text, tokenizers
 from genai.data.stream import batches, train_loader
 from genai.sampling import streamed
 from tests.conftest import ROOT
-from tests.test_commands import refused  # noqa: F401
 
 PROSE = "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich; 東京 🙂\n" * 40
 FACTS = {
@@ -324,7 +323,7 @@ def test_evaluation_is_of_the_whole_split(runs, capsys):
     assert result["context"] == 24 and result["context_overlap"] == 0
 
 
-def test_a_resumed_run_wants_its_own_vocabulary(runs, tmp_path, refused):  # noqa: F811
+def test_a_resumed_run_wants_its_own_vocabulary(runs, tmp_path, refused):
     other = tmp_path / "other.txt"
     other.write_text((runs / "chars.txt").read_text().replace("m", "w"))
     said = refused("train.py", f"resume={runs / 'chars'}", "max_steps=9", f"data.path={other}")
@@ -353,11 +352,11 @@ SAMPLE = {
 
 
 @pytest.mark.parametrize("argument", SAMPLE)
-def test_wrong_sampling_commands(refused, runs, argument):  # noqa: F811
+def test_wrong_sampling_commands(refused, runs, argument):
     assert SAMPLE[argument] in refused("sample.py", f"ckpt={runs / 'chars'}", "n=2", argument)
 
 
-def test_wrong_texts(refused, tmp_path):  # noqa: F811
+def test_wrong_texts(refused, tmp_path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("hello")
     (tmp_path / "latin.txt").write_bytes("Stra\u00dfe".encode("latin-1") * 2000)

@@ -14,7 +14,6 @@ from genai.core.errors import UserError
 from genai.data import io
 from genai.models.vae import likelihoods, nets, samplers
 from genai.models.vae.vae import VAE, gaussian_kl
-from tests.test_commands import refused  # noqa: F401
 
 COUNTED = [likelihoods.Categorical(5), likelihoods.DiscretizedLogistic(5), likelihoods.Bernoulli("threshold")]
 
@@ -227,7 +226,7 @@ def test_what_cannot_be_is_refused(build, message):
 # From the command line
 
 
-def test_a_run_shows_itself_from_the_command_line(tmp_path, command, refused):  # noqa: F811
+def test_a_run_shows_itself_from_the_command_line(tmp_path, command, refused):
     run = tmp_path / "run"
     from genai.train.run import run as train
 

@@ -108,16 +108,17 @@ class Sampler(Protocol):
     ) -> Batch: ...
 
 
-def check_sampler(sampler: Callable, model: nn.Module) -> None:
-    """Raises UserError where a sampler names the kind of model it is for, a class or a protocol, and this is another."""
+def check_sampler(sampler: Callable, model: nn.Module, key: str = "sampler") -> None:
+    """Raises UserError where a sampler names the kind of model it is for, a class or a protocol, and this is another;
+    `key` is what chose it."""
     function = sampler
     while isinstance(function, functools.partial):
         function = function.func
     kind = next(iter(typing.get_type_hints(function).values()), None)
     if isinstance(kind, type) and kind not in (object, nn.Module) and not isinstance(model, kind):
         raise UserError(
-            f"the sampler {function.__name__} is for a {kind.__name__}, and this model is a {type(model).__name__}: choose "
-            "another with sampler="
+            f"the {key} {function.__name__} is for a {kind.__name__}, and this model is a {type(model).__name__}: choose "
+            f"another with {key}="
         )
 
 

@@ -71,6 +71,11 @@ class Data:
                     f"data.{key}={value}, but this data has {getattr(self, key)}: correct data.{key} or set it to null"
                 )
 
+    @property
+    def values(self) -> int | None:
+        """How many values each number of a sample may have, None if it is continuous."""
+        return self.levels
+
     def assets(self) -> dict:
         """What a checkpoint keeps of the data, plain values only."""
         return {"class_names": self.class_names}

@@ -90,6 +90,17 @@ class Diffusion(nn.Module):
         """x0 as the field it is of."""
         return x0 if self.latent is None else self.latent.decode(x0)
 
+    def grey_levels(self, levels: int | None) -> int:
+        """levels, where what this model says of its data can be a probability. Raises UserError where it is none."""
+        if self.latent is not None:
+            raise UserError(
+                f"this {type(self).__name__} works in the latents of a first stage: what it gives those is no likelihood of "
+                f"{self.latent.field}; evaluate a model of the data itself"
+            )
+        if levels is None:
+            raise UserError(f"a likelihood in bits needs data on grey levels, and {self.field} has none (data.levels)")
+        return levels
+
     def null(self) -> Batch:
         """The value, of the shape of one sample's, of each condition that means "not given"."""
         label = {} if self.classes is None else {"label": torch.full((), self.classes, device=self.device)}

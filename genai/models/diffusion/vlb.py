@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from genai.core import rng
-from genai.core.errors import UserError
 from genai.core.protocols import Batch
 from genai.models.diffusion.schedules import Schedule
 
@@ -80,10 +79,9 @@ def discretized_gaussian(x0: Tensor, mean: Tensor, std: float, levels: int) -> T
 def terms(model: DDPM, batch: Batch, seed: int) -> Terms:
     """Every term, with one draw of x_t ~ q(x_t | x0) per t from (seed + i, row t, stream 4); x0 in float64.
 
-    Raises UserError if the model has no grey levels.
+    Raises UserError if the model has no grey levels, or works in latents.
     """
-    if model.levels is None:
-        raise UserError(f"a likelihood in bits needs data on grey levels, and {model.field} has none (data.levels)")
+    levels = model.grey_levels(model.levels)
     x0 = batch[model.field].double()
     cond = {k: batch[k] for k in model.null()}
     seeds = rng.seed_range(seed, len(x0)).to(x0.device)
@@ -97,5 +95,5 @@ def terms(model: DDPM, batch: Batch, seed: int) -> Terms:
             kl.append(step_kl(model.schedule, t, x0, x0_hat, model.variance))
         else:
             std = reverse_variance(model.schedule, 0, model.variance) ** 0.5
-            decoder = discretized_gaussian(x0, x0_hat, std, model.levels)
+            decoder = discretized_gaussian(x0, x0_hat, std, levels)
     return Terms(prior_kl(model.schedule, x0), torch.stack(kl, 1), decoder)

@@ -1,0 +1,1 @@
+"""What is counted of models: functions of arrays that know no model."""
