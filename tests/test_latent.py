@@ -372,6 +372,16 @@ def test_the_latent_checkpoint_samples_alone(stages, tmp_path):
     assert (alone.model.latent.std != 1).all()
 
 
+@pytest.mark.gpu
+def test_latents_keep_their_scale_on_another_device(stages):
+    _, second = stages
+    given = {"n": 4, "prompt": "a handwritten seven", "guidance": 2.0}
+    here, there = (genai.load(second, device=device) for device in ("cpu", "cuda"))
+    assert torch.equal(here.model.latent.std, there.model.latent.std.cpu())
+    difference = genai.sample(here, **given)["image"] - genai.sample(there, **given)["image"]
+    assert difference.abs().max() < 1e-3
+
+
 def test_a_changed_first_stage_is_refused(stages, tmp_path):
     first, _ = stages
     for source in stages:
