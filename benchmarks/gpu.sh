@@ -10,3 +10,5 @@ python -m benchmarks.unet --channels 128 --batch 128
 python -m benchmarks.loop
 python -m benchmarks.gpt_train
 python -m benchmarks.gpt_generate
+python -m benchmarks.vae
+python -m benchmarks.latent --channels 128

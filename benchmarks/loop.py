@@ -14,6 +14,8 @@ import copy
 import os
 import statistics
 import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import lightning as L
 
@@ -44,29 +46,45 @@ class Bare:
 
 
 class Turns(L.Callback):
-    """After each window of the run's steps, as many of the bare loop; `seconds` per step of both, by window."""
+    """After each window of the run's steps, as many of each peer; `seconds` per step of all, by window.
 
-    seconds: tuple[list[float], list[float]]
+    A peer is made of the LitModel, has its WARMUP steps before the first window and then trains when it is told to; the
+    run itself is "ours".
+    """
+
+    peers: ClassVar[Mapping[str, Callable[[LitModel], Any]]] = {"bare": Bare}
+    seconds: dict[str, list[float]]
 
     def __init__(self, window: int):
         self.window = window
-        Turns.seconds = [], []
+        Turns.seconds = {name: [] for name in ("ours", *self.peers)}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitModel) -> None:
-        self.bare = Bare(pl_module)
-        self.bare.train(WARMUP)
+        self.made = {name: make(pl_module) for name, make in self.peers.items()}
+        for peer in self.made.values():
+            peer.train(WARMUP)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_) -> None:
         done, device = trainer.global_step - WARMUP, pl_module.device
         if done < 0 or done % self.window:
             return
         if done > 0:
-            ours, bare = self.seconds
-            ours.append((clock(device) - self.start) / self.window)
-            start = clock(device)
-            self.bare.train(self.window)
-            bare.append((clock(device) - start) / self.window)
+            self.seconds["ours"].append((clock(device) - self.start) / self.window)
+            for name, peer in self.made.items():
+                start = clock(device)
+                peer.train(self.window)
+                self.seconds[name].append((clock(device) - start) / self.window)
         self.start = clock(device)
+
+
+def trained(turns: type[Turns], rounds: int, window: int, *overrides: str) -> dict[str, list[float]]:
+    """Seconds per step of `train.py` with these overrides and of its peers, by window; `turns` is found by its name."""
+    with tempfile.TemporaryDirectory() as folder:
+        never = [f"callbacks.{name}.every_steps={FAR}" for name in ("evaluate", "samples", "save")]
+        steps = f"max_steps={WARMUP + rounds * window + 1}"
+        callback = f"+callbacks.turns={{_target_: {turns.__module__}.{turns.__qualname__}, window: {window}}}"
+        run(composed("train", [*overrides, *never, steps, f"run_dir={folder}", callback]))
+    return Turns.seconds
 
 
 def main() -> None:
@@ -77,24 +95,10 @@ def main() -> None:
     os.environ.update(WANDB_SILENT="true", WANDB_MODE="offline")
     device = setup()
     rows = []
+    shape = ["data=toy2d", "model=ddpm_mlp", "model.net.width=64", "model.net.blocks=2", "data.batch_size=32"]
     for name, logger in (("train.py logger=none", "none"), ("train.py, W&B offline", "wandb")):
-        with tempfile.TemporaryDirectory() as folder:
-            overrides = [
-                "data=toy2d",
-                "model=ddpm_mlp",
-                "model.net.width=64",
-                "model.net.blocks=2",
-                "data.batch_size=32",
-            ]
-            overrides += [f"callbacks.{name}.every_steps={FAR}" for name in ("evaluate", "samples", "save")]
-            overrides += [
-                f"max_steps={WARMUP + args.rounds * args.window + 1}",
-                f"run_dir={folder}",
-                f"logger={logger}",
-            ]
-            turns = f"+callbacks.turns={{_target_: {__name__}.Turns, window: {args.window}}}"
-            run(composed("train", [*overrides, turns]))
-        ours, bare = Turns.seconds
+        seconds = trained(Turns, args.rounds, args.window, *shape, f"logger={logger}")
+        ours, bare = seconds["ours"], seconds["bare"]
         rows.append(
             {
                 "loop": name,

@@ -16,7 +16,7 @@ from genai.core.protocols import Losses
 from genai.data.base import Arrays, Data
 from genai.train.callbacks import File, Save
 from genai.train.ema import EMA, decay_at
-from genai.train.lit import LitModel
+from genai.train.lit import LitModel, Player
 from genai.train.optim import adamw, lr_at
 from genai.train.record import Record
 from tests.conftest import ROOT
@@ -117,22 +117,21 @@ class Norms(L.Callback):
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
 def test_clipping_is_clip_grad_norm(tmp_path, precision, monkeypatch):
     """20 steps with fused AdamW; the norm before and after equal those of torch's own function."""
-    checked, original = [], LitModel.clip
+    checked, original = [], Player.clip
 
-    def compare(self, losses, step):
-        twin = [torch.nn.Parameter(p.detach().clone()) for p in self.model.parameters()]
-        for mine, p in zip(twin, self.model.parameters(), strict=True):
+    def compare(self, losses, clip_norm, step):
+        live = [p for _, p in self.named]
+        twin = [torch.nn.Parameter(p.detach().clone()) for p in live]
+        for mine, p in zip(twin, live, strict=True):
             mine.grad = p.grad.clone()
         expected = nn.utils.clip_grad_norm_(twin, 0.05)
-        norm, bad = original(self, losses, step)
+        norm, bad = original(self, losses, clip_norm, step)
         assert torch.allclose(norm, expected.to(norm), rtol=1e-6)
-        assert all(
-            torch.allclose(p.grad, t.grad, rtol=1e-5) for p, t in zip(self.model.parameters(), twin, strict=True)
-        )
+        assert all(torch.allclose(p.grad, t.grad, rtol=1e-5) for p, t in zip(live, twin, strict=True))
         checked.append(expected.item())
         return norm, bad
 
-    monkeypatch.setattr(LitModel, "clip", compare)
+    monkeypatch.setattr(Player, "clip", compare)
     dtype = np.float64 if precision == "64-true" else np.float32
     lit = fit(tmp_path / "run", steps=20, clip_norm=0.05, precision=precision, dtype=dtype)
     assert len(checked) == 20

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -36,6 +36,32 @@ class Model(Protocol):
     def nets(self) -> Mapping[str, nn.Module]:
         """What `compile=true` compiles, by name."""
         ...
+
+
+@runtime_checkable
+class AdversarialModel(Protocol):
+    """Two players, a generator and a discriminator, each with a loss and parameters of its own."""
+
+    share_fake: bool
+    """The generator's update sees the fakes of the discriminator's last one; else it makes its own."""
+    images_per_step: int
+    """Samples of one update on all devices, known from the first step on, for what counts those."""
+
+    def generate(self, batch: Batch, step: int) -> Batch:
+        """Fakes, as many as the batch has samples, and what the losses need to know of them."""
+        ...
+
+    def discriminator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
+        """Of fakes without a gradient; regularisers are left out in evaluation mode."""
+        ...
+
+    def generator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses: ...
+
+    def generator_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """By the model's names for them."""
+        ...
+
+    def discriminator_parameters(self) -> Iterable[tuple[str, nn.Parameter]]: ...
 
 
 @runtime_checkable

@@ -62,7 +62,7 @@ class Evaluate(Between):
 
     def evaluate(self, lit: LitModel) -> None:
         values = {f"val/{name}": value for name, value in lit.evaluate("val", self.n).items()}
-        self.loss, self.step = values["val/loss"], lit.trainer.global_step
+        self.loss, self.step = values.get("val/loss", float("inf")), lit.trainer.global_step
         lit.record.log(lit.trainer.global_step, {**values, "ema/distance": lit.ema.distance().item()})
 
 

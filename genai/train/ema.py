@@ -1,6 +1,7 @@
 """Exponential moving average of a model's trainable parameters, kept in a second module and never swapped in."""
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +24,26 @@ class EMA:
         model: the live model.
         decay: the largest decay, in [0, 1].
         power: of the warm-up of the decay, None for a constant one; see `decay_at`.
+        named: the parameters to average, None for all that are trained; `module` shares the others with the live model.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.999, power: float | None = 0.75):
+    def __init__(
+        self, model: nn.Module, decay: float = 0.999, power: float | None = 0.75,
+        named: Iterable[tuple[str, nn.Parameter]] | None = None,
+    ):  # fmt: skip
         if not 0 <= decay <= 1:
             raise UserError(f"ema.decay={decay} must be between 0 (the live weights) and 1")
         self.decay, self.power, self.updates = decay, power, 0
-        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}  # one copy is enough
-        self.module = copy.deepcopy(model, frozen).eval().requires_grad_(False)
+        self.names = [name for name, p in (model.named_parameters() if named is None else named) if p.requires_grad]
+        mine = set(self.names)
+        shared = {id(p): p for name, p in model.named_parameters() if name not in mine}
+        self.module = copy.deepcopy(model, shared).eval()
         self._pair(model)
 
     def _pair(self, model: nn.Module) -> None:
-        average = dict(self.module.named_parameters())
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.names = list(trained)
-        self.live: list[Tensor] = [*trained.values()]
-        self.average: list[Tensor] = [average[name] for name in trained]
+        average, trained = dict(self.module.named_parameters()), dict(model.named_parameters())
+        self.live: list[Tensor] = [trained[name] for name in self.names]
+        self.average: list[Tensor] = [average[name].requires_grad_(False) for name in self.names]
         self.buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
         if self.decay == 0:  # the live weights: share their memory
             for mine, live in zip(self.average, self.live, strict=True):

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import lightning as L
@@ -26,10 +26,13 @@ EVALUATION = 7  # what the evaluation seed is mixed for
 
 
 class Guard:
-    """Watches losses and gradient norms on the device, and says at the next look what was not finite, and when."""
+    """Watches losses and gradient norms on the device, and says at the next look what was not finite, and when.
 
-    def __init__(self, names: Sequence[str]):
-        self.names = ["the loss", *(f"the gradient of {name}" for name in names)]
+    `whose` is a word before each name, such as the player of a game.
+    """
+
+    def __init__(self, names: Sequence[str], whose: str = ""):
+        self.names = [f"the {whose}loss", *(f"the {whose}gradient of {name}" for name in names)]
         self.seen: list[tuple[int, Tensor]] = []
 
     def check(self, values: Tensor, step: int) -> Tensor:
@@ -53,6 +56,25 @@ class Guard:
             )
 
 
+class Player:
+    """Parameters that learn together, by name, and the guard of their gradients."""
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], whose: str = ""):
+        self.named = [(name, p) for name, p in named if p.requires_grad]
+        self.guard = Guard([name for name, _ in self.named], whose)
+
+    def clip(self, losses: list[Losses], clip_norm: float | None, step: int) -> tuple[Tensor, Tensor]:
+        """Scale gradients so that their norm is at most clip_norm; (norm before, whether something was not finite)."""
+        grads = [p.grad for _, p in self.named if p.grad is not None]
+        norms, total = iter(torch._foreach_norm(grads)), sum((loss.total for loss in losses[1:]), losses[0].total)
+        each = [total.new_zeros(()) if p.grad is None else next(norms) for _, p in self.named]
+        values = torch.stack([total, *each]).float()
+        norm = torch.linalg.vector_norm(values[1:])
+        if clip_norm is not None:
+            torch._foreach_mul_(grads, (clip_norm / (norm + 1e-6)).clamp_max(1.0))
+        return norm, self.guard.check(values, step)
+
+
 class LitModel(L.LightningModule):
     """Trains any Model.
 
@@ -72,11 +94,14 @@ class LitModel(L.LightningModule):
     on_train_batch_start = on_train_batch_end = on_before_zero_grad = None  # type: ignore[assignment]
     on_before_backward = on_after_backward = on_before_optimizer_step = None  # type: ignore[assignment]
 
+    overlaps = True
+    """Whether DDP sums gradients over ranks while the last backward pass of a step runs; it knows of one such pass a step."""
+
     def __init__(
         self,
         model: nn.Module,
         data: Data,
-        optim: Callable[[nn.Module], Optimizer],
+        optim: Callable[..., Optimizer],
         ema: Callable[[nn.Module], EMA],
         record: Record,
         seed: int = 0,
@@ -109,53 +134,71 @@ class LitModel(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self.ema.to(self.device, self.model)
-        self.named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.means.to(self.device)
-        self.guard = Guard([name for name, _ in self.named])
+        self.players = self.make_players()
         if self.device.type == "cpu":
             # Lightning sets this to 1, and then torch looks for the GPU driver's library at every optimiser step.
             os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 
+    def make_players(self) -> list[Player]:
+        """Whose parameters learn, one for each optimiser."""
+        return [Player(self.model.named_parameters())]
+
     def training_step(self, micro_batches: list[Batch], index: int) -> None:
-        step = self.trainer.global_step
+        step, (player,) = self.trainer.global_step, self.players
         optimizer = cast(LightningOptimizer, self.optimizers())
         lr = set_lr(optimizer.optimizer, step)
-        losses = self.accumulate_gradients(micro_batches, step)
-        norm, bad = self.clip(losses, step)
-        self.update(optimizer, bad)
-        self.ema.update()
+        losses = self.accumulate_gradients(player, micro_batches, lambda batch: self.model(batch, step), step)
+        norm, bad = player.clip(losses, self.clip_norm, step)
+        self.skip(optimizer.optimizer, player, bad)
+        optimizer.step()
+        self.note(losses, norm)
+        self.finish_step(step, lr)
+
+    def note(self, losses: Sequence[Losses], norm: Tensor, whose: str = "") -> None:
+        """Add a turn's losses, what they log, and the gradient's norm to the running means."""
         for loss in losses:
-            self.means.add({"train/loss": (loss.total, loss.weight)})
+            self.means.add({f"train/{whose}loss": (loss.total, loss.weight)})
             self.means.add({f"train/{name}": value for name, value in loss.logs.items()})
-        self.means.add({"train/grad_norm": (norm, 1.0)})
+        self.means.add({f"train/{whose}grad_norm": (norm, 1.0)})
+
+    def finish_step(self, step: int, lr: float | None) -> None:
+        """What follows the last update of a step: the average, and on logging steps a look at what happened."""
+        self.ema.update()
         if (step + 1) % self.log_every_steps == 0:
-            self.guard.stop_if_bad()
+            self.stop_if_bad()
             values = self.means.reduce().read()
             self.record.log(step + 1, values if lr is None else {**values, "train/lr": lr})
 
-    def accumulate_gradients(self, micro_batches: list[Batch], step: int) -> list[Losses]:
-        """Leave in .grad the gradient of the mean over all targets of all micro-batches and ranks.
+    def accumulate_gradients(
+        self, player: Player, micro_batches: list[Batch], loss_of: Callable[[Batch], Losses], *counters: int
+    ) -> list[Losses]:
+        """Leave in .grad the gradient of the mean over all targets of all micro-batches and ranks; each micro-batch draws
+        from (seed, rank, counters, its number).
 
         The gradient of one lone micro-batch is already that; otherwise each is weighted by its number of targets,
         and their sum over the group divides once.
         """
         alone = len(micro_batches) == 1 and self.trainer.world_size == 1
         losses = []
-        for _, p in self.named:
+        for _, p in player.named:
             p.grad = None
         for m, batch in enumerate(micro_batches):
-            rng.seed_torch(rng.mix(self.seed, self.global_rank, step, m), self.device)
+            rng.seed_torch(rng.mix(self.seed, self.global_rank, *counters, m), self.device)
             last = m == len(micro_batches) - 1
-            with contextlib.nullcontext() if last else self.no_sync():
-                loss: Losses = self.model(batch, step)
+            with contextlib.nullcontext() if last and self.overlaps else self.no_sync():
+                loss = loss_of(batch)
                 self.manual_backward(loss.total if alone else loss.total * loss.weight)
             losses.append(loss._replace(total=loss.total.detach()))
         if not alone:
             weight = torch.as_tensor(sum(loss.weight for loss in losses), device=self.device)
+            grads, ranks = [p.grad for _, p in player.named if p.grad is not None], 1
             if self.trainer.world_size > 1:
                 torch.distributed.all_reduce(weight)
-            scale = self.trainer.world_size / weight  # ranks have been averaged
-            torch._foreach_mul_([p.grad for _, p in self.named if p.grad is not None], scale)
+                ranks = self.trainer.world_size if self.overlaps else 1  # DDP has averaged
+                for grad in [] if self.overlaps else grads:
+                    torch.distributed.all_reduce(grad)
+            torch._foreach_mul_(grads, ranks / weight)
         return losses
 
     def no_sync(self) -> contextlib.AbstractContextManager:
@@ -163,24 +206,16 @@ class LitModel(L.LightningModule):
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else contextlib.nullcontext()
 
-    def clip(self, losses: list[Losses], step: int) -> tuple[Tensor, Tensor]:
-        """Scale gradients so that their norm is at most clip_norm; (norm before, whether something was not finite)."""
-        grads = [p.grad for _, p in self.named if p.grad is not None]
-        norms = iter(torch._foreach_norm(grads))
-        each = [torch.zeros((), device=self.device) if p.grad is None else next(norms) for _, p in self.named]
-        values = torch.stack([sum((loss.total for loss in losses[1:]), losses[0].total), *each]).float()
-        norm = torch.linalg.vector_norm(values[1:])
-        if self.clip_norm is not None:
-            torch._foreach_mul_(grads, (self.clip_norm / (norm + 1e-6)).clamp_max(1.0))
-        return norm, self.guard.check(values, step)
-
-    def update(self, optimizer: LightningOptimizer, bad: Tensor) -> None:
-        """One optimiser update, skipped if `bad`; on the device where the optimiser can, else the host looks."""
-        if getattr(optimizer.optimizer, "_step_supports_amp_scaling", False):
-            optimizer.optimizer.found_inf = bad  # type: ignore[attr-defined]
+    def skip(self, optimizer: Optimizer, player: Player, bad: Tensor) -> None:
+        """Let the optimiser's next step do nothing if `bad`; on the device where it can, else the host looks."""
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.found_inf = bad  # type: ignore[attr-defined]
         else:
-            self.guard.stop_if_bad()
-        optimizer.step()
+            player.guard.stop_if_bad()
+
+    def stop_if_bad(self) -> None:
+        for player in self.players:
+            player.guard.stop_if_bad()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
         """Of the model alone: the average and the rest have places of their own in a checkpoint."""
@@ -190,7 +225,7 @@ class LitModel(L.LightningModule):
         return self.model.load_state_dict(state, strict=strict, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.guard.stop_if_bad()
+        self.stop_if_bad()
         checkpoint["ema"] = self.ema.state_dict()
         checkpoint["ema_updates"] = self.ema.updates
         checkpoint["means"] = self.means.reduce(keep=self.global_rank == 0).sums

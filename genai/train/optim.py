@@ -1,29 +1,39 @@
-"""Optimisers: functions of a model that return one torch Optimizer, whose groups carry their learning-rate schedule."""
+"""Optimisers: functions of a model, or of one player's named parameters, that return one torch Optimizer, whose groups carry
+their learning-rate schedule."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from genai.core.errors import UserError
+from genai.core.errors import UserError, at_least
 from genai.train.muon import Muon
 
 
 def adamw(
-    model: nn.Module,
+    model: nn.Module | Iterable[tuple[str, nn.Parameter]],
     lr: float,
     betas: Sequence[float] = (0.9, 0.99),
     weight_decay: float = 0.0,
     warmup_steps: int = 0,
     decay_steps: int | None = None,
     lr_min: float = 0.0,
+    lazy_every: int | None = None,
 ) -> Optimizer:
-    """Fused AdamW; weight decay on matrices and kernels only. See `lr_at` for the schedule's arguments."""
+    """Fused AdamW; weight decay on matrices and kernels only. See `lr_at` for the schedule's arguments.
+
+    lazy_every: every how many steps a regulariser joins the loss: with c = k / (k + 1) the rate becomes c lr and the betas
+    beta^c (Karras et al., "StyleGAN2", 2020, appendix B).
+    """
     if lr <= 0:
         raise UserError(f"optim.lr={lr} must be greater than 0")
-    return _adamw(list(model.parameters()), lr, betas, weight_decay, warmup_steps, decay_steps, lr_min)
+    if lazy_every is not None:
+        c = at_least(lazy_every, 1, "optim.lazy_every") / (lazy_every + 1)
+        lr, lr_min, betas = c * lr, c * lr_min, [beta**c for beta in betas]
+    named = model.named_parameters() if isinstance(model, nn.Module) else model
+    return _adamw([p for _, p in named], lr, betas, weight_decay, warmup_steps, decay_steps, lr_min)
 
 
 def _adamw(
@@ -37,7 +47,7 @@ def _adamw(
     groups = [{"params": params, "weight_decay": decay} for decay, params in by_decay.items()]
     schedule = {"lr_max": lr, "lr_min": lr_min, "warmup_steps": warmup_steps, "decay_steps": decay_steps}
     groups = [{**group, **schedule} for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(float(betas[0]), float(betas[1])), fused=True)
 
 
 class Chain(Optimizer):
@@ -67,7 +77,7 @@ class Chain(Optimizer):
 
 
 def muon(
-    model: nn.Module,
+    model: nn.Module | Iterable[tuple[str, nn.Parameter]],
     lr: float,
     adamw_lr: float,
     momentum: float = 0.95,
@@ -83,6 +93,8 @@ def muon(
     """
     if lr <= 0 or adamw_lr <= 0:
         raise UserError(f"optim.lr={lr} and optim.adamw_lr={adamw_lr} must be greater than 0")
+    if not isinstance(model, nn.Module):
+        raise UserError("optim=muon needs to know a model's layers, and has one player's parameters: use optim=adamw")
     named = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = [m.weight for name, m in named.items() if name.split(".")[-1] != "head" and id(m.weight) not in tied]

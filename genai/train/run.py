@@ -59,13 +59,13 @@ def run(cfg: DictConfig) -> Path:
     if cfg.init_from is not None:
         _init_from(model, data.assets(), cfg.init_from, cfg.init_strict)
     optim, ema = checkpoint.build(config["optim"], trust), checkpoint.build(config["ema"], trust)
-    optim(model)  # so that what it refuses is refused now
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     record = Record(folder, writes=first)
     lit = checkpoint.build({**config["loop"], "_partial_": True}, trust)(
         model, data, optim, ema, record,
         seed=cfg.seed, accumulate=cfg.accumulate, clip_norm=cfg.clip_norm, log_every_steps=cfg.log_every_steps,
     )  # fmt: skip
+    lit.configure_optimizers()  # so that what they refuse is refused now
     callbacks = [checkpoint.build(node, trust) for node in config["callbacks"].values() if node is not None]
     tracker = checkpoint.build({**config["logger"], "_partial_": True}, trust)
     if cfg.compile:

@@ -40,6 +40,19 @@ class Likelihood(nn.Module):
         return out.float().unflatten(1, (self.outputs, -1)).transpose(0, 1)
 
 
+class LogSigmoid(torch.autograd.Function):
+    """ln sigmoid(a) to within a rounding of its absolute value, at half the time of torch's, whose log1p is slow on a CPU."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor) -> Tensor:
+        ctx.save_for_backward(a)
+        return a.clamp_max(0).sub_(a.abs().neg_().exp_().add_(1).log_())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad * ctx.saved_tensors[0].neg().sigmoid_()
+
+
 class Categorical(Likelihood):
     """Any distribution over `levels` grey levels, evenly spaced from -1 to 1, of each number by itself."""
 
@@ -73,16 +86,16 @@ class Bernoulli(Likelihood):
         self.stochastic = binarize == "dynamic"
 
     def prepare(self, x: Tensor, u: Tensor) -> Tensor:
-        return torch.where((u if self.stochastic else 0.5) < (x + 1) / 2, 1.0, -1.0)
+        return ((u if self.stochastic else 0.5) < (x + 1) / 2) * 2.0 - 1
 
     def log_prob(self, out: Tensor, x: Tensor) -> Tensor:
-        return F.logsigmoid(self.parts(out)[0] * x).flatten(1).sum(1)
+        return LogSigmoid.apply(self.parts(out)[0] * x).flatten(1).sum(1)
 
     def mean(self, out: Tensor) -> Tensor:
         return 2 * self.parts(out)[0].sigmoid() - 1
 
     def draw(self, out: Tensor, u: Tensor) -> Tensor:
-        return torch.where(u < self.parts(out)[0].sigmoid(), 1.0, -1.0)
+        return (u < self.parts(out)[0].sigmoid()) * 2.0 - 1
 
 
 class DiscretizedLogistic(Likelihood):

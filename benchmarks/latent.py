@@ -1,0 +1,122 @@
+"""What a step of diffusion costs in the latents of a first stage, beside one in pixels, in training and in sampling.
+
+    python -m benchmarks.latent [--rounds 7] [--channels 32]
+
+At 28x28 the U-Nets of the recipes: conf/experiment/ddpm_mnist's in pixels, latent_mnist_text's in the 4x7x7 latents of
+autoencoder_mnist, both told the class. At 32x32x3 one U-Net at both, so that only the size of its maps differs: --channels
+times 1, 2 and 2, two blocks each, attention in the middle resolution, in pixels or in the 4x16x16 latents of
+autoencoder_cifar10. First stages are not trained, which changes no speed.
+
+A training step is loss, backward and the recipe's optimiser; it encodes its images, or finds the latents in the batch as
+with codec.cache. A sampling step is the difference between ddim with 10 steps and with 2, divided by 8: one call of the
+network, unguided; the decoding that follows once is a column of its own. All of them take turns within a round.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from benchmarks.common import interleave, ratio, report, setup, spread
+from genai import checkpoint
+from genai.cli import composed
+from genai.core import rng
+from genai.core.protocols import Batch
+from genai.data.base import example
+from genai.models.diffusion.samplers import ddim
+
+STEPS = 2, 10
+
+
+def built(cfg: Any, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = checkpoint.build(OmegaConf.to_container(cfg.model, resolve=True)).to(device).train()
+    return model, checkpoint.build(OmegaConf.to_container(cfg.optim, resolve=True))(model)
+
+
+def over(first_stage: str, *overrides: str) -> Any:
+    """The config of diffusion in the latents of this experiment's autoencoder."""
+    cfg, stage = composed("train", [*overrides]), composed("train", [f"experiment={first_stage}"])
+    cfg.codec.model, cfg.codec.shape = OmegaConf.to_container(stage.model, resolve=True), stage.model.latent_shape
+    return cfg
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Callable[[], None]:
+    def one() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model(batch, 0).total.backward()
+        optimizer.step()
+
+    return one
+
+
+def compare(pixels: Any, latents: Any, n: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    """A row for each way to train, of batches of n."""
+    batch = {name: value.to(device) for name, value in example(pixels.data.shape, "image", 10, n).items()}
+    cases: dict[str, Callable[[], Any]] = {}
+    sizes = {}
+    for space, cfg in (("pixels", pixels), ("latents", latents)):
+        model, optimizer = built(cfg, device)
+        sizes[space] = (
+            f"{sum(p.numel() for p in model.net.parameters()) / 1e6:.2f} M, {'x'.join(map(str, model.shape))}"
+        )
+        cases[space] = step(model, optimizer, batch)
+        sampled, seeds = copy.deepcopy(model).eval(), rng.seed_range(0, n)
+        for steps in STEPS:
+            cases[f"{space}, {steps}"] = lambda m=sampled, s=seeds, k=steps: ddim(m, s, steps=k)
+        if model.latent is not None:
+            z = model.latent.codec.encode(batch["image"])
+            cases["precomputed"] = step(model, optimizer, {"latent": z, "label": batch["label"]})
+            cases["decode"] = lambda m=sampled, z=z: m.latent.decode(z)
+    seconds = interleave(cases, rounds, 10 if device.type == "cuda" else 1, device, warmup=2)
+    few, many = STEPS
+    sampling = {
+        space: [
+            (a - b) / (many - few) for a, b in zip(seconds[f"{space}, {many}"], seconds[f"{space}, {few}"], strict=True)
+        ]
+        for space in sizes
+    }
+    rows = []
+    for name, case in (("pixels", "pixels"), ("latents, encoded", "latents"), ("latents, precomputed", "precomputed")):
+        space = "pixels" if case == "pixels" else "latents"
+        rows.append(
+            {
+                "images": "x".join(map(str, pixels.data.shape)),
+                "batch": n,
+                "diffusion in": name,
+                "U-Net": sizes[space],
+                "ms/training step": spread(seconds[case], 1e3, 1),
+                "training / pixels": ratio(seconds[case], seconds["pixels"]),
+                "ms/sampling step": spread(sampling[space], 1e3, 1),
+                "sampling / pixels": ratio(sampling[space], sampling["pixels"]),
+                "ms to decode": "-" if space == "pixels" else spread(seconds["decode"], 1e3, 1),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--channels", type=int, default=32)
+    args = parser.parse_args()
+    device = setup()
+    told = ["model.classes=10", "model.net.text=null"]
+    mnist = (
+        composed("train", ["experiment=ddpm_mnist"]),
+        over("autoencoder_mnist", "experiment=latent_mnist_text", *told),
+    )
+    net = [f"model.net.channels={args.channels}", "model.net.multipliers=[1,2,2]", "model.net.blocks=2", "data=cifar10"]
+    cifar = (
+        composed("train", ["model=ddpm", *net, "model.net.attention=[16]"]),
+        over("autoencoder_cifar10", "model=latent", *net, "model.net.attention=[8]", *told),
+    )
+    rows = [*compare(*mnist, 32, args.rounds, device), *compare(*cifar, 16, args.rounds, device)]
+    report("latent", device, rows, rounds=args.rounds, channels=args.channels)
+
+
+if __name__ == "__main__":
+    main()

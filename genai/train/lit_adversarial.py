@@ -1,0 +1,151 @@
+"""The loop of two players: one Lightning batch is one round of the game, and a round is one step."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import nn
+from torch.optim import Optimizer
+
+from genai.core import rng
+from genai.core.errors import UserError, at_least
+from genai.core.protocols import AdversarialModel, Batch, Losses
+from genai.data.base import Data
+from genai.data.stream import batches, train_loader
+from genai.train.ema import EMA
+from genai.train.lit import EVALUATION, LitModel, Player
+from genai.train.optim import set_lr
+from genai.train.record import Means, Record
+
+DISCRIMINATOR, GENERATOR = 1, 2  # what a round's draws are mixed for
+
+
+class LitAdversarial(LitModel):
+    """Trains any AdversarialModel: in each round the discriminator learns `critic_steps` times, then the generator once.
+
+    A round holds critic_steps * accumulate micro-batches of data, of which the generator sees the last `accumulate` again. The
+    average is of the generator, and the generator's update alone counts as the step.
+
+    Args:
+        model, data, ema, record, seed, accumulate, clip_norm, log_every_steps: see `LitModel`.
+        optim: of the generator, `optim(named parameters)`.
+        discriminator_optim: of the discriminator, likewise.
+        critic_steps: updates of the discriminator in a round.
+    """
+
+    overlaps = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        optim: Callable[..., Optimizer],
+        ema: Callable[..., EMA],
+        record: Record,
+        discriminator_optim: Callable[..., Optimizer],
+        seed: int = 0,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        log_every_steps: int = 50,
+        critic_steps: int = 1,
+    ):
+        if not isinstance(model, AdversarialModel):
+            raise UserError(f"loop=LitAdversarial needs two players, and a {type(model).__name__} is one: use LitModel")
+        averaged = lambda whole: ema(whole, named=model.generator_parameters())  # noqa: E731
+        super().__init__(model, data, optim, averaged, record, seed, accumulate, clip_norm, log_every_steps)
+        self.discriminator_optim = discriminator_optim
+        self.critic_steps = at_least(critic_steps, 1, "loop.critic_steps")
+
+    @property
+    def game(self) -> AdversarialModel:
+        return cast(AdversarialModel, self.model)
+
+    def configure_optimizers(self) -> list[Optimizer]:  # type: ignore[override]
+        return [
+            self.optim(self.game.generator_parameters()),
+            self.discriminator_optim(self.game.discriminator_parameters()),
+        ]
+
+    def make_players(self) -> list[Player]:
+        return [
+            Player(self.game.generator_parameters(), "generator's "),
+            Player(self.game.discriminator_parameters(), "discriminator's "),
+        ]
+
+    def train_dataloader(self):
+        t, micro_batches = self.trainer, self.critic_steps * self.accumulate
+        return train_loader(self.data, micro_batches, self.seed, t.global_step, t.global_rank, t.world_size)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.game.images_per_step = self.data.batch_size * self.accumulate * self.trainer.world_size
+
+    def training_step(self, micro_batches: list[Batch], index: int) -> None:
+        step, (generator, discriminator) = self.trainer.global_step, self.players
+        optimizer, other = (cast(LightningOptimizer, o) for o in self.optimizers())  # type: ignore[union-attr]
+        lr = set_lr(optimizer.optimizer, step)
+        set_lr(other.optimizer, step)
+        fakes: list[Batch] = []
+        for k in range(self.critic_steps):
+            part = micro_batches[k * self.accumulate : (k + 1) * self.accumulate]
+            keep = fakes if self.game.share_fake and k == self.critic_steps - 1 else None
+            against = self.against(step, keep)
+            losses = self.accumulate_gradients(discriminator, part, against, step, DISCRIMINATOR, k)
+            norm, bad = discriminator.clip(losses, self.clip_norm, step)
+            self.skip(other.optimizer, discriminator, bad)
+            other.optimizer.step()  # past Lightning, which would count it as a step
+            self.note(losses, norm, "discriminator_")
+
+        def deceive(batch: Batch) -> Losses:
+            fake = fakes.pop(0) if self.game.share_fake else self.game.generate(batch, step)
+            return self.game.generator_loss(batch, fake, step)
+
+        with still(discriminator):
+            losses = self.accumulate_gradients(generator, part, deceive, step, GENERATOR)
+        norm, bad = generator.clip(losses, self.clip_norm, step)
+        self.skip(optimizer.optimizer, generator, bad)
+        optimizer.step()
+        self.note(losses, norm)
+        self.finish_step(step, lr)
+
+    def against(self, step: int, keep: list[Batch] | None) -> Callable[[Batch], Losses]:
+        """The discriminator's loss on fresh fakes; with `keep` they go there, with what the generator's gradient needs."""
+
+        def loss_of(batch: Batch) -> Losses:
+            with torch.set_grad_enabled(keep is not None):
+                fake = self.game.generate(batch, step)
+            if keep is not None:
+                keep.append(fake)
+            return self.game.discriminator_loss(batch, {name: x.detach() for name, x in fake.items()}, step)
+
+        return loss_of
+
+    def evaluate(self, split: str = "val", limit: int | None = None) -> dict[str, float]:
+        """What both players log on a split, the averaged generator against the discriminator as it is; a game has no one loss
+        that falls as it gets better, so there is none called so, and no best checkpoint."""
+        means, average, step = Means().to(self.device), cast(Any, self.ema.module), self.trainer.global_step
+        for i, batch in enumerate(batches(self.data.splits[split], self.data.batch_size, limit)):
+            if i % self.trainer.world_size == self.trainer.global_rank:
+                batch = self.transfer_batch_to_device(batch, self.device, 0)
+                rng.seed_torch(rng.mix(EVALUATION, i), self.device)
+                with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                    fake = average.generate(batch, step)
+                    theirs: Losses = average.discriminator_loss(batch, fake, step)
+                    ours: Losses = average.generator_loss(batch, fake, step)
+                means.add(
+                    {"discriminator_loss": (theirs.total, theirs.weight), "generator_loss": (ours.total, ours.weight)}
+                )
+                means.add({**theirs.logs, **ours.logs})
+        return means.reduce().read()
+
+
+@contextlib.contextmanager
+def still(player: Player):
+    """No gradients for a player's parameters meanwhile."""
+    for _, p in player.named:
+        p.requires_grad_(False)
+    yield
+    for _, p in player.named:
+        p.requires_grad_(True)
