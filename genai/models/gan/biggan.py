@@ -1,0 +1,231 @@
+"""BigGAN (Brock et al., "Large Scale GAN Training for High Fidelity Natural Image Synthesis", 2019, appendix B)."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from genai.core.errors import UserError, number
+from genai.core.protocols import Batch, Losses
+from genai.losses.adversarial import Adversarial
+from genai.models.gan.gan import GAN
+from genai.models.gan.nets import Projection, halved
+from genai.models.gan.spectral import SpectralConv2d, SpectralEmbedding, SpectralLinear
+
+
+class BigGAN(GAN):
+    """A GAN whose generator also pays for filters that are not orthogonal.
+
+    Args:
+        orthogonal: beta of `orthogonal_penalty` (eq. 3; 1e-4 in the paper), which makes a generator amenable to truncation.
+        others: see `GAN`.
+    """
+
+    def __init__(
+        self, field: str, shape: Sequence[int], latents: int, generator: nn.Module, discriminator: nn.Module,
+        loss: Adversarial, classes: int | None = None, r1: float = 0.0, r2: float = 0.0, gradient_penalty: float = 0.0,
+        share_fake: bool = True, orthogonal: float = 1e-4,
+    ):  # fmt: skip
+        super().__init__(
+            field, shape, latents, generator, discriminator, loss, classes, r1, r2, gradient_penalty, share_fake
+        )
+        self.orthogonal = number(orthogonal, "model.orthogonal", 0)
+
+    def generator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
+        losses = super().generator_loss(batch, fake, step)
+        if not self.orthogonal:
+            return losses
+        penalty = orthogonal_penalty(self.generator)
+        logs = {**losses.logs, "orthogonal": (penalty.detach(), losses.weight)}
+        return losses._replace(total=losses.total + self.orthogonal * penalty, logs=logs)
+
+
+def orthogonal_penalty(net: nn.Module) -> Tensor:
+    """Sum over weights, rows of W being filters, of ||W W^T * (1 - I)||_F^2 (eq. 3): their products, not their lengths.
+    Embeddings are no filters and are left out."""
+    layers = [m for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    products = [m.weight.flatten(1) @ m.weight.flatten(1).T for m in layers]
+    return torch.stack([(p - p.diag().diag()).square().sum() for p in products]).sum()
+
+
+class ConditionalBatchNorm(nn.Module):
+    """Batch norm with gain 1 + W c and bias V c of a condition c (appendix B).
+
+    Args:
+        channels: of the maps.
+        width: numbers in the condition.
+    """
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.gain, self.bias = (SpectralLinear(width, channels, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, channels, H, W), c (B, width) -> as x."""
+        return torch.addcmul(self.bias(c)[:, :, None, None], self.norm(x), 1 + self.gain(c)[:, :, None, None])
+
+
+class SelfAttention(nn.Module):
+    """x + gamma attention(x) over places (Zhang et al., "Self-Attention GANs", 2019, eq. 1 to 3), gamma 0 at first; keys and
+    values at half the size. Attention is written out, for a penalty differentiates it twice."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        inner = max(channels // 8, 1)
+        self.query, self.key = (SpectralConv2d(channels, inner, 1, bias=False) for _ in range(2))
+        self.value = SpectralConv2d(channels, max(channels // 2, 1), 1, bias=False)
+        self.out = SpectralConv2d(max(channels // 2, 1), channels, 1, bias=False)
+        self.gamma = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys, values = self.key(x), self.value(x)
+        if min(x.shape[2:]) > 1:
+            keys, values = F.max_pool2d(keys, 2), F.max_pool2d(values, 2)
+        weights = (self.query(x).flatten(2).mT @ keys.flatten(2)).softmax(-1)  # (B, HW, HW / 4)
+        h = (values.flatten(2) @ weights.mT).unflatten(2, x.shape[2:])
+        return x + self.gamma * self.out(h)
+
+
+class UpBlock(nn.Module):
+    """Two convolutions after conditional batch norms, at twice the size, plus the input (figure 15b)."""
+
+    def __init__(self, inputs: int, outputs: int, width: int):
+        super().__init__()
+        self.norm1, self.norm2 = ConditionalBatchNorm(inputs, width), ConditionalBatchNorm(outputs, width)
+        self.conv1, self.conv2 = SpectralConv2d(inputs, outputs, 3), SpectralConv2d(outputs, outputs, 3)
+        self.skip = SpectralConv2d(inputs, outputs, 1)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, inputs, H, W), c (B, width) -> (B, outputs, 2 H, 2 W)."""
+        h = self.conv1(_doubled(F.relu(self.norm1(x, c))))
+        h = self.conv2(F.relu(self.norm2(h, c)))
+        return h + _doubled(self.skip(x))  # a 1x1 convolution and doubling commute
+
+
+class DownBlock(nn.Module):
+    """Two convolutions, then half the size, plus the input (figure 15c).
+
+    Args:
+        inputs, outputs: channels.
+        halve: whether the size is halved.
+        first: whether the input is an image, which is not to be cut at zero.
+    """
+
+    def __init__(self, inputs: int, outputs: int, halve: bool, first: bool = False):
+        super().__init__()
+        self.conv1, self.conv2 = SpectralConv2d(inputs, outputs, 3), SpectralConv2d(outputs, outputs, 3)
+        self.skip = SpectralConv2d(inputs, outputs, 1) if halve or inputs != outputs else nn.Identity()
+        self.halve, self.first = halve, first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, inputs, H, W) -> (B, outputs, H / 2, W / 2), or of its own size."""
+        h = self.conv2(F.relu(self.conv1(x if self.first else F.relu(x))))
+        if self.halve:
+            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)  # a 1x1 convolution and averaging commute
+        return h + self.skip(x)
+
+
+class Generator(nn.Module):
+    """z (B, latents) -> images (B, *shape) in [-1, 1]. z falls into chunks, one for the smallest maps and one for each
+    block; a block's conditional batch norms see theirs beside the label's embedding, which all blocks share.
+
+    Args:
+        shape: (C, H, W), H and W multiples of 2^(len(multipliers) - 1).
+        latents: numbers in z, a multiple of len(multipliers).
+        classes: number of labels, None for none.
+        channels: width of the largest maps.
+        multipliers: of `channels`, from the largest maps to the smallest.
+        attention: heights that self-attention follows.
+        label_width: numbers in a label's embedding.
+
+    Raises UserError for what does not come out even.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], latents: int, classes: int | None = None, channels: int = 64,
+        multipliers: Sequence[int] = (1, 2, 4), attention: Sequence[int] = (), label_width: int = 128,
+    ):  # fmt: skip
+        super().__init__()
+        widths = [channels * m for m in reversed(multipliers)]
+        height, width = halved(shape, len(widths) - 1)
+        if latents % len(widths):
+            raise UserError(
+                f"model.latents={latents} must be a multiple of {len(widths)}: one chunk for each of "
+                "model.generator.multipliers"
+            )
+        self.chunks, self.start = len(widths), (widths[0], height, width)
+        self.embed = None if classes is None else nn.Embedding(classes, label_width)
+        condition = latents // len(widths) + (0 if classes is None else label_width)
+        self.flat = SpectralLinear(latents // len(widths), math.prod(self.start))
+        self.blocks, self.attention = nn.ModuleList(), nn.ModuleDict()
+        for k, (a, b) in enumerate(itertools.pairwise(widths)):
+            self.blocks.append(UpBlock(a, b, condition))
+            if height << (k + 1) in attention:
+                self.attention[str(k)] = SelfAttention(b)
+        self.norm, self.out = nn.BatchNorm2d(widths[-1]), SpectralConv2d(widths[-1], shape[0], 3)
+        self.apply(initialise)
+
+    def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+        first, *rest = z.chunk(self.chunks, 1)
+        h = self.flat(first).view(-1, *self.start)
+        shared = []
+        if self.embed is not None:
+            assert label is not None
+            shared = [self.embed(label)]
+        for k, (block, chunk) in enumerate(zip(self.blocks, rest, strict=True)):
+            h = block(h, torch.cat([*shared, chunk], 1))
+            if str(k) in self.attention:
+                h = self.attention[str(k)](h)
+        return torch.tanh(self.out(F.relu(self.norm(h))))
+
+
+class Discriminator(nn.Module):
+    """Images (B, *shape) -> logits (B,): residual blocks, ReLU, sum over places, `Projection`; no normalisation but of the
+    weights.
+
+    Args:
+        shape: (C, H, W), H and W multiples of 2^(len(multipliers) - 1).
+        classes: number of labels, None for none.
+        channels: width of the largest maps.
+        multipliers: of `channels`, for each block; all blocks but the last halve the size.
+        attention: heights that self-attention follows.
+
+    Raises UserError if the sizes do not come out even.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], classes: int | None = None, channels: int = 64, multipliers: Sequence[int] = (1, 2, 4),
+        attention: Sequence[int] = (),
+    ):  # fmt: skip
+        super().__init__()
+        halved(shape, len(multipliers) - 1)
+        widths = [shape[0], *(channels * m for m in multipliers)]
+        net: list[nn.Module] = []
+        for k, (a, b) in enumerate(itertools.pairwise(widths)):
+            halve = k < len(multipliers) - 1
+            net.append(DownBlock(a, b, halve, first=k == 0))
+            if shape[1] >> (k + halve) in attention:
+                net.append(SelfAttention(b))
+        self.net = nn.Sequential(*net)
+        embed = None if classes is None else SpectralEmbedding(classes, widths[-1])
+        self.head = Projection(SpectralLinear(widths[-1], 1), embed)
+        self.apply(initialise)
+
+    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.head(F.relu(self.net(x)).sum((2, 3)), label)
+
+
+def initialise(module: nn.Module) -> None:
+    """Orthogonal weights (Saxe et al., 2014), biases 0."""
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+        nn.init.orthogonal_(module.weight)
+        if not isinstance(module, nn.Embedding) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")

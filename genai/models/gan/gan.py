@@ -1,0 +1,217 @@
+"""The game of two networks (Goodfellow et al., "Generative Adversarial Nets", 2014) and its usual variants.
+
+The loop above alternates; here stand the players, what each minimises, and how the generator is sampled.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from genai.core import rng
+from genai.core.errors import UserError, at_least, number
+from genai.core.protocols import Batch, Losses
+from genai.losses import adversarial
+from genai.losses.adversarial import Adversarial
+
+STANDING = 11  # what the seeds of standing statistics are mixed for
+
+
+class GAN(nn.Module):
+    """A generator that maps normal latents to items of one field, and a discriminator that tells them from real ones.
+
+    Args:
+        field, shape: of the data.
+        latents: numbers in z.
+        generator: `generator(z, label) -> x`, z (B, latents), label int64 (B,) or None, x (B, *shape).
+        discriminator: `discriminator(x, label) -> logits`, (B,) or more for each sample.
+        loss: a pair of losses, see `genai.losses.adversarial`.
+        classes: number of labels, None for an unconditional model.
+        r1: gamma; the discriminator pays gamma / 2 times its squared gradient at real items (Mescheder et al., 2018, eq. 9).
+        r2: the same at fakes (eq. 10).
+        gradient_penalty: lambda of WGAN-GP (Gulrajani et al., 2017, eq. 3; 10 in the paper).
+        share_fake: whether both players see the same fakes of a round, generated once.
+
+    Raises UserError for a penalty on a discriminator with batch norm, where a sample has no gradient of its own.
+    """
+
+    images_per_step: int = 0
+    """Real images of one step, all ranks together; the loop sets it."""
+
+    def __init__(
+        self, field: str, shape: Sequence[int], latents: int, generator: nn.Module, discriminator: nn.Module,
+        loss: Adversarial, classes: int | None = None, r1: float = 0.0, r2: float = 0.0, gradient_penalty: float = 0.0,
+        share_fake: bool = True,
+    ):  # fmt: skip
+        super().__init__()
+        self.field, self.shape, self.classes = field, tuple(shape), classes
+        self.latents = at_least(latents, 1, "model.latents")
+        self.generator, self.discriminator, self.loss, self.share_fake = generator, discriminator, loss, share_fake
+        self.r1, self.r2 = number(r1, "model.r1", 0), number(r2, "model.r2", 0)
+        self.gradient_penalty = number(gradient_penalty, "model.gradient_penalty", 0)
+        self._stood: object = None
+        if self.penalises and batch_norms(discriminator):
+            raise UserError(
+                "model.r1, model.r2 and model.gradient_penalty are on the gradient of each sample, but batch norm in "
+                "model.discriminator mixes samples: set them to 0, or choose another model.discriminator.norm"
+            )
+
+    @property
+    def penalises(self) -> bool:
+        return self.r1 > 0 or self.r2 > 0 or self.gradient_penalty > 0
+
+    def nets(self) -> Mapping[str, nn.Module]:
+        """Without the discriminator where a penalty differentiates its gradient, which compiled networks do not allow."""
+        return {"generator": self.generator, **({} if self.penalises else {"discriminator": self.discriminator})}
+
+    def generator_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.named_parameters() if name.startswith("generator.")]
+
+    def discriminator_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.named_parameters() if name.startswith("discriminator.")]
+
+    def label(self, batch: Batch | None) -> Tensor | None:
+        """int64 (B,), None for an unconditional model."""
+        return None if self.classes is None or batch is None else batch["label"]
+
+    # The game
+
+    def generate(self, batch: Batch, step: int) -> Batch:
+        """`fake` (B, *shape): one for each item of the batch, with its label."""
+        x = batch[self.field]
+        return {"fake": self.generator(torch.randn(len(x), self.latents, device=x.device), self.label(batch))}
+
+    def discriminator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
+        """One pass over real items and one over fakes, which the penalties share. Without gradients, as in evaluation,
+        there are no penalties."""
+        label, penalties = self.label(batch), torch.is_grad_enabled()
+        x = batch[self.field].detach().requires_grad_(penalties and self.r1 > 0)
+        y = fake["fake"].detach().requires_grad_(penalties and self.r2 > 0)
+        real, false = self.discriminator(x, label).float(), self.discriminator(y, label).float()
+        total, logs = self.loss.discriminator(real, false).mean(), self.judged(real.detach(), false.detach())
+        if x.requires_grad:
+            logs["r1"] = adversarial.r1(real, x).mean()
+            total = total + self.r1 / 2 * logs["r1"]
+        if y.requires_grad:
+            logs["r2"] = adversarial.r1(false, y).mean()
+            total = total + self.r2 / 2 * logs["r2"]
+        if penalties and self.gradient_penalty:
+            u = torch.rand(len(x), device=x.device)
+            between = adversarial.gradient_penalty(lambda mixed: self.discriminator(mixed, label), x, y, u)
+            logs["gradient_penalty"] = between.mean()
+            total = total + self.gradient_penalty * logs["gradient_penalty"]
+        return weighted(total, logs, len(x))
+
+    def generator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
+        label, real = self.label(batch), None
+        if self.loss.paired:
+            with torch.no_grad():
+                real = self.discriminator(batch[self.field], label).float()
+        false = self.discriminator(fake["fake"], label).float()
+        return weighted(self.loss.generator(real, false).mean(), {}, len(false))
+
+    def judged(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        """Mean logits, and the share of them on the right side; of pairs in the right order, where a logit alone says
+        nothing."""
+        logs = {"logit_real": real.mean(), "logit_fake": fake.mean()}
+        if self.loss.boundary is None:
+            return {**logs, "accuracy": (real > fake).float().mean()}
+        right = {"accuracy_real": real > self.loss.boundary, "accuracy_fake": fake < self.loss.boundary}
+        return {**logs, **{name: ok.float().mean() for name, ok in right.items()}}
+
+    # Sampling, as genai.models.gan.samplers wants it
+
+    def latent(self, seeds: Tensor, label: Tensor | None, truncation: float | None = None) -> Tensor:
+        """z (B, latents) by seed, normal; with truncation only within |z| <= truncation (Brock et al., 2019, section 3.1)."""
+        z = rng.normal(seeds.to(self.device), (self.latents,), stream=rng.INITIAL)
+        return z if truncation is None else truncated(z, number(truncation, "sampler.truncation", 0, open_low=True))
+
+    def decode(self, latent: Tensor, label: Tensor | None, seeds: Tensor) -> Tensor:
+        """(B, *shape); the seeds are for generators that add noise of their own."""
+        with torch.no_grad():
+            return self.generator(latent, label)
+
+    def between(self, a: Tensor, b: Tensor, share: Tensor) -> Tensor:
+        """Latents (B, latents) on the great circle from a (share 0) to b (share 1), share (B,)."""
+        return slerp(a, b, share[:, None])
+
+    @torch.no_grad()
+    def stand(self, batches: int, truncation: float | None = None, batch_size: int = 64) -> None:
+        """Take the generator's `standing_statistics` from so many batches of latents, always the same ones, labels in
+        turn. Nothing happens where they are those already.
+
+        Raises UserError if the generator has no batch norm.
+        """
+        at_least(batches, 1, "sampler.standing_batches")
+        if not batch_norms(self.generator):
+            raise UserError("sampler.standing_batches: this generator has no batch norm, set it to 0")
+        if self._stood == (batches, truncation, batch_size, self._versions()):
+            return
+        inputs = []
+        for k in range(batches):
+            seeds = rng.seed_range(rng.mix(STANDING, k), batch_size)
+            index = torch.arange(k * batch_size, (k + 1) * batch_size, device=self.device)
+            label = None if self.classes is None else index % self.classes
+            inputs.append((self.latent(seeds, label, truncation), label))
+        standing_statistics(self.generator, inputs)
+        self._stood = batches, truncation, batch_size, self._versions()
+
+    def _versions(self) -> list[int]:
+        """How often each tensor of the generator has been written to."""
+        return [t._version for t in (*self.generator.parameters(), *self.generator.buffers())]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.generator.parameters()).device
+
+
+def weighted(total: Tensor, logs: Mapping[str, Tensor], n: int) -> Losses:
+    """Losses and logs that are means over n samples."""
+    return Losses(total, float(n), {name: (value.detach(), float(n)) for name, value in logs.items()})
+
+
+def batch_norms(net: nn.Module) -> list[_BatchNorm]:
+    return [m for m in net.modules() if isinstance(m, _BatchNorm)]
+
+
+@torch.no_grad()
+def standing_statistics(generator: nn.Module, inputs: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+    """Give every batch norm the mean over batches (z, label) of their means and variances, as BigGAN is sampled
+    (Brock et al., 2019).
+
+    An averaged generator needs it: its buffers are those of the live one. Only batch norms act as in training meanwhile.
+    """
+    norms = batch_norms(generator)
+    before = [(norm.training, norm.momentum) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train()
+        norm.momentum = None  # a cumulative mean
+    for z, label in inputs:
+        generator(z, label)
+    for norm, (training, momentum) in zip(norms, before, strict=True):
+        norm.train(training)
+        norm.momentum = momentum
+
+
+def truncated(z: Tensor, threshold: float) -> Tensor:
+    """Standard normals z to normals truncated to |z| <= threshold, by Phi^-1(P(|z| > threshold) / 2 + P(|z| <= threshold)
+    Phi(z)), for symmetry written with erf.
+
+    As distributed as what resampling until |z| <= threshold gives, but a smooth map, so one seed keeps its picture.
+    """
+    root = math.sqrt(2)
+    z64 = torch.erfinv(torch.erf(z.double() / root) * math.erf(threshold / root)) * root
+    return z64.clamp(-threshold, threshold).to(z.dtype)
+
+
+def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
+    """From a to b (..., D) by equal angles (Shoemake, 1985); share (..., 1) or a number in [0, 1]. A straight line where
+    they are parallel."""
+    cosine = torch.cosine_similarity(a, b, dim=-1)[..., None].clamp(-1, 1)
+    angle = cosine.acos()
+    sine = angle.sin()
+    arc = (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / sine.clamp_min(1e-6)
+    return torch.where(sine > 1e-3, arc, a + share * (b - a))

@@ -1,0 +1,113 @@
+"""What the networks of several GANs share, and MLPs for small images.
+
+A generator is `net(z, label) -> x`, a discriminator `net(x, label) -> logits (B,)`; label int64 (B,) or None.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from genai.core.errors import UserError, at_least
+
+
+class Projection(nn.Module):
+    """linear(phi) + <embed(label), phi> (Miyato and Koyama, "cGANs with Projection Discriminator", 2018, section 3).
+
+    Args:
+        linear: features (B, D) -> (B, 1).
+        embed: labels (B,) -> (B, D), None for a discriminator without classes.
+    """
+
+    def __init__(self, linear: nn.Module, embed: nn.Module | None = None):
+        super().__init__()
+        self.linear, self.embed = linear, embed
+
+    def forward(self, phi: Tensor, label: Tensor | None) -> Tensor:
+        """(B, D) -> (B,)."""
+        logits = self.linear(phi)[:, 0]
+        if self.embed is None:
+            return logits
+        assert label is not None
+        return logits + (self.embed(label) * phi).sum(1)
+
+
+def projection(features: int, classes: int | None) -> Projection:
+    """One whose label vectors begin as long as the linear map's row, about 1."""
+    embed = None if classes is None else nn.Embedding(classes, features)
+    if embed is not None:
+        nn.init.normal_(embed.weight, std=features**-0.5)
+    return Projection(nn.Linear(features, 1), embed)
+
+
+class LabelledLatents(nn.Module):
+    """z (B, latents), and beside it an embedding of the label -> (B, `outputs`).
+
+    Args:
+        latents: numbers in z.
+        classes: number of labels, None for none.
+        label_width: numbers in the embedding.
+    """
+
+    def __init__(self, latents: int, classes: int | None, label_width: int):
+        super().__init__()
+        self.embed = None if classes is None else nn.Embedding(classes, at_least(label_width, 1, "label_width"))
+        self.outputs = latents + (0 if classes is None else label_width)
+
+    def forward(self, z: Tensor, label: Tensor | None) -> Tensor:
+        if self.embed is None:
+            return z
+        assert label is not None
+        return torch.cat([z, self.embed(label)], 1)
+
+
+class MLPGenerator(nn.Module):
+    """z (B, latents) -> (B, *shape) in [-1, 1]."""
+
+    def __init__(
+        self, shape: Sequence[int], latents: int, classes: int | None = None, width: int = 256, layers: int = 3,
+        label_width: int = 32,
+    ):  # fmt: skip
+        super().__init__()
+        self.shape = tuple(shape)
+        self.inputs = LabelledLatents(latents, classes, label_width)
+        out = nn.Linear(width, math.prod(shape))
+        self.net = nn.Sequential(*hidden(self.inputs.outputs, width, layers), out, nn.Tanh())
+
+    def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.net(self.inputs(z, label)).view(-1, *self.shape)
+
+
+class MLPDiscriminator(nn.Module):
+    """x (B, *shape) -> logits (B,)."""
+
+    def __init__(self, shape: Sequence[int], classes: int | None = None, width: int = 256, layers: int = 3):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), *hidden(math.prod(shape), width, layers))
+        self.head = projection(width, classes)
+
+    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.head(self.net(x), label)
+
+
+def hidden(inputs: int, width: int, layers: int) -> list[nn.Module]:
+    """`layers` hidden layers with leaky ReLUs; no normalisation, which a penalty on gradients would not survive."""
+    at_least(layers, 1, "layers")
+    net: list[nn.Module] = []
+    for i in range(layers):
+        net += [nn.Linear(inputs if i == 0 else width, width), nn.LeakyReLU(0.2)]
+    return net
+
+
+def halved(shape: Sequence[int], times: int) -> tuple[int, int]:
+    """Height and width of images (C, H, W) halved `times` times. Raises UserError if that does not come out even."""
+    multiple = 2**times
+    if len(shape) != 3:
+        raise UserError(f"this network makes images of shape [C, H, W], got {list(shape)}: choose another data=")
+    if shape[1] % multiple or shape[2] % multiple:
+        raise UserError(
+            f"this network halves images {times} times, so height and width must be multiples of {multiple}, got "
+            f"{shape[1]}x{shape[2]}: change data.size, or give model.generator and model.discriminator other multipliers"
+        )
+    return shape[1] // multiple, shape[2] // multiple

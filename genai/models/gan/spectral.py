@@ -1,0 +1,70 @@
+"""Layers whose weight, as a matrix, is divided by its largest singular value (Miyato et al., "Spectral Normalization for
+Generative Adversarial Networks", 2018, section 2.1).
+
+The left singular vector is a buffer `u`. In training every call moves it by one step of the power method (algorithm 1);
+in evaluation the same step is taken and forgotten.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def normalised(weight: Tensor, u: Tensor, keep: bool) -> Tensor:
+    """weight (rows, ...) / sigma; u (rows,) is moved if `keep`.
+
+    Gradients take u and v as constants (eq. 12). What they need is a copy, so that u may move again before the backward
+    pass.
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        matrix = weight.flatten(1)
+        with torch.no_grad():
+            v = F.normalize(matrix.T @ u, dim=0)
+            left = F.normalize(matrix @ v, dim=0)
+            if keep:
+                u.copy_(left)
+        return weight / (left @ (matrix @ v)).clamp_min(1e-12)
+
+
+def start(weight: Tensor) -> Tensor:
+    """A random direction for u."""
+    return F.normalize(torch.randn(len(weight), dtype=weight.dtype), dim=0)
+
+
+class SpectralLinear(nn.Linear):
+    """x (..., inputs) -> (..., outputs)."""
+
+    u: Tensor
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True):
+        super().__init__(inputs, outputs, bias)
+        self.register_buffer("u", start(self.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, normalised(self.weight, self.u, self.training), self.bias)
+
+
+class SpectralConv2d(nn.Conv2d):
+    """Maps (B, inputs, H, W) -> (B, outputs, H, W), an odd kernel; the matrix is (outputs, inputs kernel^2)."""
+
+    u: Tensor
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, bias: bool = True):
+        super().__init__(inputs, outputs, kernel, padding=kernel // 2, bias=bias)
+        self.register_buffer("u", start(self.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, normalised(self.weight, self.u, self.training), self.bias)
+
+
+class SpectralEmbedding(nn.Embedding):
+    """Labels int64 (B,) -> (B, width), the whole table normalised."""
+
+    u: Tensor
+
+    def __init__(self, count: int, width: int):
+        super().__init__(count, width)
+        self.register_buffer("u", start(self.weight))
+
+    def forward(self, label: Tensor) -> Tensor:
+        return F.embedding(label, normalised(self.weight, self.u, self.training))
