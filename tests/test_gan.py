@@ -14,6 +14,7 @@ from genai.core.errors import UserError
 from genai.losses import adversarial
 from genai.models.gan import biggan, dcgan, nets, samplers, spectral
 from genai.models.gan.gan import GAN, slerp, standing_statistics, truncated
+from genai.nn import latents
 
 SPECTRAL = [
     (lambda: spectral.SpectralLinear(5, 8), torch.randn(3, 5)),
@@ -297,7 +298,7 @@ def test_a_few_rounds_teach_the_discriminator(kind):
         (lambda: samplers.gan(game(), torch.arange(2), batch(2), truncation=0), "sampler.truncation=0 must be"),
         (lambda: samplers.gan(game(), torch.arange(2), batch(2), standing_batches=-1), "sampler.standing_batches=-1"),
         (lambda: samplers.gan(game(), torch.arange(2), batch(2), standing_batches=2), "has no batch norm"),
-        (lambda: samplers.interpolate(game(), torch.arange(2), batch(2), columns=1), "sampler.columns=1"),
+        (lambda: latents.interpolate(game(), torch.arange(2), batch(2), columns=1), "sampler.columns=1"),
     ],
 )
 def test_what_cannot_be_is_refused(build, message):
@@ -307,7 +308,7 @@ def test_what_cannot_be_is_refused(build, message):
 
 def test_a_config_may_name_all_of_it():
     parts = [*(type(loss) for loss in LOSSES), GAN, biggan.BigGAN, biggan.Generator, dcgan.Discriminator]
-    parts += [dcgan.layer_norm, dcgan.batch_norm, nets.MLPGenerator, samplers.gan, samplers.interpolate]
+    parts += [dcgan.layer_norm, dcgan.batch_norm, nets.MLPGenerator, samplers.gan, latents.interpolate]
     for part in parts:
         check_target(f"{part.__module__}.{part.__qualname__}")
 
@@ -381,8 +382,8 @@ def test_no_truncation_is_its_limit():
 @pytest.mark.parametrize("kind", KINDS)
 def test_sample_i_depends_on_seed_i_alone(kind):
     model, seeds, cond = game(kind).eval(), torch.arange(30), batch(30)
-    assert isinstance(model, samplers.LatentGenerator)
-    for sampler in (samplers.gan, functools.partial(samplers.interpolate, columns=6)):
+    assert isinstance(model, latents.LatentGenerator)
+    for sampler in (samplers.gan, functools.partial(latents.interpolate, columns=6)):
         whole = sampler(model, seeds, cond, truncation=1.0)["image"]
         part = sampler(model, seeds[7:9], {name: t[7:9] for name, t in cond.items()}, truncation=1.0)["image"]
         assert whole.shape == (30, 1, 8, 8) and (whole[7:9] - part).abs().max() < 1e-5
@@ -390,7 +391,7 @@ def test_sample_i_depends_on_seed_i_alone(kind):
 
 def test_rows_go_from_sample_to_sample():
     model, seeds = game(classes=None).eval(), torch.arange(20)
-    plain, rows = samplers.gan(model, seeds)["image"], samplers.interpolate(model, seeds, columns=5)["image"]
+    plain, rows = samplers.gan(model, seeds)["image"], latents.interpolate(model, seeds, columns=5)["image"]
     assert torch.allclose(rows[[0, 4, 10, 14]], plain[[0, 4, 10, 14]], atol=1e-5)
     z = model.latent(torch.tensor([5, 9]), None)
     middle = model.decode(slerp(z[:1], z[1:], torch.tensor([[0.5]])), None, seeds[:1])

@@ -14,6 +14,7 @@ from genai.core.errors import UserError
 from genai.data import io
 from genai.models.vae import likelihoods, nets, samplers
 from genai.models.vae.vae import VAE, gaussian_kl
+from genai.nn import latents
 
 COUNTED = [likelihoods.Categorical(5), likelihoods.DiscretizedLogistic(5), likelihoods.Bernoulli("threshold")]
 
@@ -192,15 +193,15 @@ def test_samplers_show_what_they_say():
     x = samplers.reconstruct(model, seeds, items=items)["image"]
     assert torch.equal(x[:10], data[:10]) and torch.equal(x[20:30], data[10:20])
     assert torch.allclose(x[13], pixels(means[3:4])[0], atol=1e-5)
-    x = samplers.interpolate(model, seeds, items=items)["image"]
+    x = latents.interpolate(model, seeds, items=items)["image"]
     assert torch.allclose(x[[10, 19]], pixels(means[[2, 3]]), atol=1e-5)
     x = samplers.traverse(model, seeds, items=items, extent=2.0)["image"]
     z = means[0].clone()
     z[1] = 2.0
     assert torch.allclose(x[19], pixels(z[None])[0], atol=1e-5)
-    for sampler in (samplers.prior, samplers.reconstruct, samplers.interpolate, samplers.traverse):
+    for sampler in (samplers.prior, samplers.reconstruct, latents.interpolate, samplers.traverse):
         given = {} if sampler is samplers.prior else {"items": items}
-        given |= {} if sampler is samplers.reconstruct else {"pixels": "draw"}
+        given |= {"pixels": "draw"} if sampler in (samplers.prior, samplers.traverse) else {}
         whole = sampler(model, seeds, **given)["image"]
         part = sampler(model, seeds[7:9], **given)["image"]
         assert (whole[7:9] - part).abs().max() < 1e-4
@@ -216,6 +217,7 @@ def test_samplers_show_what_they_say():
         (lambda: likelihoods.Bernoulli("sometimes"), "binarize=sometimes"),
         (lambda: samplers.prior(tiny(), torch.arange(2), pixels="best"), "sampler.pixels=best"),
         (lambda: samplers.reconstruct(tiny(), torch.arange(2)), "starts from data"),
+        (lambda: latents.interpolate(tiny(), torch.arange(2), truncation=0.5), "is of drawn latents"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(build, message):

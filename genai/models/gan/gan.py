@@ -121,7 +121,7 @@ class GAN(nn.Module):
         right = {"accuracy_real": real > self.loss.boundary, "accuracy_fake": fake < self.loss.boundary}
         return {**logs, **{name: ok.float().mean() for name, ok in right.items()}}
 
-    # Sampling, as genai.models.gan.samplers wants it
+    # Sampling, as genai.nn.latents wants it
 
     def latent(self, seeds: Tensor, label: Tensor | None, truncation: float | None = None) -> Tensor:
         """z (B, latents) by seed, normal; with truncation only within |z| <= truncation (Brock et al., 2019, section 3.1)."""

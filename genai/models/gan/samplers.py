@@ -1,85 +1,53 @@
-"""Sampling what has latents and a generator: draws, and ways between two of them.
+"""Sampling a GAN: one pass of the generator; styles of two samples in one."""
 
-Sampler functions `(model, seeds, cond, on_step, ...) -> Batch`; sample i depends on seeds[i] and its label alone.
-"""
-
-from typing import Protocol, runtime_checkable
-
+import torch
 from torch import Tensor
 
-from genai.core.errors import at_least
+from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch, OnStep
-
-
-@runtime_checkable
-class LatentGenerator(Protocol):
-    """A model that is sampled in two parts, so that what lies between them can be looked at."""
-
-    field: str
-
-    def label(self, batch: Batch | None) -> Tensor | None:
-        """The labels int64 (B,) among the conditions, None for a model without classes."""
-        ...
-
-    def latent(self, seeds: Tensor, label: Tensor | None, truncation: float | None = None) -> Tensor:
-        """(B, ...), one for each seed; `truncation` trades variety for quality, None leaves both, and what it may be the
-        model says: UserError that names sampler.truncation."""
-        ...
-
-    def decode(self, latent: Tensor, label: Tensor | None, seeds: Tensor) -> Tensor:
-        """(B, *shape); the seeds are of noise that the generator itself adds."""
-        ...
-
-    def between(self, a: Tensor, b: Tensor, share: Tensor) -> Tensor:
-        """Latents on the way from a to b that this space calls straight; share (B,) in [0, 1]."""
-        ...
-
-    def stand(self, batches: int, truncation: float | None = None) -> None:
-        """Measure anew what the generator knows of batches. Raises UserError if it knows nothing of them."""
-        ...
+from genai.models.gan.gan import GAN
+from genai.models.gan.stylegan2 import StyleGAN2
+from genai.nn.latents import reported
 
 
 def gan(
-    model: LatentGenerator,
+    model: GAN | StyleGAN2,
     seeds: Tensor,
     cond: Batch | None = None,
     on_step: OnStep | None = None,
     truncation: float | None = None,
     standing_batches: int = 0,
 ) -> Batch:
-    """One pass of the generator. `standing_batches`: of how many batches batch norms take their statistics first, 0 for
-    those of training."""
-    _stand(model, standing_batches, truncation)
+    """`truncation` trades variety for quality, see the model's `latent`. `standing_batches`: of how many batches batch norms
+    take their statistics first, 0 for those of training."""
+    if at_least(standing_batches, 0, "sampler.standing_batches"):
+        if not isinstance(model, GAN):
+            raise UserError("sampler.standing_batches: this generator has no batch norm, set it to 0")
+        model.stand(standing_batches, truncation)
     label = model.label(cond)
-    x = model.decode(model.latent(seeds, label, truncation), label, seeds)
-    return _reported({model.field: x}, on_step)
+    return reported({model.field: model.decode(model.latent(seeds, label, truncation), label, seeds)}, on_step)
 
 
-def interpolate(
-    model: LatentGenerator,
+def style_mix(
+    model: StyleGAN2,
     seeds: Tensor,
     cond: Batch | None = None,
     on_step: OnStep | None = None,
     truncation: float | None = None,
-    standing_batches: int = 0,
     columns: int = 10,
+    cut: int | None = None,
 ) -> Batch:
-    """Rows of `columns` pictures, each on the way from the latents of its first seed to those of its last. Sample i is the
-    picture's cell seeds[i]; every cell has its own label, and noise of the row's first seed."""
-    at_least(columns, 2, "sampler.columns")
-    _stand(model, standing_batches, truncation)
-    label, first = model.label(cond), seeds - seeds % columns
-    a, b = (model.latent(end, label, truncation) for end in (first, first + columns - 1))
-    share = (seeds % columns / (columns - 1)).to(a)
-    return _reported({model.field: model.decode(model.between(a, b, share), label, first)}, on_step)
-
-
-def _stand(model: LatentGenerator, batches: int, truncation: float | None) -> None:
-    if at_least(batches, 0, "sampler.standing_batches"):
-        model.stand(batches, truncation)
-
-
-def _reported(batch: Batch, on_step: OnStep | None) -> Batch:
-    if on_step is not None:
-        on_step(0, 1, batch)
-    return batch
+    """A table (StyleGAN, 2019, figure 3): the first row and column show samples, each other cell the coarse styles, those of
+    layers before `cut`, of its row's first sample and the fine ones of its column's. Sample i is the cell seeds[i]; cut None
+    is in the middle."""
+    layers = model.generator.layers
+    if at_least(layers // 2 if cut is None else cut, 1, "sampler.cut") >= layers:
+        raise UserError(f"sampler.cut={cut} must be below {layers}, the generator's layers")
+    row, column = seeds // at_least(columns, 2, "sampler.columns"), seeds % columns
+    label = model.label(cond)
+    coarse, fine = (model.latent(source, label, truncation) for source in (row * columns, column))
+    keep = torch.arange(layers) < (layers // 2 if cut is None else cut)
+    keep = torch.where((row == 0)[:, None], False, torch.where((column == 0)[:, None], True, keep)).to(coarse.device)
+    return reported(
+        {model.field: model.decode(torch.where(keep[:, :, None], coarse, fine), label, row * columns)}, on_step
+    )

@@ -1,11 +1,10 @@
-"""Looking at a VAE: samples of the prior, reconstructions, ways between two items, what each latent does.
+"""Looking at a VAE: samples of the prior, reconstructions, what each latent does.
 
 Sampler functions `(model, seeds, cond, on_step, ...) -> Batch`. `pixels="mean"` shows E[x | z], "draw" a draw of p(x | z)
 by Philox stream 1. `items(split, index)` gives items of the data, int64 (B,) -> (B, *shape); rows of the picture are
 `columns` long, and sample i is the picture's cell seeds[i].
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +14,7 @@ from genai.core import rng
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch, Codec, OnStep, Reconstructing
 from genai.models.vae.vae import VAE
-
-Items = Callable[[str, Tensor], Tensor]
+from genai.nn.latents import Items, given, reported
 
 
 def prior(
@@ -28,7 +26,7 @@ def prior(
     pixels: str = "mean",
 ) -> Batch:
     """z ~ N(0, temperature^2), from Philox stream 0."""
-    z = temperature * rng.normal(seeds.to(_device(model)), (model.latents,), stream=rng.INITIAL)
+    z = temperature * model.latent(seeds)
     return _shown(model, z, seeds, on_step, pixels)
 
 
@@ -43,9 +41,9 @@ def reconstruct(
 ) -> Batch:
     """Rows of items, and below each row what the model makes of them."""
     row, column = _cells(seeds, columns)
-    x = _given(items, split, row // 2 * columns + column, model)
+    x = given(items, split, row // 2 * columns + column).to(_device(model))
     original = (row % 2 == 0).view(-1, *[1] * (x.ndim - 1)).to(x.device)
-    return _reported({model.field: torch.where(original, x, model.reconstruct({model.field: x}))}, on_step)
+    return reported({model.field: torch.where(original, x, model.reconstruct({model.field: x}))}, on_step)
 
 
 def random_latents(
@@ -58,24 +56,7 @@ def random_latents(
         z = temperature * rng.normal(seeds, model.latent_shape, stream=rng.INITIAL)
     else:
         z = (rng.uniform(seeds, model.latent_shape, stream=rng.INITIAL) * model.vocabulary).long()
-    return _reported({model.field: model.decode(z)}, on_step)
-
-
-def interpolate(
-    model: VAE,
-    seeds: Tensor,
-    cond: Batch | None = None,
-    on_step: OnStep | None = None,
-    items: Items | None = None,
-    split: str = "val",
-    columns: int = 10,
-    pixels: str = "mean",
-) -> Batch:
-    """Row r goes on a straight line from the mean latents of item 2 r to those of item 2 r + 1."""
-    row, column = _cells(seeds, columns)
-    share = (column / max(columns - 1, 1))[:, None].to(_device(model))
-    a, b = (_mean(model, _given(items, split, 2 * row + k, model)) for k in (0, 1))
-    return _shown(model, torch.lerp(a, b, share), seeds, on_step, pixels)
+    return reported({model.field: model.decode(z)}, on_step)
 
 
 def traverse(
@@ -91,7 +72,7 @@ def traverse(
 ) -> Batch:
     """Row r moves latent r of item 0 from -extent to extent; rows past the last latent begin again with the next item."""
     row, column = _cells(seeds, columns)
-    z = _mean(model, _given(items, split, row // model.latents, model))
+    z = model.infer(given(items, split, row // model.latents))
     value = extent * (2 * column / max(columns - 1, 1) - 1)
     z[torch.arange(len(z)), (row % model.latents).to(z.device)] = value.to(z)
     return _shown(model, z, seeds, on_step, pixels)
@@ -106,19 +87,6 @@ def _cells(seeds: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     return seeds // columns, seeds % columns
 
 
-def _given(items: Items | None, split: str, index: Tensor, model: Any) -> Tensor:
-    if items is None:
-        raise UserError("this sampler starts from data: use it with sample.py, or give it items=")
-    return items(split, index).to(_device(model))
-
-
-def _mean(model: VAE, x: Tensor) -> Tensor:
-    """The mean latents of items; what is binary at random is cut in the middle here."""
-    with torch.no_grad():
-        x = model.likelihood.prepare(x, torch.full_like(x, 0.5))
-        return model.encode(x)[0]
-
-
 def _shown(model: VAE, z: Tensor, seeds: Tensor, on_step: OnStep | None, pixels: str) -> Batch:
     if pixels not in ("mean", "draw"):
         raise UserError(f"sampler.pixels={pixels} is neither mean nor draw")
@@ -128,10 +96,4 @@ def _shown(model: VAE, z: Tensor, seeds: Tensor, on_step: OnStep | None, pixels:
             x = model.likelihood.mean(out)
         else:
             x = model.likelihood.draw(out, rng.uniform(seeds.to(z.device), model.shape, stream=rng.STEP))
-    return _reported({model.field: x}, on_step)
-
-
-def _reported(batch: Batch, on_step: OnStep | None) -> Batch:
-    if on_step is not None:
-        on_step(0, 1, batch)
-    return batch
+    return reported({model.field: x}, on_step)

@@ -80,12 +80,35 @@ class VAE(nn.Module):
         n = float(len(x))
         return Losses(distortion + beta * paid, n, {name: (value.detach(), n) for name, value in logs.items()})
 
+    @torch.no_grad()
+    def infer(self, x: Tensor) -> Tensor:
+        """Mean latents (B, latents) of items; what is binary at random is cut in the middle here."""
+        x = x.to(next(self.parameters()).device)
+        return self.encode(self.likelihood.prepare(x, torch.full_like(x, 0.5)))[0]
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor, label: Tensor | None = None, seeds: Tensor | None = None) -> Tensor:
+        """E[x | z] (B, *shape)."""
+        return self.likelihood.mean(self.decoder(latent))
+
     def reconstruct(self, batch: Batch) -> Tensor:
-        """E[x | z] at the mean latents of the data, likelihood's kind of data where that is drawn: cut in the middle."""
-        with torch.no_grad():
-            x = batch[self.field]
-            mean, _ = self.encode(self.likelihood.prepare(x, torch.full_like(x, 0.5)))
-            return self.likelihood.mean(self.decoder(mean))
+        """E[x | z] at the mean latents of the data."""
+        return self.decode(self.infer(batch[self.field]))
+
+    def latent(self, seeds: Tensor, label: Tensor | None = None, truncation: float | None = None) -> Tensor:
+        """z (B, latents) of the prior, from Philox stream 0."""
+        if truncation is not None:
+            raise UserError(
+                f"sampler.truncation={truncation}: a VAE has none, lower sampler.temperature of sampler=prior"
+            )
+        return rng.normal(seeds.to(next(self.parameters()).device), (self.latents,), stream=rng.INITIAL)
+
+    def between(self, a: Tensor, b: Tensor, share: Tensor) -> Tensor:
+        """On the straight line from a to b, share (B,)."""
+        return torch.lerp(a, b, share[:, None])
+
+    def label(self, batch: Batch | None) -> None:
+        """It has no classes."""
 
     def log_prob(self, batch: Batch, seed: int) -> Tensor:
         """Lower bound on ln p(x), nats (B,): ln of the mean of K importance weights p(x, z) / q(z | x) (Burda et al.,

@@ -1,0 +1,160 @@
+"""StyleGAN2: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020. Networks in stylegan2_nets.py."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from genai.core import rng
+from genai.core.errors import UserError, at_least, number
+from genai.core.protocols import Batch, Losses
+from genai.losses.adversarial import logistic, non_saturating, path_length, r1
+from genai.models.gan.ada import ADA
+from genai.models.gan.stylegan2_nets import Discriminator, Generator, seeded
+
+
+class StyleGAN2(nn.Module):
+    """A style-based generator and a residual discriminator, each regularised every few steps only.
+
+    Args:
+        field, shape, classes: of the data; `classes` None for an unconditional model.
+        latents: numbers in z.
+        generator: z -> images and w.
+        discriminator: images -> logits.
+        gamma: weight of R1, in the paper's gamma / 2 ||grad||^2; 0 for none. It goes with the number of pixels: Karras et
+            al. (ADA, 2020) start from 0.0002 H W / batch size (appendix C).
+        augment: adaptive augmentation of what the discriminator sees, None for none.
+        path_weight: of path length regularisation, 0 for none.
+        mixing: probability of style mixing.
+        r1_every_steps, path_every_steps: how often the two are computed ("lazily", appendix B), each weighted by as much.
+        share_fake: whether both players use the same generated images, made once a step.
+    """
+
+    lazy: dict[str, int]
+    """Every how many steps each player's regulariser is computed. With k, and it in an optimiser step of its own, the paper
+    takes Adam's lr and the logarithms of its betas times k / (k + 1); here it shares the step of the loss."""
+    images_per_step: int = 0
+    """What counts images here counts those it sees."""
+    path_mean: Tensor
+
+    def __init__(
+        self, field: str, shape: Sequence[int], classes: int | None, latents: int, generator: Generator,
+        discriminator: Discriminator, gamma: float, augment: ADA | None = None, path_weight: float = 2.0,
+        mixing: float = 0.9, r1_every_steps: int = 16, path_every_steps: int = 4, share_fake: bool = True,
+    ):  # fmt: skip
+        super().__init__()
+        self.field, self.shape, self.classes, self.latents = field, tuple(shape), classes, latents
+        self.generator, self.discriminator, self.augment = generator, discriminator, augment
+        self.gamma, self.path_weight = number(gamma, "model.gamma", 0), number(path_weight, "model.path_weight", 0)
+        self.mixing, self.share_fake = number(mixing, "model.mixing", 0, 1), share_fake
+        self.lazy = {
+            "generator": at_least(path_every_steps, 1, "model.path_every_steps"),
+            "discriminator": at_least(r1_every_steps, 1, "model.r1_every_steps"),
+        }
+        self.register_buffer("path_mean", torch.zeros(()))
+
+    def nets(self) -> Mapping[str, nn.Module]:
+        return {"generator": self.generator, "discriminator": self.discriminator}
+
+    def generator_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.generator.named_parameters("generator")
+
+    def discriminator_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.discriminator.named_parameters("discriminator")
+
+    def generate(self, batch: Batch, step: int) -> Batch:
+        """As many images as the batch holds, with its labels: `fake` (B, *shape) and `w` (B, L, style) they are of."""
+        fake, w = self.draw(len(batch[self.field]), self.label(batch))
+        if self.training:
+            self.generator.mapping.track(w[:, 0])
+        return {"fake": fake, "w": w}
+
+    def draw(self, n: int, label: Tensor | None) -> tuple[Tensor, Tensor]:
+        """n images and their w, some with the style of a second z from a random layer on."""
+        layers, like = self.generator.layers, self.path_mean
+        z, second = torch.randn(2, n, self.latents, device=like.device, dtype=like.dtype)
+        cut = torch.randint(1, layers, (n,), device=like.device)
+        mixed = torch.rand(n, device=like.device) < self.mixing
+        return self.generator(z, label, second, cut.where(mixed, layers))
+
+    def judge(self, x: Tensor, label: Tensor | None) -> Tensor:
+        """Logits (B,) of images, augmented where that is on."""
+        return self.discriminator(x if self.augment is None else self.augment(x), label).to(self.path_mean)
+
+    def label(self, batch: Batch | None) -> Tensor | None:
+        """int64 (B,), None for an unconditional model."""
+        return None if self.classes is None or batch is None else batch["label"]
+
+    def discriminator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
+        """softplus(-D(x)) + softplus(D(G(z))), and every so often R1 on the images as they were before augmentation."""
+        x, label = batch[self.field], self.label(batch)
+        penalty = None
+        if self.gamma and step % self.lazy["discriminator"] == 0 and torch.is_grad_enabled():
+            with torch.compiler.set_stance("force_eager"):  # compiled graphs cannot be differentiated twice
+                x = x.detach().requires_grad_()
+                real = self.judge(x, label)
+                penalty = r1(real, x)
+        else:
+            real = self.judge(x, label)
+        false = self.judge(fake["fake"].detach(), label)
+        if self.augment is not None and self.training:
+            self.augment.update(real, step)
+        loss = logistic(real, false).mean()
+        logs = {"d_loss": loss, "real": real.mean(), "fake": false.mean(), "r_t": real.sign().mean(),
+                "fake_sign": false.sign().mean()}  # fmt: skip
+        if self.augment is not None:
+            logs["ada_p"] = self.augment.p.clone()  # it moves in place
+        total = loss if penalty is None else loss + self.lazy["discriminator"] * self.gamma / 2 * penalty.mean()
+        return with_logs(total, len(x), logs, {"r1": penalty})
+
+    def generator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
+        """softplus(-D(G(z))), and every so often the path length penalty on half as many images (appendix B)."""
+        label = self.label(batch)
+        logits = self.judge(fake["fake"], label)
+        loss = non_saturating(logits).mean()
+        total, lengths = loss, None
+        if self.path_weight and step % self.lazy["generator"] == 0 and torch.is_grad_enabled():
+            n = max(len(logits) // 2, 1)
+            with torch.compiler.set_stance("force_eager"):
+                lengths, penalty = self.path_penalty(*self.draw(n, None if label is None else label[:n]))
+            total = loss + self.lazy["generator"] * self.path_weight * penalty.mean()
+        return with_logs(total, len(logits), {"g_loss": loss}, {"path_length": lengths})
+
+    def path_penalty(self, images: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Lengths (B,) and their squared distance from the mean so far (eq. 4), noise at variance 1 / (H W)."""
+        noise = torch.randn_like(images) / math.sqrt(images.shape[2] * images.shape[3])
+        lengths = path_length(images, w, noise).to(self.path_mean)
+        mean = self.path_mean.lerp(lengths.mean(), 0.01)
+        if self.training:
+            self.path_mean.copy_(mean.detach())
+        return lengths, (lengths - mean).square()
+
+    # Sampling, as genai.nn.latents wants it
+
+    def latent(self, seeds: Tensor, label: Tensor | None = None, truncation: float | None = None) -> Tensor:
+        """w of each layer (B, L, style) by seed; truncation 1 leaves it, 0 gives the mean w for every seed."""
+        if self.classes is not None and label is None:
+            raise UserError(f"this model is conditional: label= must name one of its {self.classes} classes")
+        psi = 1.0 if truncation is None else number(truncation, "sampler.truncation", 0, 1)
+        with torch.no_grad():
+            z = rng.normal(seeds.to(self.path_mean.device), (self.latents,), stream=rng.INITIAL)
+            w = self.generator.mapping.truncated(self.generator.mapping(z, label), psi)
+        return w[:, None].expand(-1, self.generator.layers, -1)
+
+    def decode(self, latent: Tensor, label: Tensor | None, seeds: Tensor) -> Tensor:
+        """Images in [-1, 1], with each seed's noise."""
+        with torch.no_grad():
+            return self.generator.synthesis(latent, seeded(seeds.to(latent.device))).clamp(-1, 1)
+
+    def between(self, a: Tensor, b: Tensor, share: Tensor) -> Tensor:
+        """On the straight line from a to b (B, L, style), share (B,)."""
+        return torch.lerp(a, b, share[:, None, None])
+
+
+def with_logs(total: Tensor, n: int, means: Mapping[str, Tensor], now_and_then: Mapping[str, Tensor | None]) -> Losses:
+    """Losses with logs of every step and of some; those are means over nothing in between."""
+    logs = {name: (mean.detach(), float(n)) for name, mean in means.items()}
+    for name, value in now_and_then.items():
+        logs[name] = (total.detach() * 0, 0.0) if value is None else (value.detach().mean(), float(len(value)))
+    return Losses(total, float(n), logs)
