@@ -29,7 +29,7 @@ context.set_forkserver_preload(PRELOAD)
 
 
 def child(overrides, kill_at, log):
-    """Train in this process; die by SIGKILL at ("forward", step, call), ("evaluate", step) or ("save", step)."""
+    """Train in this process; die by SIGKILL at a kind of moment and its step: "forward" (and call), "deceive", "evaluate", "save"."""
     sys.stdout = sys.stderr = open(log, "a")  # noqa: SIM115
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a real run
@@ -52,6 +52,17 @@ def child(overrides, kill_at, log):
             return inner(self, batch, step)
 
         DDPM.forward = forward
+    if kind == "deceive":  # a game between the updates of its players
+        from genai.models.gan.gan import GAN
+
+        inner_loss = GAN.generator_loss
+
+        def generator_loss(self, batch, fake, step):
+            if self.training and step == at:
+                die()
+            return inner_loss(self, batch, fake, step)
+
+        GAN.generator_loss = generator_loss
     if kind == "evaluate":
         inner_evaluate = Evaluate.evaluate
 
@@ -77,9 +88,11 @@ def child(overrides, kill_at, log):
     run(composed("train", overrides, resumed))
 
 
-def train(folder: Path, *overrides: str, kill_at=None, kill_after: float | None = None, new: bool = True) -> int:
+def train(
+    folder: Path, *overrides: str, kill_at=None, kill_after: float | None = None, new: bool = True, base=TINY
+) -> int:
     """One process that trains or resumes in `folder`; returns its exit code."""
-    arguments = [*TINY, f"run_dir={folder}"] if new else [f"resume={folder}"]
+    arguments = [*base, f"run_dir={folder}"] if new else [f"resume={folder}"]
     log = folder.with_suffix(".log")
     process = context.Process(target=child, args=([*arguments, *overrides], kill_at, str(log)))
     process.start()
@@ -191,6 +204,24 @@ def test_killed_at_random_moments(uninterrupted, tmp_path, workers):
         assert train(folder, new=False) == 0
     assert kills > 0
     assert_same_run(uninterrupted, folder)
+
+
+GAME = [
+    "model=biggan", "max_steps=14", "log_every_steps=4", "logger=none", "data.batch_size=4", "loop.critic_steps=2",
+    "model.share_fake=false", "model.generator.channels=4", "model.discriminator.channels=4", "callbacks.samples.n=2",
+    "callbacks.samples.every_steps=6", "callbacks.evaluate.every_steps=4", "callbacks.evaluate.n=16",
+    "callbacks.save.every_steps=6",
+]  # fmt: skip
+
+
+def test_a_game_killed_between_its_players_equals_one_that_was_not(tmp_path):
+    """Both optimisers, the average, batch norms and spectral vectors come back."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert train(whole, *GAME, base=[]) == 0
+    assert train(folder, *GAME, kill_at=("deceive", 8), base=[]) == -signal.SIGKILL
+    assert train(folder, kill_at=("save", 12), new=False) == -signal.SIGKILL
+    assert train(folder, new=False) == 0
+    assert_same_run(whole, folder)
 
 
 def test_resuming_past_the_end_keeps_the_floor_of_the_learning_rate(uninterrupted, tmp_path):
