@@ -29,7 +29,7 @@ context.set_forkserver_preload(PRELOAD)
 
 
 def child(overrides, kill_at, log):
-    """Train in this process; die by SIGKILL at a kind of moment and its step: "forward" (and call), "deceive", "evaluate", "save"."""
+    """Train in this process; die by SIGKILL at a kind of moment and its step, such as ("save", 6) or ("forward", step, call)."""
     sys.stdout = sys.stderr = open(log, "a")  # noqa: SIM115
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a real run
