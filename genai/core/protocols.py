@@ -28,6 +28,11 @@ class Losses(NamedTuple):
     """Detached name -> (mean, weight); a mean over nothing is (0, 0)."""
 
 
+def weighted(total: Tensor, logs: Mapping[str, Tensor], n: int) -> Losses:
+    """Losses and logs that are means over n samples."""
+    return Losses(total, float(n), {name: (value.detach(), float(n)) for name, value in logs.items()})
+
+
 class Model(Protocol):
     """An nn.Module whose `forward(batch, step) -> Losses` is its loss."""
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from genai.core import rng
 from genai.core.errors import UserError, at_least, number
-from genai.core.protocols import Batch, Losses
+from genai.core.protocols import Batch, Losses, weighted
 from genai.losses import adversarial
 from genai.losses.adversarial import Adversarial
 
@@ -165,11 +165,6 @@ class GAN(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.generator.parameters()).device
-
-
-def weighted(total: Tensor, logs: Mapping[str, Tensor], n: int) -> Losses:
-    """Losses and logs that are means over n samples."""
-    return Losses(total, float(n), {name: (value.detach(), float(n)) for name, value in logs.items()})
 
 
 def batch_norms(net: nn.Module) -> list[_BatchNorm]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from genai.core import rng
 from genai.core.errors import UserError, at_least, number
-from genai.core.protocols import Batch, Losses
+from genai.core.protocols import Batch, Losses, weighted
 from genai.losses.adversarial import logistic, non_saturating, path_length, r1
 from genai.models.gan.ada import ADA
 from genai.models.gan.stylegan2_nets import Discriminator, Generator, seeded
@@ -101,7 +101,7 @@ class StyleGAN2(nn.Module):
         if self.augment is not None and self.training:
             self.augment.update(real, step)
         loss = logistic(real, false).mean()
-        logs = {"d_loss": loss, "real": real.mean(), "fake": false.mean(), "r_t": real.sign().mean(),
+        logs = {"d_loss": loss, "logit_real": real.mean(), "logit_fake": false.mean(), "r_t": real.sign().mean(),
                 "fake_sign": false.sign().mean()}  # fmt: skip
         if self.augment is not None:
             logs["ada_p"] = self.augment.p.clone()  # it moves in place
@@ -154,7 +154,10 @@ class StyleGAN2(nn.Module):
 
 def with_logs(total: Tensor, n: int, means: Mapping[str, Tensor], now_and_then: Mapping[str, Tensor | None]) -> Losses:
     """Losses with logs of every step and of some; those are means over nothing in between."""
-    logs = {name: (mean.detach(), float(n)) for name, mean in means.items()}
-    for name, value in now_and_then.items():
-        logs[name] = (total.detach() * 0, 0.0) if value is None else (value.detach().mean(), float(len(value)))
-    return Losses(total, float(n), logs)
+    losses = weighted(total, means, n)
+    nothing = total.detach() * 0, 0.0
+    sometimes = {
+        name: nothing if value is None else (value.detach().mean(), float(len(value)))
+        for name, value in now_and_then.items()
+    }
+    return losses._replace(logs={**losses.logs, **sometimes})

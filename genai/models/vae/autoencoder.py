@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError, number
-from genai.core.protocols import Batch, Losses
+from genai.core.protocols import Batch, Losses, weighted
 from genai.models.vae.vae import gaussian_kl
 
 
@@ -48,18 +48,24 @@ class Autoencoder(nn.Module):
         mean, log_variance = self.encoder(x).float().chunk(2, 1)
         return mean, log_variance.clamp(-14, 14)
 
-    def forward(self, batch: Batch, step: int) -> Losses:
-        x = batch[self.field]
+    def through(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a draw of the latents gives back of x (B, *shape), and their means and log variances."""
         mean, log_variance = self.posterior(x)
-        y = self.decoder(mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))
+        return self.decoder(mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)), mean, log_variance
+
+    def terms(self, x: Tensor, y: Tensor, mean: Tensor, log_variance: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of y for x, and its terms."""
         kl = gaussian_kl(mean, log_variance).flatten(1).sum(1).mean()
         error = (y - x).abs().pow(self.power).mean()
         logs, total = {"error": error, "kl": kl}, error + self.kl_weight * kl / math.prod(self.shape)
         if self.perceptual is not None:
             logs["perceptual"] = self.perceptual(x, y).mean()
             total = total + self.perceptual_weight * logs["perceptual"]
-        n = float(len(x))
-        return Losses(total, n, {name: (value.detach(), n) for name, value in logs.items()})
+        return total, logs
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        x = batch[self.field]
+        return weighted(*self.terms(x, *self.through(x)), len(x))
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:

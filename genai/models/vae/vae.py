@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from genai.core import rng
 from genai.core.errors import UserError, at_least
-from genai.core.protocols import Batch, Losses
+from genai.core.protocols import Batch, Losses, weighted
 from genai.models.vae.likelihoods import Likelihood
 
 
@@ -77,8 +77,7 @@ class VAE(nn.Module):
         rate = kl.sum()
         paid = kl.clamp_min(self.free_bits).sum() if self.free_bits else rate
         logs = {"rate": rate, "distortion": distortion, "elbo": -distortion - rate, "active": (kl > 0.01).float().sum()}
-        n = float(len(x))
-        return Losses(distortion + beta * paid, n, {name: (value.detach(), n) for name, value in logs.items()})
+        return weighted(distortion + beta * paid, logs, len(x))
 
     @torch.no_grad()
     def infer(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import number
-from genai.core.protocols import Batch, Losses
+from genai.core.protocols import Batch, Losses, weighted
 from genai.models.vae.quantize import Quantizer
 
 
@@ -43,10 +43,8 @@ class VQVAE(nn.Module):
         x = batch[self.field]
         quantized = self.quantizer(self.encoder(x).float())
         error = (self.decoder(quantized.z) - x).square().mean()
-        n = float(len(x))
         logs = {"error": error, "commitment": quantized.commitment, "perplexity": self.perplexity(quantized.index)}
-        total = error + self.commitment * quantized.commitment
-        return Losses(total, n, {name: (value.detach(), n) for name, value in logs.items()})
+        return weighted(error + self.commitment * quantized.commitment, logs, len(x))
 
     def perplexity(self, index: Tensor) -> Tensor:
         """e to the entropy of how often each code is chosen: how many codes these are worth."""

@@ -1,0 +1,109 @@
+"""A first stage whose reconstructions also have to pass for real (Esser et al., "Taming Transformers for High-Resolution Image
+Synthesis", 2021, section 3.1)."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from genai.core.errors import at_least, number
+from genai.core.protocols import Batch, Losses, weighted
+from genai.losses.adversarial import Adversarial
+from genai.models.vae.autoencoder import Autoencoder
+from genai.models.vae.nets import norm_act
+
+
+class AdversarialAutoencoder(Autoencoder):
+    """An autoencoder that is the generator of a game: its fakes are its reconstructions.
+
+    Args:
+        discriminator: images (B, *shape) -> logits (B, ...), such as `PatchDiscriminator`.
+        loss: a pair of losses, see `genai.losses.adversarial`.
+        adversarial_weight: of the generator's loss, on top of the adaptive weight (eq. 7).
+        start_step: from which on the discriminator learns and is heard.
+        others: see `Autoencoder`.
+    """
+
+    share_fake = True
+    images_per_step: int = 0
+
+    def __init__(
+        self, field: str, shape: Sequence[int], latent_shape: Sequence[int], encoder: nn.Module, decoder: nn.Module,
+        discriminator: nn.Module, loss: Adversarial, kl_weight: float = 1e-4, power: int = 2,
+        perceptual: nn.Module | None = None, perceptual_weight: float = 0.1, adversarial_weight: float = 0.5,
+        start_step: int = 0,
+    ):  # fmt: skip
+        super().__init__(
+            field, shape, latent_shape, encoder, decoder, kl_weight, power, perceptual, perceptual_weight
+        )  # fmt: skip
+        self.discriminator, self.loss = discriminator, loss
+        self.adversarial_weight = number(adversarial_weight, "model.adversarial_weight", 0)
+        self.start_step = at_least(start_step, 0, "model.start_step")
+
+    def nets(self) -> Mapping[str, nn.Module]:
+        return {**super().nets(), "discriminator": self.discriminator}
+
+    def generator_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return itertools.chain(self.encoder.named_parameters("encoder"), self.decoder.named_parameters("decoder"))
+
+    def discriminator_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.discriminator.named_parameters("discriminator")
+
+    def generate(self, batch: Batch, step: int) -> Batch:
+        """Reconstructions `fake`, with `mean` and `log_variance` of the latents."""
+        return dict(zip(("fake", "mean", "log_variance"), self.through(batch[self.field]), strict=True))
+
+    def discriminator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
+        x, y = batch[self.field], fake["fake"]
+        if step < self.start_step:
+            return weighted(0 * next(self.discriminator.parameters()).sum(), {}, len(x))
+        real, false = self.discriminator(x).float(), self.discriminator(y).float()
+        logs = {"logit_real": real.mean(), "logit_fake": false.mean()}
+        return weighted(self.loss.discriminator(real, false).mean(), logs, len(x))
+
+    def generator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
+        """The autoencoder's loss plus the adversarial one, so weighted that both pull at the last layer as strongly (eq. 7)."""
+        x, y = batch[self.field], fake["fake"]
+        total, logs = self.terms(x, y, fake["mean"], fake["log_variance"])
+        if step < self.start_step or not self.adversarial_weight:
+            return weighted(total, logs, len(x))
+        real = self.discriminator(x).float().detach() if self.loss.paired else None
+        logs["deceit"] = self.loss.generator(real, self.discriminator(y).float()).mean()
+        if torch.is_grad_enabled():
+            logs["adaptive_weight"] = balance(total, logs["deceit"], last_layer(self.decoder))
+            total = total + self.adversarial_weight * logs["adaptive_weight"] * logs["deceit"]
+        return weighted(total, logs, len(x))
+
+
+def balance(loss: Tensor, adversarial: Tensor, layer: Tensor) -> Tensor:
+    """||d loss / d layer|| / (||d adversarial / d layer|| + 1e-4), at most 1e4, held constant."""
+    ours, theirs = (torch.autograd.grad(t, layer, retain_graph=True)[0].norm() for t in (loss, adversarial))
+    return (ours / (theirs + 1e-4)).clamp_max(1e4).detach()
+
+
+def last_layer(net: nn.Module) -> nn.Parameter:
+    """The last weight that is a matrix or a kernel."""
+    return [p for p in net.parameters() if p.ndim >= 2][-1]
+
+
+class PatchDiscriminator(nn.Module):
+    """Images (B, *shape) -> a logit for each of their overlapping patches (B, 1, h, w) (Isola et al., "Image-to-Image
+    Translation with Conditional Adversarial Networks", 2017, section 3.2.2).
+
+    Args:
+        shape: (C, H, W), the sides at least 2^layers.
+        channels: of the first maps, doubled with each halving.
+        layers: halvings.
+    """
+
+    def __init__(self, shape: Sequence[int], channels: int = 32, layers: int = 2):
+        super().__init__()
+        net: list[nn.Module] = [nn.Conv2d(shape[0], channels, 4, 2, 1)]
+        for k in range(1, at_least(layers, 1, "model.discriminator.layers")):
+            net += [norm_act(channels << (k - 1)), nn.Conv2d(channels << (k - 1), channels << k, 4, 2, 1)]
+        last = channels << (layers - 1)
+        self.net = nn.Sequential(*net, norm_act(last), nn.Conv2d(last, 1, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
