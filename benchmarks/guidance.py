@@ -98,7 +98,9 @@ def main() -> None:
     judge = Judge().learn(data)
     test = next(batches(data.splits["test"], 2 * args.n, 2 * args.n))
     with torch.inference_mode():
-        right = np.mean([(judge(b["image"]).argmax(1) == b["label"]).double().mean() for b in batches(data.splits["test"], 500)])
+        right = np.mean(
+            [(judge(b["image"]).argmax(1) == b["label"]).double().mean() for b in batches(data.splits["test"], 500)]
+        )
         floor = recall(judge.features(test["image"][: args.n]), judge.features(test["image"][args.n :]))
     print(f"judge: {right:.4f} on test images; recall of {args.n} real images by {args.n} others {floor:.4f}")
     rows = measure(loaded, judge, test["image"][: args.n], args.n, args.guidance)

@@ -3,7 +3,7 @@
     pip install -e .[bench]
     python -m benchmarks.vae [--rounds 30] [--window 50] [--root ../shared/data]
 
-model=vae_binary on 28x28: 784-512-16 and back, in batches of 64, the shape of pythae's own MLP. Everybody trains a copy of the
+model=vae_binary on 28x28 with pythae's own MLPs, 784-512-16 and back with ReLUs, in batches of 64. Everybody trains a copy of the
 same encoder and decoder on the same images, in turns, a window of steps each, as in benchmarks/loop.py.
 
 Ours is `train.py` itself: its stream of batches, averaging, clipping, the finite check, seeding, metrics.csv; it binarises
@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import logging
+import math
 import os
 import statistics
 import tempfile
@@ -28,7 +29,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import loop
 from benchmarks.common import ratio, report, setup, spread
@@ -37,7 +38,21 @@ from genai.data.io import from_uint8
 from genai.train.lit import LitModel
 
 LR, BETAS, WEIGHT_DECAY = 1e-3, (0.9, 0.99), 0.01
-SHAPE = "model.latents=16", *(f"model.{net}.{key}" for net in ("encoder", "decoder") for key in ("width=512", "layers=1"))
+SHAPE = (
+    "model.latents=16", *(f"model.{net}.width=512" for net in ("encoder", "decoder")),
+    *(f"model.{net}._target_={__spec__.name if __spec__ else __name__}.{net}" for net in ("encoder", "decoder")),
+)  # fmt: skip
+
+
+def encoder(shape: list[int], latents: int, width: int, layers: int, dropout: float) -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(math.prod(shape), width), nn.ReLU(), nn.Linear(width, 2 * latents)
+    )  # fmt: skip
+
+
+def decoder(shape: list[int], latents: int, outputs: int, width: int, layers: int, dropout: float) -> nn.Module:
+    last = nn.Linear(width, math.prod(shape))
+    return nn.Sequential(nn.Linear(latents, width), nn.ReLU(), last, nn.Unflatten(1, (outputs * shape[0], *shape[1:])))
 
 
 class Plain:

@@ -1,7 +1,7 @@
 """StyleGAN2: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020. Networks in stylegan2_nets.py."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,12 @@ class StyleGAN2(nn.Module):
 
     def nets(self) -> Mapping[str, nn.Module]:
         return {"generator": self.generator, "discriminator": self.discriminator}
+
+    def measure(self, batches: Iterable[Batch]) -> None:
+        """Raises UserError if a batch of the data is not made of whole groups of the discriminator."""
+        batch = next(iter(batches))
+        with torch.no_grad():
+            self.judge(batch[self.field], self.label(batch))
 
     def generator_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.generator.named_parameters("generator")

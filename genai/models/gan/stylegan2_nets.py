@@ -239,7 +239,8 @@ class Discriminator(nn.Module):
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         x = self.blocks(leaky(self.image(x.contiguous(memory_format=torch.channels_last))))
-        x = leaky(self.conv(minibatch_std(x, self.group)))
+        group = self.group if self.training else math.gcd(len(x), self.group)  # a last batch may be short
+        x = leaky(self.conv(minibatch_std(x, group)))
         x = leaky(self.linear(x.flatten(1)))
         logit = self.logit(x)[:, 0]
         if self.label is None:
