@@ -11,50 +11,13 @@ layer (Kynkaanniemi et al., 2019, eq. 2). Prints a table and writes results/guid
 import argparse
 import json
 
-import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 import genai
 from benchmarks.common import RESULTS, hardware, setup
+from benchmarks.judge import Judge, facts_of, recall
 from benchmarks.quality import ROOT
 from genai import checkpoint
-from genai.data.base import Data
-from genai.data.stream import Stream, batches
-
-
-class Judge(nn.Module):
-    """(N, 1, 28, 28) in [-1, 1] -> logits (N, 10); `features` (N, 64) are its last hidden layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 32, 5, 2, 2), nn.ReLU(), nn.Flatten(),
-            nn.Dropout(0.2), nn.Linear(32 * 49, 64), nn.ReLU(),
-        )  # fmt: skip
-        self.head = nn.Linear(64, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.features(x))
-
-    def learn(self, data: Data, steps: int = 3000, batch_size: int = 128) -> "Judge":
-        optimizer = torch.optim.AdamW(self.parameters(), 2e-3)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        stream = iter(Stream(data.splits["train"], batch_size, 1, 0, 0, 0, 1))
-        for _ in range(steps):
-            (batch,) = next(stream)
-            optimizer.zero_grad()
-            F.cross_entropy(self(batch["image"]), batch["label"]).backward()
-            optimizer.step()
-            schedule.step()
-        return self.eval()
-
-
-def recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> float:
-    """Share of real features (N, D) within some fake one's distance to its k-th neighbour among the fakes (M, D)."""
-    radius = torch.cdist(fake, fake).sort(1).values[:, k]
-    return (torch.cdist(real, fake) <= radius).any(1).double().mean().item()
 
 
 def plot(rows: list[dict], floor: float) -> None:
@@ -96,16 +59,11 @@ def main() -> None:
     node = loaded.config["data"]["images"]
     data = checkpoint.build({**node, "root": args.root or node["root"]})
     judge = Judge().learn(data)
-    test = next(batches(data.splits["test"], 2 * args.n, 2 * args.n))
-    with torch.inference_mode():
-        right = np.mean(
-            [(judge(b["image"]).argmax(1) == b["label"]).double().mean() for b in batches(data.splits["test"], 500)]
-        )
-        floor = recall(judge.features(test["image"][: args.n]), judge.features(test["image"][args.n :]))
+    right, floor, real = facts_of(judge, data, args.n)
     print(f"judge: {right:.4f} on test images; recall of {args.n} real images by {args.n} others {floor:.4f}")
-    rows = measure(loaded, judge, test["image"][: args.n], args.n, args.guidance)
+    rows = measure(loaded, judge, real, args.n, args.guidance)
     facts = {"hardware": hardware(device), "n": args.n, "sampler": loaded.config["sampler"], "step": loaded.step}
-    result = {**facts, "judge_accuracy": round(float(right), 4), "recall_of_real": round(floor, 4), "rows": rows}
+    result = {**facts, "judge_accuracy": round(right, 4), "recall_of_real": round(floor, 4), "rows": rows}
     (RESULTS / "guidance.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(rows, floor)
 

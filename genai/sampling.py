@@ -206,7 +206,8 @@ def run(cfg: Any) -> Path:
         files = f"{out}/samples.txt, samples.jsonl"
     else:
         field = "image" if "image" in batch else loaded.config["data"]["field"]
-        columns = node.get("columns") or (10 if "label" in batch and cfg.n >= 10 else None)
+        several = len(prompt) if isinstance(prompt, list) and 1 < len(prompt) <= 20 else None
+        columns = node.get("columns") or several or (10 if "label" in batch and cfg.n >= 10 else None)
         io.write_samples(out, field, batch[field], batch.get("label"), batch["seeds"], rng.RNG_VERSION, columns)
         if prompt is not None:
             captions.write(out, io.file_names(batch["seeds"], None), _repeated(prompt, cfg.n, "prompt"))
