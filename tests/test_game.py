@@ -1,8 +1,6 @@
 """The loop of two players: rounds are steps, each player learns from its own loss, and nothing of a game is forgotten."""
 
 import functools
-import subprocess
-import sys
 
 import lightning as L
 import pytest
@@ -18,8 +16,7 @@ from genai.train.ema import EMA
 from genai.train.lit_adversarial import LitAdversarial
 from genai.train.optim import adamw
 from genai.train.record import Record
-from tests.conftest import ROOT
-from tests.test_train import Masked, data, flat
+from tests.test_train import Masked, data, flat, ranks
 
 
 class Game(nn.Module):
@@ -223,15 +220,4 @@ torch.save({{"model": lit.model.state_dict(), "ema": lit.ema.state_dict()}}, fol
 
 
 def test_two_ranks_equal_one_with_the_doubled_batch(tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(TWO_RANKS.format(root=str(ROOT)))
-    for devices, batch, name in ((2, 4, "two"), (1, 8, "one")):
-        command = [sys.executable, str(script), str(devices), str(batch), str(tmp_path / name)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (torch.load(tmp_path / "two" / f"{rank}.pt") for rank in (0, 1))
-    one = torch.load(tmp_path / "one" / "0.pt")
-    for part in ("model", "ema"):
-        for name, value in one[part].items():
-            assert torch.equal(first[part][name], second[part][name])
-            assert (first[part][name] - value).abs().max() < 1e-8
+    ranks(tmp_path, TWO_RANKS, 1e-8)

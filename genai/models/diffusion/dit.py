@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from genai.core.errors import UserError, at_least
-from genai.models.diffusion.text import Context, TextEncoder
+from genai.models.diffusion.text import Context, TextEncoder, conditioned
 from genai.models.diffusion.unet import time_embedding, zero
 from genai.nn.attention import Attention, CrossAttention
 from genai.nn.norm import RMSNorm
@@ -85,13 +85,7 @@ class DiT(nn.Module):
     ) -> Tensor:  # fmt: skip
         """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,), `Context` of a caption -> (B, out_channels, H, W)."""
         emb = self.time(time_embedding(time, self.width))
-        if self.label is not None:
-            emb = emb + self.label(label)
-        context = None
-        if self.summary is not None:
-            assert states is not None and real is not None
-            context, emb = Context(states, real), emb + self.summary(states[:, 0])
-        emb = F.silu(emb)
+        emb, context = conditioned(emb, self.label, label, self.summary, states, real)
         height = x.shape[2] // self.patch
         h = self.stem(F.pixel_unshuffle(x, self.patch).flatten(2).mT) + self.positions  # (B, T, width)
         for block in self.blocks:

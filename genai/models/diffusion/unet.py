@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from genai.core.errors import UserError
-from genai.models.diffusion.text import Context, TextEncoder
+from genai.models.diffusion.text import Context, TextEncoder, conditioned
 from genai.nn.attention import CrossAttention
 
 
@@ -190,13 +190,7 @@ class UNet(nn.Module):
     ) -> Tensor:  # fmt: skip
         """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,), `Context` of a caption -> (B, out_channels, H, W)."""
         emb = self.time(time_embedding(time, self.channels))
-        if self.label is not None:
-            emb = emb + self.label(label)
-        context = None
-        if self.summary is not None:
-            assert states is not None and real is not None
-            context, emb = Context(states, real), emb + self.summary(states[:, 0])
-        emb = F.silu(emb)
+        emb, context = conditioned(emb, self.label, label, self.summary, states, real)
         h = self.stem(x.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for stage in self.down:
