@@ -63,10 +63,11 @@ class LitAdversarial(LitModel):
         return cast(AdversarialModel, self.model)
 
     def configure_optimizers(self) -> list[Optimizer]:  # type: ignore[override]
-        return [
-            self.optim(self.game.generator_parameters()),
-            self.discriminator_optim(self.game.discriminator_parameters()),
-        ]
+        generator = self.optim(self.game.generator_parameters())
+        try:
+            return [generator, self.discriminator_optim(self.game.discriminator_parameters())]
+        except UserError as error:
+            raise UserError(str(error).replace("optim.", "discriminator_optim.")) from None
 
     def make_players(self) -> list[Player]:
         return [

@@ -61,10 +61,16 @@ def run(cfg: DictConfig) -> Path:
     optim, ema = checkpoint.build(config["optim"], trust), checkpoint.build(config["ema"], trust)
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     record = Record(folder, writes=first)
-    lit = checkpoint.build({**config["loop"], "_partial_": True}, trust)(
-        model, data, optim, ema, record,
-        seed=cfg.seed, accumulate=cfg.accumulate, clip_norm=cfg.clip_norm, log_every_steps=cfg.log_every_steps,
-    )  # fmt: skip
+    loop = checkpoint.build({**config["loop"], "_partial_": True}, trust)
+    try:
+        lit = loop(
+            model, data, optim, ema, record,
+            seed=cfg.seed, accumulate=cfg.accumulate, clip_norm=cfg.clip_norm, log_every_steps=cfg.log_every_steps,
+        )  # fmt: skip
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise UserError(f"loop._target_={cfg.loop._target_} cannot be built: {error}") from error
     lit.configure_optimizers()  # so that what they refuse is refused now
     callbacks = [checkpoint.build(node, trust) for node in config["callbacks"].values() if node is not None]
     tracker = checkpoint.build({**config["logger"], "_partial_": True}, trust)
