@@ -17,7 +17,8 @@ ROWS = [
     ["tune"],
     ["checkpoint"],
     ["export", "train", "sampling", "evaluation"],
-    ["compare", "sweeps", "cli", "__init__"],
+    ["cli", "__init__"],
+    ["compare", "sweeps", "baselines"],
 ]
 LEVEL = {room: i for i, row in enumerate(ROWS) for room in row}
 # Heavy packages and the only rooms that may import them anywhere.

@@ -17,10 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from genai import checkpoint
 from genai.core import rng
 from genai.core.errors import UserError, at_least
-from genai.data.base import std
+from genai.data.base import Data, std
 from genai.data.stream import batches
 from genai.train import codec, trackers
 from genai.train.callbacks import File, Progress, Stop
+from genai.train.lit import LitModel
 from genai.train.record import Record
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "64-true")
@@ -41,8 +42,8 @@ def run(cfg: DictConfig) -> Path:
     data = checkpoint.build(OmegaConf.to_container(cfg.data, resolve=True), trust)
     for fact in ("shape", "classes", "levels"):
         cfg.data[fact] = getattr(data, fact)
-    if cfg.model.get("sigma_data", 1.0) is None:
-        cfg.model.sigma_data = round(std(data.splits["train"], data.field), 4)
+    if cfg.model.get("sigma_data", 1.0) is None:  # of latents it is 1, see Latent
+        cfg.model.sigma_data = 1.0 if cfg.model.get("latent") else round(std(data.splits["train"], data.field), 4)
     weights = codec.adopt(cfg, data, trust or _packages(cfg.trust), cfg.resume is not None)
     config: dict[str, Any] = {**OmegaConf.to_container(cfg, resolve=True), "resume": None}  # type: ignore[dict-item]
     folder, resumed = _folder(cfg)
@@ -58,20 +59,9 @@ def run(cfg: DictConfig) -> Path:
         codec.precompute(model, data, cfg)
     if cfg.init_from is not None:
         _init_from(model, data.assets(), cfg.init_from, cfg.init_strict)
-    optim, ema = checkpoint.build(config["optim"], trust), checkpoint.build(config["ema"], trust)
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     record = Record(folder, writes=first)
-    loop = checkpoint.build({**config["loop"], "_partial_": True}, trust)
-    try:
-        lit = loop(
-            model, data, optim, ema, record,
-            seed=cfg.seed, accumulate=cfg.accumulate, clip_norm=cfg.clip_norm, log_every_steps=cfg.log_every_steps,
-        )  # fmt: skip
-    except TypeError as error:
-        if "argument" not in str(error):
-            raise
-        raise UserError(f"loop._target_={cfg.loop._target_} cannot be built: {error}") from error
-    lit.configure_optimizers()  # so that what they refuse is refused now
+    lit = _lit(cfg, config, trust, model, data, record)
     callbacks = [checkpoint.build(node, trust) for node in config["callbacks"].values() if node is not None]
     tracker = checkpoint.build({**config["logger"], "_partial_": True}, trust)
     if cfg.compile:
@@ -99,6 +89,25 @@ def run(cfg: DictConfig) -> Path:
     if first:
         print(f"done: look at {folder}/samples, and sample with python sample.py ckpt={folder}")
     return folder
+
+
+def _lit(
+    cfg: DictConfig, config: dict[str, Any], trust: list[str] | None, model: torch.nn.Module, data: Data, record: Record
+) -> LitModel:  # fmt: skip
+    """The loop with its optimisers, which say now what they refuse."""
+    optim, ema = checkpoint.build(config["optim"], trust), checkpoint.build(config["ema"], trust)
+    loop = checkpoint.build({**config["loop"], "_partial_": True}, trust)
+    try:
+        lit = loop(
+            model, data, optim, ema, record,
+            seed=cfg.seed, accumulate=cfg.accumulate, clip_norm=cfg.clip_norm, log_every_steps=cfg.log_every_steps,
+        )  # fmt: skip
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise UserError(f"loop._target_={cfg.loop._target_} cannot be built: {error}") from error
+    lit.configure_optimizers()
+    return lit
 
 
 class Unprofiled(PassThroughProfiler):

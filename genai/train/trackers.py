@@ -3,6 +3,7 @@
 import hashlib
 import os
 import socket
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -83,3 +84,13 @@ def finish(failed: bool) -> None:
 
     if (module := sys.modules.get("wandb")) is not None and module.run is not None:
         module.finish(exit_code=int(failed))
+
+
+def log_comparison(rows: Sequence[Mapping[str, Any]], page: Path, project: str) -> None:
+    """The table of `genai.compare` and its page as one W&B run."""
+    import wandb
+
+    run = wandb.init(project=project, name="compare", job_type="compare", settings=wandb.Settings(silent=True))
+    run.log({"comparison": wandb.Table(list(rows[0]), [[row.get(column) for column in rows[0]] for row in rows])})
+    run.log({"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
+    run.finish()

@@ -1,0 +1,72 @@
+"""`python -m genai.compare runs/a runs/b`: a table, a CSV and one HTML file that needs no other."""
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from genai.cli import fail
+from genai.compare.page import report
+from genai.compare.runs import check_protocols, ranked, read, shown, table
+from genai.core.errors import UserError
+
+
+def compare(folders: Sequence[Path], out: Path, unranked: bool = False) -> list[dict[str, Any]]:
+    """Write report.html and report.csv to `out`; returns the table's rows, best first. Raises UserError for no runs, or cards
+    that cannot be ranked."""
+    runs = [read(folder) for folder in folders]
+    if not runs:
+        raise UserError("there are no runs to compare: name at least one run directory")
+    if not unranked:
+        check_protocols(runs)
+        runs = ranked(runs)
+    rows = table(runs)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.html").write_text(report(runs), encoding="utf-8")
+    with (out / "report.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
+def expanded(names: Sequence[str]) -> list[Path]:
+    """Run directories: those named, and all below a folder that is none itself."""
+    found: list[Path] = []
+    for name in map(Path, names):
+        below = sorted(path.parent for path in name.glob("**/config.yaml")) if name.is_dir() else []
+        if not below:
+            raise UserError(f"{name} holds no run: name run directories, or a folder of them, such as runs/")
+        found += [name] if (name / "config.yaml").is_file() else below
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m genai.compare", description="Finished runs side by side.")
+    parser.add_argument("runs", nargs="+", help="run directories, or folders of them")
+    parser.add_argument("--out", default="runs/compare", help="where report.html and report.csv go")
+    parser.add_argument("--unranked", action="store_true", help="show cards of different protocols, in the order given")
+    parser.add_argument("--wandb", metavar="PROJECT", help="also log the table and the page to this W&B project")
+    args = parser.parse_args()
+    try:
+        rows = compare(expanded(args.runs), Path(args.out), args.unranked)
+    except UserError as error:
+        fail(error)
+    terminal = Table(*rows[0])
+    for row in rows:
+        terminal.add_row(*map(shown, row.values()))
+    Console(width=None if sys.stdout.isatty() else 200).print(terminal)
+    print(f"{args.out}/report.html, report.csv")
+    if args.wandb:
+        from genai.train.trackers import log_comparison
+
+        log_comparison(rows, Path(args.out) / "report.html", args.wandb)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""What finished runs say of themselves, and what may be ranked.
+
+A run brings its config.yaml, metrics.csv, newest grid and cards (`cards/*.json`). What was measured by different protocols is not
+ranked.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from genai.core.errors import UserError
+
+Curve = list[tuple[int, float]]
+UNCOMPARED = ("run_dir", "name", "resume", "logger", "sampler", "callbacks")  # differ without telling models apart
+
+
+@dataclass
+class Run:
+    """What a run directory says of itself."""
+
+    folder: Path
+    config: dict[str, Any]
+    curves: dict[str, Curve] = field(default_factory=dict)
+    grid: Path | None = None
+    texts: Path | None = None
+    cards: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return str(self.folder)
+
+    def last(self, metric: str) -> float | None:
+        return self.curves[metric][-1][1] if metric in self.curves else None
+
+
+def read(folder: Path) -> Run:
+    """Raises UserError if the folder holds no run."""
+    from omegaconf import OmegaConf
+
+    if not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"{folder} is no run: there is no {folder / 'config.yaml'}; name run directories, such as runs/*/*"
+        )
+    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    run = Run(folder, config)
+    if (folder / "metrics.csv").exists():
+        with (folder / "metrics.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                run.curves.setdefault(row["name"], []).append((int(row["step"]), float(row["value"])))
+    run.grid = max((folder / "samples").glob("samples_*.png"), default=None)
+    run.texts = max((folder / "samples").glob("samples_*.txt"), default=None)
+    for path in sorted((folder / "cards").glob("*.json")):
+        card = json.loads(path.read_text())
+        run.cards[card["metric"]] = card
+    return run
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Every value below a node by its dotted key; lists are values."""
+    if not isinstance(node, Mapping):
+        return {prefix: node}
+    return {
+        key: value for name, part in node.items() for key, value in flat(part, f"{prefix}.{name}".lstrip(".")).items()
+    }
+
+
+def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
+    """Config keys whose value is not that of the first run in every other, with all values; `-` where a run has no such key."""
+    configs = [flat({k: v for k, v in run.config.items() if k not in UNCOMPARED}) for run in runs]
+    names = dict.fromkeys(key for config in configs for key in config)
+    rows = [(key, [config.get(key, "-") for config in configs]) for key in names]
+    return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
+
+
+def check_protocols(runs: Sequence[Run]) -> None:
+    """Raise UserError that names the first field in which cards of one metric were measured differently."""
+    for metric in dict.fromkeys(name for run in runs for name in run.cards):
+        having = [run for run in runs if metric in run.cards]
+        first = flat(having[0].cards[metric]["protocol"])
+        for run in having[1:]:
+            other = flat(run.cards[metric]["protocol"])
+            for key in first.keys() | other.keys():
+                if first.get(key) != other.get(key):
+                    raise UserError(
+                        f"the cards of {metric} cannot be ranked: protocol.{key} is {first.get(key)} in {having[0].name} and "
+                        f"{other.get(key)} in {run.name}; evaluate both alike, or show them unranked with --unranked"
+                    )
+
+
+def ranked(runs: Sequence[Run]) -> list[Run]:
+    """Best first by the first metric that all have a card of, else by val/loss where all have one of one model class."""
+    for metric, card in runs[0].cards.items():
+        if all(metric in run.cards for run in runs):
+            return sorted(runs, key=lambda run: run.cards[metric]["value"], reverse=card["better"] == "higher")
+    kinds = {run.config["model"]["_target_"] for run in runs}
+    if len(kinds) == 1 and all(run.last("val/loss") is not None for run in runs):
+        return sorted(runs, key=lambda run: run.last("val/loss") or math.inf)
+    return list(runs)
+
+
+def table(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """A row a run: its model and data, its last step, its losses where all models are of one class, its speed, its cards."""
+    metrics = dict.fromkeys(name for run in runs for name in run.cards)
+    alike = len({run.config["model"]["_target_"] for run in runs}) == 1
+    rows = []
+    for run in runs:
+        steps = [curve[-1][0] for curve in run.curves.values()]
+        row: dict[str, Any] = {
+            "run": run.name,
+            "model": run.config["model"]["_target_"].rpartition(".")[2],
+            "data": run.config["data"]["_target_"].rpartition(".")[2],
+            "step": max(steps, default=0),
+        }
+        for name in ("train/loss", "val/loss", "perf/steps_per_second"):
+            row[name] = run.last(name) if alike or "loss" not in name else None
+        for metric in metrics:
+            card = run.cards.get(metric)
+            row[metric] = None if card is None else card["value"]
+            row[f"{metric} beats baseline"] = None if card is None else card.get("beats_baseline")
+        rows.append(row)
+    return [{key: row[key] for key in row if any(r[key] is not None for r in rows)} for row in rows]
+
+
+def shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
