@@ -1,0 +1,165 @@
+"""Runs side by side: what is read, what is not ranked, a page that needs nothing else."""
+
+import base64
+import csv
+import io as stdlib_io
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from genai.compare.page import chart, report
+from genai.compare.runs import Run, check_protocols, differences, ranked, read
+from genai.core.errors import UserError
+from genai.data.io import to_pil
+from tests.conftest import ROOT
+
+PROTOCOL = {"n": 1000, "split": "test", "extractor": {"name": "judge", "sha256": "abc"}}
+
+
+def write(folder, target="genai.models.gan.gan.GAN", value=0.5, lr=1e-3, protocol=PROTOCOL, texts=None, **config):
+    """A run directory as train.py and an evaluation leave it."""
+    (folder / "samples").mkdir(parents=True)
+    (folder / "cards").mkdir()
+    stored = {
+        "model": {"_target_": target},
+        "data": {"_target_": "genai.data.images.Digits"},
+        "optim": {"lr": lr},
+        **config,
+    }
+    OmegaConf.save(OmegaConf.create(stored), folder / "config.yaml")
+    rows = [
+        f"{step},train/loss,{1 / (step + 1)}\n{step},val/loss,{value + 1 / (step + 1)}\n" for step in range(0, 50, 10)
+    ]
+    (folder / "metrics.csv").write_text("step,name,value\n" + "".join(rows) + "50,odd/nan,nan\n")
+    if texts is None:
+        to_pil(torch.randint(0, 255, (1, 20, 30), dtype=torch.uint8)).save(folder / "samples" / "samples_0000040.png")
+        to_pil(torch.zeros(1, 4, 4, dtype=torch.uint8)).save(folder / "samples" / "samples_0000010.png")
+    else:
+        (folder / "samples" / "samples_0000040.txt").write_text(texts)
+    card = {
+        "metric": "frechet", "value": value, "low": value - 0.1, "high": value + 0.1, "better": "lower", "protocol": protocol,
+        "floor": 0.2, "baselines": {"gmm": 0.7}, "beats_baseline": value < 0.7, "memorised": False,
+    }  # fmt: skip
+    (folder / "cards" / "frechet.json").write_text(json.dumps(card))
+    return folder
+
+
+@pytest.fixture
+def four(tmp_path):
+    """Runs of four families."""
+    return [
+        write(tmp_path / "gan", value=0.9),
+        write(tmp_path / "ddpm", "genai.models.diffusion.ddpm.DDPM", 0.3, schedule={"steps": 200}),
+        write(tmp_path / "vae", "genai.models.vae.vae.VAE", 2.0, lr=2e-3),
+        write(tmp_path / "gpt", "genai.models.autoregressive.gpt.GPT", 0.6, texts="<b>& once upon a time"),
+    ]
+
+
+def test_a_run_is_read_as_it_was_written(four):
+    run = read(four[0])
+    assert run.curves["train/loss"][0] == (0, 1.0) and run.last("val/loss") == pytest.approx(0.9 + 1 / 41)
+    assert run.grid is not None and run.grid.name == "samples_0000040.png"
+    assert run.cards["frechet"]["value"] == 0.9 and read(four[3]).grid is None
+
+
+def test_only_what_differs_is_shown(four):
+    rows = dict(differences([read(folder) for folder in four]))
+    assert rows["optim.lr"] == [1e-3, 1e-3, 2e-3, 1e-3]
+    assert rows["schedule.steps"] == ["-", 200, "-", "-"]
+    assert "data._target_" not in rows and rows["model._target_"][2].endswith("VAE")
+
+
+def test_runs_are_ranked_by_what_all_were_measured_by(four):
+    names = [run.folder.name for run in ranked([read(folder) for folder in four])]
+    assert names == ["ddpm", "gpt", "gan", "vae"]
+    runs = [read(folder) for folder in four]
+    del runs[1].cards["frechet"]
+    assert [run.folder.name for run in ranked(runs)] == ["gan", "ddpm", "vae", "gpt"]  # nothing in common: as given
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"n": 500}, "protocol.n is 1000 in .*gan and 500 in .*other"),
+        ({"extractor": {"name": "judge", "sha256": "xyz"}}, "protocol.extractor.sha256 is abc in .* and xyz in"),
+        ({"dtype": "bf16"}, "protocol.dtype is None in .* and bf16 in"),
+    ],
+)
+def test_cards_that_differ_in_one_field_are_not_ranked(four, tmp_path, changed, message, command):
+    other = write(tmp_path / "other", protocol={**PROTOCOL, **changed})
+    with pytest.raises(UserError, match=f"cards of frechet cannot be ranked: {message}"):
+        check_protocols([read(four[0]), read(other)])
+    check_protocols([read(folder) for folder in four])
+
+
+def compare(*arguments):
+    command = [sys.executable, "-m", "genai.compare", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_from_the_command_line(four, tmp_path):
+    done = compare(*four, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.index("ddpm") < done.stdout.index("gpt") < done.stdout.index("vae")
+    with (tmp_path / "out" / "report.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["frechet"] for row in rows] == ["0.3", "0.6", "0.9", "2.0"] and rows[0][
+        "frechet beats baseline"
+    ] == "True"
+    assert "val/loss" not in rows[0]  # losses of four families say nothing of each other
+    write(tmp_path / "other", protocol={**PROTOCOL, "split": "val"})
+    (tmp_path / "empty").mkdir()
+    for given, message in (
+        ([four[0], tmp_path / "other"], "protocol.split is test in"),
+        ([tmp_path / "empty"], "holds no run: name run directories"),
+        ([tmp_path / "none"], "holds no run: name run directories"),
+    ):
+        done = compare(*given, "--out", tmp_path / "no")
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr
+        assert "Traceback" not in done.stderr and not (tmp_path / "no").exists()
+    done = compare(four[0], tmp_path / "other", "--unranked", "--out", tmp_path / "both")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_page_names_nothing_outside_itself(four):
+    page = report([read(folder) for folder in four])
+    assert not re.search(r"https?:|//|@import|<script|<link|url\(", page.split("</style>")[1].replace("</", ""))
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(images) == page.count("<img") == 3
+    for image in images:
+        assert Image.open(stdlib_io.BytesIO(base64.b64decode(image))).size == (30, 20)
+    assert "&lt;b&gt;&amp; once" in page and "<b>" not in page
+
+
+def test_a_curve_of_one_point_or_of_nothing(tmp_path):
+    one = Run(tmp_path, {}, {"a": [(5, 2.0)], "b": [(1, float("nan"))]})
+    assert "<circle" in chart("a", [one]) and chart("b", [one]) == ""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_the_page_opens_in_a_browser_without_errors(four, tmp_path):
+    (tmp_path / "report.html").write_text(report([read(folder) for folder in four]))
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-sync",
+    ]
+    log = ["--enable-logging=stderr", "--v=0", f"--user-data-dir={tmp_path / 'profile'}"]
+    for width in (1280, 390):
+        picture = tmp_path / f"{width}.png"
+        done = subprocess.run(
+            ["chromium", *flags, *log, f"--window-size={width},900", f"--screenshot={picture}", f"file://{tmp_path}/report.html"],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0 and picture.exists(), done.stderr[-2000:]
+        assert "CONSOLE" not in done.stderr
