@@ -45,7 +45,7 @@ TRAIN = {
     "seed=-1": "seed=-1 must be a whole number",
     "debug=maybe": "debug=maybe must be true or false",
     "optim.betas=0.9": "optim.betas=0.9 must be a list",
-    "optim=5": "optim=5 is none of adamw",
+    "optim=5": "optim=5 is none of adam, adamw",
     "max_steps=1,2": "add -m",
     "max_steps=[1": "cannot compose the config: no viable alternative",
     "accumulate=0": "accumulate=0 must be a whole number, at least 1",

@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 MODELS = {"ddpm_mlp": ["data=toy2d"]}
 CASES = {f"model={p.stem}": MODELS.get(p.stem, []) for p in sorted((ROOT / "conf" / "model").glob("*.yaml"))}
 CASES |= {f"experiment={p.stem}": [] for p in sorted((ROOT / "conf" / "experiment").glob("*.yaml"))}
-SMALLER = {"channels": 8, "width": 24, "layers": 2}  # the same wiring, narrower
+SMALLER = {"channels": 8, "width": 24, "layers": 2, "group": 4}  # the same wiring, narrower
 
 
 class Synthetic:
