@@ -21,6 +21,7 @@ from genai.core.protocols import Batch, Reconstructing, Scorable, check_sampler
 from genai.data.base import Data
 from genai.data.stream import batches
 from genai.metrics import likelihood
+from genai.metrics.images import psnr
 
 Score = Callable[[Batch, int], Tensor]
 
@@ -100,11 +101,6 @@ def _score(loaded: Loaded, data: Data, method: Any) -> Score | None:
         f"{loaded.path} has no likelihood of its own: {type(loaded.model).__name__} has no log_prob (a diffusion model has one "
         "by likelihood=probability_flow)"
     )
-
-
-def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of samples in [-1, 1], decibels (B,): 10 log10 of 2^2 over the mean squared error."""
-    return -10 * (((x - y) ** 2).flatten(1).mean(1) / 4).log10()
 
 
 def _likelihood(nats: Tensor, targets: int, data: Any, split: str, model: Any) -> dict[str, Any]:

@@ -1,0 +1,422 @@
+"""Metrics against closed forms, loops by hand, and a public implementation where there is one."""
+
+import math
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from genai.core.errors import UserError
+from genai.data.images import Digits
+from genai.data.stream import batches
+from genai.metrics import rows as rows_module
+from genai.metrics.frechet import Moments, frechet
+from genai.metrics.images import psnr, ssim
+from genai.metrics.inception_score import inception_score
+from genai.metrics.intervals import bootstrap, over_seeds
+from genai.metrics.kid import kid, kid_of_subsets
+from genai.metrics.manifold import density_coverage, precision_recall
+from genai.metrics.memorisation import memorisation, nearest_neighbours
+from genai.metrics.text import distinct, longest_copy
+from tests.conftest import ROOT
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def with_moments(n, mean, covariance, seed=0):
+    """Features (n, D) whose mean and covariance are exactly these."""
+    z = normal(n, len(mean), seed=seed)
+    z = z - z.mean(0)
+    z = torch.linalg.solve_triangular(torch.linalg.cholesky(z.T @ z / (n - 1)), z.T, upper=False).T
+    return z @ torch.linalg.cholesky(covariance).T + mean
+
+
+def covariance(d, seed):
+    root = normal(d, d, seed=seed)
+    return root @ root.T / d + 0.1 * torch.eye(d, dtype=torch.float64)
+
+
+# Fréchet distance
+
+
+def test_the_distance_of_gaussians_is_the_closed_form():
+    a, b = torch.tensor([1.0, 4.0, 9.0]).double(), torch.tensor([4.0, 0.25, 1.0]).double()
+    x, y = (with_moments(50, m, v.diag(), s) for s, (m, v) in enumerate([(a * 0, a), (b, b)]))
+    expected = (b**2).sum() + ((a.sqrt() - b.sqrt()) ** 2).sum()  # they commute
+    assert frechet(Moments().add(x), Moments().add(y)) == pytest.approx(expected.item(), abs=1e-6)
+    A, B = covariance(2, 1), covariance(2, 2)  # they do not: tr (A B)^(1/2) of 2 x 2 by Cayley and Hamilton
+    root = ((A @ B).trace() + 2 * (A.det() * B.det()).sqrt()).sqrt()
+    x, y = with_moments(70, torch.zeros(2).double(), A), with_moments(30, torch.ones(2).double(), B, 1)
+    assert frechet(Moments().add(x), Moments().add(y)) == pytest.approx(
+        (2 + A.trace() + B.trace() - 2 * root).item(), abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("n", [2, 20, 400])
+@pytest.mark.parametrize("scale", [1e-3, 1, 100])
+def test_a_set_is_at_no_distance_from_itself(n, scale):
+    x = normal(n, 64) * scale + 5 * scale
+    assert frechet(Moments().add(x), Moments().add(x)) == pytest.approx(0, abs=1e-6)
+    assert frechet(Moments().add(x), Moments().add(x.flip(0))) == pytest.approx(0, abs=1e-6 * max(1, scale**2))
+    same = torch.ones(n, 64)  # no variance at all
+    assert frechet(Moments().add(same), Moments().add(same)) == 0
+
+
+def test_singular_covariances_have_a_distance():
+    x = torch.zeros(40, 64).double()
+    x[:, 0] = with_moments(40, torch.zeros(1).double(), torch.eye(1).double())[:, 0]
+    y = x.roll(1, 1)  # variance along another axis: nothing in common
+    assert frechet(Moments().add(x), Moments().add(y)) == pytest.approx(2, abs=1e-9)
+    assert frechet(Moments().add(x), Moments().add(3 * x)) == pytest.approx(4, abs=1e-9)
+
+
+def test_batches_and_parts_give_the_moments_of_the_whole():
+    x = normal(1000, 8).float() + 1e4  # sums of raw squares would lose this in float32
+    whole, parts, other = Moments().add(x), Moments(), Moments()
+    for part in x[:600].split(7):
+        parts.add(part)
+    for part in x[600:].split(64):
+        other.add(part.numpy())
+    before = other.scatter.clone()
+    parts.merge(other).merge(Moments())
+    assert parts.n == 1000 and torch.equal(other.scatter, before) and parts.scatter.shape == (8, 8)
+    expected = torch.from_numpy(np.cov(x.double().numpy().T))
+    for moments in (whole, parts, Moments().merge(parts)):
+        assert torch.allclose(moments.covariance(), expected, atol=1e-9)
+        assert torch.allclose(moments.mean, x.double().mean(0), rtol=0, atol=1e-9)
+
+
+def test_what_has_no_distance_is_refused():
+    x = normal(10, 3)
+    for wrong, said in [
+        (lambda: frechet(Moments().add(x[:1]), Moments().add(x)), "at least 2 samples, and 1 were added"),
+        (lambda: frechet(Moments().add(x), Moments()), "at least 2 samples, and 0"),
+        (lambda: frechet(Moments().add(x), Moments().add(x[:, :2])), "of 3 and of 2 numbers"),
+        (lambda: Moments().add(x).add(x[:, :2]), "of 3 and of 2 numbers"),
+        (lambda: Moments().add(x / 0), "not finite"),
+        (lambda: Moments().add(x[0]), r"features of shape \(3,\)"),
+        (lambda: frechet(Moments().add(x * 1e200), Moments().add(x)), "too large"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            wrong()
+
+
+# Kernel distance
+
+
+def test_the_kernel_distance_is_that_of_a_loop(monkeypatch):
+    x, y = normal(9, 4), normal(7, 4, seed=1) + 0.5
+    k = lambda a, b: (float(a @ b) / 4 + 1) ** 3  # noqa: E731
+    expected = (
+        sum(k(x[i], x[j]) for i in range(9) for j in range(9) if i != j) / 72
+        + sum(k(y[i], y[j]) for i in range(7) for j in range(7) if i != j) / 42
+        - 2 * sum(k(a, b) for a in x for b in y) / 63
+    )
+    assert kid(x, y) == pytest.approx(expected, rel=1e-12)
+    assert kid(y, x) == pytest.approx(expected, rel=1e-12)
+    monkeypatch.setattr("genai.metrics.kid.BLOCK", 4)
+    assert kid(x, y) == pytest.approx(expected, rel=1e-12)
+    assert kid_of_subsets(x, x, 1, 9) == pytest.approx((kid(x, x), 0)) and kid(x, x) < 0
+
+
+def test_the_kernel_distance_has_no_bias():
+    found = torch.tensor([kid(normal(12, 5, seed=s), normal(8, 5, seed=10000 + s)) for s in range(2000)])
+    error = found.std() / len(found) ** 0.5
+    assert found.mean().abs() < 2 * error and found.min() < 0
+    x = normal(600, 5)
+    diagonal = ((x.square().sum(1) / 5 + 1) ** 3).mean() / 10  # what the biased estimate adds for each set, about
+    assert diagonal > 20 * error
+
+
+def test_subsets_are_drawn_by_seed():
+    x, y = normal(300, 5), normal(200, 5, seed=1) + 0.3
+    result = kid_of_subsets(x, y, 50, 100, seed=3)
+    assert result == kid_of_subsets(x, y, 50, 100, seed=3) != kid_of_subsets(x, y, 50, 100, seed=4)
+    assert result.mean == pytest.approx(kid(x, y), abs=result.std) and result.std > 0
+    with pytest.raises(UserError, match="size=201 is more than the 300 real and 200 fake"):
+        kid_of_subsets(x, y, 50, 201)
+    with pytest.raises(UserError, match="at least 2 of each"):
+        kid(x, y[:1])
+    with pytest.raises(UserError, match="real features have 5 numbers each and fake features 4"):
+        kid(x, y[:, :4])
+
+
+# Inception score
+
+
+def test_the_inception_score_of_known_answers():
+    sure = torch.eye(5).repeat(40, 1)
+    assert inception_score(sure, splits=1) == pytest.approx((5, 0))
+    assert inception_score(torch.full((50, 5), 0.2)) == pytest.approx((1, 0))
+    p = normal(60, 4).softmax(1)
+    expected = math.exp(sum(float(q @ (q / p.mean(0)).log()) for q in p) / 60)
+    assert inception_score(p, splits=1).mean == pytest.approx(expected, rel=1e-12)
+    by_class = inception_score(sure.sort(0, descending=True).values[:, :1].new_tensor(np.repeat(np.eye(5), 40, 0)), 5)
+    assert 4.5 < by_class.mean <= 5 and by_class.std > 0  # shuffled: else each split would hold one class, and score 1
+    for wrong, said in [(p.log(), "softmax"), (p * 2, "add up to 1"), (p[:9], "splits=10 of 9 samples")]:
+        with pytest.raises(UserError, match=said):
+            inception_score(wrong)
+
+
+# Precision, recall, density, coverage
+
+
+def by_hand(x, y, k_pr, k_dc):
+    """The four figures by loops over pairs."""
+    distance = lambda a, b: math.sqrt(sum((float(u) - float(v)) ** 2 for u, v in zip(a, b, strict=True)))  # noqa: E731
+
+    def radii(points, k):
+        return [sorted(distance(p, q) for j, q in enumerate(points) if j != i)[k - 1] for i, p in enumerate(points)]
+
+    n, m, r, s, t = len(x), len(y), radii(x, k_pr), radii(y, k_pr), radii(x, k_dc)
+    precision = sum(any(distance(x[i], b) <= r[i] for i in range(n)) for b in y) / m
+    recall = sum(any(distance(a, y[j]) <= s[j] for j in range(m)) for a in x) / n
+    density = sum(distance(x[i], b) <= t[i] for i in range(n) for b in y) / (k_dc * m)
+    return precision, recall, density, sum(any(distance(x[i], b) <= t[i] for b in y) for i in range(n)) / n
+
+
+@pytest.mark.parametrize("kind", ["normal", "grid"])
+def test_balls_are_those_of_loops(kind, monkeypatch):
+    x, y = normal(30, 2), 0.6 * normal(30, 2, seed=1) + 0.7
+    if kind == "grid":  # many ties and copies, all exact
+        x, y = x.mul(4).round() / 4, y.mul(4).round() / 4
+    expected = by_hand(x, y, 3, 5)
+    assert (*precision_recall(x, y), *density_coverage(x, y)) == pytest.approx(expected)
+    assert min(expected) > 0 and expected[1] < 1
+    monkeypatch.setattr(rows_module, "ELEMENTS", 70)
+    monkeypatch.setattr(rows_module, "BLOCK", 7)
+    assert (*precision_recall(x, y), *density_coverage(x, y)) == pytest.approx(expected)
+
+
+def test_fidelity_and_diversity_are_told_apart():
+    x, y = normal(500, 4), normal(500, 4, seed=1)
+    same = density_coverage(x, y)
+    n = len(x)
+    share = 1 - math.prod((n - i) / (2 * n - i) for i in range(1, 6))
+    assert same.density == pytest.approx(1, abs=0.1) and same.coverage == pytest.approx(share, abs=0.03)
+    narrow, wide = precision_recall(x, 0.1 * y), precision_recall(x, 4 * y)
+    assert narrow.precision > 0.95 > 0.2 > narrow.recall and wide.precision < 0.2 < 0.95 < wide.recall
+    assert precision_recall(x, x) == (1, 1) and density_coverage(x, x).coverage == 1
+    copies = x[:1].float().repeat(500, 1)
+    assert precision_recall(copies, copies) == (1, 1)  # radius 0 holds what lies at 0, whatever the rounding
+    for wrong, said in [
+        (lambda: precision_recall(x, y[:-1]), "500 real and 499 fake features"),
+        (lambda: precision_recall(x[:3], y[:3]), "at least 4 of each"),
+        (lambda: density_coverage(x, y, k=0), "k=0 must be a whole number, at least 1"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            wrong()
+
+
+FIT = """
+import resource, time, torch
+from genai.metrics.manifold import precision_recall
+torch.set_num_threads(1)
+x, y = torch.randn(10000, 64), torch.randn(10000, 64)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before, start = peak(), time.process_time()
+precision_recall(x, y)
+print(peak() - before, time.process_time() - start)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory in KiB")
+def test_ten_thousand_of_each_fit():
+    done = subprocess.run([sys.executable, "-c", FIT], cwd=ROOT, capture_output=True, text=True, check=True)
+    mib, seconds = map(float, done.stdout.split())
+    assert mib < 300 and seconds < 30
+
+
+# Images
+
+
+def test_psnr_is_the_mean_of_images():
+    x, y = torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 0.2)
+    y[1] = 0.02
+    assert psnr(x, y).tolist() == pytest.approx([20, 40], abs=1e-4)
+    assert psnr(x, y, span=1).tolist() == pytest.approx([10 * math.log10(25), 10 * math.log10(2500)], abs=1e-4)
+    assert psnr(x, x).isinf().all()
+    with pytest.raises(UserError, match="cannot be compared"):
+        psnr(x, y[:1])
+
+
+def test_ssim_is_that_of_a_loop():
+    x = normal(2, 2, 13, 12).clamp(-1, 1)
+    y = (x + 0.3 * normal(2, 2, 13, 12, seed=1)).clamp(-1, 1)
+    weight = np.array([[math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / 4.5) for j in range(11)] for i in range(11)])
+    weight /= weight.sum()
+    expected = []
+    for a, b in zip(x.numpy(), y.numpy(), strict=True):
+        found = []
+        for c, i, j in np.ndindex(2, 3, 2):
+            p, q = a[c, i : i + 11, j : j + 11] + 1, b[c, i : i + 11, j : j + 11] + 1  # from black
+            mp, mq = (weight * p).sum(), (weight * q).sum()
+            vp, vq = (weight * (p - mp) ** 2).sum(), (weight * (q - mq) ** 2).sum()
+            both = (weight * (p - mp) * (q - mq)).sum()
+            top = (2 * mp * mq + 0.02**2) * (2 * both + 0.06**2)
+            found.append(top / ((mp**2 + mq**2 + 0.02**2) * (vp + vq + 0.06**2)))
+        expected.append(np.mean(found))
+    assert ssim(x, y).tolist() == pytest.approx(expected, abs=1e-12)
+    assert ssim(x, x).tolist() == pytest.approx([1, 1]) and ssim(x, -x).max() < 0
+    assert torch.allclose(ssim(x * 127.5 + 127.5, y * 127.5 + 127.5, low=0, span=255), ssim(x, y))
+    with pytest.raises(UserError, match="at least 11 by 11 pixels"):
+        ssim(x[..., :10], y[..., :10])
+
+
+# Memorisation
+
+
+def digits():
+    data = Digits("image", [1, 8, 8], 10, 17, 64, 0)
+    return (next(batches(data.splits[name], 2000))["image"] for name in ("train", "test"))
+
+
+def test_neighbours_are_those_of_a_loop():
+    x, train = normal(20, 1, 3, 3), normal(30, 1, 3, 3, seed=1)
+    distance, index = nearest_neighbours(x, train)
+    for i, a in enumerate(x):
+        each = [(a - b).norm().item() for b in train]
+        assert index[i] == int(np.argmin(each)) and distance[i] == pytest.approx(min(each), rel=1e-12)
+
+
+def test_a_memoriser_is_flagged():
+    train, held_out = digits()
+    copy = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:300]]
+    exact = memorisation(copy, train, held_out)
+    assert exact.flagged and exact.copies == 300 and exact.ratio == 0 and exact.close == 1
+    assert torch.equal(train[exact.nearest], copy) and exact.closest(2)[0][0] == 0
+    blurred = memorisation(copy + 0.05 * normal(*copy.shape).float(), train, held_out)
+    assert blurred.flagged and blurred.copies == 0 and 0 < blurred.ratio < 0.5
+    mixed = memorisation(torch.cat([held_out[:180], copy[:20]]), train, held_out[180:])
+    assert mixed.flagged and mixed.copies == 20 and mixed.ratio > 0.5 and 0.1 <= mixed.close < 0.2
+    assert {i for i, _ in mixed.closest(20)} == set(range(180, 200))
+    with pytest.raises(UserError, match="items have 32 numbers each and training items 64"):
+        memorisation(copy[:, :, :4], train, held_out)
+
+
+def test_models_that_learned_are_not_flagged():
+    mixture = pytest.importorskip("sklearn.mixture")
+    train, held_out = digits()
+    model = mixture.GaussianMixture(10, random_state=0, reg_covar=1e-3).fit(train.flatten(1).double().numpy())
+    samples = model.sample(500)[0]
+    on_levels = (torch.from_numpy(samples).clamp(-1, 1) * 8).round() / 8
+    for given in (samples, on_levels):
+        found = memorisation(given, train.flatten(1), held_out.flatten(1))
+        assert not found.flagged and found.copies == 0 and found.ratio > 0.8, found
+    assert not memorisation(held_out[::2], train, held_out[1::2]).flagged
+    words = torch.arange(4)[:, None].repeat(
+        50, 1
+    )  # data of four values: every sample is a copy, and so is what is held out
+    found = memorisation(words, words, words)
+    assert found.copies == 200 and found.ratio == 1 and found.close == 0 and not found.flagged
+
+
+# Text
+
+
+def test_distinct_counts_n_grams():
+    assert distinct(["abab", "ab"], 2) == 2 / 4
+    assert distinct([[1, 2, 3], [4]], 1) == 1
+    assert distinct([["the", "cat", "the", "cat"]], 2) == 2 / 3
+    with pytest.raises(UserError, match="n=3: no text is that long"):
+        distinct(["ab", ""], 3)
+
+
+def longest_by_hand(text, train):
+    for length in range(min(len(text), len(train)), 0, -1):
+        for start in range(len(text) - length + 1):
+            if text[start : start + length] in train:
+                return length, start, train.index(text[start : start + length])
+    return 0, 0, 0
+
+
+def test_the_longest_copy_is_that_of_a_loop():
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        letters = "abcdé𝄞"[: random.integers(1, 7)]
+        text, train = ("".join(random.choice(list(letters), random.integers(0, high))) for high in (25, 60))
+        assert longest_copy(text, train) == longest_by_hand(text, train), (text, train)
+    assert longest_copy("xyz", "abc") == (0, 0, 0)
+    assert longest_copy([7, 5, 6, 9], [1, 5, 6, 2]) == (2, 1, 1)
+    with pytest.raises(UserError, match="at least 0, and one is -1"):
+        longest_copy([-1], [1])
+    assert longest_copy("abc", "abc") == (3, 0, 0) == longest_copy("abc", "abcabc")
+
+
+def test_a_megabyte_takes_seconds():
+    random = np.random.default_rng(0)
+    train = "".join(random.choice(list("abcdefgh "), 1_000_000))
+    text = "".join(random.choice(list("abcdefgh "), 5_000))
+    start = time.process_time()
+    assert 5 < longest_copy(text, train).length < 16
+    found = longest_copy(text + train[700_000:704_321] + text, train)
+    assert found.length >= 4321 and found.start <= 5000 and 4321 - found.length + 5000 - found.start <= 5
+    assert longest_copy(train[500_000:510_000], train) == (10_000, 0, 500_000)
+    assert longest_copy("a" * 10_000, "a" * 1_000_000).length == 10_000
+    assert time.process_time() - start < 30
+
+
+# Intervals
+
+
+def test_intervals():
+    assert over_seeds([3, 1.0, 2]) == (2, 1, 3, 3)
+    for wrong in ([], [1, math.nan]):
+        with pytest.raises(UserError, match="must be finite numbers"):
+            over_seeds(wrong)
+    x = 3 * normal(400) + 1
+    found = bootstrap(x)
+    assert found == bootstrap(x.numpy()) != bootstrap(x, seed=1)
+    mean, half = x.mean().item(), 1.96 * x.std().item() / 20
+    assert found == pytest.approx((mean, mean - half, mean + half), abs=0.03)
+    assert bootstrap(x, level=0.5).low > found.low and bootstrap(torch.ones(5)) == (1, 1, 1)
+    held = [bootstrap(normal(50, seed=s), resamples=200) for s in range(200)]
+    assert 0.88 < sum(i.low < 0 < i.high for i in held) / 200 < 0.99
+    for wrong, said in [((x[:1],), "at least two"), ((x, 1.0), "level=1.0"), ((x, 0.9, 0), "resamples=0")]:
+        with pytest.raises(UserError, match=said):
+            bootstrap(*wrong)
+
+
+# A public implementation, given the same features
+
+
+class Given(nn.Module):
+    """Features that are given as if they were images."""
+
+    num_features = 16
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_torchmetrics_says_the_same():
+    pytest.importorskip("torchmetrics")
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.inception import InceptionScore
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    x, y = normal(300, 16), normal(300, 16, seed=1) @ covariance(16, 3) + 0.3
+    fid, peer = FrechetInceptionDistance(Given()).set_dtype(torch.float64), KernelInceptionDistance(Given(), 1, 300)
+    for metric in (fid, peer):
+        metric.update(x, real=True)
+        metric.update(y, real=False)
+    assert frechet(Moments().add(x), Moments().add(y)) == pytest.approx(fid.compute().item(), abs=1e-4)
+    assert kid(x, y) == pytest.approx(peer.compute()[0].item(), abs=1e-4)
+    score = InceptionScore(Given(), splits=1)
+    score.update(x)
+    assert inception_score(x.softmax(1), splits=1).mean == pytest.approx(score.compute()[0].item(), abs=1e-4)
+    a, b = (image.clamp(-1, 1) for image in (normal(3, 3, 20, 17), normal(3, 3, 20, 17, seed=1)))
+    _, similar = structural_similarity_index_measure(a + 1, b + 1, data_range=2.0, return_full_image=True)
+    inside = similar[..., 5:-5, 5:-5].mean((1, 2, 3))  # its mean counts windows over mirrored borders too
+    assert torch.allclose(ssim(a, b), inside, atol=1e-4)
+    noise = peak_signal_noise_ratio(a, b, data_range=2.0, reduction="none", dim=(1, 2, 3))
+    assert torch.allclose(psnr(a, b), noise, atol=1e-4)
