@@ -15,9 +15,10 @@ import torch
 
 import genai
 from benchmarks.common import RESULTS, hardware, setup
-from benchmarks.judge import Judge, facts_of, recall
+from benchmarks.judge import Judge, facts_of
 from benchmarks.quality import ROOT
 from genai import checkpoint
+from genai.metrics.manifold import precision_recall
 
 
 def plot(rows: list[dict], floor: float) -> None:
@@ -41,7 +42,7 @@ def measure(loaded: checkpoint.Loaded, judge: Judge, real: torch.Tensor, n: int,
     for w in guidance:
         x = genai.sample(loaded, n=n, prompt=prompts, guidance=w)["image"]
         accuracy = (judge(x).argmax(1) == wanted).double().mean().item()
-        covered = recall(judge.features(real), judge.features(x))
+        covered = precision_recall(judge.features(real), judge.features(x)).recall
         rows.append({"guidance": w, "accuracy": round(accuracy, 4), "recall": round(covered, 4)})
         print(rows[-1], flush=True)
     return rows

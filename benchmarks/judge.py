@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 import genai
 from benchmarks.common import setup
-from benchmarks.quality import frechet
 from genai import checkpoint
 from genai.data.base import Data
 from genai.data.stream import Stream, batches
+from genai.metrics.frechet import Moments, frechet
+from genai.metrics.manifold import precision_recall
 
 
 class Judge(nn.Module):
@@ -48,18 +49,12 @@ class Judge(nn.Module):
         return self.eval()
 
 
-def recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> float:
-    """Share of real features (N, D) within some fake one's distance to its k-th neighbour among the fakes (M, D)."""
-    radius = torch.cdist(fake, fake).sort(1).values[:, k]
-    return (torch.cdist(real, fake) <= radius).any(1).double().mean().item()
-
-
 def facts_of(judge: Judge, data: Data, n: int) -> tuple[float, float, torch.Tensor]:
     """Accuracy on the test split, recall of n of its images by n others, and those images."""
     test = next(batches(data.splits["test"], 2 * n, 2 * n))
     with torch.inference_mode():
         parts = [(judge(b["image"]).argmax(1) == b["label"]).double().mean() for b in batches(data.splits["test"], 500)]
-        floor = recall(judge.features(test["image"][:n]), judge.features(test["image"][n:]))
+        floor = precision_recall(judge.features(test["image"][:n]), judge.features(test["image"][n:])).recall
     return float(np.mean(parts)), floor, test["image"][:n]
 
 
@@ -79,17 +74,17 @@ def main() -> None:
     right, floor, real = facts_of(judge, data, args.n)
     with torch.inference_mode():
         features = judge.features(real)
+        moments = Moments().add(features)
         other = judge.features(next(batches(data.splits["test"], 2 * args.n, 2 * args.n))["image"][args.n :])
-        distance = frechet(other.double().numpy(), features.double().numpy())
+        distance = frechet(Moments().add(other), moments)
         print(f"test images: accuracy {right:.4f}, recall {floor:.3f}, Fréchet distance {distance:.2f}")
         for run in loaded:
             batch = genai.sample(run, n=args.n, **{k: int(v) if v == int(v) else v for k, v in arguments.items()})
             x = judge.features(batch["image"])
             accuracy = (judge(batch["image"]).argmax(1) == batch["label"]).double().mean().item()
-            distance = frechet(x.double().numpy(), features.double().numpy())
-            print(
-                f"{run.path}: accuracy {accuracy:.4f}, recall {recall(features, x):.3f}, Fréchet distance {distance:.2f}"
-            )
+            distance = frechet(Moments().add(x), moments)
+            recall = precision_recall(features, x).recall
+            print(f"{run.path}: accuracy {accuracy:.4f}, recall {recall:.3f}, Fréchet distance {distance:.2f}")
 
 
 if __name__ == "__main__":

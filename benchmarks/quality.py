@@ -24,6 +24,7 @@ from benchmarks.common import RESULTS, hardware
 from genai.core.errors import UserError
 from genai.data.images import Digits
 from genai.data.stream import batches
+from genai.metrics.frechet import Moments, frechet
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,24 +34,15 @@ def pixels(images: torch.Tensor) -> np.ndarray:
     return ((images.flatten(1).double() + 1) * 8).round().clamp(0, 16).numpy() / 16
 
 
-def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Distance of two sets of features (N, D), each taken for a Gaussian: |m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2))."""
-    A, B = np.cov(a.T), np.cov(b.T)
-    values, vectors = np.linalg.eigh(A)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    trace = np.sqrt(np.linalg.eigvalsh(root @ B @ root).clip(0)).sum()  # of (A B)^(1/2)
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A + B) - 2 * trace)
-
-
 class Judge:
-    """A classifier of the training digits, and their features."""
+    """A classifier of the training digits, and the moments of their features."""
 
     def __init__(self):
         data = Digits("image", [1, 8, 8], 10, 17, 64, 0)
         real = [next(batches(data.splits[name], 2000)) for name in ("train", "val")]
         x, y = pixels(torch.cat([b["image"] for b in real])), torch.cat([b["label"] for b in real]).numpy()
         self.net = MLPClassifier((64, 32), random_state=0, max_iter=400).fit(x, y)
-        self.real = self.features(x)
+        self.real = Moments().add(self.features(x))
 
     def features(self, x: np.ndarray) -> np.ndarray:
         for weight, bias in list(zip(self.net.coefs_, self.net.intercepts_, strict=True))[:-1]:
@@ -58,7 +50,7 @@ class Judge:
         return x
 
     def distance(self, images: torch.Tensor) -> float:
-        return frechet(self.features(pixels(images)), self.real)
+        return frechet(Moments().add(self.features(pixels(images))), self.real)
 
 
 def plot(rows: dict[str, dict[int, float]], calls: dict[str, int], path: Path) -> None:
