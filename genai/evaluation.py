@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from genai import checkpoint
+from genai import cards, checkpoint
 from genai.checkpoint import Loaded
 from genai.core import rng
 from genai.core.errors import UserError, at_least
@@ -36,6 +36,10 @@ def run(cfg: Any) -> dict[str, Any]:
     loaded = checkpoint.load(cfg.ckpt, cfg.weights, device, trust)
     method = None if cfg.get("likelihood") is None else OmegaConf.to_container(cfg.likelihood)
     data = _data(loaded, cfg.root, cfg.split)
+    if cfg.metrics is not None:
+        return {
+            "cards": cards.run(loaded, data, list(cfg.metrics), cfg.split, cfg.n, cfg.repeats, cfg.seed, cfg.batch_size)
+        }
     score, facts = _score(loaded, data, method), {}
     n = len(data.splits[cfg.split]) if cfg.n is None else min(at_least(cfg.n, 1, "n"), len(data.splits[cfg.split]))
     codes = torch.zeros(getattr(loaded.model, "vocabulary", None) or 0, dtype=torch.int64)

@@ -16,7 +16,9 @@ ROWS = [
     ["models"],
     ["tune"],
     ["checkpoint"],
-    ["export", "train", "sampling", "evaluation"],
+    ["export", "train", "sampling", "judge"],
+    ["cards"],
+    ["evaluation"],
     ["cli", "__init__"],
     ["compare", "sweeps", "baselines"],
 ]

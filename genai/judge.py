@@ -1,0 +1,92 @@
+"""A judge of images: a small classifier trained on a data set's own labels, whose last hidden layer serves as features where no
+published network is at hand."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from genai.core import rng
+from genai.core.errors import UserError
+from genai.data.base import Data
+from genai.data.stream import Stream, batches
+
+STEPS, BATCH, FEATURES = 3000, 128, 64
+FORMAT = 1  # of what is trained and how
+
+
+class Judge(nn.Module):
+    """Images (N, C, H, W) in [-1, 1], the sides at least 4 -> logits (N, classes); `features` (N, 64)."""
+
+    def __init__(self, shape: list[int], classes: int):
+        super().__init__()
+        height, width = (-(-side // 4) for side in shape[1:])
+        self.features = nn.Sequential(
+            nn.Conv2d(shape[0], 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 32, 5, 2, 2), nn.ReLU(), nn.Flatten(),
+            nn.Dropout(0.2), nn.Linear(32 * height * width, FEATURES), nn.ReLU(),
+        )  # fmt: skip
+        self.head = nn.Linear(FEATURES, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+    def learn(self, data: Data) -> "Judge":
+        """From the training split, always the same way."""
+        rng.seed_torch(rng.mix(FORMAT), torch.device("cpu"))
+        optimizer = torch.optim.AdamW(self.parameters(), 2e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+        stream = iter(Stream(data.splits["train"], BATCH, 1, 0, 0, 0, 1))
+        for _ in range(STEPS):
+            (batch,) = next(stream)
+            optimizer.zero_grad()
+            F.cross_entropy(self(batch[data.field]), batch["label"]).backward()
+            optimizer.step()
+            schedule.step()
+        return self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def accuracy(self, data: Data, split: str) -> float:
+        right = [self(b[data.field]).argmax(1) == b["label"] for b in batches(data.splits[split], 500)]
+        return torch.cat(right).double().mean().item()
+
+    def sha256(self) -> str:
+        """Of its weights."""
+        sha = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            sha.update(name.encode() + tensor.contiguous().numpy().tobytes())
+        return sha.hexdigest()
+
+
+def trained(data: Data, node: Any) -> Judge:
+    """The judge of a data set with config `node`: trained once, then kept in $XDG_CACHE_HOME/genai or ~/.cache/genai.
+
+    Raises UserError for data that has no labelled images.
+    """
+    if data.field != "image" or data.classes is None or min(data.shape[1:]) < 4:
+        raise UserError(
+            f"a judge needs labelled images of at least 4x4, and this data is {data.field} of shape {data.shape}"
+        )
+    rng.seed_torch(rng.mix(FORMAT), torch.device("cpu"))
+    judge = Judge(data.shape, data.classes)
+    what = {
+        k: v for k, v in node.items() if k not in ("batch_size", "num_workers", "root", "templates", "names", "length")
+    }
+    first = data.splits["train"].batch(torch.arange(min(64, len(data.splits["train"]))), None)[data.field]
+    key = hashlib.sha256(json.dumps([FORMAT, what], sort_keys=True).encode() + first.numpy().tobytes()).hexdigest()[:16]
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genai" / "judge"
+    path = base / f"{key}.pt"
+    if path.exists():
+        judge.load_state_dict(torch.load(path, weights_only=True))
+        return judge.eval().requires_grad_(False)
+    print(f"training a judge of this data, once ({STEPS} steps)", flush=True)
+    judge.learn(data)
+    base.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    torch.save(judge.state_dict(), temporary)
+    temporary.replace(path)
+    return judge
