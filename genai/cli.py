@@ -132,7 +132,7 @@ def composed(
     return cfg
 
 
-TEXTS = ("prompt", "stop")  # keys whose value is prose
+TEXTS = ("prompt", "negative_prompt", "stop")  # keys whose value is prose
 
 
 def quoted(override: str) -> str:

@@ -101,9 +101,10 @@ def _score(loaded: Loaded, data: Data, method: Any) -> Score | None:
         return loaded.model.log_prob
     if isinstance(loaded.model, Reconstructing):
         return None
+    flows = hasattr(loaded.model, "denoise") and loaded.model.codec is None  # a diffusion model of the data itself
+    hint = "choose likelihood=probability_flow" if flows else "measure its samples with metrics=[frechet,recall]"
     raise UserError(
-        f"{loaded.path} has no likelihood of its own: {type(loaded.model).__name__} has no log_prob (a diffusion model has one "
-        "by likelihood=probability_flow)"
+        f"{loaded.path} has no likelihood of its own: {type(loaded.model).__name__} has no log_prob; {hint}"
     )
 
 

@@ -50,10 +50,14 @@ def sample(
     at_least(n, 1, "n")
     at_least(batch_size, 1, "batch_size")
     at_least(seed, 0, "seed")
+    if sampler is not None and not isinstance(sampler, dict):
+        raise UserError(
+            f"sampler={sampler!r} must be a config node such as those in conf/sampler: a dict with _target_"
+        )
     run = bind(loaded, sampler or loaded.config["sampler"], arguments)
     seeds = rng.seed_range(seed, n)
-    labels = resolve_labels(label, n, loaded)
     captions = resolve_captions(prompt, negative_prompt, n, loaded)
+    labels = None if captions and label is None else resolve_labels(label, n, loaded)  # a caption says enough
     cond = resolve_prompts(None if captions else prompt, stop, n, loaded) or {}
     cond |= (captions or {}) | ({} if labels is None else {"label": labels})
     chunks, starts = [], range(0, n, batch_size)
@@ -138,10 +142,10 @@ def resolve_captions(prompt: Any, negative_prompt: Any, n: int, loaded: Loaded) 
         raise UserError(f"negative_prompt={negative_prompt!r} was given, but {why}: leave negative_prompt= out")
     if null is None or prompt is None:
         return None
-    given = {"caption": prompt, "negative": negative_prompt}
+    given = {"caption": ("prompt", prompt), "negative": ("negative_prompt", negative_prompt)}
     return {
-        name: encode(_repeated(text, n, name), len(null), "data.length of this model")
-        for name, text in given.items() if text is not None
+        name: encode(_repeated(text, n, key), len(null), "data.length of this model")
+        for name, (key, text) in given.items() if text is not None
     }  # fmt: skip
 
 

@@ -30,8 +30,10 @@ from genai.models.vae.autoencoder import Autoencoder
 from genai.models.vae.nets import MapDecoder, MapEncoder
 from genai.models.vae.quantize import ResidualQuantizer, VectorQuantizer
 from genai.models.vae.vqvae import VQVAE
+from genai.train.codec import digest
 from genai.train.run import run
 
+DDIM = {"_target_": "genai.models.diffusion.samplers.ddim", "_partial_": True, "steps": 2, "guidance": None}
 SMALL = ["logger=none", "max_steps=4", "data.batch_size=8", "callbacks.evaluate.n=16", "callbacks.samples.n=2"]
 TEXT = ["+model.net.text._target_=genai.models.diffusion.text.TextEncoder", "+model.net.text.length=32"]
 
@@ -312,6 +314,18 @@ def test_captions_of_files_go_with_them(tmp_path):
     assert seen == {10 * i: f"grey {10 * i}" for i in range(24)}
 
 
+def test_captions_lie_beside_the_images_of_a_zip_too(tmp_path):
+    lines = [json.dumps({"file_name": f"./{i:02d}.png", "text": f"grey \\ud800 {10 * i}"}) for i in range(24)]
+    folder(tmp_path / "a", [*lines, ""])
+    shutil.make_archive(str(tmp_path / "pictures"), "zip", tmp_path, "a")
+    plain: dict = {"field": "image", "shape": None, "classes": None, "levels": None, "batch_size": 4}
+    root = str(tmp_path / "pictures.zip")
+    inner = ImageFolder(root, None, None, "center", False, **plain)
+    data = captions.Captioned(inner, root=root, templates=None, names=None, file="captions.jsonl", length=32, **plain)
+    assert data.splits["train"].batch(torch.arange(2), None)["caption"].shape == (2, 32)
+    assert set(data.cond(3)) == {"caption"}
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
@@ -322,6 +336,7 @@ def test_captions_of_files_go_with_them(tmp_path):
         ),
         (["{"], "line 1, is no JSON with file_name and text"),
         (['{"file_name": "00.png"}'], "line 1, is no JSON .*'text'"),
+        (["", '{"file_name": "00.png", "text": null}'], "line 2, is no JSON .*text is None"),
     ],
 )
 def test_wrong_caption_files(tmp_path, lines, message):
@@ -412,6 +427,66 @@ def test_latents_from_disk_are_those_of_the_first_stage(stages, tmp_path):
         a, b = (checkpoint.read(f / "checkpoints" / "last.ckpt")["model"] for f in (one, second))
         assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in b)
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 3
+    for source, name in ((second, "plain"), (tmp_path / "a", "cached")):  # resumed, and the one without a cache too
+        shutil.copytree(source, tmp_path / name)
+        train(f"resume={tmp_path / name}", "max_steps=6")
+    a, b = (checkpoint.read(tmp_path / f / "checkpoints" / "last.ckpt")["model"] for f in ("plain", "cached"))
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in b)
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 3
+
+
+def test_a_run_killed_before_its_first_checkpoint_keeps_its_first_stage(stages, tmp_path):
+    _, second = stages
+    shutil.copytree(second, tmp_path / "run", ignore=shutil.ignore_patterns("*.ckpt"))
+    train(f"resume={tmp_path / 'run'}")
+    a, b = (checkpoint.read(f / "checkpoints" / "last.ckpt")["model"] for f in (second, tmp_path / "run"))
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+def test_old_weights_do_not_bring_their_first_stage_along(stages, tmp_path):
+    _, second = stages
+    other = train("model=autoencoder", "data=digits", "seed=5", f"run_dir={tmp_path / 'other'}", *SMALL)
+    run = train(
+        "model=latent", "data=digits_text", f"codec.ckpt={other}", "model.net.multipliers=[1]", "model.net.attention=[2]",
+        "sampler.steps=2", f"init_from={second}", f"run_dir={tmp_path / 'run'}", *TEXT, *SMALL,
+    )  # fmt: skip
+    codec, own = genai.load(other).model.state_dict(), genai.load(run).model.codec.state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in codec.items())
+
+
+def test_a_checksum_does_not_depend_on_the_layout_in_memory():
+    weight = torch.randn(6, 4, 1, 1)
+    contents = [
+        {"config": {"model": {}}, "model": {"w": w}, "ema": {}}
+        for w in (weight, weight.to(memory_format=torch.channels_last))
+    ]
+    assert digest(contents[0]) == digest(contents[1])
+
+
+def test_a_caption_alone_leaves_the_label_out():
+    torch.manual_seed(0)
+    text = TextEncoder(8, 16, 1, 2)
+    net = DiT([4, 4, 4], 2, 16, 2, 2, classes=10, text=text)
+    for p in net.parameters():
+        if p.ndim > 1 and not p.any():
+            nn.init.normal_(p, std=0.2)
+    model = Flow(net, [4, 4, 4], classes=10, latent=Latent(SpaceToDepth("image", [1, 8, 8], 2))).eval()
+    caption, seeds = captions.encode(["one"] * 3, 8, "length"), torch.arange(3)
+    alone = samplers.ddim(model, seeds, {"caption": caption}, steps=2)["image"]
+    null = samplers.ddim(model, seeds, {"caption": caption, "label": torch.full((3,), 10)}, steps=2)["image"]
+    assert torch.allclose(alone, null, atol=1e-5)
+    loaded = checkpoint.Loaded(model, {"model": {"classes": 10}, "sampler": DDIM}, {}, 0, Path("x"))
+    assert "label" not in genai.sample(loaded, n=3, prompt="one")
+    assert genai.sample(loaded, n=3, prompt="one", label=4)["label"].tolist() == [4, 4, 4]
+    assert genai.sample(loaded, n=3)["label"].tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match=r"sampler='ddim' must be a config node"):
+        genai.sample(loaded, n=1, sampler="ddim")
+
+
+def test_captions_are_as_long_as_the_network_reads():
+    model = latent_flow()
+    with pytest.raises(UserError, match=r"model.net.text.length=8, but captions have data.length=9"):
+        model.measure([{"caption": captions.encode(["a"], 9, "x"), "image": images(1)}])
 
 
 def test_what_cannot_be_steered_or_decoded_is_refused_in_a_sentence(stages, tmp_path):

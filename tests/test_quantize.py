@@ -114,6 +114,9 @@ def test_finite_scalars_use_every_level_and_no_other(levels):
 def test_what_cannot_be_is_refused():
     with pytest.raises(UserError, match="neither straight_through nor rotation"):
         VectorQuantizer(4, 2, gradient="magic")
+    for stages in ([VectorQuantizer(4, 2), VectorQuantizer(8, 2)], [VectorQuantizer(4, 2, gradient="rotation")]):
+        with pytest.raises(UserError, match="stages of a residual quantiser"):
+            ResidualQuantizer(stages)
     with pytest.raises(UserError, match="codes=1"):
         VectorQuantizer(1, 2)
     with pytest.raises(UserError, match="levels=1"):

@@ -162,6 +162,8 @@ def test_beta_warms_up_and_free_bits_cost_nothing():
 
     assert loss(tiny(beta=4.0)) == pytest.approx(4, rel=1e-3)
     model = tiny(kl_warmup_steps=10)
+    assert loss(model.eval()) == pytest.approx(1, rel=1e-3)  # what is evaluated compares between steps
+    model.train()
     assert [loss(model, step) for step in (0, 4, 9, 50)] == pytest.approx([0.1, 0.5, 1, 1], rel=1e-3)
     model = tiny(free_bits=2.0)
     rate = model(x, 0).logs["rate"][0].item()

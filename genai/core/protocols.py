@@ -146,10 +146,12 @@ def check_sampler(sampler: Callable, model: nn.Module, key: str = "sampler") -> 
     while isinstance(function, functools.partial):
         function = function.func
     kind = next(iter(typing.get_type_hints(function).values()), None)
-    if isinstance(kind, type) and kind not in (object, nn.Module) and not isinstance(model, kind):
+    kinds = [k for k in (typing.get_args(kind) or (kind,)) if isinstance(k, type) and k not in (object, nn.Module)]
+    if kinds and not any(isinstance(model, k) for k in kinds):
+        wanted = " or a ".join(k.__name__ for k in kinds)
         raise UserError(
-            f"the {key} {function.__name__} is for a {kind.__name__}, and this model is a {type(model).__name__}: choose "
-            f"another with {key}="
+            f"the {key} {function.__name__} is for a {wanted}, and this model is a {type(model).__name__}: choose another with "
+            f"{key}="
         )
 
 

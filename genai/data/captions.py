@@ -1,6 +1,7 @@
 """Images with captions: sentences made of class names, or a file of them beside the images."""
 
 import json
+import posixpath
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,9 +62,11 @@ class Captioned(Data):
 
     def cond(self, n: int) -> Batch:
         """Captions of the classes in turn with their labels, or of the first validation images."""
-        label = super().cond(n) or {}
-        rows = label["label"] if self.shown.by_label else torch.arange(n) % len(self.shown)
-        return {"caption": self.shown.captions[self.shown.first[rows]].long(), **label}
+        if self.shown.by_label:
+            label = super().cond(n) or {}
+            return {"caption": self.shown.captions[self.shown.first[label["label"]]].long(), **label}
+        batch = self.shown.batch(torch.arange(n) % len(self.shown), None)
+        return {name: batch[name] for name in ("caption", "label") if name in batch}
 
 
 class CaptionedSplit:
@@ -91,7 +94,7 @@ def encode(texts: Sequence[str], length: int, key: str) -> Tensor:
     """The bytes of texts, int64 (B, length), then `PAD`. Raises UserError for one that is longer."""
     rows = torch.full((len(texts), length), PAD)
     for row, text in zip(rows, texts, strict=True):
-        data = text.encode(errors="surrogateescape")
+        data = text.encode(errors="surrogatepass")
         if len(data) > length:
             raise UserError(
                 f"{text[:60]!r} is {len(data)} bytes long, but {key} is {length}: shorten it or train with more"
@@ -115,18 +118,23 @@ def from_file(split: Split, file: str) -> list[list[str]]:
     if not isinstance(split, Images):
         raise UserError(f"data.file={file} gives captions to image files: use it with data.images of an image folder")
     root = split.files.root
-    try:
-        with split.files.open(file) as stream:
-            lines = stream.read().splitlines()
-    except (OSError, KeyError):
-        raise UserError(f"there is no {file} in data.root={str(root)!r}: name the captions with data.file") from None
+    at = min((n for n in split.files.names() if n == file or n.endswith(f"/{file}")), key=len, default=None)
+    if at is None:
+        raise UserError(f"there is no {file} in data.root={str(root)!r}: name the captions with data.file")
+    with split.files.open(at) as stream:
+        lines = stream.read().splitlines()
     found: dict[str, list[str]] = {}
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
-            found.setdefault(entry["file_name"], []).append(str(entry["text"]))
+            name, text = entry["file_name"], entry["text"]
+            if not isinstance(text, str):
+                raise TypeError(f"text is {text}")
+            found.setdefault(posixpath.normpath(posixpath.join(posixpath.dirname(at), name)), []).append(text)
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{root / file}, line {number}, is no JSON with file_name and text ({error})") from None
+            raise UserError(f"{root / at}, line {number}, is no JSON with file_name and text ({error})") from None
     missing = [name for name in map(str, split.names) if name not in found]
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")

@@ -59,7 +59,7 @@ class Stream(IterableDataset):
         """Four numbers in [0, 1) of each position of page k."""
         key = torch.tensor([rng.mix(self.seed, AUGMENT)])
         at = torch.arange(k * DRAWN_AT_ONCE, (k + 1) * DRAWN_AT_ONCE)
-        return rng.words(key, at, 0, rng.MODEL)[0] / 2**32
+        return (rng.words(key, at, 0, rng.MODEL)[0] / 2**32).clamp_max(1 - 2**-24)  # which rounding may take to 1
 
     def micro_batch(self, items: Table, draws: Table, m: int) -> Batch:
         first = (m * self.world + self.rank) * self.batch_size

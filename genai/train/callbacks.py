@@ -73,14 +73,17 @@ class Samples(Between):
         self.sampler, self.every_steps, self.n, self.seed = sampler, _every(every_steps, "samples.every_steps"), n, seed
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitModel) -> None:
+        self.try_out(pl_module)
+
+    def try_out(self, lit: LitModel) -> None:
         """One network call for one sample, so that a sampler that cannot run says so now and not after hours."""
 
         def enough(i: int, n: int, state: Batch) -> None:
             raise _Enough
 
-        check_sampler(self.sampler, pl_module.model)
+        check_sampler(self.sampler, lit.model)
         with contextlib.suppress(_Enough):
-            self.sample(pl_module, 1, enough)
+            self.sample(lit, 1, enough)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
         if due(trainer, self.every_steps) and trainer.is_global_zero:

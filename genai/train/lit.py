@@ -66,11 +66,12 @@ class Player:
     def clip(self, losses: list[Losses], clip_norm: float | None, step: int) -> tuple[Tensor, Tensor]:
         """Scale gradients so that their norm is at most clip_norm; (norm before, whether something was not finite)."""
         grads = [p.grad for _, p in self.named if p.grad is not None]
-        norms, total = iter(torch._foreach_norm(grads)), sum((loss.total for loss in losses[1:]), losses[0].total)
+        norms, total = iter(torch._foreach_norm(grads)) if grads else iter(()), losses[0].total
+        total = sum((loss.total for loss in losses[1:]), total)
         each = [total.new_zeros(()) if p.grad is None else next(norms) for _, p in self.named]
         values = torch.stack([total, *each]).float()
         norm = torch.linalg.vector_norm(values[1:])
-        if clip_norm is not None:
+        if clip_norm is not None and grads:
             torch._foreach_mul_(grads, (clip_norm / (norm + 1e-6)).clamp_max(1.0))
         return norm, self.guard.check(values, step)
 
@@ -198,7 +199,8 @@ class LitModel(L.LightningModule):
                 ranks = self.trainer.world_size if self.overlaps else 1  # DDP has averaged
                 for grad in [] if self.overlaps else grads:
                     torch.distributed.all_reduce(grad)
-            torch._foreach_mul_(grads, ranks / weight)
+            if grads:
+                torch._foreach_mul_(grads, ranks / weight)
         return losses
 
     def no_sync(self) -> contextlib.AbstractContextManager:

@@ -1,6 +1,7 @@
 """The loop of two players: one Lightning batch is one round of the game, and a round is one step."""
 
 import contextlib
+import re
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -67,7 +68,8 @@ class LitAdversarial(LitModel):
         try:
             return [generator, self.discriminator_optim(self.game.discriminator_parameters())]
         except UserError as error:
-            raise UserError(str(error).replace("optim.", "discriminator_optim.")) from None
+            message = re.sub(r"\boptim=", "optim@discriminator_optim=", str(error))
+            raise UserError(re.sub(r"\boptim\.", "discriminator_optim.", message)) from None
 
     def make_players(self) -> list[Player]:
         return [

@@ -20,11 +20,11 @@ from genai.core.errors import UserError, at_least
 from genai.data.base import Data, std
 from genai.data.stream import batches
 from genai.train import codec, trackers
-from genai.train.callbacks import File, Progress, Stop
+from genai.train.callbacks import File, Progress, Samples, Stop
 from genai.train.lit import LitModel
 from genai.train.record import Record
 
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "64-true")
+PRECISIONS = ("auto", "32-true", "bf16-mixed")
 FOLDER = "GENAI_RUN_DIR"  # how the first process tells the other ranks where the run lives
 
 
@@ -44,9 +44,9 @@ def run(cfg: DictConfig) -> Path:
         cfg.data[fact] = getattr(data, fact)
     if cfg.model.get("sigma_data", 1.0) is None:  # of latents it is 1, see Latent
         cfg.model.sigma_data = 1.0 if cfg.model.get("latent") else round(std(data.splits["train"], data.field), 4)
-    weights = codec.adopt(cfg, data, trust or _packages(cfg.trust), cfg.resume is not None)
-    config: dict[str, Any] = {**OmegaConf.to_container(cfg, resolve=True), "resume": None}  # type: ignore[dict-item]
     folder, resumed = _folder(cfg)
+    weights = codec.adopt(cfg, data, trust or _packages(cfg.trust), resumed is not None)
+    config: dict[str, Any] = {**OmegaConf.to_container(cfg, resolve=True), "resume": None}  # type: ignore[dict-item]
     if resumed is not None:
         _same_names(resumed[0]["assets"], data.assets(), resumed[1])
     torch.manual_seed(rng.mix(cfg.seed))
@@ -55,15 +55,20 @@ def run(cfg: DictConfig) -> Path:
         codec.fill(model, weights, cfg.codec.ckpt)
     if resumed is None and hasattr(model, "measure"):
         model.measure(batches(data.splits["train"], data.batch_size, codec.MEASURED))
-    if cfg.get("codec") is not None and cfg.codec.cache is not None:
-        codec.precompute(model, data, cfg)
     if cfg.init_from is not None:
         _init_from(model, data.assets(), cfg.init_from, cfg.init_strict)
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     record = Record(folder, writes=first)
     lit = _lit(cfg, config, trust, model, data, record)
     callbacks = [checkpoint.build(node, trust) for node in config["callbacks"].values() if node is not None]
+    for callback in callbacks:
+        if isinstance(callback, Samples):
+            callback.try_out(lit)
     tracker = checkpoint.build({**config["logger"], "_partial_": True}, trust)
+    if cfg.get("codec") is not None and cfg.codec.cache is not None:
+        if resumed is not None:
+            checkpoint.load_weights(model, resumed[0]["model"], resumed[1])
+        codec.precompute(model, data, cfg)
     if cfg.compile:
         for net in model.nets().values():
             net.compile()
@@ -193,7 +198,11 @@ def _init_from(model: torch.nn.Module, assets: dict, ckpt: str, strict: bool) ->
     content, path = checkpoint.locate(ckpt)
     if strict and "tokenizer" in content["assets"]:
         _same_names(content["assets"], assets, path)
-    skipped = checkpoint.load_weights(model, {**content["model"], **content["ema"]}, path, strict)
+    state = {**content["model"], **content["ema"]}
+    if getattr(model, "codec", None) is not None:  # the first stage is the one that codec= names
+        own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("latent.")}
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("latent.")} | own
+    skipped = checkpoint.load_weights(model, state, path, strict)
     print(f"weights from the average in {path}" + (f", without {', '.join(skipped)}" if skipped else ""))
 
 

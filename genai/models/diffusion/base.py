@@ -1,5 +1,6 @@
 """What all diffusion models share: one field of the batch, its label as a condition, how times are spread."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -78,9 +79,16 @@ class Diffusion(nn.Module):
         return None if self.latent is None else self.latent.codec
 
     def measure(self, batches: Iterable[Batch]) -> None:
-        """What must be known of the training data before the first step."""
+        """What must be known of the training data before the first step. Raises UserError for captions of another length than
+        the network reads."""
+        first = next(stream := iter(batches))
+        if self.text is not None and "caption" in first and first["caption"].shape[1] != self.text.length:
+            raise UserError(
+                f"model.net.text.length={self.text.length}, but captions have data.length={first['caption'].shape[1]} bytes: "
+                "give both the same"
+            )
         if self.latent is not None:
-            self.latent.measure(batches)
+            self.latent.measure(itertools.chain([first], stream))
 
     def clean(self, batch: Batch) -> Tensor:
         """x0 of a batch, (B, *shape)."""

@@ -78,6 +78,10 @@ class SpaceToDepth(nn.Module):
 
     def __init__(self, field: str, shape: Sequence[int], factor: int = 2):
         super().__init__()
+        if len(shape) != 3:
+            raise UserError(
+                f"codec.model=SpaceToDepth takes images of shape [C, H, W], got {list(shape)}: choose another data="
+            )
         c, h, w = shape
         if h % factor or w % factor:
             raise UserError(f"codec.model.factor={factor} must divide {h} and {w}, the image's height and width")

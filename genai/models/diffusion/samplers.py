@@ -86,6 +86,7 @@ def run(
     seeds = seeds.to(model.device)
     takes = {*model.null(), "negative"}
     cond = {k: c.to(model.device) for k, c in (cond or {}).items() if k in takes}
+    cond = {**model.nulls(len(seeds)), **cond} if cond else {}
     x = table.start.sigma * rng.normal(seeds, model.shape, stream=rng.INITIAL).to(model.dtype)
     if image is not None:
         x = x + table.start.alpha * image.to(x)

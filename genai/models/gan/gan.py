@@ -73,8 +73,8 @@ class GAN(nn.Module):
         return [(name, p) for name, p in self.named_parameters() if name.startswith("discriminator.")]
 
     def label(self, batch: Batch | None) -> Tensor | None:
-        """int64 (B,), None for an unconditional model."""
-        return None if self.classes is None or batch is None else batch["label"]
+        """int64 (B,) where the networks are, None for an unconditional model."""
+        return None if self.classes is None or batch is None else batch["label"].to(self.device)
 
     # The game
 

@@ -44,6 +44,10 @@ class StyleGAN2(nn.Module):
         mixing: float = 0.9, r1_every_steps: int = 16, path_every_steps: int = 4, share_fake: bool = True,
     ):  # fmt: skip
         super().__init__()
+        if augment is not None and not isinstance(augment, nn.Module):
+            raise UserError(
+                f"model.augment={augment} must be null or a node of ADA, see conf/experiment/stylegan2_cifar10.yaml"
+            )
         self.field, self.shape, self.classes, self.latents = field, tuple(shape), classes, latents
         self.generator, self.discriminator, self.augment = generator, discriminator, augment
         self.gamma, self.path_weight = number(gamma, "model.gamma", 0), number(path_weight, "model.path_weight", 0)
@@ -89,8 +93,8 @@ class StyleGAN2(nn.Module):
         return self.discriminator(x if self.augment is None else self.augment(x), label).to(self.path_mean)
 
     def label(self, batch: Batch | None) -> Tensor | None:
-        """int64 (B,), None for an unconditional model."""
-        return None if self.classes is None or batch is None else batch["label"]
+        """int64 (B,) where the networks are, None for an unconditional model."""
+        return None if self.classes is None or batch is None else batch["label"].to(self.path_mean.device)
 
     def discriminator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
         """softplus(-D(x)) + softplus(D(G(z))), and every so often R1 on the images as they were before augmentation."""

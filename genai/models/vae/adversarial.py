@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from genai.core.errors import at_least, number
+from genai.core.errors import UserError, at_least, number
 from genai.core.protocols import Batch, Losses, weighted
 from genai.losses.adversarial import Adversarial
 from genai.models.vae.autoencoder import Autoencoder
@@ -57,7 +57,7 @@ class AdversarialAutoencoder(Autoencoder):
     def discriminator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
         x, y = batch[self.field], fake["fake"]
         if step < self.start_step:
-            return weighted(0 * next(self.discriminator.parameters()).sum(), {}, len(x))
+            return weighted(x.new_zeros((), requires_grad=True), {}, len(x))  # no gradient, so no update
         real, false = self.discriminator(x).float(), self.discriminator(y).float()
         logs = {"logit_real": real.mean(), "logit_fake": false.mean()}
         return weighted(self.loss.discriminator(real, false).mean(), logs, len(x))
@@ -99,8 +99,12 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, shape: Sequence[int], channels: int = 32, layers: int = 2):
         super().__init__()
+        if len(shape) != 3 or min(shape[1:]) < 2 ** at_least(layers, 1, "model.discriminator.layers"):
+            raise UserError(
+                f"model.discriminator.layers={layers} halves images as often, and {list(shape)} cannot be: give fewer layers"
+            )
         net: list[nn.Module] = [nn.Conv2d(shape[0], channels, 4, 2, 1)]
-        for k in range(1, at_least(layers, 1, "model.discriminator.layers")):
+        for k in range(1, layers):
             net += [norm_act(channels << (k - 1)), nn.Conv2d(channels << (k - 1), channels << k, 4, 2, 1)]
         last = channels << (layers - 1)
         self.net = nn.Sequential(*net, norm_act(last), nn.Conv2d(last, 1, 3, padding=1))

@@ -161,7 +161,12 @@ def checked_pyramid(
 
 
 def pyramid(shape: Sequence[int], channels: int, multipliers: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
-    """Channels and (height, width) before the first and after each halving, which rounds up."""
+    """Channels and (height, width) before the first and after each halving, which rounds up. Raises UserError for data that is
+    no image."""
+    if len(shape) != 3:
+        raise UserError(
+            f"this network takes images of shape [C, H, W], got {list(shape)}: choose another data=, or MLPs"
+        )
     widths, sizes = [channels], [(shape[1], shape[2])]
     for multiplier in multipliers:
         widths.append(channels * multiplier)

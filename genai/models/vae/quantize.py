@@ -79,8 +79,9 @@ class VectorQuantizer(Quantizer):
         return Quantized(out.view(shape).movedim(-1, 1), index.view(*shape[:-1], 1), commitment)
 
     def nearest(self, x: Tensor) -> Tensor:
-        """(N, D) -> the index of the closest code (N,)."""
-        return (self.book.square().sum(1) - 2 * x @ self.book.T).argmin(1)
+        """(N, D) -> the index of the closest code (N,), in the book's own precision."""
+        with torch.autocast(x.device.type, enabled=False):
+            return (self.book.square().sum(1) - 2 * x.to(self.book) @ self.book.T).argmin(1)
 
     def decode(self, index: Tensor) -> Tensor:
         """Codes (B, ..., 1) -> (B, D, ...)."""
@@ -88,22 +89,32 @@ class VectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def learn(self, x: Tensor, index: Tensor) -> None:
-        """Move counts, sums and their quotients, the codes, towards this batch; restart the dead."""
+        """Move counts, sums and their quotients, the codes, towards this batch of all ranks; restart the dead."""
         chosen = torch.bincount(index, minlength=self.codes).to(x)
+        total = torch.zeros_like(self.sums).index_add_(0, index, x.to(self.sums))
+        fresh = x[torch.randint(len(x), (self.codes,), device=x.device)].contiguous()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(chosen)
+            torch.distributed.all_reduce(total)
+            torch.distributed.broadcast(fresh, 0)
         self.counts.lerp_(chosen, 1 - self.decay)
-        self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, index, x), 1 - self.decay)
+        self.sums.lerp_(total, 1 - self.decay)
         dead = self.counts < self.restart
-        fresh = x[torch.randint(len(x), (self.codes,), device=x.device)]
         self.counts.masked_fill_(dead, max(self.restart, 1.0))
         self.sums.copy_(torch.where(dead[:, None], fresh * max(self.restart, 1.0), self.sums))
         self.book.copy_(self.sums / self.counts.clamp_min(1e-5)[:, None])
 
 
 class ResidualQuantizer(Quantizer):
-    """Each stage quantises what those before left over (Zeghidour et al., 2021, algorithm 1)."""
+    """Each stage quantises what those before left over (Zeghidour et al., 2021, algorithm 1); the gradient is straight through.
+
+    Raises UserError for stages with different numbers of codes, or another gradient.
+    """
 
     def __init__(self, stages: Sequence[VectorQuantizer]):
         super().__init__()
+        if len({stage.codes for stage in stages}) != 1 or any(s.gradient != "straight_through" for s in stages):
+            raise UserError("stages of a residual quantiser need as many codes each, and gradient=straight_through")
         self.stages = nn.ModuleList(stages)
         self.codes, self.depth = stages[0].codes, len(stages)
 

@@ -73,7 +73,8 @@ class VAE(nn.Module):
         z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
         distortion = -self.likelihood.log_prob(self.decoder(z), x).mean()
         kl = gaussian_kl(mean, log_variance).mean(0)  # of each latent
-        beta = self.beta * min(1.0, (step + 1) / self.kl_warmup_steps) if self.kl_warmup_steps else self.beta
+        warm = self.training and step + 1 < self.kl_warmup_steps
+        beta = self.beta * (step + 1) / self.kl_warmup_steps if warm else self.beta
         rate = kl.sum()
         paid = kl.clamp_min(self.free_bits).sum() if self.free_bits else rate
         logs = {"rate": rate, "distortion": distortion, "elbo": -distortion - rate, "active": (kl > 0.01).float().sum()}
