@@ -2,14 +2,17 @@
 
 from omegaconf import DictConfig
 
-from genai.cli import main, resumed
+from genai import sweeps
+from genai.cli import main
 
 
 def task(cfg: DictConfig) -> None:
     from genai.train.run import run
 
+    sweeps.refuse_alone(cfg)
     run(cfg)
 
 
 if __name__ == "__main__":
-    main(task, "train", resumed)
+    sweeps.register()
+    main(task, "train", sweeps.prepare)

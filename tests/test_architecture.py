@@ -24,7 +24,7 @@ ROWS = [
 ]
 LEVEL = {room: i for i, row in enumerate(ROWS) for room in row}
 # Heavy packages and the only rooms that may import them anywhere.
-ONLY = {"lightning": ["train"], "triton": ["kernels"], "wandb": ["train"], "hydra": ["cli", "checkpoint"]}
+ONLY = {"lightning": ["train"], "triton": ["kernels"], "wandb": ["train"], "hydra": ["cli", "checkpoint", "sweeps"]}
 FILES = sorted((ROOT / "genai").rglob("*.py"))
 
 

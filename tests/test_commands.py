@@ -196,4 +196,4 @@ def test_newest_run_is_the_default(runs, tmp_path, command):
 def test_multirun_runs_every_combination(tmp_path, command):
     done = command("train.py", "-m", *DEBUG, "seed=0,1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.glob("runs/ddpm_digits/*/checkpoints/last.ckpt"))) == 2
+    assert len(list(tmp_path.glob("runs/sweeps/ddpm_digits-*/*/checkpoints/last.ckpt"))) == 2

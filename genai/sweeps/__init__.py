@@ -1,0 +1,108 @@
+"""Sweeps: many runs by one command, `python train.py -m seed=0,1,2` or `-m sweep=<a file of conf/sweep>`.
+
+A job is a whole `train.py` in a process of its own, started through Hydra's launcher (one after the other, joblib, submitit),
+so that nothing one job breaks reaches the next. `runs/sweeps/<name>-<hash of the command>/` holds the runs, their logs and
+`journal.jsonl`; the same command finds that folder again, leaves finished jobs alone, resumes those that were stopped, and
+tries failed ones once more.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from omegaconf import DictConfig, OmegaConf
+
+from genai.cli import composed, fail, nearest, resumed
+from genai.core.errors import UserError
+from genai.sweeps.jobs import Job, Runner, locked
+from genai.sweeps.search import Basic, Optuna, Settings, clean, literal
+from genai.sweeps.summary import summarise
+
+RUNS = Path("runs/sweeps")
+
+
+def prepare(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
+    """As `cli.resumed`; with sweep=, complete that node: all other keys belong to the jobs and are checked with each."""
+    if "sweep" not in cfg:
+        return resumed(cfg, overrides)
+    given: Any = OmegaConf.to_container(cfg.sweep)
+    chosen = next(str(o.value()) for o in overrides if o.key_or_group == "sweep")
+    for key in given:
+        if key not in Settings.__dataclass_fields__:
+            raise UserError(f"sweep={chosen} has a key {key}{nearest(key, Settings.__dataclass_fields__)}")
+    cfg.sweep = OmegaConf.create(asdict(Settings(**{"name": chosen, **given})))
+    return [o for o in overrides if o.key_or_group.startswith("sweep.")]
+
+
+def refuse_alone(cfg: DictConfig) -> None:
+    """Raise UserError for sweep= without -m."""
+    if "sweep" in cfg:
+        raise UserError(f"sweep={cfg.sweep.name} names several runs: add -m to run them all")
+
+
+def register() -> None:
+    """Make the sweeper known to Hydra, which takes plugins only by names below `hydra_plugins`: conf/hydra/sweeper."""
+    Plugins.instance().class_name_to_class["hydra_plugins.genai.JournalSweeper"] = JournalSweeper
+
+
+class JournalSweeper(Sweeper):
+    """Hydra's sweeper of train.py; its launcher is Hydra's own choice, hydra/launcher=."""
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
+        self.context, self.config = hydra_context, config
+        self.config_dir = get_args_parser().parse_args().config_dir
+
+    def sweep(self, arguments: list[str]) -> None:
+        try:
+            self.run(arguments)
+        except UserError as error:
+            fail(error)
+
+    def run(self, arguments: list[str]) -> None:
+        """All jobs and the summary. Raises UserError if the command is wrong or a job failed."""
+        cfg = composed("train", arguments, prepare, sweep=True, config_dir=self.config_dir)
+        given: Any = OmegaConf.to_container(cfg.sweep) if "sweep" in cfg else {"name": cfg.name}
+        settings = Settings(**given)
+        lines = [o for o in settings.overrides if o.partition("=")[0] not in settings.over]
+        lines += [a for a in arguments if not re.match(r"sweep[.=]", a)]  # the command line wins
+        if settings.search == "basic":
+            lines = [*(f"{k}={','.join(map(literal, v))}" for k, v in settings.over.items()), *lines]
+        parsed = OverridesParser.create(self.context.config_loader).parse_overrides(lines)
+        for override in parsed:
+            if override.key_or_group in ("run_dir", "resume"):
+                raise UserError(f"{override.input_line}: a sweep names the folders of its runs itself")
+        search = (
+            Optuna(settings, parsed, self.check) if settings.search == "optuna" else Basic(settings, parsed, self.check)
+        )
+        folder = RUNS / f"{clean(settings.name)}-{search.identity}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as lock:
+            try:
+                with locked(lock, None):
+                    unfinished = search.run(folder, lambda jobs: self.launch(folder, settings.metric, jobs))
+                    summarise(folder, settings, unfinished)
+            except BlockingIOError as error:
+                raise UserError(f"this sweep is running already, in {folder}") from error
+
+    def check(self, overrides: Sequence[str]) -> None:
+        """Raise UserError for a key, a choice or a type that does not exist."""
+        composed("train", overrides, resumed, config_dir=self.config_dir)
+
+    def launch(self, folder: Path, metric: str, jobs: Sequence[Job]) -> None:
+        """Run jobs through Hydra's launcher; what became of them stands in the journal."""
+        own = ["--config-dir", str(Path(self.config_dir).absolute())] if self.config_dir else []
+        command = [sys.executable, str(Path(sys.argv[0]).absolute()), *own]
+        runner = Runner(folder, command, metric, {job.key: job for job in jobs})
+        launcher = Plugins.instance().instantiate_launcher(self.context, runner, self.config)
+        try:
+            launcher.launch([[f"run_dir={folder / job.key}"] for job in jobs], initial_job_idx=0)
+        except Exception as error:  # a node or a worker that is gone takes no other job's result along
+            print(f"the launcher failed: {type(error).__name__}: {error}", file=sys.stderr)

@@ -1,0 +1,165 @@
+"""One job of a sweep: its lock, its process, its line in the journal."""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # a run that saved and left, see callbacks.Stop
+
+
+@dataclass
+class Job:
+    """One run of a sweep: its folder's name, its overrides, and those of them that tell it from the others."""
+
+    key: str
+    overrides: list[str]
+    values: dict[str, str]
+
+
+@dataclass
+class Runner:
+    """What a launcher calls for each job, here or in another process: it never raises for what a job does wrong."""
+
+    folder: Path
+    command: list[str]
+    metric: str
+    jobs: dict[str, Job]
+
+    def __call__(self, cfg: DictConfig) -> None:
+        job = self.jobs[Path(cfg.run_dir).name]
+        # The log is the lock: the job inherits it, so that one that outlives its sweep still holds it.
+        with (
+            (self.folder / f"{job.key}.log").open("ab") as log,
+            locked(log, f"{job.key} is still running: waiting for it"),
+        ):
+            if journal(self.folder).get(job.key, {}).get("status") == "finished":
+                return
+            start, code = time.monotonic(), 0
+            if not complete(self.folder / job.key):
+                note(self.folder, job, "started")
+                print(f"{job.key}: started, see {log.name}", flush=True)
+                code = self.train(job, log)
+            status, reason = self.outcome(job, code)
+            note(self.folder, job, status, reason=reason)
+            print(f"{job.key}: {status}, {reason or self.told(job)}, {time.monotonic() - start:.0f} s", flush=True)
+        if status == "stopped":
+            print("the same command goes on with it", flush=True)
+            raise SystemExit(code)
+
+    def train(self, job: Job, log: Any) -> int:
+        """The exit code of the run, new or resumed; its tracker's run is of the sweep's group."""
+        run_dir = self.folder / job.key
+        if (run_dir / "config.yaml").is_file():
+            arguments = [f"resume={run_dir}", *(o for o in job.overrides if o.startswith("trust="))]
+        else:
+            named = any(o.startswith("name=") for o in job.overrides)
+            arguments = [*job.overrides, f"run_dir={run_dir}", *([] if named else [f"name={job.key}"])]
+        log.write(f"$ {' '.join([*self.command, *arguments])}\n".encode())
+        log.flush()
+        process = subprocess.Popen(
+            [*self.command, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={"WANDB_RUN_GROUP": self.folder.name, **os.environ},
+            preexec_fn=stop_with_parent if sys.platform == "linux" else None,
+        )
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the job has the signal too, and saves
+            process.wait()
+            return STOPPED[0]
+
+    def outcome(self, job: Job, code: int) -> tuple[str, str | None]:
+        """(status, reason) of a run that ended with this exit code."""
+        if code in STOPPED:
+            return "stopped", f"signal {code - 128}"
+        if code < 0:
+            return "failed", f"killed by signal {-code}"
+        if code > 0:
+            lines = (self.folder / f"{job.key}.log").read_text(errors="replace").strip().splitlines()
+            errors = [line for line in lines if re.match(r"(\w+\.)*(\w*(Error|Exception)|error)\b", line)]
+            return "failed", (errors or lines)[-1].removeprefix("error: ")
+        value = last(self.folder / job.key).get(self.metric)
+        return ("finished", None) if value is None or math.isfinite(value) else ("failed", f"{self.metric} is {value}")
+
+    def told(self, job: Job) -> str:
+        return f"{self.metric} {last(self.folder / job.key).get(self.metric)}"
+
+
+def stop_with_parent() -> None:
+    """In a new process on Linux: SIGTERM, at which a run saves, when the process that started it dies."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+@contextlib.contextmanager
+def locked(file: Any, waiting: str | None) -> Iterator[None]:
+    """Hold a file's lock, which its processes cannot leave behind. Raises BlockingIOError if held and not waited for."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if waiting is None:
+            raise
+        print(waiting, flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def note(folder: Path, job: Job, status: str, **more: Any) -> None:
+    """Append a line to the journal, in one write, and see it to the disk."""
+    record = {
+        "job": job.key,
+        "status": status,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "values": job.values,
+        **more,
+    }
+    with (folder / "journal.jsonl").open("ab", buffering=0) as file:
+        file.write(json.dumps(record).encode() + b"\n")
+        os.fsync(file.fileno())
+
+
+def journal(folder: Path) -> dict[str, dict[str, Any]]:
+    """The last record of every job; a torn line counts as not written."""
+    records: dict[str, dict[str, Any]] = {}
+    if (path := folder / "journal.jsonl").exists():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                record = json.loads(line)
+                records[record["job"]] = record
+    return records
+
+
+def complete(run_dir: Path) -> bool:
+    """Whether a run reached its last step: one may end when nobody is left to note it."""
+    if not (run_dir / "checkpoints" / "last.ckpt").exists():
+        return False
+    from genai import checkpoint
+
+    found = checkpoint.newest(run_dir)
+    return found is not None and found[0]["step"] >= found[0]["config"]["max_steps"]
+
+
+def last(run_dir: Path) -> dict[str, float]:
+    """The last value of every metric of a run."""
+    path = run_dir / "metrics.csv"
+    rows = [line.split(",") for line in path.read_text().splitlines()[1:]] if path.exists() else []
+    return {row[1]: float(row[2]) for row in rows if len(row) == 3}

@@ -1,0 +1,85 @@
+"""The end of a sweep: summary.csv, the same as a table, and summary.png."""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from genai.core.errors import UserError
+from genai.sweeps.jobs import journal, last
+from genai.sweeps.search import Settings, measured
+
+
+def summarise(folder: Path, settings: Settings, unfinished: Sequence[str]) -> None:
+    """Write and print the summary. Raises UserError that names what did not finish, or a metric that no run has."""
+    rows = ranked(folder, settings)
+    if not rows:
+        return
+    with (folder / "summary.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    show(rows)
+    finished = [row for row in rows if row["status"] == "finished"]
+    print(f"{folder}/summary.csv{plot(folder, settings.metric, finished)}", flush=True)
+    if unfinished:
+        reasons = {row["job"]: row["reason"] or row["status"] for row in rows}
+        named = "; ".join(f"{key} ({reasons.get(key, 'not started')})" for key in unfinished)
+        raise UserError(f"{len(unfinished)} of {len(rows)} jobs did not finish: {named}; the same command tries again")
+    if all(row[settings.metric] is None for row in finished):
+        measured(folder / finished[0]["job"], settings.metric)
+
+
+def ranked(folder: Path, settings: Settings) -> list[dict[str, Any]]:
+    """A row a job, best first: its name and status, what it was given, what it reached, why it failed."""
+    sign = 1 if settings.direction == "minimize" else -1
+    rows = []
+    for key, record in journal(folder).items():
+        value = last(folder / key).get(settings.metric) if record["status"] == "finished" else None
+        reached = {settings.metric: value, "reason": record.get("reason")}
+        rows.append({"job": key, "status": record["status"], **record["values"], **reached})
+    return sorted(rows, key=lambda row: math.inf if row[settings.metric] is None else sign * row[settings.metric])
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    import sys
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*("-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
+
+
+def plot(folder: Path, metric: str, rows: Sequence[dict[str, Any]]) -> str:
+    """The metric against every axis, to summary.png; returns what to say of it."""
+    rows = [row for row in rows if row[metric] is not None]
+    axes = [key for key in (rows[0] if rows else ()) if key not in ("job", "status", metric, "reason")]
+    if not axes:
+        return ""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return "; summary.png needs matplotlib: pip install matplotlib"
+    figure = Figure(figsize=(4 * len(axes), 3.5), layout="constrained")
+    for panel, key in zip(figure.subplots(1, len(axes), squeeze=False, sharey=True)[0], axes, strict=True):
+        given = [number(row[key]) for row in rows]
+        numeric = not any(isinstance(x, str) for x in given)
+        if numeric and min(given) > 0 and max(given) > 20 * min(given):
+            panel.set_xscale("log")
+        panel.scatter(given if numeric else [row[key] for row in rows], [row[metric] for row in rows], alpha=0.7)
+        panel.set_xlabel(key)
+    figure.supylabel(metric)
+    figure.savefig(folder / "summary.png", dpi=120)
+    return ", summary.png"
+
+
+def number(text: str) -> Any:
+    """The number a text is, or the text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
