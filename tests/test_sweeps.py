@@ -179,6 +179,10 @@ def test_wrong_commands(sweep, refused, tmp_path):
     assert "no key sweep.trial, did you mean sweep.trials?" in refused(
         "train.py", "--config-dir", "conf", "-m", "sweep=tiny", "sweep.trial=3"
     )
+    assert "no key model.net.widht, did you mean model.net.width?" in refused(
+        "train.py", "--config-dir", "conf", "-m", "sweep=tiny", "model.net.widht=3"
+    )
+    assert "no key max_step, did you mean max_steps?" in refused("train.py", "-m", "seed=0,1", "max_step=3")
     assert "did you mean ddpm_digits_lr?" in refused("train.py", "-m", "sweep=ddpm_digit_lr")
 
 

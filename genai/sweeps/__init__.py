@@ -49,20 +49,29 @@ def refuse_alone(cfg: DictConfig) -> None:
 
 
 def register() -> None:
-    """Make the sweeper known to Hydra, which takes plugins only by names below `hydra_plugins`: conf/hydra/sweeper."""
+    """Make the sweeper known to Hydra, which takes plugins only by names below `hydra_plugins`: conf/hydra/sweeper.
+
+    With -m Hydra sees its own overrides alone. All others are of the jobs, whose config, not this one, must have their keys.
+    """
     Plugins.instance().class_name_to_class["hydra_plugins.genai.JournalSweeper"] = JournalSweeper
+    args = get_args_parser().parse_args()
+    if args.multirun and not (args.help or args.hydra_help or args.cfg or args.info):
+        JournalSweeper.given = [o for o in args.overrides if not re.match(r"[+~]*hydra[./]", o)]
+        sys.argv = [a for a in sys.argv if a not in JournalSweeper.given]
 
 
 class JournalSweeper(Sweeper):
     """Hydra's sweeper of train.py; its launcher is Hydra's own choice, hydra/launcher=."""
 
-    def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
-        self.context, self.config = hydra_context, config
+    given: list[str] = []  # the command line's overrides, without Hydra's own
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        self.context, self.options = hydra_context, config
         self.config_dir = get_args_parser().parse_args().config_dir
 
     def sweep(self, arguments: list[str]) -> None:
         try:
-            self.run(arguments)
+            self.run(self.given)
         except UserError as error:
             fail(error)
 
@@ -101,7 +110,7 @@ class JournalSweeper(Sweeper):
         own = ["--config-dir", str(Path(self.config_dir).absolute())] if self.config_dir else []
         command = [sys.executable, str(Path(sys.argv[0]).absolute()), *own]
         runner = Runner(folder, command, metric, {job.key: job for job in jobs})
-        launcher = Plugins.instance().instantiate_launcher(self.context, runner, self.config)
+        launcher = Plugins.instance().instantiate_launcher(self.context, runner, self.options)
         try:
             launcher.launch([[f"run_dir={folder / job.key}"] for job in jobs], initial_job_idx=0)
         except Exception as error:  # a node or a worker that is gone takes no other job's result along

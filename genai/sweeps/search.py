@@ -41,8 +41,10 @@ class Settings:
         for key, least in {"trials": 1, "batch": 1, "seed": 0}.items():
             at_least(getattr(self, key), least, f"sweep.{key}")
         for key, axis in self.over.items():
-            ranged = self.search == "optuna" and isinstance(axis, dict) and axis.keys() >= {"low", "high"}
-            if not (isinstance(axis, list) and axis) and not (ranged and axis.keys() <= {"low", "high", "log", "step"}):
+            ranged = self.search == "optuna" and isinstance(axis, dict)
+            if not (isinstance(axis, list) and axis) and not (
+                ranged and {"low", "high"} <= set(axis) <= {"low", "high", "log", "step"}
+            ):
                 more = " or {low, high, log, step}" if self.search == "optuna" else " with sweep.search=basic"
                 raise UserError(f"sweep.over.{key}={axis} must be a list of values{more}")
 
