@@ -63,7 +63,7 @@ def register() -> None:
 class JournalSweeper(Sweeper):
     """Hydra's sweeper of train.py; its launcher is Hydra's own choice, hydra/launcher=."""
 
-    given: list[str] = []  # the command line's overrides, without Hydra's own
+    given: Sequence[str] = ()  # the command line's overrides, without Hydra's own
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
         self.context, self.options = hydra_context, config
@@ -71,7 +71,7 @@ class JournalSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         try:
-            self.run(self.given)
+            self.run(list(self.given))
         except UserError as error:
             fail(error)
 
