@@ -15,9 +15,10 @@ import torch
 
 import genai
 from benchmarks.common import RESULTS, hardware, setup
-from benchmarks.judge import Judge, facts_of
 from benchmarks.quality import ROOT
 from genai import checkpoint
+from genai.data.stream import batches
+from genai.judge import Judge, trained
 from genai.metrics.manifold import precision_recall
 
 
@@ -59,8 +60,9 @@ def main() -> None:
     loaded = genai.load(args.run)
     node = loaded.config["data"]["images"]
     data = checkpoint.build({**node, "root": args.root or node["root"]})
-    judge = Judge().learn(data)
-    right, floor, real = facts_of(judge, data, args.n)
+    judge, test = trained(data, node), next(batches(data.splits["test"], 2 * args.n, 2 * args.n))["image"]
+    real, right = test[: args.n], judge.accuracy(data, "test")
+    floor = precision_recall(judge.features(real), judge.features(test[args.n :])).recall
     print(f"judge: {right:.4f} on test images; recall of {args.n} real images by {args.n} others {floor:.4f}")
     rows = measure(loaded, judge, real, args.n, args.guidance)
     facts = {"hardware": hardware(device), "n": args.n, "sampler": loaded.config["sampler"], "step": loaded.step}
