@@ -14,43 +14,16 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf
-from sklearn.neural_network import MLPClassifier
 
 import genai
 from benchmarks.common import RESULTS, hardware
+from genai.baselines.judge import Judge
 from genai.core.errors import UserError
 from genai.data.images import Digits
-from genai.data.stream import batches
-from genai.metrics.frechet import Moments, frechet
 
 ROOT = Path(__file__).parent.parent
-
-
-def pixels(images: torch.Tensor) -> np.ndarray:
-    """(N, 1, 8, 8) in [-1, 1] -> (N, 64) in [0, 1], on the data's 17 grey levels."""
-    return ((images.flatten(1).double() + 1) * 8).round().clamp(0, 16).numpy() / 16
-
-
-class Judge:
-    """A classifier of the training digits, and the moments of their features."""
-
-    def __init__(self):
-        data = Digits("image", [1, 8, 8], 10, 17, 64, 0)
-        real = [next(batches(data.splits[name], 2000)) for name in ("train", "val")]
-        x, y = pixels(torch.cat([b["image"] for b in real])), torch.cat([b["label"] for b in real]).numpy()
-        self.net = MLPClassifier((64, 32), random_state=0, max_iter=400).fit(x, y)
-        self.real = Moments().add(self.features(x))
-
-    def features(self, x: np.ndarray) -> np.ndarray:
-        for weight, bias in list(zip(self.net.coefs_, self.net.intercepts_, strict=True))[:-1]:
-            x = np.maximum(x @ weight + bias, 0)
-        return x
-
-    def distance(self, images: torch.Tensor) -> float:
-        return frechet(Moments().add(self.features(pixels(images))), self.real)
 
 
 def plot(rows: dict[str, dict[int, float]], calls: dict[str, int], path: Path) -> None:
@@ -70,7 +43,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1437)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50])
     args = parser.parse_args()
-    loaded, judge = genai.load(args.run), Judge()
+    loaded, judge = genai.load(args.run), Judge.of(Digits("image", [1, 8, 8], 10, 17, 64, 0))
     rows: dict[str, dict[int, float]] = {}
     calls: dict[str, int] = {}
     for path in sorted((ROOT / "conf" / "sampler").glob("*.yaml")):

@@ -1,0 +1,15 @@
+"""`python -m genai.baselines data=digits [baseline=] [against=] [key=value ...]`: the trivial baselines of a data set."""
+
+from omegaconf import DictConfig
+
+from genai.cli import main
+
+
+def task(cfg: DictConfig) -> None:
+    from genai.baselines.run import run
+
+    run(cfg)
+
+
+if __name__ == "__main__":
+    main(task, "baselines")

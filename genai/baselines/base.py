@@ -1,0 +1,102 @@
+"""What baselines share: what they are fitted on, what they say of themselves, and images as grey levels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from genai.core.errors import UserError
+from genai.data.base import Data, Split
+from genai.data.pixels import Pixels
+from genai.data.stream import batches
+
+KINDS = {"image": "images", "tokens": "texts"}
+
+
+@dataclass
+class Known:
+    """What a baseline is fitted on: all items of some splits, and the facts of the data.
+
+    x: images float32 (N, C, H, W) in [-1, 1], or a text's token ids int64 (T,).
+    label: int64 (N,), None without labels.
+    """
+
+    x: Tensor
+    label: Tensor | None
+    field: str
+    shape: list[int]
+    levels: int | None
+    classes: int | None
+
+
+class Baseline:
+    """A trivial model: `fit`, then those of these that it can answer, each a method where it can.
+
+    - `log_prob(batch, seed) -> (B,)`: nats of whole samples of the discrete data, exact; needs no randomness.
+    - `sample(n, seed, label) -> (n, C, H, W)`: in [-1, 1]; sample i depends on seed + i alone, `label` int64 (n,) asks for
+      classes where the baseline knows them.
+    - `reconstruct(batch) -> (B, C, H, W)`: the images as well as it can.
+    """
+
+    field = "image"  # or tokens
+    needs: tuple[str, ...] = ()  # of levels and classes, what the data must have
+    drawn = False  # whether fitting draws random numbers
+    what: str  # it is, for a table
+
+    def fit(self, known: Known, seed: int) -> "Baseline":
+        """Learn all it knows; returns itself. Raises UserError for a key that this data cannot fill."""
+        raise NotImplementedError
+
+
+def images_behind(data: Data) -> Data:
+    """Images that come as tokens have the baselines of images, with the same likelihood."""
+    return data.images if isinstance(data, Pixels) else data
+
+
+def check(baseline: Baseline, data: Data) -> None:
+    """Raises UserError for a baseline that this data cannot have."""
+    name = type(baseline).__name__.lower()
+    if data.field != baseline.field:
+        raise UserError(
+            f"baseline={name} is of {KINDS[baseline.field]}, and this data is {data.field} of shape {data.shape}: "
+            "choose another with baseline="
+        )
+    for need, words in (("levels", "grey levels (data.levels)"), ("classes", "labels (data.classes)")):
+        if need in baseline.needs and getattr(data, need) is None:
+            raise UserError(
+                f"baseline={name} needs data with {words}, and this has none: choose another with baseline="
+            )
+
+
+def known(data: Data, splits: Sequence[str]) -> Known:
+    """All items of some splits of images or of one text."""
+    for name in splits:
+        if name not in data.splits:
+            raise UserError(f"fit={list(splits)}: {name} is none of {', '.join(data.splits)}")
+    if not splits:
+        raise UserError("fit=[] leaves nothing to learn from: name at least one split")
+    if data.field == "tokens":
+        x, label = torch.cat([stream(data.splits[name]) for name in splits]), None
+    else:
+        parts = [next(batches(part, len(part))) for part in (data.splits[name] for name in splits)]
+        x = torch.cat([part[data.field] for part in parts])
+        label = None if data.classes is None else torch.cat([part["label"] for part in parts])
+    return Known(x, label, data.field, list(data.shape), data.levels, data.classes)
+
+
+def stream(split: Split) -> Tensor:
+    """The token ids of a text's split, int64 (T,), whatever windows it is cut into."""
+    parts = [batch["tokens"][:, 1:][batch["mask"][:, 1:]] for batch in batches(split, 1024)]
+    return torch.cat([split.batch(torch.tensor([0]), None)["tokens"][0, :1], *parts])
+
+
+def to_levels(x: Tensor, levels: int) -> Tensor:
+    """Images (N, C, H, W) in [-1, 1] -> grey levels 0, ..., levels - 1, int64 (N, H W C), the channels of a pixel together."""
+    return ((x.movedim(1, -1).flatten(1) + 1) * ((levels - 1) / 2)).round().clamp(0, levels - 1).long()
+
+
+def from_levels(level: Tensor, shape: Sequence[int], levels: int) -> Tensor:
+    """The inverse of `to_levels`, float32 (N, C, H, W)."""
+    c, h, w = shape
+    return (level.float() * (2 / (levels - 1)) - 1).view(-1, h, w, c).movedim(-1, 1)

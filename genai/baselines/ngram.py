@@ -1,0 +1,83 @@
+"""An interpolated n-gram model of token ids."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genai.baselines.base import Baseline, Known
+from genai.core.errors import at_least
+from genai.core.protocols import Batch
+
+
+class Order(NamedTuple):
+    """All grams of one length that occur: sorted keys, context times vocabulary plus token, and how often; of each context,
+    a gram that is one token shorter, how many tokens follow it and how many different ones."""
+
+    keys: np.ndarray
+    counts: np.ndarray
+    total: np.ndarray
+    kinds: np.ndarray
+
+
+class NGram(Baseline):
+    """p(token | n - 1 before it), interpolated with all shorter contexts down to the uniform distribution after Witten and Bell
+    (1991, method C): (count + kinds p_shorter) / (total + kinds); a context that never occurred leaves it to the shorter.
+
+    Args:
+        order: n, the tokens of a gram.
+    """
+
+    field = "tokens"
+
+    def __init__(self, order: int = 5):
+        self.order = at_least(order, 1, "baseline.order")
+        self.what = f"interpolated {order}-gram"
+
+    def fit(self, known: Known, seed: int) -> "NGram":
+        self.vocabulary, self.orders = known.levels or 0, []
+        tokens = known.x.numpy()[None]  # (1, T)
+        context, contexts = np.zeros_like(tokens), 1  # of no token there is one
+        for _ in range(self.order):
+            keys, counts = np.unique(self._keys(context, tokens)[context >= 0], return_counts=True)
+            before = keys // self.vocabulary
+            total, kinds = np.bincount(before, counts, contexts), np.bincount(before, minlength=contexts)
+            self.orders.append(Order(keys, counts, total, kinds))
+            context, contexts = _after(self._places(self.orders[-1], context, tokens)), len(keys)
+        return self
+
+    def log_prob(self, batch: Batch, seed: int) -> Tensor:
+        """Nats (B,) of tokens (B, T + 1), all but the first, or of those in `mask`; context does not cross samples."""
+        nats = torch.from_numpy(np.log(self.each(batch["tokens"].numpy()))[:, 1:])
+        return (nats * batch["mask"][:, 1:] if "mask" in batch else nats).sum(1)
+
+    def each(self, tokens: np.ndarray) -> np.ndarray:
+        """Probability of every token (B, T) after those before it in its row."""
+        p, context = np.full(tokens.shape, 1 / self.vocabulary), np.zeros_like(tokens)
+        for order in self.orders:
+            gram = self._places(order, context, tokens)
+            count = np.where(gram >= 0, order.counts[gram], 0)
+            total, kinds = (np.where(context >= 0, of[context], 0) for of in (order.total, order.kinds))
+            p = np.where(total > 0, (count + kinds * p) / np.maximum(total + kinds, 1), p)
+            context = _after(gram)
+        return p
+
+    def distribution(self, context: list[int]) -> np.ndarray:
+        """Of the token after a context, (V,)."""
+        rows = np.tile(np.array(context, dtype=np.int64), (self.vocabulary, 1)).reshape(self.vocabulary, -1)
+        return self.each(np.concatenate([rows, np.arange(self.vocabulary)[:, None]], 1))[:, -1]
+
+    def _keys(self, context: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        return context * self.vocabulary + tokens
+
+    def _places(self, order: Order, context: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Where each gram stands among those that occur, -1 for one that never did."""
+        keys = self._keys(context, tokens)
+        at = np.searchsorted(order.keys, keys).clip(max=len(order.keys) - 1)
+        return np.where((context >= 0) & (order.keys[at] == keys), at, -1)
+
+
+def _after(gram: np.ndarray) -> np.ndarray:
+    """The gram that ends before each token: its context one order higher, -1 at the beginning of a row."""
+    return np.concatenate([np.full_like(gram[:, :1], -1), gram[:, :-1]], 1)

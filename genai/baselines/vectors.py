@@ -1,0 +1,136 @@
+"""Images as vectors: mixtures of Gaussians and copies to sample from, principal components and neighbours to reconstruct."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genai.baselines.base import Baseline, Known
+from genai.baselines.pixels import inverse
+from genai.core import rng
+from genai.core.errors import UserError, at_least, number
+from genai.core.protocols import Batch
+
+
+class GMM(Baseline):
+    """Gaussians with full covariances in pixel space, fitted by scikit-learn.
+
+    Args:
+        components: how many, of each class with `by_class`.
+        by_class: a mixture for each class.
+        regularisation: added to variances, of pixels in [-1, 1].
+    """
+
+    def __init__(self, components: int = 10, by_class: bool = False, regularisation: float = 4e-3):
+        self.components = at_least(components, 1, "baseline.components")
+        self.regularisation = number(regularisation, "baseline.regularisation", 0)
+        self.by_class, self.needs, self.drawn = by_class, ("classes",) if by_class else (), components > 1
+        self.what = f"Gaussian mixture of {components}" if components > 1 else "one Gaussian"
+        self.what += " for each class" if by_class else ""
+
+    def fit(self, known: Known, seed: int) -> "GMM":
+        """Of each component: weight (K,), mean (K, D), root of the covariance (K, D, D) and class (K,)."""
+        self.shape, parts = known.shape, []
+        for y in range(known.classes or 0) if self.by_class else (-1,):
+            mine = known.x if known.label is None or y < 0 else known.x[known.label == y]
+            if len(mine):
+                parts.append([*self.mixture(mine.flatten(1).double(), len(mine) / len(known.x), seed), y])
+        weight, mean, root, y = zip(*parts, strict=True)
+        self.weight, self.mean, self.root = torch.cat(weight), torch.cat(mean), torch.cat(root)
+        self.label = torch.tensor(y).repeat_interleave(self.components)
+        return self
+
+    def mixture(self, x: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        from sklearn.mixture import GaussianMixture
+
+        if len(x) < max(2, self.components):
+            raise UserError(
+                f"baseline.components={self.components}, but there are only {len(x)} images to fit: give fewer"
+            )
+        fitted: Any = GaussianMixture(self.components, reg_covar=self.regularisation, random_state=seed).fit(x.numpy())
+        roots = torch.linalg.cholesky(torch.from_numpy(fitted.covariances_))
+        return torch.from_numpy(fitted.weights_) * share, torch.from_numpy(fitted.means_), roots
+
+    def sample(self, n: int, seed: int, label: Tensor | None = None) -> Tensor:
+        seeds = rng.seed_range(seed, n)
+        weight = self.weight.expand(n, -1)
+        if label is not None and self.by_class:
+            weight = weight * (self.label == label[:, None])
+        chosen = inverse(weight.cumsum(-1), rng.uniform(seeds, (1,))[:, 0].double())
+        x = rng.normal(seeds, (math.prod(self.shape),), stream=rng.INITIAL).double()
+        for k in range(len(self.mean)):
+            mine = chosen == k
+            x[mine] = self.mean[k] + x[mine] @ self.root[k].T
+        return x.float().clamp(-1, 1).view(n, *self.shape)
+
+
+class Copier(Baseline):
+    """Training images drawn at random: the best distance to them, and nothing made."""
+
+    what = "copies of training images"
+
+    def fit(self, known: Known, seed: int) -> "Copier":
+        self.x, self.label = known.x, known.label
+        return self
+
+    def sample(self, n: int, seed: int, label: Tensor | None = None) -> Tensor:
+        u = rng.uniform(rng.seed_range(seed, n), (1,))[:, 0].double()
+        if label is None or self.label is None:
+            return self.x[(u * len(self.x)).long().clamp_max(len(self.x) - 1)]
+        found = [(self.label == y).nonzero()[:, 0] for y in label.tolist()]
+        return self.x[torch.stack([of[min(int(v * len(of)), len(of) - 1)] for v, of in zip(u, found, strict=True)])]
+
+
+class PCA(Baseline):
+    """Principal components of the images, by scikit-learn; what they give back is clipped to [-1, 1].
+
+    Args:
+        components: how many numbers are kept of an image; with 0 it is the mean image.
+    """
+
+    def __init__(self, components: int = 8):
+        self.components = at_least(components, 0, "baseline.components")
+        self.what = f"PCA with {components} components" if components else "mean image"
+
+    def fit(self, known: Known, seed: int) -> "PCA":
+        from sklearn.decomposition import PCA as Fitted
+
+        x, most = known.x.flatten(1), min(len(known.x), math.prod(known.shape))
+        if self.components > most:
+            raise UserError(f"baseline.components={self.components}, but these images have at most {most}: give fewer")
+        self.mean = x.mean(0)
+        self.basis = torch.zeros(0, x.shape[1])  # (K, D), orthonormal
+        if self.components:
+            fitted: Any = Fitted(self.components, svd_solver="full").fit(x.numpy())
+            self.basis = torch.from_numpy(fitted.components_).float()
+        return self
+
+    def reconstruct(self, batch: Batch) -> Tensor:
+        x = batch["image"].flatten(1) - self.mean
+        return (self.mean + x @ self.basis.T @ self.basis).clamp(-1, 1).view_as(batch["image"])
+
+
+class KNN(Baseline):
+    """The mean of the nearest training images, by scikit-learn.
+
+    Args:
+        k: how many.
+    """
+
+    def __init__(self, k: int = 1):
+        self.k = at_least(k, 1, "baseline.k")
+        self.what = f"mean of {k} nearest training images" if k > 1 else "nearest training image"
+
+    def fit(self, known: Known, seed: int) -> "KNN":
+        from sklearn.neighbors import NearestNeighbors
+
+        if self.k > len(known.x):
+            raise UserError(f"baseline.k={self.k}, but there are only {len(known.x)} images to fit: give fewer")
+        self.x = known.x
+        self.nearest: Any = NearestNeighbors(n_neighbors=self.k).fit(known.x.flatten(1).numpy())
+        return self
+
+    def reconstruct(self, batch: Batch) -> Tensor:
+        index = self.nearest.kneighbors(batch["image"].flatten(1).numpy(), return_distance=False)
+        return self.x[torch.from_numpy(index)].mean(1)
