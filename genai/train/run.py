@@ -61,7 +61,7 @@ def run(cfg: DictConfig) -> Path:
     record = Record(folder, writes=first)
     lit = _lit(cfg, config, trust, model, data, record)
     callbacks = [checkpoint.build(node, trust) for node in config["callbacks"].values() if node is not None]
-    for callback in callbacks:
+    for callback in callbacks:  # before anything is written; on its device it is tried once more
         if isinstance(callback, Samples):
             callback.try_out(lit)
     tracker = checkpoint.build({**config["logger"], "_partial_": True}, trust)
