@@ -95,6 +95,7 @@ def run(
 
 
 def card(name: str, sets: list[Sets], floor: Sets | None, facts: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """One metric over the sets, written to `folder` and printed in short."""
     better, measure = METRICS[name]
     spread = over_seeds(measure(s) for s in sets)
     values = {"value": spread.mean, "low": spread.min, "high": spread.max}
@@ -106,6 +107,7 @@ def card(name: str, sets: list[Sets], floor: Sets | None, facts: dict[str, Any],
 
 
 def check(loaded: Loaded, data: Data, metrics: list[str]) -> None:
+    """Raise UserError for a metric that there is not, or that this model or data cannot have."""
     for name in metrics:
         if name not in METRICS:
             raise UserError(f"metrics={metrics}: {name} is none of {', '.join(METRICS)}")

@@ -37,6 +37,8 @@ def run(cfg: Any) -> dict[str, Any]:
     method = None if cfg.get("likelihood") is None else OmegaConf.to_container(cfg.likelihood)
     data = _data(loaded, cfg.root, cfg.split)
     if cfg.metrics is not None:
+        if method is not None:
+            raise UserError("likelihood= and metrics= are two evaluations: give one of them at a time")
         return {
             "cards": cards.run(loaded, data, list(cfg.metrics), cfg.split, cfg.n, cfg.repeats, cfg.seed, cfg.batch_size)
         }

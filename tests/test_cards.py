@@ -95,6 +95,7 @@ def test_what_cannot_be_measured_is_refused(runs, refused, tmp_path):
         (f"ckpt={gan}", "metrics=[fid]"): "fid is none of frechet, kid, inception_score",
         (f"ckpt={gan}", "metrics=[recall]", "n=1000"): "n=1000 is more than the 360 images of split=test",
         (f"ckpt={gan}", "metrics=[recall]", "repeats=0"): "repeats=0 must be a whole number",
+        (f"ckpt={gan}", "metrics=[recall]", "likelihood=probability_flow"): "give one of them at a time",
         (f"ckpt={text}", "metrics=[recall]"): "are of images, and this model makes tokens",
         (f"ckpt={text}", "metrics=[accuracy]"): "accuracy needs a model that is asked for a class",
     }
