@@ -106,3 +106,14 @@ def test_tied_weights_are_averaged_under_both_names():
     other = Net(tied=True)
     other.load_state_dict({**net.state_dict(), **state})
     assert torch.equal(other.embed.weight, ema.module.embed.weight)
+
+
+def test_a_lazy_regulariser_slows_its_player():
+    """lr c and betas^c with c = k / (k + 1) (Karras et al., 2020, appendix B), of named parameters."""
+    optimizer = adamw([("w", nn.Parameter(torch.ones(2, 2)))], lr=0.017, betas=(0.0, 0.99), lazy_every=16)
+    (group,) = optimizer.param_groups
+    assert group["lr_max"] == pytest.approx(0.016) and group["betas"] == pytest.approx((0.0, 0.99 ** (16 / 17)))
+    with pytest.raises(UserError, match=r"optim.lazy_every=0"):
+        adamw(nn.Linear(2, 2), lr=0.1, lazy_every=0)
+    with pytest.raises(UserError, match=r"optim=muon needs to know a model's layers"):
+        muon([("w", nn.Parameter(torch.ones(2, 2)))], lr=0.1, adamw_lr=0.1)
