@@ -1,4 +1,4 @@
-"""Likelihood of a checkpoint: python evaluate.py [ckpt=] [split=test] [n=] [key=value ...]."""
+"""Figures of a checkpoint: python evaluate.py [ckpt=] [metrics=] [split=test] [n=] [key=value ...]."""
 
 from omegaconf import DictConfig
 
@@ -6,9 +6,14 @@ from genai.cli import main
 
 
 def task(cfg: DictConfig) -> None:
-    from genai.evaluation import run
+    from genai.evaluation import run, tracked
 
-    run(cfg)
+    result = run(cfg)
+    folder = tracked(result["cards"]) if cfg.track else None
+    if folder is not None:
+        from genai.train.trackers import log_cards
+
+        log_cards(folder, result["cards"])
 
 
 if __name__ == "__main__":

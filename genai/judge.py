@@ -1,10 +1,6 @@
 """A judge of images: a small classifier trained on a data set's own labels, whose last hidden layer serves as features where no
 published network is at hand."""
 
-import hashlib
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genai.core import rng
+from genai.core.cache import cache_folder, write_whole
 from genai.core.errors import UserError
-from genai.data.base import Data
+from genai.data.base import Data, fingerprint
 from genai.data.stream import Stream, batches
 
 STEPS, BATCH, FEATURES = 3000, 128, 64
@@ -54,13 +51,6 @@ class Judge(nn.Module):
         right = [self(b[data.field]).argmax(1) == b["label"] for b in batches(data.splits[split], 500)]
         return torch.cat(right).double().mean().item()
 
-    def sha256(self) -> str:
-        """Of its weights."""
-        sha = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            sha.update(name.encode() + tensor.contiguous().numpy().tobytes())
-        return sha.hexdigest()
-
 
 def trained(data: Data, node: Any) -> Judge:
     """The judge of a data set with config `node`: trained once, then kept in $XDG_CACHE_HOME/genai or ~/.cache/genai.
@@ -73,20 +63,11 @@ def trained(data: Data, node: Any) -> Judge:
         )
     rng.seed_torch(rng.mix(FORMAT), torch.device("cpu"))
     judge = Judge(data.shape, data.classes)
-    what = {
-        k: v for k, v in node.items() if k not in ("batch_size", "num_workers", "root", "templates", "names", "length")
-    }
-    first = data.splits["train"].batch(torch.arange(min(64, len(data.splits["train"]))), None)[data.field]
-    key = hashlib.sha256(json.dumps([FORMAT, what], sort_keys=True).encode() + first.numpy().tobytes()).hexdigest()[:16]
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genai" / "judge"
-    path = base / f"{key}.pt"
+    path = cache_folder("judge") / f"{fingerprint(data, node, FORMAT)}.pt"
     if path.exists():
         judge.load_state_dict(torch.load(path, weights_only=True))
         return judge.eval().requires_grad_(False)
     print(f"training a judge of this data, once ({STEPS} steps)", flush=True)
     judge.learn(data)
-    base.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    torch.save(judge.state_dict(), temporary)
-    temporary.replace(path)
+    write_whole(path, lambda temporary: torch.save(judge.state_dict(), temporary))
     return judge

@@ -16,11 +16,13 @@ ROWS = [
     ["models"],
     ["tune"],
     ["checkpoint"],
-    ["export", "train", "sampling", "judge"],
+    ["export", "sampling", "judge", "cli"],
+    ["extractors"],
     ["cards"],
+    ["baselines"],
     ["evaluation"],
-    ["cli", "__init__"],
-    ["compare", "sweeps", "baselines"],
+    ["train", "__init__"],
+    ["compare", "sweeps"],
 ]
 LEVEL = {room: i for i, row in enumerate(ROWS) for room in row}
 # Heavy packages and the only rooms that may import them anywhere.

@@ -78,6 +78,8 @@ def test_neighbours_are_those_of_a_loop():
     for i, a in enumerate(x):
         each = [(a - b).norm().item() for b in train]
         assert index[i] == int(np.argmin(each)) and distance[i] == pytest.approx(min(each), rel=1e-12)
+    parts = nearest_neighbours(x, iter(train.split([7, 1, 22])))
+    assert torch.equal(parts[0], distance) and torch.equal(parts[1], index)
 
 
 def test_a_memoriser_is_flagged():
@@ -91,7 +93,7 @@ def test_a_memoriser_is_flagged():
     mixed = memorisation(torch.cat([held_out[:180], copy[:20]]), train, held_out[180:])
     assert mixed.flagged and mixed.copies == 20 and mixed.ratio > 0.5 and 0.1 <= mixed.close < 0.2
     assert {i for i, _ in mixed.closest(20)} == set(range(180, 200))
-    with pytest.raises(UserError, match="items have 32 numbers each and training items 64"):
+    with pytest.raises(UserError, match="samples have 32 numbers each and held-out items 64"):
         memorisation(copy[:, :, :4], train, held_out)
 
 

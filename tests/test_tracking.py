@@ -35,7 +35,7 @@ def records(path):
             yield record
 
 
-def read(folder):
+def offline_runs(folder):
     """(config, history rows, exit code, run id) of every offline run below a run directory."""
     for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
         config, history, code, name = {}, [], None, None
@@ -53,7 +53,7 @@ def test_offline_run_holds_config_metrics_and_images_and_goes_on_when_resumed(co
     folder = tmp_path / "run"
     done = command("train.py", *RUN, f"run_dir={folder}", env={"WANDB_MODE": "offline"})
     assert done.returncode == 0, done.stderr
-    ((config, history, code, name),) = read(folder)
+    ((config, history, code, name),) = offline_runs(folder)
     assert config["max_steps"] == 6
     assert config["model"]["net"]["channels"] == 8
     losses = {row["trainer/global_step"]: row["train/loss"] for row in history if "train/loss" in row}
@@ -65,7 +65,7 @@ def test_offline_run_holds_config_metrics_and_images_and_goes_on_when_resumed(co
 
     done = command("train.py", f"resume={folder}", "max_steps=8", env={"WANDB_MODE": "offline"})
     assert done.returncode == 0, done.stderr
-    both = list(read(folder))
+    both = list(offline_runs(folder))
     assert [run[3] for run in both] == [name, name]
     assert max(row.get("trainer/global_step", 0) for row in both[1][1]) == 8
 
@@ -86,7 +86,7 @@ def test_a_crashed_run_shows_as_crashed(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
     assert done.returncode == 1
     assert "boom" in done.stderr
-    ((_, _, code, _),) = read(tmp_path / "run")
+    ((_, _, code, _),) = offline_runs(tmp_path / "run")
     assert code == 1
 
 

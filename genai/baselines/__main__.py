@@ -1,4 +1,4 @@
-"""`python -m genai.baselines data=digits [baseline=] [against=] [key=value ...]`: the trivial baselines of a data set."""
+"""`python -m genai.baselines data=digits [baseline=] [key=value ...]`: the trivial baselines of a data set."""
 
 from omegaconf import DictConfig
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from genai.core.errors import UserError
 from genai.data.base import Data, Split
-from genai.data.pixels import Pixels
 from genai.data.stream import batches
 
 KINDS = {"image": "images", "tokens": "texts"}
@@ -49,11 +48,6 @@ class Baseline:
         raise NotImplementedError
 
 
-def images_behind(data: Data) -> Data:
-    """Images that come as tokens have the baselines of images, with the same likelihood."""
-    return data.images if isinstance(data, Pixels) else data
-
-
 def check(baseline: Baseline, data: Data) -> None:
     """Raises UserError for a baseline that this data cannot have."""
     name = type(baseline).__name__.lower()
@@ -69,17 +63,17 @@ def check(baseline: Baseline, data: Data) -> None:
             )
 
 
-def known(data: Data, splits: Sequence[str]) -> Known:
-    """All items of some splits of images or of one text."""
+def known(data: Data, splits: Sequence[str], most: int | None = None) -> Known:
+    """All items, or the first `most` of each, of some splits of images or of one text."""
     for name in splits:
         if name not in data.splits:
             raise UserError(f"fit={list(splits)}: {name} is none of {', '.join(data.splits)}")
     if not splits:
         raise UserError("fit=[] leaves nothing to learn from: name at least one split")
     if data.field == "tokens":
-        x, label = torch.cat([stream(data.splits[name]) for name in splits]), None
+        x, label = torch.cat([stream(data.splits[name])[:most] for name in splits]), None
     else:
-        parts = [next(batches(part, len(part))) for part in (data.splits[name] for name in splits)]
+        parts = [next(batches(part, len(part), most)) for part in (data.splits[name] for name in splits)]
         x = torch.cat([part[data.field] for part in parts])
         label = None if data.classes is None else torch.cat([part["label"] for part in parts])
     return Known(x, label, data.field, list(data.shape), data.levels, data.classes)

@@ -14,16 +14,17 @@ from rich.table import Table
 from torch import Tensor
 
 from genai import judge as networks
-from genai.baselines.against import source, verdicts
-from genai.baselines.base import Baseline, Known, check, images_behind, known, stream
+from genai.baselines.base import Baseline, Known, check, known, stream
 from genai.baselines.judge import HIDDEN, Judge
-from genai.cards import rounded
 from genai.checkpoint import build
 from genai.cli import choices_of, conf_dir, config_folders, nearest
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch
 from genai.data.base import Data
+from genai.data.io import rounded
+from genai.data.pixels import images_behind
 from genai.data.stream import batches
+from genai.extractors import sha256
 from genai.metrics import likelihood
 from genai.metrics.frechet import Moments, frechet
 from genai.metrics.images import psnr
@@ -49,7 +50,7 @@ class Ruler:
 def run(cfg: Any) -> dict[str, Any]:
     """`python -m genai.baselines`: fit, score, print and write; returns what is written."""
     node: Any = OmegaConf.to_container(cfg.data, resolve=True)
-    data = images_behind(build(node))
+    data, node = images_behind(build(node), node)
     split = cfg.split or ("test" if "test" in data.splits else "val")
     if split not in data.splits:
         raise UserError(f"split={split} is none of {', '.join(data.splits)}")
@@ -72,8 +73,6 @@ def run(cfg: Any) -> dict[str, Any]:
         "data": {k: v for k, v in node.items() if k not in ("batch_size", "num_workers")}, "split": split, "fit": fit,
         "levels": data.levels, "seed": cfg.seed, "rows": found,
     }  # fmt: skip
-    if cfg.against is not None:
-        result |= verdicts(Path(cfg.against), result)
     out = Path(cfg.out or f"runs/baselines/{title(node)}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
@@ -83,7 +82,7 @@ def run(cfg: Any) -> dict[str, Any]:
 
 def title(node: dict[str, Any]) -> str:
     """Of a data set, for a file's name: its text's own name, or its images' class."""
-    return Path(node["path"]).stem if node.get("path") else source(node).rpartition(".")[2].lower()
+    return Path(node["path"]).stem if node.get("path") else node["_target_"].rpartition(".")[2].lower()
 
 
 def baselines(cfg: Any, data: Data) -> list[tuple[str, dict[str, Any], Baseline]]:
@@ -92,7 +91,7 @@ def baselines(cfg: Any, data: Data) -> list[tuple[str, dict[str, Any], Baseline]
         chosen: Any = OmegaConf.to_container(cfg.baseline)
         nodes = [(chosen["_target_"].rpartition(".")[2].lower(), chosen)]
     else:
-        nodes = [row_node(dict(row)) for row in OmegaConf.to_container(cfg.rows).get(data.field, [])]  # type: ignore
+        nodes = [row_node(row) for row in OmegaConf.to_container(cfg.rows).get(data.field, [])]  # type: ignore
     if not nodes:
         raise UserError(f"there are no baselines of {data.field}, only of {', '.join(cfg.rows)}: choose another data=")
     found = []
@@ -110,12 +109,12 @@ def baselines(cfg: Any, data: Data) -> list[tuple[str, dict[str, Any], Baseline]
 
 def row_node(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """A row of the config, its baseline's file with the row's own keys on top."""
-    name = str(row.pop("baseline", None))
+    name = str(row.get("baseline"))
     names = choices_of("baseline", config_folders(None))
     if name not in names:
         raise UserError(f"rows: baseline={name} is none of {', '.join(names)}{nearest(name, names)}")
     node: Any = OmegaConf.to_container(OmegaConf.load(Path(conf_dir()) / "baseline" / f"{name}.yaml"))
-    return name, {**node, **row}
+    return name, {**node, **{key: value for key, value in row.items() if key != "baseline"}}
 
 
 def held(data: Data, split: str) -> Batch:
@@ -135,7 +134,7 @@ def ruler(kind: Any, data: Data, node: dict[str, Any], learned: Known, fit: list
         raise UserError(f"judge={kind} is none of mlp, network")
     network, part = networks.trained(data, node), data.splits[split]
     real = next(batches(part, len(part)))[data.field]
-    what = {"kind": "judge", "sha256": network.sha256()[:16]}
+    what = {"kind": "Judge", "sha256": sha256(network)}
     return Ruler(torch.no_grad()(network.features), real, {"extractor": what, "real": split, "n": len(real)})
 
 
@@ -204,12 +203,9 @@ def measured(rows: list[dict[str, Any]], chosen: Any) -> list[dict[str, Any]]:
 def show(result: dict[str, Any], out: Path) -> None:
     """The table: least to greatest where there are several repeats."""
     metrics = [name for name in BETTER if any(name in row["metrics"] for row in result["rows"])]
-    judged = "verdicts" in result
-    table = Table("baseline", *metrics, *(["beaten"] if judged else []))
-    for i, row in enumerate(result["rows"]):
-        cells = [cell(name, row["metrics"].get(name)) for name in metrics]
-        verdict = [result["verdicts"][i]["text"]] if judged else []
-        table.add_row(row["what"], *cells, *verdict)
+    table = Table("baseline", *metrics)
+    for row in result["rows"]:
+        table.add_row(row["what"], *(cell(name, row["metrics"].get(name)) for name in metrics))
     if sys.stdout.isatty():
         print("\r" + " " * 60 + "\r", end="")
     Console(width=None if sys.stdout.isatty() else 200).print(table)

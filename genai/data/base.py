@@ -1,7 +1,9 @@
 """What every data set is: named splits that answer "these indices, please", and the facts a model is built from."""
 
-from collections.abc import Sequence
-from typing import Protocol
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -122,6 +124,15 @@ class Arrays:
 def std(split: Split, field: str, n: int = 4096) -> float:
     """Standard deviation of all numbers in the first n items of a split."""
     return split.batch(torch.arange(min(n, len(split))), None)[field].double().std(correction=0).item()
+
+
+def fingerprint(data: Data, node: Mapping[str, Any], *more: Any) -> str:
+    """Of what a data set with config `node` trains on, and of what else decides a thing made from it: its config but what only
+    moves or batches it, and its first 64 training items."""
+    moved = ("batch_size", "num_workers", "root", "templates", "names", "length", "cache", "path")
+    what = [*more, {k: v for k, v in node.items() if k not in moved}]
+    first = data.splits["train"].batch(torch.arange(min(64, len(data.splits["train"]))), None)[data.field]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode() + first.numpy().tobytes()).hexdigest()[:16]
 
 
 def held_out(n: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,12 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def rounded(x: Tensor, levels: int | None) -> Tensor:
+    """Images in [-1, 1] on the data's grey levels, 256 where it says none."""
+    half = ((levels or 256) - 1) / 2
+    return ((x.clamp(-1, 1) + 1) * half).round() / half - 1
+
+
 def grid(images: Tensor, columns: int | None = None, min_side: int = 320) -> Tensor:
     """Images (N, C, H, W) in [-1, 1] -> one uint8 picture (C, H', W'), enlarged so that small images can be seen.
 

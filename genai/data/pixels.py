@@ -1,6 +1,7 @@
 """Images as sequences of their grey levels, for models of token ids."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,3 +75,8 @@ def to_images(tokens: Tensor, shape: Sequence[int], levels: int) -> Tensor:
     """Ids (B, H W C), without the first, to images (B, C, H, W) in [-1, 1]."""
     c, h, w = shape
     return ((tokens - 1).clamp(0, levels - 1) * (2 / (levels - 1)) - 1).view(-1, h, w, c).movedim(-1, 1)
+
+
+def images_behind(data: Data, node: Any) -> tuple[Data, Any]:
+    """Images that come as tokens, and their config, as images; other data as they are."""
+    return (data.images, node["images"]) if isinstance(data, Pixels) else (data, node)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genai.core.cache import cache_folder
 from genai.core.errors import UserError, at_least, number
 from genai.core.protocols import Batch
 from genai.data.base import Data, Split
@@ -249,8 +250,7 @@ class Text(Data):
                 f"data.val={val}, data.test={test}: shares above 0 (test may be 0) that leave some to train"
             )
         shares = {"train": round(1 - val - test, 9), "val": val, **({"test": test} if test else {})}
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = prepare(source, tokenizer, vocab_size, shares, Path(cache) if cache else Path(base) / "genai" / "text")
+        folder = prepare(source, tokenizer, vocab_size, shares, Path(cache) if cache else cache_folder("text"))
         meta = json.loads((folder / "meta.json").read_text())
         self.tokenizer = from_state(meta["tokenizer"])
         splits: dict[str, Split] = {}

@@ -5,12 +5,13 @@ training items back has a perfect Fréchet distance and is found only here. Pixe
 copy should be invariant to.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from genai.metrics.rows import Array, pair, rows, squared_distances
+from genai.metrics.rows import Array, pair, squared_distances
 
 RATIO, QUANTILE, SHARE = 0.5, 0.01, 0.05
 
@@ -42,29 +43,40 @@ class Memorisation:
         return [(i, int(self.nearest[i])) for i in order]
 
 
-def nearest_neighbours(x: Array, train: Array) -> tuple[Tensor, Tensor]:
+def nearest_neighbours(x: Array, train: Array | Iterable[Array]) -> tuple[Tensor, Tensor]:
     """Euclidean distance (N,) in float64 of items x (N, ...) to the nearest of train (M, ...), and its index (N,).
 
-    Raises UserError for items of different sizes.
+    `train` may come in parts, one after the other, in memory that does not grow with their number. Raises UserError for items of
+    different sizes.
     """
-    x, train = pair(x, train, ("items", "training items"))
-    index = torch.cat([squared.argmin(1) for _, squared in squared_distances(x, train)])
-    exact = [
-        (a.double() - train[i].double()).norm(dim=1) for a, i in zip(x.split(1024), index.split(1024), strict=True)
-    ]
-    return torch.cat(exact), index
+    distance, index, first = (
+        torch.full((len(x),), torch.inf, dtype=torch.float64),
+        torch.zeros(len(x), dtype=torch.int64),
+        0,
+    )
+    for part in [train] if isinstance(train, Array) else train:
+        items, part = pair(x, part, ("items", "training items"))
+        near = torch.cat([squared.argmin(1) for _, squared in squared_distances(items, part)])
+        exact = torch.cat([
+            (a.double() - part[i].double()).norm(dim=1)
+            for a, i in zip(items.split(1024), near.split(1024), strict=True)
+        ])  # fmt: skip
+        closer = exact < distance
+        distance, index = exact.where(closer, distance), (near + first).where(closer, index)
+        first += len(part)
+    return distance, index
 
 
-def memorisation(samples: Array, train: Array, held_out: Array) -> Memorisation:
-    """Compare samples (N, ...) with held-out items (M, ...) by their distances to the training items.
+def memorisation(samples: Array, train: Array | Iterable[Array], held_out: Array) -> Memorisation:
+    """Compare samples (N, ...) with held-out items (M, ...) by their distances to the training items, whole or in parts.
 
     Held-out items are from the data's own distribution and in no way in `train`. The ratio is 1 where both medians are
     0. Raises UserError for items of different sizes.
     """
-    distances, nearest = nearest_neighbours(samples, train)
-    reference, _ = nearest_neighbours(held_out, train)
-    copies = int((rows(samples) == rows(train)[nearest]).all(1).sum())
+    both = torch.cat(pair(samples, held_out, ("samples", "held-out items")))
+    distances, nearest = nearest_neighbours(both, train)
+    distances, reference = distances.split([len(samples), len(held_out)])
     ours, theirs = distances.quantile(0.5).item(), reference.quantile(0.5).item()
     ratio = ours / theirs if theirs else (1.0 if not ours else float("inf"))
     close = (distances < reference.quantile(QUANTILE)).double().mean().item()
-    return Memorisation(distances, nearest, reference, copies, ratio, close)
+    return Memorisation(distances, nearest[: len(samples)], reference, int((distances == 0).sum()), ratio, close)

@@ -4,6 +4,7 @@ import contextlib
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,9 +15,12 @@ from rich.progress import BarColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from genai import checkpoint
+from genai.checkpoint import Loaded
 from genai.core import rng
 from genai.core.errors import at_least
 from genai.core.protocols import Batch, OnStep, Sampler, check_sampler, with_items
+from genai.evaluation import Plan, evaluate
+from genai.extractors import Extractor
 from genai.train.lit import LitModel
 
 Kind = TypeVar("Kind", bound=L.Callback)
@@ -94,6 +98,26 @@ class Samples(Between):
         """With an on_step always, because a sampler may keep memory for what nobody watches, and training needs it."""
         sampler = with_items(self.sampler, lit.data.items)
         return sampler(lit.ema.module, rng.seed_range(self.seed, n), lit.data.cond(n), on_step)
+
+
+class Cards(Between):
+    """Every `every_steps`, what `python evaluate.py` measures of the averaged model: see evaluation.Plan for the other
+    arguments."""
+
+    def __init__(
+        self, every_steps: int | None, metrics: Sequence[str] | None, split: str, n: int | None, repeats: int,
+        extractor: Callable[..., Extractor], baselines: bool = True,
+    ):  # fmt: skip
+        self.every_steps = _every(every_steps, "cards.every_steps")
+        self.plan = Plan(metrics, split, n, repeats, extractor=extractor, baselines=baselines)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
+        if self.every_steps is not None and due(trainer, self.every_steps) and trainer.is_global_zero:
+            file: Any = trainer.strategy.checkpoint_io
+            path = pl_module.record.folder / "checkpoints" / "last.ckpt"
+            model = pl_module.ema.module
+            loaded = Loaded(model, file.config, file.assets, trainer.global_step, path, ("genai.train",))
+            pl_module.record.cards(trainer.global_step, evaluate(loaded, pl_module.data, self.plan)[1])
 
 
 class _Enough(Exception):

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genai.cards import table
+
 
 class Record:
     """Append-only `metrics.csv` (columns step, name, value) and pictures below `samples/`, both passed on to
@@ -48,6 +50,12 @@ class Record:
             path = self.folder / "samples" / f"{name}_{step:07d}"
             path.parent.mkdir(exist_ok=True)
             self._texts(step, name, shown, path) if isinstance(shown, list) else self._picture(step, name, shown, path)
+
+    def cards(self, step: int, found: list[dict[str, Any]]) -> None:
+        """Figures of an evaluation as `card/<metric>`, and all of them as a table of the tracker."""
+        self.log(step, {f"card/{card['metric']}": card["value"] for card in found})
+        if self.writes and hasattr(self.tracker, "log_table"):
+            self.tracker.log_table("cards", *table(found), step=step)
 
     def _picture(self, step: int, name: str, picture: Tensor, path: Path) -> None:
         from genai.data.io import to_pil

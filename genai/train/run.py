@@ -33,7 +33,7 @@ def run(cfg: DictConfig) -> Path:
 
     Everything is built before anything is written.
     """
-    trust = None if cfg.resume is None else ["genai.train", *_packages(cfg.trust)]
+    trust = None if cfg.resume is None else ["genai.train", "genai.extractors", *_packages(cfg.trust)]
     if cfg.debug and cfg.resume is None:
         _shrink(cfg)
     at_least(cfg.max_steps, 1, "max_steps")

@@ -10,6 +10,8 @@ from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import Logger
 
+from genai.cards import table
+
 
 def none(folder: Path, name: str, config: dict) -> None:
     """No tracker; metrics.csv is written all the same."""
@@ -32,20 +34,27 @@ def wandb(folder: Path, name: str, config: dict, project: str, timeout_seconds: 
 
     The run's id follows from its directory, so that a resumed run goes on under the same id.
     """
-    import wandb
     from lightning.pytorch.loggers import WandbLogger
 
-    arguments = {
-        "project": project,
-        "name": name,
+    if os.environ.get("WANDB_MODE") == "disabled":
+        return None
+    run = _started(folder, timeout_seconds, project=project, name=name, config=config)
+    if run is None:
+        return None
+    run.define_metric("*", step_metric="trainer/global_step")
+    return WandbLogger(experiment=run)
+
+
+def _started(folder: Path, timeout_seconds: float, **arguments: Any) -> Any:
+    """A W&B run whose id follows from a directory, online or offline; None, with the reason said, if it cannot be."""
+    import wandb
+
+    arguments |= {
         "dir": folder,
         "id": hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
         "resume": "allow",
-        "config": config,
         "settings": wandb.Settings(init_timeout=timeout_seconds, silent=True, console="off"),
     }
-    if os.environ.get("WANDB_MODE") == "disabled":
-        return None
     reason = _offline_because(wandb)
     modes: list[Any] = ["offline"] if reason else ["online", "offline"]
     for mode in modes:
@@ -58,9 +67,8 @@ def wandb(folder: Path, name: str, config: dict, project: str, timeout_seconds: 
             print(f"wandb: offline ({reason}); wandb sync {Path(run.dir).parent} uploads it")
         else:
             print(f"wandb: {run.url}")
-        run.define_metric("*", step_metric="trainer/global_step")
-        return WandbLogger(experiment=run)
-    print(f"wandb: no run ({reason}); metrics.csv is written all the same")
+        return run
+    print(f"wandb: no run ({reason}); what was measured is in {folder} all the same")
     return None
 
 
@@ -86,11 +94,23 @@ def finish(failed: bool) -> None:
         module.finish(exit_code=int(failed))
 
 
+def log_cards(folder: Path, found: Sequence[dict[str, Any]]) -> None:
+    """Cards as a table of the W&B run of a run directory, which is opened again for it."""
+    from omegaconf import OmegaConf
+
+    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    arguments = {key: value for key, value in config["logger"].items() if key != "_target_" and key != "_partial_"}
+    if (logger := wandb(folder, config["name"], config, **arguments)) is not None:
+        logger.log_table("cards", *table(found))  # type: ignore[attr-defined]
+        finish(False)
+
+
 def log_comparison(rows: Sequence[Mapping[str, Any]], page: Path, project: str) -> None:
     """The table of `genai.compare` and its page as one W&B run."""
     import wandb
 
-    run = wandb.init(project=project, name="compare", job_type="compare", settings=wandb.Settings(silent=True))
-    run.log({"comparison": wandb.Table(list(rows[0]), [[row.get(column) for column in rows[0]] for row in rows])})
-    run.log({"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
-    run.finish()
+    run = _started(page.parent, 30, project=project, name="compare", job_type="compare")
+    if run is not None:
+        run.log({"comparison": wandb.Table(list(rows[0]), [[row.get(column) for column in rows[0]] for row in rows])})
+        run.log({"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
+        run.finish()

@@ -1,0 +1,102 @@
+"""What trivial models reach by the protocol of a card: computed when a data set is first evaluated so, and kept."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from genai.baselines.base import check, known
+from genai.baselines.run import held, nats_of, row_node
+from genai.baselines.vectors import Copier
+from genai.cards import METRICS, Seen, Sets
+from genai.checkpoint import build
+from genai.cli import conf_dir
+from genai.core.cache import cache_folder, write_whole
+from genai.core.errors import UserError
+from genai.data.base import Data, fingerprint
+from genai.data.io import rounded
+from genai.data.stream import batches
+from genai.metrics.images import psnr, ssim
+
+COPIER = Copier.what
+MOST = 10_000  # training images that they learn from, and
+TOKENS = 10_000_000  # tokens
+FORMAT = 1  # of what is kept
+LIKELIHOODS = "bits_per_dim", "nats_per_token", "bits_per_character"
+
+
+def beside(
+    data: Data,
+    node: Mapping[str, Any],
+    names: Sequence[str],
+    split: str,
+    n: int,
+    real: Seen | None = None,
+    numbers: int = 0,
+) -> dict[str, dict[str, float]]:
+    """Metric -> baseline -> figure: with `real`, a split's images as an extractor sees them, of n samples; else of the first
+    n items of that split.
+
+    Args:
+        data, node: images or a text, and its config.
+        numbers: that a model keeps of an image, for principal components.
+    """
+    figures: dict[str, dict[str, float]] = {name: {} for name in names}
+    of, facts = ("split", []) if real is None else ("samples", [real.extractor.facts])
+    rows: Any = OmegaConf.to_container(OmegaConf.load(Path(conf_dir()) / "baselines.yaml").beside)
+    for row in rows[of]:
+        if row["baseline"] == "pca":
+            row["components"] = min(numbers, math.prod(data.shape), MOST, len(data.splits["train"]))
+        baseline = build(row_node(row)[1])
+        wanted = [name for name in names if answers(baseline, name)]
+        try:
+            check(baseline, data)
+        except UserError:
+            continue
+        path = cache_folder("baselines") / f"{fingerprint(data, node, FORMAT, row, split, n, *facts)}.json"
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if any(name not in kept for name in wanted):
+            print(f"baselines of this data, once: {baseline.what}", flush=True)
+            baseline.fit(known(data, ["train"], TOKENS if data.field == "tokens" else MOST), 0)
+            kept |= (
+                items(baseline, data, wanted, split, n) if real is None else samples(baseline, data, wanted, n, real)
+            )
+            write_whole(path, lambda temporary, kept=kept: temporary.write_text(json.dumps(kept)))
+        for name in wanted:
+            figures[name][baseline.what] = kept[name]
+    return figures
+
+
+def answers(baseline: Any, name: str) -> bool:
+    """Whether a baseline has this figure."""
+    if METRICS[name].of == "samples":
+        return hasattr(baseline, "sample")
+    return hasattr(baseline, "log_prob" if name in LIKELIHOODS else "reconstruct")
+
+
+def samples(baseline: Any, data: Data, names: Sequence[str], n: int, real: Seen) -> dict[str, float]:
+    """Of n samples, the classes in turn."""
+    fake = Seen(real.extractor, True)
+    for first in range(0, n, 500):
+        label = None if data.classes is None else torch.arange(first, min(first + 500, n)) % data.classes
+        fake.add(rounded(baseline.sample(min(500, n - first), first, label), data.levels), label)
+    sets = Sets(real, fake)
+    return {name: measure(sets) for name in names if (measure := METRICS[name].measure) is not None}
+
+
+def items(baseline: Any, data: Data, names: Sequence[str], split: str, n: int) -> dict[str, float]:
+    """Of the first n items of a split; of a text it is all of it."""
+    part = held(data, split) if data.field == "tokens" else next(batches(data.splits[split], n, n))
+    found: dict[str, float] = {}
+    if any(name in LIKELIHOODS for name in names):
+        found = nats_of(-baseline.log_prob(part, 0).double(), part, data, split)
+    else:
+        again = baseline.reconstruct(part)
+        for name, measure in (("reconstruction_psnr_db", psnr), ("reconstruction_ssim", ssim)):
+            if name in names:
+                found[name] = measure(again, part["image"]).double().mean().item()
+    return {name: found[name] for name in names}

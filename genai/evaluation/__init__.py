@@ -1,0 +1,164 @@
+"""How good a checkpoint is on a split its training did not touch: `scores` of that split's items, cards of `samples`."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from genai import cards, checkpoint
+from genai.baselines.beside import COPIER, beside
+from genai.checkpoint import Loaded
+from genai.core import rng
+from genai.core.errors import UserError, at_least
+from genai.data.base import Data
+from genai.data.pixels import images_behind
+from genai.evaluation import samples, scores
+from genai.extractors import Extractor, judge
+
+WANDB = "genai.train.trackers.wandb"
+
+
+@dataclass
+class Plan:
+    """What is measured and how.
+
+    Args:
+        metrics: names of cards.METRICS; None: all that one pass over the split gives.
+        n: items of the split, or samples of each set; None: as many as the split has.
+        repeats: independent sets of samples.
+        extractor: what images are compared in, of the data, its config and a device.
+        likelihood: config node of a method, None for the model's own.
+        baselines: whether cards have trivial models beside them.
+    """
+
+    metrics: Sequence[str] | None
+    split: str = "test"
+    n: int | None = None
+    repeats: int = 5
+    seed: int = 0
+    batch_size: int = 256
+    extractor: Callable[[Data, Any, str], Extractor] = judge
+    likelihood: dict[str, Any] | None = None
+    baselines: bool = True
+
+
+def run(cfg: Any) -> dict[str, Any]:
+    """`evaluate.py`: one JSON line of the pass over the split, also written beside the checkpoint, and one for each card, which
+    go to the run's `cards/`. Returns the facts of the pass, and `cards`."""
+    trust = [cfg.trust] if isinstance(cfg.trust, str) else list(cfg.trust or [])
+    device = cfg.device if cfg.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device={device}, but torch sees no GPU here: use device=cpu or auto")
+    loaded = checkpoint.load(cfg.ckpt, cfg.weights, device, trust)
+    method: Any = None if cfg.get("likelihood") is None else OmegaConf.to_container(cfg.likelihood)
+    plan = Plan(
+        None if cfg.metrics is None else list(cfg.metrics), cfg.split, cfg.n, cfg.repeats, cfg.seed, cfg.batch_size,
+        checkpoint.build(OmegaConf.to_container(cfg.extractor)), method, cfg.baselines,
+    )  # fmt: skip
+    facts, found = evaluate(loaded, data_of(loaded, cfg.root), plan)
+    if facts:
+        facts |= {"seed": cfg.seed, "weights": cfg.weights, "step": loaded.step, "checkpoint": str(loaded.path)}
+        facts["rng_version"] = rng.RNG_VERSION
+        print(json.dumps(facts))
+        kind = cfg.split if method is None else f"{cfg.split}.{method['_target_'].rpartition('.')[2]}"
+        Path(loaded.path).with_suffix(f".{kind}.json").write_text(json.dumps(facts, indent=2) + "\n")
+    short = "metric", "value", "low", "high", "floor", "beats_baseline", "memorised"
+    for card in found if plan.metrics is not None else ():
+        print(json.dumps({key: card[key] for key in short if key in card}))
+    return {**facts, "cards": found}
+
+
+def folder_of(checkpoint: Path) -> Path:
+    """The run of a checkpoint, or the folder that it lies in."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+
+
+def tracked(found: Sequence[dict[str, Any]]) -> Path | None:
+    """The run that cards are of, if it was tracked by W&B."""
+    for card in found[:1]:
+        config = folder_of(Path(card["checkpoint"])) / "config.yaml"
+        if config.is_file() and OmegaConf.select(OmegaConf.load(config), "logger._target_") == WANDB:
+            return config.parent
+    return None
+
+
+def evaluate(loaded: Loaded, data: Data, plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(facts of the pass, cards in the order asked for); all cards are written to the run. Raises UserError before anything is
+    measured for what cannot be."""
+    node = loaded.config["data"]
+    images, image_node = images_behind(data, node)
+    for key, least in {"repeats": 1, "seed": 0, "batch_size": 1}.items():
+        at_least(getattr(plan, key), least, key)
+    if plan.split not in data.splits:
+        raise UserError(f"split={plan.split} is none of {', '.join(data.splits)}")
+    size = len(data.splits[plan.split])
+    n = size if plan.n is None else at_least(plan.n, 1, "n")
+    passes, sampled = scores.possible(loaded, images, plan.likelihood), samples.possible(loaded, images)
+    wanted = passes if plan.metrics is None else list(plan.metrics)
+    for name in wanted:
+        if name not in (*passes, *sampled):
+            what = "is no metric" if name not in cards.METRICS else "is none that this model can have"
+            raise UserError(f"metrics={wanted}: {name} {what}; it can have {', '.join([*passes, *sampled])}")
+    text = "tokenizer" in loaded.assets
+    if n > size and not (text and not any(name in passes for name in wanted)):
+        raise UserError(f"n={n} is more than the {size} items of split={plan.split}: give at most those")
+    named = [name for name in wanted if name in passes]
+    if plan.likelihood is not None and not named:
+        raise UserError("likelihood= is of the data's items: add bits_per_dim to metrics=, or leave one of them out")
+    facts: dict[str, Any] = {}
+    found: list[dict[str, Any]] = []
+    if named or plan.metrics is None:
+        facts, found = _pass(loaded, data, images, image_node, named, n, plan)
+    names, folder = [name for name in wanted if name in sampled], folder_of(loaded.path)
+    if names and text:
+        found += samples.of_texts(loaded, data, node, names, plan.split, n, plan.repeats, plan.seed, plan.batch_size)
+    elif names:
+        at_least(n, 2, "n")
+        extractor = plan.extractor(images, image_node, str(next(loaded.model.parameters()).device))
+        found += samples.of_images(
+            loaded, images, image_node, extractor, names, plan.split, n, plan.repeats, plan.seed, plan.batch_size,
+            plan.baselines, folder / "cards",
+        )  # fmt: skip
+    found = [card | {"seed": plan.seed, "checkpoint": str(loaded.path), "step": loaded.step} for card in found]
+    cards.write(found, folder)
+    return facts, sorted(found, key=lambda card: wanted.index(card["metric"]))
+
+
+def _pass(
+    loaded: Loaded, data: Data, images: Data, node: Any, names: list[str], n: int, plan: Plan
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Facts and cards of one pass over the first n items of the split."""
+    facts, means = scores.run(loaded, data, plan.split, n, plan.seed, plan.batch_size, plan.likelihood)
+    model: Any = loaded.model
+    levels = facts.get("levels", data.levels)
+    latents = torch.Size(getattr(model, "latent_shape", (getattr(model, "latents", 0),))).numel()
+    whole = (
+        data.field != "tokens" or data is not images or n == len(data.splits[plan.split])
+    )  # an n-gram scores a text whole
+    others = {}
+    if plan.baselines and whole and levels == data.values:
+        others = beside(images, node, names, plan.split, n, numbers=latents)
+    protocol = {"n": n, "split": plan.split, "data": node["_target_"], "levels": levels, "dtype": "float32"}
+    protocol |= {key: facts[key] for key in ("context", "context_overlap", "given", "likelihood") if key in facts}
+    own = {"protocol": protocol, **({"bound": facts["bound"]} if "bound" in facts else {})}
+    found = [cards.card(name, *means[name], None, others.get(name, {}), COPIER, own) for name in names]
+    return {**facts, "split": plan.split, "n": n}, found
+
+
+def data_of(loaded: Loaded, root: str | None) -> Data:
+    """The data the checkpoint was trained on, from `root` if that is given. Raises UserError if other data are there."""
+    node = dict(loaded.config["data"])
+    if root is not None:
+        node["path" if "path" in node else "root"] = root
+    data = checkpoint.build(node, loaded.trust)
+    assets = data.assets()
+    for name, what in (("tokenizer", "vocabulary"), ("class_names", "list of classes")):
+        if assets.get(name) != loaded.assets.get(name):
+            raise UserError(
+                f"the {what} of {loaded.path} is not that of its data now: give the data it was trained on with root="
+            )
+    return data

@@ -1,0 +1,174 @@
+"""Cards of samples: images in an extractor's features, texts beside what was learned from."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genai import sampling
+from genai.baselines.beside import COPIER, beside
+from genai.cards import METRICS, MOMENTS, Seen, Sets, Texts, card
+from genai.checkpoint import Loaded
+from genai.core.errors import UserError
+from genai.core.protocols import Batch
+from genai.data.base import Data
+from genai.data.io import grid, rounded, to_pil
+from genai.data.stream import batches
+from genai.data.text import texts
+from genai.evaluation.clock import Clock
+from genai.extractors import Extractor
+from genai.metrics.intervals import over_seeds
+from genai.metrics.memorisation import memorisation
+
+LOOKED_AT = 1000  # samples and held-out items whose nearest training item is looked for
+FIRST = 16  # samples that an estimate of the time is made from
+CHARACTERS = 10_000_000  # of training text that copies are looked for in
+
+
+def possible(loaded: Loaded, data: Data) -> list[str]:
+    """The metrics that a model can have of its samples; `data` are images, if it makes any."""
+    if "tokenizer" in loaded.assets:
+        return [name for name, metric in METRICS.items() if metric.of == "texts"]
+    if data.field != "image":
+        return []
+    labelled = loaded.config["model"].get("classes") is not None
+    return [name for name, metric in METRICS.items() if metric.of == "samples" and (labelled or name != "accuracy")]
+
+
+def drawn(loaded: Loaded, n: int, seed: int, batch_size: int, clock: Clock) -> Iterator[Batch]:
+    """n samples, the classes in turn, batch by batch; the first is small."""
+    classes, names = loaded.config["model"].get("classes"), loaded.assets.get("class_names")
+    starts = [0, *range(min(FIRST, n), n, batch_size), n]
+    for start, stop in itertools.pairwise(starts):
+        label = None if classes is None else [names[i % classes] if names else i % classes for i in range(start, stop)]
+        yield sampling.sample(loaded, stop - start, seed + start, label=label, batch_size=batch_size)
+        clock.add(stop - start)
+
+
+def of_images(
+    loaded: Loaded, data: Data, node: Any, extractor: Extractor, names: list[str], split: str, n: int, repeats: int, seed: int,
+    batch_size: int, baselines: bool, folder: Path,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Cards by metric of `repeats` sets of n samples beside the images of a split, and the nearest pairs as a picture.
+
+    Raises UserError for a metric that the extractor cannot serve.
+    """
+    if "inception_score" in names or "accuracy" in names:
+        _, logits = extractor(next(batches(data.splits[split], 1))[data.field])
+        if logits is None or ("accuracy" in names and not extractor.labels):
+            raise UserError(
+                "metrics: accuracy needs extractor=judge, inception_score that or inception: leave them out"
+            )
+    kept = any(name not in MOMENTS for name in names)
+
+    real = _seen(data, split, None, extractor, kept)
+    clock, values, first = Clock(n * repeats, "samples"), {name: [] for name in names}, []
+    for k in range(repeats):
+        fake = Seen(extractor, kept)
+        for batch in drawn(loaded, n, seed + k * n, batch_size, clock):
+            images = rounded(batch["image"], data.levels)
+            fake.add(images, batch.get("label"))
+            if k == 0 and sum(map(len, first)) < LOOKED_AT:
+                first.append(images)
+        sets = Sets(real, fake)
+        for name in names:
+            values[name].append(_measured(name, sets))
+    clock.stop()
+    floors = _floors(data, names, split, n, real)
+    others = beside(data, node, names, split, n, real) if baselines else {}
+    facts = {
+        "protocol": {
+            "n": n, "split": split, "real": real.moments.n, "repeats": repeats, "data": node["_target_"], "levels": data.levels,
+            **extractor.facts, "dtype": "float32",
+        },
+        "sampler": loaded.config["sampler"], **_copies(data, torch.cat(first)[:LOOKED_AT], folder),
+    }  # fmt: skip
+    spreads = {name: over_seeds(found) for name, found in values.items()}
+    return [
+        card(name, s.mean, s.min, s.max, floors.get(name), others.get(name, {}), COPIER, facts)
+        for name, s in spreads.items()
+    ]
+
+
+def _measured(name: str, sets: Any) -> float:
+    measure = METRICS[name].measure
+    assert measure is not None
+    return measure(sets)
+
+
+def _floors(data: Data, names: list[str], split: str, n: int, real: Seen) -> dict[str, float]:
+    """What n images of another split, if there are as many, score against those of this one."""
+    for other in ("train", "test", "val"):
+        if other != split and other in data.splits and len(data.splits[other]) >= n:
+            sets = Sets(real, _seen(data, other, n, real.extractor, real.kept))
+            return {name: _measured(name, sets) for name in names if name != "accuracy"}
+    return {}
+
+
+def _seen(data: Data, split: str, n: int | None, extractor: Extractor, kept: bool) -> Seen:
+    """The first n images of a split."""
+    seen = Seen(extractor, kept)
+    for batch in batches(data.splits[split], 1000, n):
+        seen.add(batch[data.field])
+    return seen
+
+
+def _copies(data: Data, samples: Tensor, folder: Path) -> dict[str, Any]:
+    """Whether samples are copies of training images, and the ten nearest pairs as nearest.png."""
+    train = (batch[data.field] for batch in batches(data.splits["train"], 5000))
+    held_out = data.splits["test" if "test" in data.splits else "val"]
+    copies = memorisation(samples, train, next(batches(held_out, LOOKED_AT))[data.field])
+    nearest = copies.closest(10)
+    theirs = data.items("train", torch.tensor([j for _, j in nearest]))
+    pairs = torch.stack([samples[[i for i, _ in nearest]], theirs]).flatten(0, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    to_pil(grid(pairs, len(nearest))).save(folder / "nearest.png")
+    return {
+        "memorised": copies.flagged, "copies": copies.copies, "distance_ratio": round(copies.ratio, 4),
+        "share_too_close": round(copies.close, 4), "looked_at": len(samples),
+    }  # fmt: skip
+
+
+def of_texts(
+    loaded: Loaded, data: Any, node: Any, names: list[str], split: str, n: int, repeats: int, seed: int, batch_size: int
+) -> list[dict[str, Any]]:
+    """Cards by metric of `repeats` sets of n texts; their floor is what as many as long pieces of the split have."""
+    train = _text(data, "train", CHARACTERS)
+    clock, values = Clock(n * repeats, "texts"), {name: [] for name in names}
+    longest = 1
+    for k in range(repeats):
+        made = [
+            text for batch in drawn(loaded, n, seed + k * n, batch_size, clock) for text in texts(data.tokenizer, batch)
+        ]
+        longest = max(longest, *map(len, made))
+        for name in names:
+            values[name].append(_measured(name, Texts(made, train)))
+    clock.stop()
+    whole = _text(data, split, n * longest)
+    length = len(whole) // n
+    pieces = Texts([whole[i * length : (i + 1) * length] for i in range(n)], train)
+    floors = {} if split == "train" else {name: _measured(name, pieces) for name in names}
+    facts = {
+        "protocol": {
+            "n": n, "split": split, "repeats": repeats, "data": node["_target_"], "vocabulary": data.levels,
+            "max_new_tokens": loaded.config["sampler"].get("max_new_tokens") or data.shape[0], "train_characters": len(train),
+        },
+        "sampler": loaded.config["sampler"],
+    }  # fmt: skip
+    spreads = {name: over_seeds(found) for name, found in values.items()}
+    return [card(name, s.mean, s.min, s.max, floors.get(name), {}, COPIER, facts) for name, s in spreads.items()]
+
+
+def _text(data: Any, split: str, most: int) -> str:
+    """The first characters of a split, at most so many."""
+    part, parts, length = data.splits[split], [], 0
+    for batch in batches(part, max(1, min(1024, math.ceil(most / part.length)))):
+        parts.append(data.tokenizer.decode(batch["tokens"][:, 1:][batch["mask"][:, 1:]].tolist()))
+        length += len(parts[-1])
+        if length >= most:
+            break
+    return "".join(parts)[:most]
