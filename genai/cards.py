@@ -24,30 +24,30 @@ from genai.metrics.text import distinct, longest_copy
 
 
 class Seen:
-    """A set of images as an extractor sees it, batch by batch: moments always, each one's features only where they are `kept`,
-    probabilities and whether the label asked for was seen, where there are any."""
+    """A set of images as an extractor sees it, batch by batch: the moments of their features and how many show the label
+    asked for, in memory that does not grow; features and probabilities of each only where they are `kept`."""
 
     def __init__(self, extractor: Extractor, kept: bool):
-        self.extractor, self.kept, self.moments = extractor, kept, Moments()
-        self.parts: list[Tensor] = []
-        self.chances: list[Tensor] = []
-        self.right: list[Tensor] = []
+        self.extractor, self.kept, self.moments, self.right = extractor, kept, Moments(), 0
+        self.parts: list[tuple[Tensor, Tensor | None]] = []
 
     def add(self, images: Tensor, label: Tensor | None = None) -> "Seen":
         """Images (B, C, H, W) in [-1, 1], labels (B,); returns itself."""
         features, logits = self.extractor(images)
         self.moments.add(features)
+        if logits is not None and label is not None and self.extractor.labels:
+            self.right += int((logits.argmax(1) == label).sum())
         if self.kept:
-            self.parts.append(features)
-        if logits is not None:
-            self.chances.append(logits.softmax(1))
-            if label is not None and self.extractor.labels:
-                self.right.append(logits.argmax(1) == label)
+            self.parts.append((features, None if logits is None else logits.softmax(1)))
         return self
 
     @property
     def features(self) -> Tensor:
-        return torch.cat(self.parts)
+        return torch.cat([features for features, _ in self.parts])
+
+    @property
+    def probabilities(self) -> Tensor:
+        return torch.cat([found for _, found in self.parts if found is not None])
 
 
 @dataclass
@@ -87,12 +87,12 @@ class Metric(NamedTuple):
 METRICS = {
     "frechet": Metric("lower", "samples", lambda s: frechet(s.fake.moments, s.real.moments)),
     "kid": Metric("lower", "samples", lambda s: kid(s.real.features, s.fake.features)),
-    "inception_score": Metric("higher", "samples", lambda s: inception_score(torch.cat(s.fake.chances)).mean),
+    "inception_score": Metric("higher", "samples", lambda s: inception_score(s.fake.probabilities).mean),
     "precision": Metric("higher", "samples", lambda s: s.balls.precision),
     "recall": Metric("higher", "samples", lambda s: s.balls.recall),
     "density": Metric("higher", "samples", lambda s: s.held.density),
     "coverage": Metric("higher", "samples", lambda s: s.held.coverage),
-    "accuracy": Metric("higher", "samples", lambda s: torch.cat(s.fake.right).double().mean().item()),
+    "accuracy": Metric("higher", "samples", lambda s: s.fake.right / s.fake.moments.n),
     "distinct_1": Metric("higher", "texts", lambda t: distinct([text.split() for text in t.texts], 1)),
     "distinct_2": Metric("higher", "texts", lambda t: distinct([text.split() for text in t.texts], 2)),
     "longest_copy": Metric("lower", "texts", lambda t: longest_copy("\n\n".join(t.texts), t.train).length),
@@ -102,7 +102,7 @@ METRICS = {
     "reconstruction_psnr_db": Metric("higher", "split"),
     "reconstruction_ssim": Metric("higher", "split"),
 }
-MOMENTS = ("frechet", "inception_score", "accuracy")  # need nobody's features by themselves
+STREAMED = "frechet", "accuracy"  # of which nothing is kept of a single sample
 
 
 def card(

@@ -14,8 +14,8 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from genai.compare.page import chart, report
-from genai.compare.runs import Run, check_protocols, differences, ranked, read
+from genai.compare.page import chart, metric_cards, report
+from genai.compare.runs import Run, check_protocols, differences, ranked, read, read_all
 from genai.core.errors import UserError
 from genai.data.io import to_pil
 from tests.conftest import ROOT
@@ -48,6 +48,8 @@ def write(folder, target="genai.models.gan.gan.GAN", value=0.5, lr=1e-3, protoco
         "floor": 0.2, "baselines": {"gmm": 0.7}, "beats_baseline": value < 0.7, "memorised": False,
     }  # fmt: skip
     (folder / "cards" / "frechet.json").write_text(json.dumps(card))
+    if texts is None:
+        to_pil(torch.zeros(1, 8, 8, dtype=torch.uint8)).save(folder / "cards" / "nearest.png")
     return folder
 
 
@@ -133,10 +135,24 @@ def test_the_page_names_nothing_outside_itself(four):
     inline = r'src="data:image/png;base64,([^"]+)"'
     assert not re.search(r"https?:|//|@import|<script|<link|url\(|src=", re.sub(inline, "", page))
     images = re.findall(inline, page)
-    assert len(images) == page.count("<img") == 3
-    for image in images:
-        assert Image.open(stdlib_io.BytesIO(base64.b64decode(image))).size == (30, 20)
+    assert len(images) == page.count("<img") == 6
+    sizes = [Image.open(stdlib_io.BytesIO(base64.b64decode(image))).size for image in images]
+    assert sizes == [(30, 20), (8, 8)] * 3
     assert "&lt;b&gt;&amp; once" in page and "<b>" not in page
+
+
+def test_the_page_marks_what_beats_its_baselines_and_what_memorises(four):
+    runs = read_all(four)
+    assert [run.label for run in runs] == ["gan", "ddpm", "vae", "gpt"]
+    page = metric_cards("frechet", runs)
+    marks = dict(re.findall(r"</span>(\w+)</span><span class=\"value\">[\d.]+ (.)", page))
+    assert marks == {"gan": "\u2717", "ddpm": "\u2713", "vae": "\u2717", "gpt": "\u2713"}
+    assert page.count("<em>gmm</em>") == page.count("<em>real data</em>") == 1 and "lower is better" in page
+    assert "n 1000, split test, extractor.name judge" in page and "memorises" not in page
+    runs[0].cards["frechet"]["memorised"] = True
+    runs[1].cards["frechet"]["protocol"] = {**PROTOCOL, "n": 7}
+    page = metric_cards("frechet", runs)
+    assert "memorises its training data" in page and "n 1000" not in page  # only what all share
 
 
 def test_a_curve_of_one_point_or_of_nothing(tmp_path):

@@ -174,7 +174,9 @@ def test_one_command_for_every_family(tmp_path, refused):
         run(composed("train", [*SMALL[name == "gpt" :], *given, f"run_dir={tmp_path / name}"], resumed))
     result = evaluate(f"ckpt={tmp_path / 'flow'}", "likelihood=probability_flow", "likelihood.steps=3", "n=8")
     assert result["levels"] == 17 and result["likelihood"]["steps"] == 3 and "up to the error" in result["bound"]
-    assert json.loads((tmp_path / "flow/checkpoints/last.test.probability_flow.json").read_text()).items() < result.items()
+    assert (
+        json.loads((tmp_path / "flow/checkpoints/last.test.probability_flow.json").read_text()).items() < result.items()
+    )
     result = evaluate(f"ckpt={tmp_path / 'gpt'}", "n=8")
     assert result["bound"] == "exact" and result["levels"] == 17
     assert result["nats"] == pytest.approx(result["bits_per_dim"] * 64 * math.log(2), abs=0.01)

@@ -12,14 +12,14 @@ from rich.table import Table
 
 from genai.cli import fail
 from genai.compare.page import report
-from genai.compare.runs import check_protocols, ranked, read, shown, table
+from genai.compare.runs import MARKS, cell, check_protocols, columns, ranked, read_all, table
 from genai.core.errors import UserError
 
 
 def compare(folders: Sequence[Path], out: Path, unranked: bool = False) -> list[dict[str, Any]]:
     """Write report.html and report.csv to `out`; returns the table's rows, best first. Raises UserError for no runs, or cards
     that cannot be ranked."""
-    runs = [read(folder) for folder in folders]
+    runs = read_all(folders)
     if not runs:
         raise UserError("there are no runs to compare: name at least one run directory")
     if not unranked:
@@ -57,9 +57,10 @@ def main() -> None:
         rows = compare(expanded(args.runs), Path(args.out), args.unranked)
     except UserError as error:
         fail(error)
-    terminal = Table(*rows[0])
+    names = columns(rows)
+    terminal = Table(*names, caption=MARKS if len(names) < len(rows[0]) else None)
     for row in rows:
-        terminal.add_row(*map(shown, row.values()))
+        terminal.add_row(*(cell(row, name) for name in names))
     Console(width=None if sys.stdout.isatty() else 200).print(terminal)
     print(f"{args.out}/report.html, report.csv")
     if args.wandb:

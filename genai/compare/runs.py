@@ -7,6 +7,7 @@ ranked.
 import csv
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 from genai.core.errors import UserError
 
 Curve = list[tuple[int, float]]
+BEATS = " beats baseline"
+MARKS = "\u2713 better than every trivial baseline, \u2717 not"
 UNCOMPARED = ("run_dir", "name", "resume", "logger", "sampler", "callbacks")  # differ without telling models apart
 
 
@@ -27,7 +30,9 @@ class Run:
     curves: dict[str, Curve] = field(default_factory=dict)
     grid: Path | None = None
     texts: Path | None = None
+    nearest: Path | None = None
     cards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    label: str = ""  # what a table calls it
 
     @property
     def name(self) -> str:
@@ -35,6 +40,15 @@ class Run:
 
     def last(self, metric: str) -> float | None:
         return self.curves[metric][-1][1] if metric in self.curves else None
+
+
+def read_all(folders: Sequence[Path]) -> list[Run]:
+    """Runs, each called by the part of its path that the others do not share. Raises UserError if a folder holds none."""
+    runs = [read(folder) for folder in folders]
+    common = os.path.commonpath([folder.resolve().parent for folder in folders]) if folders else ""
+    for run in runs:
+        run.label = os.path.relpath(run.folder.resolve(), common)
+    return runs
 
 
 def read(folder: Path) -> Run:
@@ -46,13 +60,14 @@ def read(folder: Path) -> Run:
             f"{folder} is no run: there is no {folder / 'config.yaml'}; name run directories, such as runs/*/*"
         )
     config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    run = Run(folder, config)
+    run = Run(folder, config, label=str(folder))
     if (folder / "metrics.csv").exists():
         with (folder / "metrics.csv").open(newline="") as file:
             for row in csv.DictReader(file):
                 run.curves.setdefault(row["name"], []).append((int(row["step"]), float(row["value"])))
     run.grid = max((folder / "samples").glob("samples_*.png"), default=None)
     run.texts = max((folder / "samples").glob("samples_*.txt"), default=None)
+    run.nearest = next((folder / "cards").glob("nearest.png"), None)
     for path in sorted((folder / "cards").glob("*.json")):
         card = json.loads(path.read_text())
         run.cards[card["metric"]] = card
@@ -96,33 +111,50 @@ def ranked(runs: Sequence[Run]) -> list[Run]:
     for metric, card in runs[0].cards.items():
         if all(metric in run.cards for run in runs):
             return sorted(runs, key=lambda run: run.cards[metric]["value"], reverse=card["better"] == "higher")
-    kinds = {run.config["model"]["_target_"] for run in runs}
-    if len(kinds) == 1 and all(run.last("val/loss") is not None for run in runs):
+    if alike(runs) and all(run.last("val/loss") is not None for run in runs):
         return sorted(runs, key=lambda run: run.last("val/loss") or math.inf)
     return list(runs)
+
+
+def alike(runs: Sequence[Run]) -> bool:
+    """Whether all models are of one class, so that their losses compare."""
+    return len({run.config["model"]["_target_"] for run in runs}) == 1
 
 
 def table(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """A row a run: its model and data, its last step, its losses where all models are of one class, its speed, its cards."""
     metrics = dict.fromkeys(name for run in runs for name in run.cards)
-    alike = len({run.config["model"]["_target_"] for run in runs}) == 1
     rows = []
     for run in runs:
         steps = [curve[-1][0] for curve in run.curves.values()]
         row: dict[str, Any] = {
-            "run": run.name,
+            "run": run.label,
             "model": run.config["model"]["_target_"].rpartition(".")[2],
             "data": run.config["data"]["_target_"].rpartition(".")[2],
             "step": max(steps, default=0),
         }
         for name in ("train/loss", "val/loss", "perf/steps_per_second"):
-            row[name] = run.last(name) if alike or "loss" not in name else None
+            row[name] = run.last(name) if alike(runs) or "loss" not in name else None
         for metric in metrics:
             card = run.cards.get(metric)
             row[metric] = None if card is None else card["value"]
-            row[f"{metric} beats baseline"] = None if card is None else card.get("beats_baseline")
+            row[f"{metric}{BEATS}"] = None if card is None else card.get("beats_baseline")
         rows.append(row)
     return [{key: row[key] for key in row if any(r[key] is not None for r in rows)} for row in rows]
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of a table to be looked at, where a metric's cell also says whether it beats its baselines."""
+    return [name for name in rows[0] if not name.endswith(BEATS)]
+
+
+def cell(row: Mapping[str, Any], name: str) -> str:
+    return shown(row[name]) + mark(row.get(f"{name}{BEATS}"))
+
+
+def mark(beats: bool | None) -> str:
+    """See MARKS; nothing where there was no baseline."""
+    return "" if beats is None else " \u2713" if beats else " \u2717"
 
 
 def shown(value: Any) -> str:

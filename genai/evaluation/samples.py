@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genai import sampling
 from genai.baselines.beside import COPIER, beside
-from genai.cards import METRICS, MOMENTS, Seen, Sets, Texts, card
+from genai.cards import METRICS, STREAMED, Seen, Sets, Texts, card
 from genai.checkpoint import Loaded
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
@@ -63,8 +63,7 @@ def of_images(
             raise UserError(
                 "metrics: accuracy needs extractor=judge, inception_score that or inception: leave them out"
             )
-    kept = any(name not in MOMENTS for name in names)
-
+    kept = any(name not in STREAMED for name in names)
     real = _seen(data, split, None, extractor, kept)
     clock, values, first = Clock(n * repeats, "samples"), {name: [] for name in names}, []
     for k in range(repeats):
@@ -78,14 +77,14 @@ def of_images(
         for name in names:
             values[name].append(_measured(name, sets))
     clock.stop()
-    floors = _floors(data, names, split, n, real)
+    floor, floors = _floors(data, names, split, n, real)
     others = beside(data, node, names, split, n, real) if baselines else {}
     facts = {
         "protocol": {
             "n": n, "split": split, "real": real.moments.n, "repeats": repeats, "data": node["_target_"], "levels": data.levels,
             **extractor.facts, "dtype": "float32",
         },
-        "sampler": loaded.config["sampler"], **_copies(data, torch.cat(first)[:LOOKED_AT], folder),
+        "floor_of": floor, "sampler": loaded.config["sampler"], **_copies(data, torch.cat(first)[:LOOKED_AT], folder),
     }  # fmt: skip
     spreads = {name: over_seeds(found) for name, found in values.items()}
     return [
@@ -100,13 +99,14 @@ def _measured(name: str, sets: Any) -> float:
     return measure(sets)
 
 
-def _floors(data: Data, names: list[str], split: str, n: int, real: Seen) -> dict[str, float]:
-    """What n images of another split, if there are as many, score against those of this one."""
-    for other in ("train", "test", "val"):
+def _floors(data: Data, names: list[str], split: str, n: int, real: Seen) -> tuple[str | None, dict[str, float]]:
+    """What n images of another split score against those of this one, and which has as many; one that a judge did not learn
+    from comes first."""
+    for other in ("val", "test", "train"):
         if other != split and other in data.splits and len(data.splits[other]) >= n:
             sets = Sets(real, _seen(data, other, n, real.extractor, real.kept))
-            return {name: _measured(name, sets) for name in names if name != "accuracy"}
-    return {}
+            return other, {name: _measured(name, sets) for name in names if name != "accuracy"}
+    return None, {}
 
 
 def _seen(data: Data, split: str, n: int | None, extractor: Extractor, kept: bool) -> Seen:
