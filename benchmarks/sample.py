@@ -48,6 +48,7 @@ def ours(net: nn.Module, n: int, steps: int, eta: float, label: Tensor | None = 
     """Through the model and the sampler, guided where there are labels (the network then sees twice the batch)."""
     classes = None if label is None else 10
     model = DDPM(net, linear(1000), SHAPE, classes=classes, guidance=1.5).eval()
+    model.to(next(net.buffers(), next(net.parameters())).device)
     seeds, cond = rng.seed_range(0, n), None if label is None else {"label": label}
     return lambda: ddim(model, seeds, cond, steps=steps, eta=eta)["image"]
 

@@ -177,7 +177,8 @@ def test_interpreted_noise_is_that_of_torch(tmp_path):
 def test_noise_is_that_of_torch(tmp_path):
     path = tmp_path / "noise.py"
     path.write_text("DEVICE = 'cuda'\n" + NOISE)
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, cwd=ROOT, timeout=400)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, env=environment, timeout=400)
     assert done.stdout.strip() == "equal", done.stderr[-3000:]
 
 
