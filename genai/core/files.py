@@ -1,0 +1,72 @@
+"""Files that are written whole or not at all, and never through a symbolic link."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from genai.core.errors import UserError
+
+
+def write(path: Path, save: Callable[[BinaryIO], object], within: Path | None = None, hint: str = "") -> None:
+    """Write a file atomically: `save` fills a new temporary file in the same folder, which is flushed to disk and renamed.
+
+    A symbolic link at `path` is replaced, not followed, and what a failure leaves of the temporary file is deleted.
+
+    Args:
+        within: a folder, such as a run directory, that the file must really lie in, whatever symbolic links say.
+        hint: how to choose another place, for the error's end.
+
+    Raises UserError if the folder or the file cannot be written, such as on a full disk or a read-only one, or leads out of
+    `within`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    with writable(path, hint):
+        make_folder(path.parent, within)
+        try:
+            with open(temporary, "xb") as file:
+                save(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync(path.parent)
+
+
+def write_text(path: Path, text: str, within: Path | None = None, hint: str = "") -> None:
+    """Write UTF-8 text as `write` does."""
+    write(path, lambda file: file.write(text.encode(errors="surrogateescape")), within, hint)
+
+
+def make_folder(folder: Path, within: Path | None = None) -> None:
+    """Make a folder and those above it. Raises UserError if symbolic links lead it out of `within`."""
+    if within is not None and not folder.resolve().is_relative_to(within.resolve()):
+        raise UserError(
+            f"{folder} leads out of {within} by a symbolic link: delete the link, nothing is written through it"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def writable(path: Path, hint: str = "") -> Iterator[None]:
+    """Turn an OSError of writing `path` into a UserError that says which file, why, and `hint`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"{path} cannot be written ({reason}): {hint or 'make room, or name another folder'}"
+        ) from error
+
+
+def _sync(folder: Path) -> None:
+    """Flush a rename to disk, where the file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
