@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from genai.core import files
 from genai.extractors import Extractor
 from genai.metrics.frechet import Moments, frechet
 from genai.metrics.inception_score import inception_score
@@ -126,8 +127,7 @@ def write(cards: list[dict[str, Any]], run: Path) -> None:
     """Each to cards/<metric>.json of a run, where the next one of that metric takes its place."""
     for found in cards:
         path = run / "cards" / f"{found['metric']}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=2) + "\n")
+        files.write_text(path, json.dumps(found, indent=2) + "\n", within=run)
 
 
 def table(cards: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genai.core import rng
-from genai.core.cache import cache_folder, write_whole
+from genai.core import files, rng
+from genai.core.cache import CACHE_HINT, cache_folder
 from genai.core.errors import UserError
 from genai.data.base import Data, fingerprint
 from genai.data.stream import Stream, batches
@@ -69,5 +69,5 @@ def trained(data: Data, node: Any) -> Judge:
         return judge.eval().requires_grad_(False)
     print(f"training a judge of this data, once ({STEPS} steps)", flush=True)
     judge.learn(data)
-    write_whole(path, lambda temporary: torch.save(judge.state_dict(), temporary))
+    files.write(path, lambda file: torch.save(judge.state_dict(), file), hint=CACHE_HINT)
     return judge

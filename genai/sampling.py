@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from genai import checkpoint
 from genai.checkpoint import Loaded
-from genai.core import rng
+from genai.core import files, rng
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch, OnStep, check_sampler, with_items
 
@@ -186,8 +187,6 @@ def run(cfg: Any) -> Path:
     """`sample.py`: load, sample with a progress bar or while the text appears, write files; returns their folder."""
     from omegaconf import OmegaConf
 
-    from genai.data import captions, io, text
-
     device = cfg.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -203,27 +202,35 @@ def run(cfg: Any) -> Path:
     is_text = "tokenizer" in loaded.assets
     with streamed(loaded, prompt, cfg.stop) if is_text else bar() as on_step:
         batch = sample(loaded, cfg.n, cfg.seed, label, prompt, negative_prompt, cfg.stop, node, cfg.batch_size, on_step)
-    out = Path(cfg.out) if cfg.out is not None else _unused(loaded.path.parent)
-    if is_text:
-        given = resolve_prompts(prompt, cfg.stop, cfg.n, loaded) or {}
-        text.write_samples(out, text.from_state(loaded.assets["tokenizer"]), given, batch, rng.RNG_VERSION)
-        files = f"{out}/samples.txt, samples.jsonl"
-    else:
-        field = "image" if "image" in batch else loaded.config["data"]["field"]
-        several = len(prompt) if isinstance(prompt, list) and 1 < len(prompt) <= 20 else None
-        columns = node.get("columns") or several or (10 if "label" in batch and cfg.n >= 10 else None)
-        io.write_samples(out, field, batch[field], batch.get("label"), batch["seeds"], rng.RNG_VERSION, columns)
-        if prompt is not None:
-            captions.write(out, io.file_names(batch["seeds"], None), _repeated(prompt, cfg.n, "prompt"))
-        files = f"{out}/grid.png, samples.npz"
-    print(f"{cfg.n} samples of {loaded.path} (step {loaded.step}, {cfg.weights} weights): {files}")
+    home = loaded.path.parent.parent if loaded.path.parent.name == "checkpoints" else loaded.path.parent
+    out = Path(cfg.out) if cfg.out is not None else _unused(home)
+    with files.writable(out, "name another folder with out="):
+        files.make_folder(out, None if cfg.out is not None else home)
+        written = _write(out, cfg, loaded, batch, prompt, node)
+    print(f"{cfg.n} samples of {loaded.path} (step {loaded.step}, {cfg.weights} weights): {written}")
     return out
 
 
-def _unused(folder: Path) -> Path:
-    """The first of samples/0001, samples/0002, ... of the run that is not there yet; beside a checkpoint of no run."""
-    base = (folder.parent if folder.name == "checkpoints" else folder) / "samples"
-    return next(path for i in range(1, 10**6) if not (path := base / f"{i:04d}").exists())
+def _write(out: Path, cfg: Any, loaded: Loaded, batch: Batch, prompt: Any, node: dict[str, Any]) -> str:
+    """Files of the samples, to a folder that is there; returns their names."""
+    from genai.data import captions, io, text
+
+    if "tokenizer" in loaded.assets:
+        given = resolve_prompts(prompt, cfg.stop, cfg.n, loaded) or {}
+        text.write_samples(out, text.from_state(loaded.assets["tokenizer"]), given, batch, rng.RNG_VERSION)
+        return f"{out}/samples.txt, samples.jsonl"
+    field = "image" if "image" in batch else loaded.config["data"]["field"]
+    several = len(prompt) if isinstance(prompt, list) and 1 < len(prompt) <= 20 else None
+    columns = node.get("columns") or several or (10 if "label" in batch and cfg.n >= 10 else None)
+    io.write_samples(out, field, batch[field], batch.get("label"), batch["seeds"], rng.RNG_VERSION, columns)
+    if prompt is not None:
+        captions.write(out, io.file_names(batch["seeds"], None), _repeated(prompt, cfg.n, "prompt"))
+    return f"{out}/grid.png, samples.npz"
+
+
+def _unused(run: Path) -> Path:
+    """The first of samples/0001, samples/0002, ... of a run, or beside a checkpoint of none, that is not there yet."""
+    return next(path for i in range(1, 10**6) if not os.path.lexists(path := run / "samples" / f"{i:04d}"))
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from genai.baselines.vectors import Copier
 from genai.cards import METRICS, Seen, Sets
 from genai.checkpoint import build
 from genai.cli import conf_dir
-from genai.core.cache import cache_folder, write_whole
+from genai.core import files
+from genai.core.cache import CACHE_HINT, cache_folder
 from genai.core.errors import UserError
 from genai.data.base import Data, fingerprint
 from genai.data.io import rounded
@@ -65,7 +66,7 @@ def beside(
             kept |= (
                 items(baseline, data, wanted, split, n) if real is None else samples(baseline, data, wanted, n, real)
             )
-            write_whole(path, lambda temporary, kept=kept: temporary.write_text(json.dumps(kept)))
+            files.write_text(path, json.dumps(kept), hint=CACHE_HINT)
         for name in wanted:
             figures[name][baseline.what] = kept[name]
     return figures

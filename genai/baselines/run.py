@@ -18,6 +18,7 @@ from genai.baselines.base import Baseline, Known, check, known, stream
 from genai.baselines.judge import HIDDEN, Judge
 from genai.checkpoint import build
 from genai.cli import choices_of, conf_dir, config_folders, nearest
+from genai.core import files
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch
 from genai.data.base import Data
@@ -74,8 +75,7 @@ def run(cfg: Any) -> dict[str, Any]:
         "levels": data.levels, "seed": cfg.seed, "rows": found,
     }  # fmt: skip
     out = Path(cfg.out or f"runs/baselines/{title(node)}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    files.write_text(out, json.dumps(result, indent=2) + "\n", hint="name another file with out=")
     show(result, out)
     return result
 

@@ -1,7 +1,6 @@
 """`python -m genai.compare runs/a runs/b`: a table, a CSV and one HTML file that needs no other."""
 
 import argparse
-import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,10 @@ from rich.table import Table
 from genai.cli import fail
 from genai.compare.page import report
 from genai.compare.runs import MARKS, cell, check_protocols, columns, ranked, read_all, table
+from genai.core import files
 from genai.core.errors import UserError
+
+ELSEWHERE = "name another folder with --out"
 
 
 def compare(folders: Sequence[Path], out: Path, unranked: bool = False) -> list[dict[str, Any]]:
@@ -26,12 +28,8 @@ def compare(folders: Sequence[Path], out: Path, unranked: bool = False) -> list[
         check_protocols(runs)
         runs = ranked(runs)
     rows = table(runs)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.html").write_text(report(runs), encoding="utf-8")
-    with (out / "report.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    files.write_text(out / "report.html", report(runs), hint=ELSEWHERE)
+    files.write_csv(out / "report.csv", rows, ELSEWHERE)
     return rows
 
 

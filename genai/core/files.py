@@ -1,9 +1,11 @@
 """Files that are written whole or not at all, and never through a symbolic link."""
 
 import contextlib
+import csv
+import io
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,6 +41,15 @@ def write(path: Path, save: Callable[[BinaryIO], object], within: Path | None = 
 def write_text(path: Path, text: str, within: Path | None = None, hint: str = "") -> None:
     """Write UTF-8 text as `write` does."""
     write(path, lambda file: file.write(text.encode(errors="surrogateescape")), within, hint)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]], hint: str = "") -> None:
+    """Write rows, at least one and all with the keys of the first, under a head of these as `write` does."""
+    lines = io.StringIO(newline="")
+    writer = csv.DictWriter(lines, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, lines.getvalue(), hint=hint)
 
 
 def make_folder(folder: Path, within: Path | None = None) -> None:

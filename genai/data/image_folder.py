@@ -20,6 +20,11 @@ from genai.data.io import from_uint8
 SPLITS = "train", "val", "test"
 CROPS = "center", "random", "none"
 GREY = "1", "L", "LA", "La", "I", "I;16", "I;16B", "F"  # Pillow's modes without colour
+FLAT_PIXELS, FLAT = (
+    10_000_000,
+    200,
+)  # of an image whose pixels' bytes are over 200 times its file's: no picture compresses so
+UNPACKED_BYTES, RATIO = 2**25, 100  # of a zip's member that unpacks to over 100 times its size: no file of images does
 ORIENTATION = 0x0112  # the EXIF tag that says how the camera was held; 5 to 8 swap height and width
 
 
@@ -91,7 +96,20 @@ class Files:
         return sorted(n for n in found if not any(part.startswith((".", "__MACOSX")) for part in n.split("/")))
 
     def open(self, name: str) -> IO[bytes]:
-        return (self.root / name).open("rb") if self.root.is_dir() else self._zip().open(name)
+        """Raises UserError for a zip's member that unpacks to far more than images do."""
+        if self.root.is_dir():
+            return (self.root / name).open("rb")
+        info = self._zip().getinfo(name)
+        if info.file_size > max(UNPACKED_BYTES, RATIO * info.compress_size):
+            raise UserError(
+                f"{self.root / name} unpacks from {info.compress_size:,} to {info.file_size:,} bytes, as no image does: take it "
+                "out of the zip, or change data.root"
+            )
+        return self._zip().open(name)
+
+    def bytes_of(self, name: str) -> int:
+        """How large a file is, unpacked."""
+        return (self.root / name).stat().st_size if self.root.is_dir() else self._zip().getinfo(name).file_size
 
     def _zip(self) -> zipfile.ZipFile:
         pid = os.getpid()
@@ -148,6 +166,7 @@ def decode(files: Files, name: str, channels: int):
 
     try:
         with files.open(name) as file, Image.open(BytesIO(file.read())) as image:
+            check_pixels(files, name, image)
             if "exif" in image.info:
                 image = ImageOps.exif_transpose(image)
             if image.mode == "F":
@@ -155,10 +174,22 @@ def decode(files: Files, name: str, channels: int):
             if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("L" if channels == 1 else "RGB")
+    except UserError:
+        raise
     except Exception as error:  # Pillow raises almost anything on a broken file
         raise UserError(
             f"{files.root / name} cannot be decoded ({error}): delete or replace it, or change data.root"
         ) from error
+
+
+def check_pixels(files: Files, name: str, image: Any) -> None:
+    """Raises UserError for an image that would unpack to far more bytes than pictures of its file's size do."""
+    pixels, size = image.width * image.height, files.bytes_of(name)
+    if pixels > FLAT_PIXELS and pixels * len(image.getbands()) > FLAT * size:
+        raise UserError(
+            f"{files.root / name} has {image.width} x {image.height} pixels in a file of {size:,} bytes, as no picture does: "
+            "delete or replace it, or change data.root"
+        )
 
 
 class Header(NamedTuple):
@@ -181,9 +212,12 @@ def scan(files: Files) -> list[Header]:
             continue  # captions
         try:
             with files.open(name) as file, Image.open(file) as image:
+                check_pixels(files, name, image)
                 sideways = "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= 5
                 size = image.size if sideways else (image.height, image.width)
                 found.append(Header(name, size, image.mode in GREY))
+        except UserError:
+            raise
         except Exception:  # as in decode
             skipped.append(name)
     total, root = len(found) + len(skipped), str(files.root)

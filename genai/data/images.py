@@ -4,6 +4,7 @@ import gzip
 import os
 import zlib
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,7 @@ def _folders(root: str) -> list[Path]:
     return [*below, *(folder for folder in Path(root).parents if folder.exists())]
 
 
+MOST_BYTES = 10**8  # of one idx file; the largest here has 47 million
 _IDX_KINDS = "images-idx3-ubyte", "labels-idx1-ubyte"
 
 
@@ -138,7 +140,12 @@ def _read_idx(raw: Path, name: str) -> np.ndarray:
     path = _idx_file(raw, name)
     assert path is not None
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            with gzip.GzipFile(fileobj=BytesIO(data)) as file:
+                data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"it unpacks to over {MOST_BYTES:,} bytes")
         shape = np.frombuffer(data, ">i4", data[3], 4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape).copy()
     except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:

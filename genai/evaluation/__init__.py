@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from genai import cards, checkpoint
 from genai.baselines.beside import COPIER, beside
 from genai.checkpoint import Loaded
-from genai.core import rng
+from genai.core import files, rng
 from genai.core.errors import UserError, at_least
 from genai.data.base import Data
 from genai.data.pixels import images_behind
@@ -65,7 +65,8 @@ def run(cfg: Any) -> dict[str, Any]:
         facts["rng_version"] = rng.RNG_VERSION
         print(json.dumps(facts))
         kind = cfg.split if method is None else f"{cfg.split}.{method['_target_'].rpartition('.')[2]}"
-        Path(loaded.path).with_suffix(f".{kind}.json").write_text(json.dumps(facts, indent=2) + "\n")
+        out = loaded.path.with_suffix(f".{kind}.json")
+        files.write_text(out, json.dumps(facts, indent=2) + "\n", within=folder_of(loaded.path))
     short = "metric", "value", "low", "high", "floor", "beats_baseline", "memorised"
     for card in found if plan.metrics is not None else ():
         print(json.dumps({key: card[key] for key in short if key in card}))

@@ -13,6 +13,7 @@ from genai import sampling
 from genai.baselines.beside import COPIER, beside
 from genai.cards import METRICS, STREAMED, Seen, Sets, Texts, card
 from genai.checkpoint import Loaded
+from genai.core import files
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
 from genai.data.base import Data
@@ -125,8 +126,8 @@ def _copies(data: Data, samples: Tensor, folder: Path) -> dict[str, Any]:
     nearest = copies.closest(10)
     theirs = data.items("train", torch.tensor([j for _, j in nearest]))
     pairs = torch.stack([samples[[i for i, _ in nearest]], theirs]).flatten(0, 1)
-    folder.mkdir(parents=True, exist_ok=True)
-    to_pil(grid(pairs, len(nearest))).save(folder / "nearest.png")
+    picture = to_pil(grid(pairs, len(nearest)))
+    files.write(folder / "nearest.png", lambda file: picture.save(file, "png"), within=folder.parent)
     return {
         "memorised": copies.flagged, "copies": copies.copies, "distance_ratio": round(copies.ratio, 4),
         "share_too_close": round(copies.close, 4), "looked_at": len(samples),

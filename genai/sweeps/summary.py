@@ -1,11 +1,11 @@
 """The end of a sweep: summary.csv, the same as a table, and summary.png."""
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from genai.core import files
 from genai.core.errors import UserError
 from genai.sweeps.jobs import journal, last
 from genai.sweeps.search import Settings, measured
@@ -16,10 +16,7 @@ def summarise(folder: Path, settings: Settings, unfinished: Sequence[str]) -> No
     rows = ranked(folder, settings)
     if not rows:
         return
-    with (folder / "summary.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    files.write_csv(folder / "summary.csv", rows)
     show(rows)
     finished = [row for row in rows if row["status"] == "finished"]
     print(f"{folder}/summary.csv{plot(folder, settings.metric, finished)}", flush=True)

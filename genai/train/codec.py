@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from genai import checkpoint
+from genai.core import files
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, Codec
 from genai.data.base import Data, Split
@@ -115,14 +115,13 @@ def precompute(model: nn.Module, data: Data, cfg: DictConfig) -> None:
         key = hashlib.sha256((first_stage + fingerprint(split, data.field)).encode()).hexdigest()[:16]
         path = Path(cfg.codec.cache) / f"{key}_{name}.npy"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            with temporary.open("wb") as file:
-                np.lib.format.write_array_header_2_0(
-                    file, {"descr": "<f4", "fortran_order": False, "shape": (len(split), *codec.latent_shape)}
-                )
+
+            def save(file: BinaryIO, split: Split = split) -> None:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (len(split), *codec.latent_shape)}
+                np.lib.format.write_array_header_2_0(file, header)
                 for batch in batches(split, 256, None):
                     file.write(codec.encode(batch[data.field]).float().contiguous().numpy().tobytes())
-            temporary.replace(path)
+
+            files.write(path, save, hint="make room, or name another folder with codec.cache=")
             print(f"latents of {len(split)} {name} samples: {path}")
         data.splits[name] = Cached(split, np.load(path, mmap_mode="r"))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from genai.cards import table
+from genai.core import files
 
 
 class Record:
@@ -31,15 +32,13 @@ class Record:
         if step is not None and self.csv.exists():
             lines = self.csv.read_text().splitlines(keepends=True)
             rows = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",", 1)[0]) <= step]
-        temporary = self.csv.with_suffix(".tmp")
-        temporary.write_text("step,name,value\n" + "".join(rows))
-        temporary.replace(self.csv)
+        files.write_text(self.csv, "step,name,value\n" + "".join(rows), within=self.folder)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.latest.update(values)
         if not self.writes:
             return
-        with self.csv.open("a", newline="") as file:
+        with files.writable(self.csv), self.csv.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows((step, name, value) for name, value in values.items())
         if self.tracker is not None:
             self.tracker.log_metrics(dict(values), step)
@@ -48,7 +47,6 @@ class Record:
         """A picture, uint8 (C, H, W), to samples/<name>_<step>.png, or texts to .txt, and to the tracker."""
         if self.writes:
             path = self.folder / "samples" / f"{name}_{step:07d}"
-            path.parent.mkdir(exist_ok=True)
             self._texts(step, name, shown, path) if isinstance(shown, list) else self._picture(step, name, shown, path)
 
     def cards(self, step: int, found: list[dict[str, Any]]) -> None:
@@ -61,7 +59,8 @@ class Record:
         from genai.data.io import to_pil
 
         path = path.with_suffix(".png")
-        to_pil(picture).save(path)
+        image = to_pil(picture)
+        files.write(path, lambda file: image.save(file, "png"), within=self.folder)
         if hasattr(self.tracker, "log_image"):
             self.tracker.log_image(name, [str(path)], step=step)
         elif self.tracker is not None and hasattr(self.tracker.experiment, "add_image"):
@@ -69,7 +68,7 @@ class Record:
 
     def _texts(self, step: int, name: str, texts: list[str], path: Path) -> None:
         whole = "\n\n".join(f"--- {i}\n{text}" for i, text in enumerate(texts)) + "\n"
-        path.with_suffix(".txt").write_text(whole, encoding="utf-8")
+        files.write_text(path.with_suffix(".txt"), whole, within=self.folder)
         if hasattr(self.tracker, "log_text"):
             self.tracker.log_text(name, ["sample", "text"], [[i, text] for i, text in enumerate(texts)], step=step)
         elif self.tracker is not None and hasattr(self.tracker.experiment, "add_text"):

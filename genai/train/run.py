@@ -15,7 +15,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from omegaconf import DictConfig, OmegaConf
 
 from genai import checkpoint
-from genai.core import rng
+from genai.core import files, rng
 from genai.core.errors import UserError, at_least
 from genai.data.base import Data, std
 from genai.data.stream import batches
@@ -25,6 +25,7 @@ from genai.train.lit import LitModel
 from genai.train.record import Record
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
+ELSEWHERE = "make room, or name another folder with run_dir="
 FOLDER = "GENAI_RUN_DIR"  # how the first process tells the other ranks where the run lives
 
 
@@ -208,10 +209,7 @@ def _init_from(model: torch.nn.Module, assets: dict, ckpt: str, strict: bool) ->
 
 def _write(folder: Path, config: dict) -> None:
     """The folder with config.yaml, and git.diff with the commit in its first line where the code is a git checkout."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".config.yaml.tmp"
-    OmegaConf.save(OmegaConf.create(config), temporary)
-    temporary.replace(folder / "config.yaml")
+    files.write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)), hint=ELSEWHERE)
     source = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -220,7 +218,7 @@ def _write(folder: Path, config: dict) -> None:
     try:
         commit = git("rev-parse", "HEAD").strip()
         if commit:
-            (folder / "git.diff").write_text(f"# commit {commit}\n{git('diff', 'HEAD')}")
+            files.write_text(folder / "git.diff", f"# commit {commit}\n{git('diff', 'HEAD')}", hint=ELSEWHERE)
     except (OSError, subprocess.TimeoutExpired):
         pass  # no git here, nothing to describe
 
