@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from genai.compare.page import chart, metric_cards, report
+from genai.compare.page import chart, report
 from genai.compare.runs import Run, check_protocols, differences, ranked, read, read_all
 from genai.core.errors import UserError
 from genai.data.io import to_pil
@@ -144,20 +144,38 @@ def test_the_page_names_nothing_outside_itself(four):
 def test_the_page_marks_what_beats_its_baselines_and_what_memorises(four):
     runs = read_all(four)
     assert [run.label for run in runs] == ["gan", "ddpm", "vae", "gpt"]
-    page = metric_cards("frechet", runs)
+    page = report(runs)
     marks = dict(re.findall(r"</span>(\w+)</span><span class=\"value\">[\d.]+ (.)", page))
     assert marks == {"gan": "\u2717", "ddpm": "\u2713", "vae": "\u2717", "gpt": "\u2713"}
     assert page.count("<em>gmm</em>") == page.count("<em>real data</em>") == 1 and "lower is better" in page
     assert "n 1000, split test, extractor.name judge" in page and "memorises" not in page
     runs[0].cards["frechet"]["memorised"] = True
     runs[1].cards["frechet"]["protocol"] = {**PROTOCOL, "n": 7}
-    page = metric_cards("frechet", runs)
+    page = report(runs)
     assert "memorises its training data" in page and "n 1000" not in page  # only what all share
+
+
+def test_nothing_that_a_run_says_becomes_part_of_the_page(four, tmp_path):
+    """Its cards, names, curves and config may come from somebody else; nor is a file shown that only a link puts there."""
+    attack = "<script>alert(1)</script>"
+    folder = write(tmp_path / f"r{attack.replace('/', '')}", optimizer={attack: attack})
+    card = json.loads((folder / "cards" / "frechet.json").read_text())
+    card |= {"better": attack, "metric": attack, "baselines": {attack: 1.0}, "protocol": {attack: attack}}
+    (folder / "cards" / "frechet.json").write_text(json.dumps(card))
+    with (folder / "metrics.csv").open("a") as file:
+        file.write(f"1,{attack},1.0\n2,{attack},2.0\n")
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (folder / "samples" / "samples_0000099.png").symlink_to(tmp_path / "secret.png")
+    (folder / "samples" / "samples_0000098.txt").symlink_to(tmp_path / "secret.png")
+    page = report([read(folder), read(four[0])])
+    assert "&lt;script&gt;" in page and "<script" not in page
+    assert base64.b64encode(b"secret").decode() not in page and "secret" not in page
 
 
 def test_a_curve_of_one_point_or_of_nothing(tmp_path):
     one = Run(tmp_path, {}, {"a": [(5, 2.0)], "b": [(1, float("nan"))]})
-    assert "<circle" in chart("a", [one]) and chart("b", [one]) == ""
+    (line,) = chart("a", [one])["lines"]
+    assert line["dot"] == ("356.0", "150.0") and chart("b", [one]) is None
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")

@@ -65,13 +65,18 @@ def read(folder: Path) -> Run:
         with (folder / "metrics.csv").open(newline="") as file:
             for row in csv.DictReader(file):
                 run.curves.setdefault(row["name"], []).append((int(row["step"]), float(row["value"])))
-    run.grid = max((folder / "samples").glob("samples_*.png"), default=None)
-    run.texts = max((folder / "samples").glob("samples_*.txt"), default=None)
-    run.nearest = next((folder / "cards").glob("nearest.png"), None)
+    run.grid, run.texts = newest(folder, "samples/samples_*.png"), newest(folder, "samples/samples_*.txt")
+    run.nearest = newest(folder, "cards/nearest.png")
     for path in sorted((folder / "cards").glob("*.json")):
         card = json.loads(path.read_text())
         run.cards[card["metric"]] = card
     return run
+
+
+def newest(folder: Path, pattern: str) -> Path | None:
+    """The last by name of a run's own files of that pattern, not of what its symbolic links lead to."""
+    home = folder.resolve()
+    return max((path for path in folder.glob(pattern) if path.resolve().is_relative_to(home)), default=None)
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
