@@ -1,7 +1,10 @@
 """Files are whole or absent, on a full disk too, and no symbolic link is written through."""
 
+import contextlib
 import errno
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -38,3 +41,54 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(tmp_path, monkeyp
         files.write_text(tmp_path / "a", "new", hint="try out=")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_text() == "old"
+
+
+FLAT = ["extractor=module", "extractor.net={_target_: torch.nn.Flatten}"]  # no classifier to train
+
+
+def used(folder):
+    """Go on with a run, evaluate it and sample from it, as its new owner does."""
+    from genai import evaluation, sampling
+    from genai.cli import composed, resumed, with_sampler
+    from genai.train.run import run
+
+    run(composed("train", [f"resume={folder}", "max_steps=7"], resumed))
+    ckpt = [f"ckpt={folder}", "device=cpu"]
+    evaluation.run(
+        composed("evaluate", [*ckpt, "metrics=[frechet]", "n=20", "repeats=1", "baselines=false", "split=val", *FLAT])
+    )
+    evaluation.run(
+        composed("evaluate", [*ckpt, "n=4", "split=val", "likelihood=probability_flow", "likelihood.steps=1"])
+    )
+    sampling.run(composed("sample", [*ckpt, "n=2", "steps=1"], with_sampler))
+
+
+def test_no_link_in_a_run_from_elsewhere_is_written_through(tmp_path):
+    """Every file that going on, evaluating and sampling write is planted as a link to somebody's file, and so are temporary names
+    that could be guessed; all of these files stay as they are."""
+    from genai.cli import composed
+    from genai.train.run import run
+    from tests.test_checkpoint import DEBUG
+
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    given = ["optim.decay_steps=null", "callbacks.samples.n=2", "logger=none"]
+    run(composed("train", [*DEBUG, *given, f"run_dir={theirs}"]))
+    shutil.copytree(theirs, ours)
+    needed = {path.relative_to(ours) for path in ours.rglob("*") if path.is_file()}
+    used(ours)
+    written = {path.relative_to(ours) for path in ours.rglob("*") if path.is_file()}
+    planted = (written - {p for p in needed if p.name in ("config.yaml", "last.ckpt", "metrics.csv")}) | {
+        Path(name)
+        for name in (".config.yaml.tmp", "metrics.tmp", f"checkpoints/.last.ckpt.{os.getpid()}.tmp", "git.diff")
+    }
+    assert len(planted) > 8
+    for i, name in enumerate(sorted(planted)):
+        (tmp_path / f"victim{i}").write_text("mine")
+        (theirs / name).unlink(missing_ok=True)
+        (theirs / name).parent.mkdir(parents=True, exist_ok=True)
+        (theirs / name).symlink_to(tmp_path / f"victim{i}")
+    with contextlib.suppress(UserError):
+        used(theirs)
+    for i, name in enumerate(sorted(planted)):
+        assert (tmp_path / f"victim{i}").read_text() == "mine", name
+    assert not (theirs / "git.diff").is_symlink()  # it did go on
