@@ -1,5 +1,10 @@
 """Figures of a checkpoint: python evaluate.py [ckpt=] [metrics=] [split=test] [n=] [key=value ...]."""
 
+from genai.core import interrupt
+
+if __name__ == "__main__":
+    interrupt.answer()  # before the imports, which take long
+
 from omegaconf import DictConfig
 
 from genai.cli import main

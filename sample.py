@@ -1,5 +1,10 @@
 """Sample from a checkpoint: python sample.py [ckpt=] [n=] [seed=] [label=] [sampler=] [key=value ...]."""
 
+from genai.core import interrupt
+
+if __name__ == "__main__":
+    interrupt.answer()  # before the imports, which take long
+
 from omegaconf import DictConfig
 
 from genai.cli import main, with_sampler

@@ -1,5 +1,10 @@
 """Train a model: python train.py [model=] [data=] [experiment=] [key=value ...]; --help lists every key."""
 
+from genai.core import interrupt
+
+if __name__ == "__main__":
+    interrupt.answer()  # before the imports, which take long
+
 from omegaconf import DictConfig
 
 from genai import sweeps

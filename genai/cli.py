@@ -4,10 +4,11 @@ Nothing here imports torch, so that help and mistakes answer at once.
 """
 
 import difflib
+import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from genai.core.errors import UserError
+from genai.core.interrupt import answered
+
+# A disk that is full or may not be written, wherever a package met it.
+UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 Prepare = Callable[[DictConfig, list[Override]], list[Override]]
 
@@ -34,6 +39,11 @@ def conf_dir() -> str:
 
 def main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None = None) -> None:
     """Run `task(cfg)` with the config `name` composed from sys.argv; see `composed` for `prepare`."""
+    with answered():
+        _main(task, name, prepare)
+
+
+def _main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None) -> None:
     # By default an OpenMP thread waits by spinning for long, and where another process wants its core, steps get 20 to
     # 40 times slower. Spinning briefly costs nothing on a quiet machine (102 against 108 ms a step), 3 times on a busy one.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -48,6 +58,12 @@ def main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None =
             return task(cfg)
         except UserError as error:
             fail(error)
+        except OSError as error:
+            if error.errno not in UNUSABLE:
+                raise
+            fail(
+                UserError(f"{error.filename or 'a file'} cannot be used ({error.strerror}): make room, or name another")
+            )
 
     try:
         if not any((args.hydra_help, args.info, args.shell_completion)):

@@ -1,5 +1,10 @@
 """`python -m genai.baselines data=digits [baseline=] [key=value ...]`: the trivial baselines of a data set."""
 
+from genai.core import interrupt
+
+if __name__ == "__main__":
+    interrupt.answer()  # before the imports, which take long
+
 from omegaconf import DictConfig
 
 from genai.cli import main

@@ -1,5 +1,10 @@
 """`python -m genai.compare runs/a runs/b`: a table, a CSV and one HTML file that needs no other."""
 
+from genai.core import interrupt
+
+if __name__ == "__main__":
+    interrupt.answer()  # before the imports, which take long
+
 import argparse
 import sys
 from collections.abc import Sequence
@@ -68,4 +73,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with interrupt.answered():
+        main()

@@ -1,0 +1,84 @@
+"""Ctrl-C and SIGTERM before the first step, while packages load and everything is built: one line, exit code 130 or 143.
+
+A script calls `answer` before its imports, which take seconds, and runs its task in `answered`.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_before: dict[int, Any] = {}  # handlers that were there, by signal
+_received: int | None = None
+
+
+def answer() -> None:
+    """Leave at once from here on, since nothing can be half-done while packages load; ignored signals stay ignored."""
+    _install(_leave)
+
+
+@contextlib.contextmanager
+def answered() -> Iterator[None]:
+    """What runs in here is left by an exception, so that it can clean up, whatever is made of that on the way; while a
+    package loads it is left at once, because packages swallow exceptions then."""
+    global _received
+    _received = None
+    _install(_raise)
+    unraisable, sys.unraisablehook = sys.unraisablehook, _unraisable
+    try:
+        yield
+    except BaseException:
+        if _received is None:
+            raise
+        _leave(_received)
+    finally:
+        sys.unraisablehook = unraisable
+        for number, handler in _before.items():
+            signal.signal(number, handler)
+        _before.clear()
+
+
+def _install(handler: Any) -> None:
+    for number in SIGNALS:
+        present = signal.getsignal(number)
+        if present is not signal.SIG_IGN:
+            _before.setdefault(number, present)
+            signal.signal(number, handler)
+
+
+def _leave(number: int, frame: FrameType | None = None) -> None:
+    """End without the interpreter's own farewell, which may fail half-way through an import."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    with contextlib.suppress(OSError):
+        os.write(2, f"stopped by signal {number}\n".encode())
+    os._exit(128 + number)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    global _received
+    if _received is not None or _importing(frame):
+        _leave(number)
+    _received = number
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
+
+
+def _unraisable(problem: Any) -> None:
+    """An exception that nobody can catch, such as one raised in a destructor."""
+    if _received is not None:
+        _leave(_received)
+    sys.__unraisablehook__(problem)
