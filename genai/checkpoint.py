@@ -5,7 +5,6 @@ every `_target_` must be a class or function defined exactly where its name says
 built from, or in a package the user admits with `trust=`.
 """
 
-import contextlib
 import importlib
 import os
 import zipfile
@@ -17,65 +16,75 @@ from typing import Any
 import torch
 from torch import nn
 
+from genai.core import files
 from genai.core.errors import UserError
 from genai.core.rng import RNG_VERSION
 
 FORMAT = 1
+ROOM = "make room, then resume= goes on from the last good checkpoint"
 BUILDABLE = ("genai.models.", "genai.nn.", "genai.losses.", "genai.data.")
 
 
-def save(content: dict, path: Path) -> None:
-    """Write `content` to `path` atomically: a temporary file in the same folder, fsync, rename.
+class Damaged(UserError):
+    """A checkpoint file that is torn or was changed, so that an older one may take its place."""
 
-    Raises UserError if a floating point tensor of `model` or `ema` is not finite; nothing is written then.
+
+def save(content: dict, path: Path) -> None:
+    """Write `content` to `path` as files.write does.
+
+    Raises UserError if that cannot be done, or a floating point tensor of `model` or `ema` is not finite; what was there
+    stays.
     """
     for part in ("model", "ema"):
         for name, tensor in content[part].items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise UserError(f"{part} weight {name} is not finite: {path} is not written, the last good one stays")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        torch.save({"format": FORMAT, "rng_version": RNG_VERSION, **content}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    whole = {"format": FORMAT, "rng_version": RNG_VERSION, **content}
+    files.write(path, lambda file: torch.save(whole, file), hint=ROOM)
 
 
 def link(path: Path, name: str) -> None:
-    """Give `path` a second name in its folder, atomically; a copy where the file system has no hard links."""
+    """Give `path` a second name in its folder, atomically; a copy where the file system has no hard links.
+
+    Raises UserError if that cannot be written.
+    """
     import shutil
 
+    target = path.with_name(name)
     temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
     try:
+        temporary.unlink(missing_ok=True)
         os.link(path, temporary)
+        os.replace(temporary, target)  # which does nothing where both are one file already
+        temporary.unlink(missing_ok=True)
     except OSError:
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, path.with_name(name))
+        temporary.unlink(missing_ok=True)
+        with path.open("rb") as source:
+            files.write(target, lambda file: shutil.copyfileobj(source, file), hint=ROOM)
 
 
 def read(path: Path) -> dict:
-    """The content of a checkpoint on the CPU. Raises UserError if it is torn, no checkpoint, or holds code."""
+    """The content of a checkpoint on the CPU.
+
+    Raises UserError if it cannot be read now, is no checkpoint, or holds code, and Damaged if it is torn.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            torn = archive.testzip()
-        if torn is None:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_whole(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: give ckpt= (or resume=, init_from=) a run or a file") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, not a checkpoint file") from None
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{path} is torn or no checkpoint ({error}): use another file of its folder") from error
+    except UserError:
+        raise
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "out of memory"
+        raise UserError(f"{path} cannot be read now ({reason}): try again when it can") from error
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
+        if "not enough memory" in reason:  # torch's own error has no type of its own
+            raise UserError(f"{path} cannot be read now ({reason}): try again when it can") from error
         raise UserError(f"{path} is refused, it holds more than tensors and plain values ({reason})") from error
-    if torn is not None:
-        raise UserError(f"{path} is damaged at {torn}: use another file of its folder")
     if not isinstance(content, dict) or "format" not in content:
         raise UserError(f"{path} is no checkpoint of this project: it has no format number")
     if content["format"] > FORMAT:
@@ -83,21 +92,47 @@ def read(path: Path) -> dict:
     return content
 
 
+def _check_whole(path: Path) -> None:
+    """Raise Damaged unless the file is an archive whose checksums hold."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            torn = archive.testzip()
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # zipfile has many words for damaged bytes
+        raise Damaged(f"{path} is torn or no checkpoint ({error}): use another file of its folder") from error
+    if torn is not None:
+        raise Damaged(f"{path} is damaged at {torn}: use another file of its folder")
+
+
 def newest(run: Path) -> tuple[dict, Path] | None:
-    """(content, path) of the readable checkpoint with the highest step in a run directory; torn ones are named."""
-    folder, found = run / "checkpoints", []
-    for name in ("last.ckpt", "previous.ckpt"):
-        if (folder / name).exists():
-            try:
-                found.append((read(folder / name), folder / name))
-            except UserError as error:
-                print(f"warning: {error}")
-                continue
-            break
-    if not found:
-        for path in sorted(folder.glob("*.ckpt"), reverse=True):
-            with contextlib.suppress(UserError):
-                found.append((read(path), path))
+    """(content, path) of a run directory's last checkpoint, or if that is damaged of the one with the highest step that is
+    not; damaged ones are named. None if there is no checkpoint at all.
+
+    Raises UserError if all are damaged, or one cannot be read for another reason.
+    """
+    folder = run / "checkpoints"
+    try:
+        names = {name for name in os.listdir(folder) if name.endswith(".ckpt")}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read now ({error.strerror}): try again when it can") from error
+    lasting = [name for name in ("last.ckpt", "previous.ckpt") if name in names]
+    for name in lasting:
+        try:
+            return read(folder / name), folder / name
+        except Damaged as error:
+            print(f"warning: {error}")
+    found, problem = [], None
+    for name in sorted(names.difference(lasting)):
+        try:
+            found.append((read(folder / name), folder / name))
+        except Damaged as error:
+            problem = error
+            print(f"warning: {error}")
+    if names and not found:
+        raise UserError(f"{run} is left as it is: all its {len(names)} checkpoints are damaged") from problem
     return max(found, key=lambda item: item[0]["step"], default=None)
 
 

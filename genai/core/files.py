@@ -52,6 +52,13 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]], hint: str = "") 
     write_text(path, lines.getvalue(), hint=hint)
 
 
+def replace(path: Path, target: Path) -> None:
+    """Give a whole file the place of another of its folder. Raises UserError if it cannot be done."""
+    with writable(target):
+        os.replace(path, target)
+        _sync(target.parent)
+
+
 def make_folder(folder: Path, within: Path | None = None) -> None:
     """Make a folder and those above it. Raises UserError if symbolic links lead it out of `within`."""
     if within is not None and not folder.resolve().is_relative_to(within.resolve()):
@@ -66,8 +73,11 @@ def writable(path: Path, hint: str = "") -> Iterator[None]:
     """Turn an OSError of writing `path` into a UserError that says which file, why, and `hint`."""
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # which torch.save hides
+        if not isinstance(cause, OSError):
+            raise
+        reason = cause.strerror or str(cause)
         raise UserError(
             f"{path} cannot be written ({reason}): {hint or 'make room, or name another folder'}"
         ) from error
