@@ -233,6 +233,15 @@ def keys(cfg: DictConfig, prefix: str = "") -> Iterable[str]:
             yield from keys(node, f"{prefix}{key}.")
 
 
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Every value below a node by its dotted key; lists are values."""
+    if not isinstance(node, Mapping):
+        return {prefix: node}
+    return {
+        key: value for name, part in node.items() for key, value in flat(part, f"{prefix}.{name}".lstrip(".")).items()
+    }
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """ ", did you mean X?" where something comes near; a bare name matches the last part of a dotted key."""
     words = list(words)

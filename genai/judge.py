@@ -61,13 +61,16 @@ def trained(data: Data, node: Any) -> Judge:
         raise UserError(
             f"a judge needs labelled images of at least 4x4, and this data is {data.field} of shape {data.shape}"
         )
-    rng.seed_torch(rng.mix(FORMAT), torch.device("cpu"))
-    judge = Judge(data.shape, data.classes)
     path = cache_folder("judge") / f"{fingerprint(data, node, FORMAT)}.pt"
     if path.exists():
-        judge.load_state_dict(torch.load(path, weights_only=True))
-        return judge.eval().requires_grad_(False)
+        try:
+            judge = Judge(data.shape, data.classes)
+            judge.load_state_dict(torch.load(path, weights_only=True))
+            return judge.eval().requires_grad_(False)
+        except Exception as error:  # torch has many words for damaged bytes
+            print(f"warning: {path} is damaged ({type(error).__name__}): made again")
     print(f"training a judge of this data, once ({STEPS} steps)", flush=True)
-    judge.learn(data)
+    rng.seed_torch(rng.mix(FORMAT), torch.device("cpu"))
+    judge = Judge(data.shape, data.classes).learn(data)
     files.write(path, lambda file: torch.save(judge.state_dict(), file), hint=CACHE_HINT)
     return judge

@@ -59,7 +59,7 @@ def beside(
         except UserError:
             continue
         path = cache_folder("baselines") / f"{fingerprint(data, node, FORMAT, row, split, n, *facts)}.json"
-        kept = json.loads(path.read_text()) if path.exists() else {}
+        kept = _kept(path)
         if any(name not in kept for name in wanted):
             print(f"baselines of this data, once: {baseline.what}", flush=True)
             baseline.fit(known(data, ["train"], TOKENS if data.field == "tokens" else MOST), 0)
@@ -70,6 +70,18 @@ def beside(
         for name in wanted:
             figures[name][baseline.what] = kept[name]
     return figures
+
+
+def _kept(path: Path) -> dict[str, float]:
+    """Figures by metric; none where there are none yet, or the file is damaged."""
+    try:
+        found = json.loads(path.read_text())
+        return {name: float(value) for name, value in found.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError) as error:
+        print(f"warning: {path} is damaged ({type(error).__name__}): made again")
+        return {}
 
 
 def answers(baseline: Any, name: str) -> bool:

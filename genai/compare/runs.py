@@ -4,7 +4,6 @@ A run brings its config.yaml, metrics.csv, newest grid and cards (`cards/*.json`
 ranked.
 """
 
-import csv
 import json
 import math
 import os
@@ -13,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from genai.cli import flat
+from genai.core import metrics_csv
 from genai.core.errors import UserError
 
 Curve = list[tuple[int, float]]
@@ -61,15 +62,18 @@ def read(folder: Path) -> Run:
         )
     config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     run = Run(folder, config, label=str(folder))
-    if (folder / "metrics.csv").exists():
-        with (folder / "metrics.csv").open(newline="") as file:
-            for row in csv.DictReader(file):
-                run.curves.setdefault(row["name"], []).append((int(row["step"]), float(row["value"])))
+    for row in metrics_csv.rows(folder / "metrics.csv"):
+        run.curves.setdefault(row.name, []).append((row.step, row.value))
     run.grid, run.texts = newest(folder, "samples/samples_*.png"), newest(folder, "samples/samples_*.txt")
     run.nearest = newest(folder, "cards/nearest.png")
     for path in sorted((folder / "cards").glob("*.json")):
-        card = json.loads(path.read_text())
-        run.cards[card["metric"]] = card
+        try:
+            card = json.loads(path.read_text())
+            if not isinstance(card["protocol"], dict) or not isinstance(card["value"], int | float):
+                raise TypeError("its fields are of other kinds")
+            run.cards[card["metric"]] = card
+        except (ValueError, TypeError, KeyError) as error:
+            print(f"warning: {path} is damaged ({type(error).__name__}: {error}): left out")
     return run
 
 
@@ -77,15 +81,6 @@ def newest(folder: Path, pattern: str) -> Path | None:
     """The last by name of a run's own files of that pattern, not of what its symbolic links lead to."""
     home = folder.resolve()
     return max((path for path in folder.glob(pattern) if path.resolve().is_relative_to(home)), default=None)
-
-
-def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Every value below a node by its dotted key; lists are values."""
-    if not isinstance(node, Mapping):
-        return {prefix: node}
-    return {
-        key: value for name, part in node.items() for key, value in flat(part, f"{prefix}.{name}".lstrip(".")).items()
-    }
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:

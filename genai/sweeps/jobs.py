@@ -17,6 +17,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from genai.core import metrics_csv
+from genai.core.errors import UserError
+
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # a run that saved and left, see callbacks.Stop
 
 
@@ -141,8 +144,8 @@ def journal(folder: Path) -> dict[str, dict[str, Any]]:
     """The last record of every job; a torn line counts as not written."""
     records: dict[str, dict[str, Any]] = {}
     if (path := folder / "journal.jsonl").exists():
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError, TypeError, KeyError):
                 record = json.loads(line)
                 records[record["job"]] = record
     return records
@@ -154,12 +157,13 @@ def complete(run_dir: Path) -> bool:
         return False
     from genai import checkpoint
 
-    found = checkpoint.newest(run_dir)
+    try:
+        found = checkpoint.newest(run_dir)
+    except UserError:
+        return False  # the job says why
     return found is not None and found[0]["step"] >= found[0]["config"]["max_steps"]
 
 
 def last(run_dir: Path) -> dict[str, float]:
     """The last value of every metric of a run."""
-    path = run_dir / "metrics.csv"
-    rows = [line.split(",") for line in path.read_text().splitlines()[1:]] if path.exists() else []
-    return {row[1]: float(row[2]) for row in rows if len(row) == 3}
+    return {row.name: row.value for row in metrics_csv.rows(run_dir / "metrics.csv")}

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genai import checkpoint
 from genai.cards import table
-from genai.core import files
+from genai.core import files, metrics_csv
 
 
 class Record:
@@ -25,20 +26,17 @@ class Record:
         self.latest: dict[str, float] = {}
 
     def cut(self, step: int | None) -> None:
-        """Drop the rows after `step`, or all of them; a half-written last line goes too."""
+        """Drop the rows after `step`, or all of them, and those that are damaged; a half-written last line goes too."""
         if not self.writes:
             return
-        rows = []
-        if step is not None and self.csv.exists():
-            lines = self.csv.read_text().splitlines(keepends=True)
-            rows = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",", 1)[0]) <= step]
-        files.write_text(self.csv, "step,name,value\n" + "".join(rows), within=self.folder)
+        kept = [] if step is None else [row.line for row in metrics_csv.rows(self.csv) if row.step <= step]
+        files.write_text(self.csv, metrics_csv.HEAD + "".join(kept), within=self.folder)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.latest.update(values)
         if not self.writes:
             return
-        with files.writable(self.csv), self.csv.open("a", newline="") as file:
+        with files.writable(self.csv, checkpoint.ROOM), self.csv.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows((step, name, value) for name, value in values.items())
         if self.tracker is not None:
             self.tracker.log_metrics(dict(values), step)
