@@ -1,6 +1,7 @@
 """How good a checkpoint is on a split its training did not touch: `scores` of that split's items, cards of `samples`."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from genai import cards, checkpoint
+from genai import cards, checkpoint, sampling
 from genai.baselines.beside import COPIER, beside
 from genai.checkpoint import Loaded
 from genai.core import files, rng
@@ -87,11 +88,29 @@ def tracked(found: Sequence[dict[str, Any]]) -> Path | None:
     return None
 
 
-def evaluate(loaded: Loaded, data: Data, plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(facts of the pass, cards in the order asked for); all cards are written to the run. Raises UserError before anything is
-    measured for what cannot be."""
-    node = loaded.config["data"]
-    images, image_node = images_behind(data, node)
+@dataclass
+class Checked:
+    """A plan that can be carried out.
+
+    Args:
+        images, node: the data, as images where it is images as tokens, and its config.
+        n: of the plan, or all there are.
+        passes, sampled: the metrics of one pass over the split, and of samples.
+        extractor: what images are compared in, None where none are.
+    """
+
+    images: Data
+    node: Any
+    n: int
+    wanted: list[str]
+    passes: list[str]
+    sampled: list[str]
+    extractor: Extractor | None
+
+
+def check(loaded: Loaded, data: Data, plan: Plan) -> Checked:
+    """Everything that can be said before anything is measured. Raises UserError for what cannot be."""
+    images, node = images_behind(data, loaded.config["data"])
     for key, least in {"repeats": 1, "seed": 0, "batch_size": 1}.items():
         at_least(getattr(plan, key), least, key)
     if plan.split not in data.splits:
@@ -110,23 +129,39 @@ def evaluate(loaded: Loaded, data: Data, plan: Plan) -> tuple[dict[str, Any], li
     named = [name for name in wanted if name in passes]
     if plan.likelihood is not None and not named:
         raise UserError("likelihood= is of the data's items: add bits_per_dim to metrics=, or leave one of them out")
+    if named or plan.metrics is None:
+        scores.scorer(loaded, data, plan.likelihood)
+    names, extractor = [name for name in wanted if name in sampled], None
+    if names:
+        sampling.bind(loaded, loaded.config["sampler"], {})
+    if names and not text:
+        at_least(n, 2, "n")
+        extractor = plan.extractor(images, node, str(next(loaded.model.parameters()).device))
+        samples.check_extractor(extractor, images, plan.split, names)
+    return Checked(images, node, n, wanted, named, names, extractor)
+
+
+def evaluate(loaded: Loaded, data: Data, plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(facts of the pass, cards in the order asked for); all cards are written to the run. Raises UserError before anything is
+    measured for what cannot be."""
+    checked, folder = check(loaded, data, plan), folder_of(loaded.path)
+    if folder.exists() and not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} cannot be written, and what is measured is kept there: copy the run to where it can")
+    images, node, n, names = checked.images, checked.node, checked.n, checked.sampled
     facts: dict[str, Any] = {}
     found: list[dict[str, Any]] = []
-    if named or plan.metrics is None:
-        facts, found = _pass(loaded, data, images, image_node, named, n, plan)
-    names, folder = [name for name in wanted if name in sampled], folder_of(loaded.path)
-    if names and text:
-        found += samples.of_texts(loaded, data, node, names, plan.split, n, plan.repeats, plan.seed, plan.batch_size)
-    elif names:
-        at_least(n, 2, "n")
-        extractor = plan.extractor(images, image_node, str(next(loaded.model.parameters()).device))
+    if checked.passes or plan.metrics is None:
+        facts, found = _pass(loaded, data, images, node, checked.passes, n, plan)
+    if checked.extractor is not None:
         found += samples.of_images(
-            loaded, images, image_node, extractor, names, plan.split, n, plan.repeats, plan.seed, plan.batch_size,
+            loaded, images, node, checked.extractor, names, plan.split, n, plan.repeats, plan.seed, plan.batch_size,
             plan.baselines, folder / "cards",
         )  # fmt: skip
+    elif names:
+        found += samples.of_texts(loaded, data, node, names, plan.split, n, plan.repeats, plan.seed, plan.batch_size)
     found = [card | {"seed": plan.seed, "checkpoint": str(loaded.path), "step": loaded.step} for card in found]
     cards.write(found, folder)
-    return facts, sorted(found, key=lambda card: wanted.index(card["metric"]))
+    return facts, sorted(found, key=lambda card: checked.wanted.index(card["metric"]))
 
 
 def _pass(

@@ -50,20 +50,18 @@ def drawn(loaded: Loaded, n: int, seed: int, batch_size: int, clock: Clock) -> I
         clock.add(stop - start)
 
 
+def check_extractor(extractor: Extractor, data: Data, split: str, names: list[str]) -> None:
+    """Let it see one image. Raises UserError for a metric that it cannot serve."""
+    _, logits = extractor(next(batches(data.splits[split], 1, 1))[data.field])
+    if (logits is None and "inception_score" in names) or ("accuracy" in names and not extractor.labels):
+        raise UserError("metrics: accuracy needs extractor=judge, inception_score that or inception: leave them out")
+
+
 def of_images(
     loaded: Loaded, data: Data, node: Any, extractor: Extractor, names: list[str], split: str, n: int, repeats: int, seed: int,
     batch_size: int, baselines: bool, folder: Path,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Cards by metric of `repeats` sets of n samples beside the images of a split, and the nearest pairs as a picture.
-
-    Raises UserError for a metric that the extractor cannot serve.
-    """
-    if "inception_score" in names or "accuracy" in names:
-        _, logits = extractor(next(batches(data.splits[split], 1))[data.field])
-        if logits is None or ("accuracy" in names and not extractor.labels):
-            raise UserError(
-                "metrics: accuracy needs extractor=judge, inception_score that or inception: leave them out"
-            )
+    """Cards by metric of `repeats` sets of n samples beside the images of a split, and the nearest pairs as a picture."""
     kept = any(name not in STREAMED for name in names)
     real = _seen(data, split, None, extractor, kept)
     clock, values, first = Clock(n * repeats, "samples"), {name: [] for name in names}, []
