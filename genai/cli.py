@@ -265,6 +265,24 @@ RESUMABLE = (
 )
 
 
+def check_unchanged(config: Mapping[str, Any], stored: Mapping[str, Any], run: Path) -> None:
+    """Raise UserError that names every value of a run's config.yaml that is not the one its checkpoint was trained with."""
+    again: Any = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(dict(stored)))))
+    now, then = flat(config), flat(again)  # as YAML keeps it
+    free = {*RESUMABLE, "run_dir", "resume"}
+    changed = [
+        f"{key} is {now.get(key, 'not there')} and was {then.get(key, 'not there')}"
+        for key in {**then, **now}
+        if (key not in now or key not in then or repr(now[key]) != repr(then[key]))
+        and not any(f"{key}.".startswith(f"{name}.") for name in free)
+    ]
+    if changed:
+        raise UserError(
+            f"{run / 'config.yaml'} is not what this run was trained with: {'; '.join(changed)}; put the old values back, or "
+            f"train anew with init_from={run}"
+        )
+
+
 def resumed(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
     """With resume=<run>, put that run's own config in the place of cfg; few keys may differ from it.
 

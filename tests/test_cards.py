@@ -330,3 +330,26 @@ def test_what_cannot_be_measured_is_refused(runs, refused, tmp_path):
     }
     for given, message in cases.items():
         assert message in refused("evaluate.py", *given)
+
+
+CARDS = {
+    ("metrics=[fid]",): "fid is no metric; it can have frechet",
+    ("metrics=[bits_per_dim]",): "bits_per_dim is none that this model can have",
+    ("metrics=[recall]", "n=1000"): "n=1000 is more than the .* items of split=val",
+    ("metrics=[recall]", "n=1"): "n=1 must be a whole number, at least 2",
+    ("metrics=[recall]", "split=dev"): "split=dev is none of train, val, test",
+    ("metrics=[recall]", "repeats=0"): "repeats=0 must be a whole number",
+    (): "has no likelihood of its own",
+    ("metrics=[recall]", "extractor={_target_: genai.extractors.module, _partial_: true, weights: gone}"): "extractor.net=",
+    ("metrics=[accuracy]", "extractor={_target_: genai.extractors.module, _partial_: true, net: {_target_: torch.nn.Flatten}}"):
+        "accuracy needs extractor=judge",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", CARDS)
+def test_cards_that_cannot_be_measured_are_refused_before_the_first_step(runs, tmp_path, given):
+    """However late they are due, and nothing is written."""
+    keys = ["callbacks.cards.every_steps=100000", *(f"callbacks.cards.{key}" for key in given)]
+    with pytest.raises(UserError, match=CARDS[given]):
+        train(composed("train", ["model=gan", *DIGITS, *keys, f"run_dir={tmp_path / 'run'}"], resumed))
+    assert not (tmp_path / "run").exists()

@@ -3,7 +3,10 @@
 import multiprocessing
 import os
 import random
+import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,8 +15,10 @@ import pytest
 import torch
 
 from genai import checkpoint
-from genai.cli import composed, resumed
+from genai.cli import check_unchanged, composed, resumed, with_sampler
 from genai.core.errors import UserError
+from genai.train.lock import locked
+from genai.train.run import run
 from tests.conftest import ROOT
 
 TINY = [
@@ -29,13 +34,14 @@ context.set_forkserver_preload(PRELOAD)
 
 
 def child(overrides, kill_at, log):
-    """Train in this process; die by SIGKILL at a kind of moment and its step, such as ("save", 6) or ("forward", step, call)."""
+    """Train in this process as train.py does; die by SIGKILL at a kind of moment and its step, such as ("save", 6),
+    ("link", name) or ("forward", step, call), or send itself a ("signal", step, number)."""
     sys.stdout = sys.stderr = open(log, "a")  # noqa: SIM115
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a real run
+    from genai.cli import main
     from genai.models.diffusion.ddpm import DDPM
     from genai.train.callbacks import Evaluate
-    from genai.train.run import run
 
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
@@ -52,6 +58,24 @@ def child(overrides, kill_at, log):
             return inner(self, batch, step)
 
         DDPM.forward = forward
+    if kind == "signal":
+        inner_forward = DDPM.forward
+
+        def forward_and_signal(self, batch, step):
+            if self.training and step == at:
+                os.kill(os.getpid(), rest[0])
+            return inner_forward(self, batch, step)
+
+        DDPM.forward = forward_and_signal
+    if kind == "link":
+        inner_link = checkpoint.link
+
+        def link(path, name):
+            if name == at:
+                die()
+            inner_link(path, name)
+
+        checkpoint.link = link
     if kind == "deceive":  # a game between the updates of its players
         from genai.models.gan.gan import GAN
 
@@ -85,12 +109,14 @@ def child(overrides, kill_at, log):
                 die()
 
         torch.save = save
-    run(composed("train", overrides, resumed))
+    sys.argv = ["train.py", *overrides]
+    main(run, "train", resumed)
 
 
 def train(
-    folder: Path, *overrides: str, kill_at=None, kill_after: float | None = None, new: bool = True, base=TINY
-) -> int:
+    folder: Path, *overrides: str, kill_at=None, kill_after: float | None = None, new: bool = True, base=TINY,
+    codes=(0, -signal.SIGKILL), number=signal.SIGKILL,
+) -> int:  # fmt: skip
     """One process that trains or resumes in `folder`; returns its exit code."""
     arguments = [*base, f"run_dir={folder}"] if new else [f"resume={folder}"]
     log = folder.with_suffix(".log")
@@ -99,10 +125,10 @@ def train(
     if kill_after is not None:
         process.join(kill_after)
         if process.is_alive():
-            process.kill()
+            os.kill(process.pid, number)
     process.join(120)
     assert process.exitcode is not None, "still running"
-    if process.exitcode not in (0, -signal.SIGKILL):
+    if process.exitcode not in codes:
         pytest.fail(log.read_text()[-3000:])
     return process.exitcode
 
@@ -129,15 +155,21 @@ def assert_equal(a, b, path="checkpoint"):
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    one, two = (checkpoint.read(folder / "checkpoints" / "last.ckpt") for folder in (a, b))
-    for content in (one, two):
-        del content["config"]["run_dir"]
-        content["config"]["data"].pop("num_workers")
-        # Lightning's counters of how often it was started again; no state of the run.
-        del content["trainer"]["loops"]
-    assert_equal(one, two)
+    names = {p.name for p in (a / "checkpoints").iterdir()}
+    assert names == {p.name for p in (b / "checkpoints").iterdir()}
+    for name in names - {"previous.ckpt"}:  # which may be of the step that a signal stopped the run at
+        one, two = (checkpoint.read(folder / "checkpoints" / name) for folder in (a, b))
+        for content in (one, two):
+            del content["config"]["run_dir"]
+            content["config"]["data"].pop("num_workers", None)
+            # Lightning's counters of how often it was started again; no state of the run.
+            del content["trainer"]["loops"]
+        assert_equal(one, two, name)
     assert rows(a) == rows(b)
-    assert {p.name for p in (a / "checkpoints").iterdir()} == {p.name for p in (b / "checkpoints").iterdir()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +199,12 @@ AIMED = {
     "during evaluation": [("evaluate", 12), ("evaluate", 16)],
     "during a checkpoint write": [("save", 6), ("save", 18)],
     "right after a save, twice": [("forward", 12, 1), ("forward", 12, 1)],
+    "before a checkpoint has all its names": [
+        ("link", "best.ckpt"),
+        ("link", "step_0000012.ckpt"),
+        ("link", "previous.ckpt"),
+        ("link", "step_0000024.ckpt"),
+    ],
 }
 
 
@@ -206,6 +244,36 @@ def test_killed_at_random_moments(uninterrupted, tmp_path, workers):
     assert_same_run(uninterrupted, folder)
 
 
+def test_a_signal_between_saves_changes_neither_best_nor_the_kept_ones(uninterrupted, tmp_path):
+    """Step 8 is evaluated, and the best so far, but not due for a save."""
+    folder, stopped = tmp_path / "run", (128 + signal.SIGTERM,)
+    assert train(folder, kill_at=("signal", 7, signal.SIGTERM), codes=stopped)
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"last.ckpt", "previous.ckpt"}
+    assert checkpoint.read(folder / "checkpoints" / "last.ckpt")["step"] == 8
+    assert train(folder, new=False) == 0
+    assert_same_run(uninterrupted, folder)
+
+
+def test_a_second_process_is_refused_and_death_frees_the_run(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    arguments = [*TINY, f"run_dir={folder}", "data.num_workers=1"]
+    process = context.Process(target=child, args=(arguments, ("signal", 9, signal.SIGSTOP), str(tmp_path / "log")))
+    process.start()
+    deadline = time.time() + 100
+    while not Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].startswith(" T"):
+        assert time.time() < deadline and process.is_alive(), (tmp_path / "log").read_text()
+        time.sleep(0.05)
+    before = contents(folder)
+    for again in ([f"resume={folder}"], [*TINY, f"run_dir={folder}"]):
+        with pytest.raises(UserError, match=rf"in use by process {process.pid} on|already holds a run"):
+            run(composed("train", again, resumed))
+    assert contents(folder) == before
+    process.kill()
+    process.join()
+    assert train(folder, new=False) == 0  # though its loader's process may still be there
+    assert_same_run(uninterrupted, folder)
+
+
 GAME = [
     "model=biggan", "max_steps=14", "log_every_steps=4", "logger=none", "data.batch_size=4", "loop.critic_steps=2",
     "model.share_fake=false", "model.generator.channels=4", "model.discriminator.channels=4", "callbacks.samples.n=2",
@@ -225,8 +293,6 @@ def test_a_game_killed_between_its_players_equals_one_that_was_not(tmp_path):
 
 
 def test_resuming_past_the_end_keeps_the_floor_of_the_learning_rate(uninterrupted, tmp_path):
-    import shutil
-
     shutil.copytree(uninterrupted, tmp_path / "run")
     assert train(tmp_path / "run", "max_steps=30", new=False) == 0
     content = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")
@@ -237,8 +303,6 @@ def test_resuming_past_the_end_keeps_the_floor_of_the_learning_rate(uninterrupte
 
 
 def test_a_truncated_last_checkpoint_is_named_and_the_previous_one_used(uninterrupted, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(uninterrupted, tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[: last.stat().st_size * 2 // 3])
@@ -263,8 +327,6 @@ def test_a_flipped_byte_is_detected(uninterrupted, tmp_path):
 )
 def test_a_signal_saves_and_exits(tmp_path, number, code):
     """Through the real command line; then the run goes on."""
-    import subprocess
-
     folder = tmp_path / "run"
     command = [sys.executable, str(ROOT / "train.py"), *TINY, f"run_dir={folder}", "max_steps=100000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -277,3 +339,185 @@ def test_a_signal_saves_and_exits(tmp_path, number, code):
     step = checkpoint.read(folder / "checkpoints" / "last.ckpt")["step"]
     assert f"stopped by signal {number.value} after step {step}, saved" in output
     assert max(int(line.split(",")[0]) for line in rows(folder)[1:]) <= step
+
+
+def fail_to_read(error):
+    def check(path):
+        raise error
+
+    return lambda folder, patch: patch.setattr(checkpoint, "_check_whole", check)
+
+
+def newer(folder, patch):
+    content = checkpoint.read(folder / "checkpoints" / "last.ckpt")
+    torch.save({**content, "format": checkpoint.FORMAT + 1}, folder / "checkpoints" / "last.ckpt")
+
+
+def all_damaged(folder, patch):
+    for path in (folder / "checkpoints").iterdir():
+        data = path.read_bytes()
+        path.unlink()  # it may be one file with another
+        path.write_bytes(data[:-100])
+
+
+def edited(old, new):
+    def edit(folder, patch):
+        text = (folder / "config.yaml").read_text()
+        assert text.count(old) == 1
+        (folder / "config.yaml").write_text(text.replace(old, new))
+
+    return edit
+
+
+REFUSED = {
+    "newer": (newer, r"last\.ckpt has checkpoint format 2, this version reads up to 1: update"),
+    "input/output": (fail_to_read(OSError(5, "Input/output error")), r"cannot be read now \(Input/output error\)"),
+    "memory": (fail_to_read(MemoryError()), r"cannot be read now \(out of memory\)"),
+    "damaged": (all_damaged, "is left as it is: all its 5 checkpoints are damaged"),
+    "seed": (edited("\nseed: 0", "\nseed: 1"), r"config\.yaml is not what .* with: seed is 1 and was 0; put"),
+    "batch": (edited("batch_size: 4", "batch_size: 8"), "data.batch_size is 8 and was 4"),
+    "decay": (edited("decay: 0.998", "decay: 0.99"), "ema.decay is 0.99 and was 0.998"),
+    "schedule": (edited("    steps: 20\n", "    steps: 40\n"), "model.schedule.steps is 40 and was 20"),
+    "two": (edited("accumulate: 2\n", "accumulate: 4\nnew: 1\n"), "accumulate is 4 and was 2; new is 1 and was not there"),
+    "gone": (edited("clip_norm: 1.0\n", ""), "clip_norm is not there and was 1.0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_run_that_cannot_go_on_is_left_as_it_is(uninterrupted, tmp_path, monkeypatch, name):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    spoil, sentence = REFUSED[name]
+    spoil(tmp_path / "run", monkeypatch)
+    before = contents(tmp_path / "run")
+    with pytest.raises(UserError, match=sentence):
+        run(composed("train", [f"resume={tmp_path / 'run'}", "max_steps=30"], resumed))
+    assert contents(tmp_path / "run") == before
+
+
+def test_what_may_differ_when_a_run_goes_on_may(uninterrupted):
+    stored = checkpoint.read(uninterrupted / "checkpoints" / "last.ckpt")["config"]
+    moved = {**stored, "max_steps": 99, "run_dir": "elsewhere", "logger": {"_target_": "genai.train.trackers.wandb"}}
+    moved["data"] = {**stored["data"], "root": "/data", "num_workers": 3}
+    check_unchanged(moved, stored, uninterrupted)
+
+
+def test_half_written_files_of_training_alone_are_deleted_and_under_the_lock(tmp_path):
+    ours = [
+        "checkpoints/.last.ckpt.7.ab.tmp",
+        "checkpoints/.best.ckpt.7.tmp",
+        ".config.yaml.tmp",
+        ".metrics.csv.7.ab.tmp",
+    ]
+    theirs = ["checkpoints/.last.test.json.7.ab.tmp", "cards/.frechet.json.7.ab.tmp", "mine.tmp"]
+    for name in (*ours, *theirs):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with locked(tmp_path):
+        assert not any((tmp_path / name).exists() for name in ours)
+        for name in ours:
+            (tmp_path / name).touch()
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()} on"), locked(tmp_path):
+            pass
+        assert all((tmp_path / name).exists() for name in (*ours, *theirs))
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small disk of its own; skipped where nothing may be mounted."""
+    (tmp_path / "disk").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(tmp_path / "disk")]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True)
+    except OSError as error:
+        pytest.skip(f"cannot mount a tmpfs: {error}")
+    if done.returncode != 0:
+        pytest.skip(f"cannot mount a tmpfs: {done.stderr.strip()}")
+    yield tmp_path / "disk"
+    subprocess.run(["umount", "-l", str(tmp_path / "disk")], check=True)
+
+
+def fill(path: Path, leave: int) -> None:
+    """Write a file that leaves so many bytes of its disk."""
+    path.write_bytes(bytes(max(0, shutil.disk_usage(path.parent).free - leave)))
+
+
+def last_line(log: Path) -> str:
+    text = log.read_text()
+    assert "Traceback" not in text, text
+    return text.strip().splitlines()[-1]
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(uninterrupted, disk):
+    folder, log = disk / "run", disk / "run.log"
+    assert train(folder, kill_at=("forward", 7, 1)) == -signal.SIGKILL
+    size = (folder / "checkpoints" / "last.ckpt").stat().st_size
+    for leave in (size // 2, size + 4096, 0):  # the next checkpoint does not fit, the next but one, nothing does
+        fill(disk / "other", leave)
+        step = checkpoint.newest(folder)[0]["step"]
+        log.unlink(missing_ok=True)
+        log.symlink_to(disk.parent / "log")
+        assert train(folder, new=False, codes=(2,)) == 2
+        assert re.match(r"error: .* cannot be written \(No space left on device\): make room", last_line(log))
+        assert not list(folder.rglob("*.tmp"))
+        assert checkpoint.newest(folder)[0]["step"] >= step
+        (disk / "other").unlink()
+        log.resolve().write_text("")
+    assert train(folder, new=False) == 0
+    assert_same_run(uninterrupted, folder)
+
+
+def test_a_run_that_may_not_be_written_is_one_sentence(uninterrupted, disk):
+    shutil.copytree(uninterrupted, disk / "run")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for given in (["max_steps=30", f"resume={disk / 'run'}"], [*TINY, f"run_dir={disk / 'new'}"]):
+        with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\): make room, or name another"):
+            run(composed("train", given, resumed))
+    from genai import evaluation, sampling
+
+    with pytest.raises(UserError, match="run cannot be written, and what is measured is kept there"):
+        evaluation.run(composed("evaluate", [f"ckpt={disk / 'run'}", "n=4", "likelihood=probability_flow"]))
+    with pytest.raises(UserError, match=r"out cannot be written \(Read-only file system\): name another"):
+        sampling.run(composed("sample", [f"ckpt={disk / 'run'}", "n=1", f"out={disk / 'out'}"], with_sampler))
+
+
+FAMILIES = {
+    "ddpm": TINY,
+    "biggan": GAME,
+    "vae": [
+        "model=vae", "max_steps=40", "data.batch_size=4", "logger=none", "callbacks.save.every_steps=6",
+        "callbacks.save.keep_every_steps=12", "callbacks.evaluate.every_steps=4", "callbacks.evaluate.n=16",
+        "callbacks.samples.every_steps=20", "callbacks.samples.n=2",
+    ],
+    "gpt": [
+        "model=gpt_nano", "data=digits_text", "max_steps=24", "data.batch_size=2", "logger=none", "model.net.width=16",
+        "callbacks.save.every_steps=6", "callbacks.save.keep_every_steps=12", "callbacks.evaluate.every_steps=4",
+        "callbacks.evaluate.n=8", "callbacks.samples.every_steps=20", "callbacks.samples.n=1",
+    ],
+}  # fmt: skip
+KILLS_OF_EACH = int(os.environ.get("KILLS", "25"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_signals_at_random_moments(tmp_path, family):
+    """A hundred over the families: nothing hangs, and last, best and kept checkpoints are those of the twin."""
+    whole, draw, kills, resumes = tmp_path / "whole", random.Random(family), 0, 0
+    start = time.monotonic()
+    assert train(whole, base=FAMILIES[family]) == 0
+    took = time.monotonic() - start
+    while kills < KILLS_OF_EACH:
+        folder = tmp_path / f"run{resumes}"
+        code = None
+        while code != 0:
+            number = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+            after = draw.uniform(0.02, 0.9) * took if kills < KILLS_OF_EACH else None
+            new = not (folder / "config.yaml").exists()
+            code = train(
+                folder, kill_after=after, new=new, base=FAMILIES[family], number=number, codes=(0, -9, 130, 143)
+            )
+            kills += code != 0
+            print(family, number, after, code)
+        assert_same_run(whole, folder)
+        shutil.rmtree(folder)
+        resumes += 1

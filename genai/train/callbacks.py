@@ -16,10 +16,10 @@ from rich.progress import Progress as RichProgress
 
 from genai import checkpoint
 from genai.checkpoint import Loaded
-from genai.core import rng
+from genai.core import files, rng
 from genai.core.errors import at_least
 from genai.core.protocols import Batch, OnStep, Sampler, check_sampler, with_items
-from genai.evaluation import Plan, evaluate
+from genai.evaluation import Plan, check, evaluate
 from genai.extractors import Extractor
 from genai.train.lit import LitModel
 
@@ -111,13 +111,23 @@ class Cards(Between):
         self.every_steps = _every(every_steps, "cards.every_steps")
         self.plan = Plan(metrics, split, n, repeats, extractor=extractor, baselines=baselines)
 
+    def try_out(self, lit: LitModel, config: dict, assets: dict) -> None:
+        """Refuse now, and not after hours, what cannot be measured."""
+        if self.every_steps is not None:
+            with torch.random.fork_rng(devices=[]):
+                check(self.loaded(lit, config, assets), lit.data, self.plan)
+
+    def loaded(self, lit: LitModel, config: dict, assets: dict, step: int = 0) -> Loaded:
+        """The averaged model, as from a checkpoint."""
+        path = lit.record.folder / "checkpoints" / "last.ckpt"
+        return Loaded(lit.ema.module, config, assets, step, path, ("genai.train",))
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
         if self.every_steps is not None and due(trainer, self.every_steps) and trainer.is_global_zero:
             file: Any = trainer.strategy.checkpoint_io
-            path = pl_module.record.folder / "checkpoints" / "last.ckpt"
-            model = pl_module.ema.module
-            loaded = Loaded(model, file.config, file.assets, trainer.global_step, path, ("genai.train",))
-            pl_module.record.cards(trainer.global_step, evaluate(loaded, pl_module.data, self.plan)[1])
+            loaded = self.loaded(pl_module, file.config, file.assets, trainer.global_step)
+            found = evaluate(loaded, pl_module.data, self.plan)[1]
+            pl_module.record.cards(trainer.global_step, found)
 
 
 class _Enough(Exception):
@@ -126,7 +136,10 @@ class _Enough(Exception):
 
 class Save(Between):
     """Writes `last.ckpt` every `every_steps` and at the end, keeping the one before as `previous.ckpt`; `best.ckpt` is
-    the one with the lowest val/loss, and every `keep_every_steps` one stays as `step_<k>.ckpt`."""
+    the one of these with the lowest val/loss, and every `keep_every_steps` one stays as `step_<k>.ckpt`.
+
+    What is written when a run is stopped is `last.ckpt` alone: it would not be there had the run gone on.
+    """
 
     def __init__(self, every_steps: int | None, keep_every_steps: int | None = None):
         self.every_steps = _every(every_steps, "save.every_steps")
@@ -135,22 +148,33 @@ class Save(Between):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
         if due(trainer, self.every_steps):
-            self.save(trainer, pl_module)
+            step, names = trainer.global_step, []
+            fresh = [c.loss for c in callbacks(trainer, Evaluate) if c.step == step]
+            if min(fresh, default=float("inf")) < self.best:
+                self.best = min(fresh)
+                names.append("best.ckpt")
+            if self.keep_every_steps and step % self.keep_every_steps == 0:
+                names.append(f"step_{step:07d}.ckpt")
+            self.save(trainer, pl_module, names)
 
-    def save(self, trainer: L.Trainer, lit: LitModel) -> None:
+    def save(self, trainer: L.Trainer, lit: LitModel, names: Sequence[str] = ()) -> None:
+        """Write last.ckpt, under these names too.
+
+        It becomes last.ckpt last: a run that dies before that goes on from the one before, and gives the names again.
+        """
         folder = lit.record.folder / "checkpoints"
-        fresh = [c.loss for c in callbacks(trainer, Evaluate) if c.step == trainer.global_step]
-        better = min(fresh, default=float("inf")) < self.best
-        self.best = min(fresh, default=self.best) if better else self.best
-        last = folder / "last.ckpt"
-        if trainer.is_global_zero and last.exists():
-            checkpoint.link(last, "previous.ckpt")
-        trainer.save_checkpoint(last)
-        if trainer.is_global_zero:
-            if better:
-                checkpoint.link(last, "best.ckpt")
-            if self.keep_every_steps and trainer.global_step % self.keep_every_steps == 0:
-                checkpoint.link(last, f"step_{trainer.global_step:07d}.ckpt")
+        fresh, last = folder / ".last.ckpt.fresh.tmp", folder / "last.ckpt"
+        try:
+            trainer.save_checkpoint(fresh)
+            if trainer.is_global_zero:
+                for name in names:
+                    checkpoint.link(fresh, name)
+                if last.exists():
+                    checkpoint.link(last, "previous.ckpt")
+                files.replace(fresh, last)
+        finally:
+            if trainer.is_global_zero:
+                fresh.unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -248,10 +272,14 @@ def peak_memory_bytes() -> int:
 
 class File(CheckpointIO):
     """Between Lightning's checkpoint dictionary and the project's file: what sampling needs on top, the rest below
-    `trainer`."""
+    `trainer`.
 
-    def __init__(self, config: dict, assets: dict):
-        self.config, self.assets = config, assets
+    Args:
+        found: (content, path) of what is resumed, so that it is not read twice.
+    """
+
+    def __init__(self, config: dict, assets: dict, found: tuple[dict, Path] | None = None):
+        self.config, self.assets, self.found = config, assets, found
 
     def save_checkpoint(self, checkpoint_dict: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         own = dict(checkpoint_dict)
@@ -266,7 +294,8 @@ class File(CheckpointIO):
         checkpoint.save(content, Path(path))
 
     def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
-        content = checkpoint.read(Path(path))
+        found, self.found = self.found, None
+        content = found[0] if found is not None and found[1] == Path(path) else checkpoint.read(Path(path))
         return {**content["trainer"], "state_dict": content["model"], "ema": content["ema"]}
 
     def remove_checkpoint(self, path: Any) -> None:

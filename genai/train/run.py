@@ -15,37 +15,47 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from omegaconf import DictConfig, OmegaConf
 
 from genai import checkpoint
+from genai.cli import check_unchanged
 from genai.core import files, rng
 from genai.core.errors import UserError, at_least
 from genai.data.base import Data, std
 from genai.data.stream import batches
 from genai.train import codec, trackers
-from genai.train.callbacks import File, Progress, Samples, Stop
+from genai.train.callbacks import Cards, File, Progress, Samples, Stop
 from genai.train.lit import LitModel
+from genai.train.lock import ELSEWHERE, locked
 from genai.train.record import Record
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
-ELSEWHERE = "make room, or name another folder with run_dir="
 FOLDER = "GENAI_RUN_DIR"  # how the first process tells the other ranks where the run lives
 
 
 def run(cfg: DictConfig) -> Path:
     """Train as `cfg` says; returns the run directory. Raises UserError for what the user can mend.
 
-    Everything is built before anything is written.
+    Everything is built before anything is written, and nobody else can write to that directory meanwhile.
     """
+    with contextlib.ExitStack() as held:
+        return _run(cfg, held)
+
+
+def _run(cfg: DictConfig, held: contextlib.ExitStack) -> Path:
+    """See `run`; the run directory is `held` as soon as there is one."""
     trust = None if cfg.resume is None else ["genai.train", "genai.extractors", *_packages(cfg.trust)]
     if cfg.debug and cfg.resume is None:
         _shrink(cfg)
     at_least(cfg.max_steps, 1, "max_steps")
     at_least(cfg.seed, 0, "seed")
     hardware = _hardware(cfg.trainer)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if first and cfg.resume is not None:
+        held.enter_context(locked(Path(cfg.resume)))
+    folder, resumed = _folder(cfg)
     data = checkpoint.build(OmegaConf.to_container(cfg.data, resolve=True), trust)
     for fact in ("shape", "classes", "levels"):
         cfg.data[fact] = getattr(data, fact)
     if cfg.model.get("sigma_data", 1.0) is None:  # of latents it is 1, see Latent
         cfg.model.sigma_data = 1.0 if cfg.model.get("latent") else round(std(data.splits["train"], data.field), 4)
-    folder, resumed = _folder(cfg)
     weights = codec.adopt(cfg, data, trust or _packages(cfg.trust), resumed is not None)
     config: dict[str, Any] = {**OmegaConf.to_container(cfg, resolve=True), "resume": None}  # type: ignore[dict-item]
     if resumed is not None:
@@ -58,13 +68,14 @@ def run(cfg: DictConfig) -> Path:
         model.measure(batches(data.splits["train"], data.batch_size, codec.MEASURED))
     if cfg.init_from is not None:
         _init_from(model, data.assets(), cfg.init_from, cfg.init_strict)
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
     record = Record(folder, writes=first)
     lit = _lit(cfg, config, trust, model, data, record)
     callbacks = [checkpoint.build(node, trust) for node in config["callbacks"].values() if node is not None]
     for callback in callbacks:  # before anything is written; on its device it is tried once more
         if isinstance(callback, Samples):
             callback.try_out(lit)
+        elif isinstance(callback, Cards) and first:
+            callback.try_out(lit, config, data.assets())
     tracker = checkpoint.build({**config["logger"], "_partial_": True}, trust)
     if cfg.get("codec") is not None and cfg.codec.cache is not None:
         if resumed is not None:
@@ -76,11 +87,14 @@ def run(cfg: DictConfig) -> Path:
     _quiet()
     trainer = L.Trainer(
         **hardware, max_steps=cfg.max_steps, max_epochs=-1, logger=False, default_root_dir=folder,
-        callbacks=[*callbacks, Progress(), Stop()], plugins=[File(config, data.assets())], enable_checkpointing=False,
+        callbacks=[*callbacks, Progress(), Stop()], plugins=[File(config, data.assets(), resumed)], enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
         use_distributed_sampler=False, profiler=Unprofiled(),
     )  # fmt: skip
     if first:
+        if resumed is None and cfg.resume is None:
+            held.enter_context(locked(folder))
+            _check_unused(folder)
         _write(folder, config)
         record.cut(resumed[0]["step"] if resumed else None)
         record.tracker = tracker(folder, cfg.name, config)
@@ -163,13 +177,13 @@ def _folder(cfg: DictConfig) -> tuple[Path, tuple[dict, Path] | None]:
         folder = Path(cfg.resume)
         found = checkpoint.newest(folder)
         if found is None:
-            print(f"{folder} has no readable checkpoint: it starts again from step 0")
-        elif found[0]["step"] >= cfg.max_steps:
+            print(f"{folder} has no checkpoint yet: it starts again from step 0")
+            return folder, None
+        check_unchanged(OmegaConf.to_container(cfg, resolve=True), found[0]["config"], folder)  # type: ignore[arg-type]
+        if found[0]["step"] >= cfg.max_steps:
             raise UserError(
                 f"{folder} has already done its {found[0]['step']} steps: give a larger max_steps= to go on"
             )
-        for temporary in (folder / "checkpoints").glob(".*.tmp"):
-            temporary.unlink()  # what a kill left of a write
         return folder, found
     if "LOCAL_RANK" in os.environ and FOLDER in os.environ:
         return Path(os.environ[FOLDER]), None
@@ -177,14 +191,19 @@ def _folder(cfg: DictConfig) -> tuple[Path, tuple[dict, Path] | None]:
         folder = Path(cfg.run_dir)
         if folder.is_file():
             raise UserError(f"run_dir={folder} is a file: name a folder")
-        if any((folder / name).exists() for name in ("config.yaml", "checkpoints")):
-            raise UserError(f"run_dir={folder} already holds a run: resume={folder} goes on with it, or name another")
+        _check_unused(folder)
     else:
         stamp = Path("runs") / cfg.name / time.strftime("%Y-%m-%d_%H-%M-%S")
         twins = (stamp.with_name(f"{stamp.name}_{n}") for n in range(2, 1000))
         folder = next(path for path in (stamp, *twins) if not path.exists())
     os.environ[FOLDER] = str(folder)
     return folder, None
+
+
+def _check_unused(folder: Path) -> None:
+    """Raise UserError if a folder holds a run."""
+    if any((folder / name).exists() for name in ("config.yaml", "checkpoints")):
+        raise UserError(f"run_dir={folder} already holds a run: resume={folder} goes on with it, or name another")
 
 
 def _same_names(stored: dict, found: dict, path: Path) -> None:

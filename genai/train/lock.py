@@ -1,0 +1,45 @@
+"""One process at a time writes to a run directory."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from genai.core import files
+from genai.core.errors import UserError
+
+ELSEWHERE = "make room, or name another folder with run_dir="
+LEFT = (  # by a kill, of what only the process that trains writes
+    "checkpoints/.*.ckpt.*.tmp", "samples/.samples_*.tmp", ".config.yaml*.tmp", ".metrics.csv.*.tmp", ".git.diff.*.tmp",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold a run directory, which is made if need be; however the process dies, it is free again.
+
+    What a kill left of files half-written is deleted. Raises UserError if another process holds the directory.
+    """
+    path = run / ".lock"
+    with files.writable(path, ELSEWHERE):
+        files.make_folder(run)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            holder = path.read_text(errors="replace").strip() or "another process"
+            raise UserError(f"{run} is in use by {holder}: wait until that ends, or stop it") from None
+    try:
+        with files.writable(path, ELSEWHERE):
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+            for pattern in LEFT:
+                for temporary in run.glob(pattern):
+                    temporary.unlink(missing_ok=True)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # of a disk that is full or gone
+            path.unlink(missing_ok=True)
+        lock.release()
