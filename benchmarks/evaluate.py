@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from benchmarks.common import RESULTS, hardware
-from genai import checkpoint, extractors
+from genai import extractors
+from genai.build import build_typed
 from genai.cards import METRICS
 from genai.checkpoint import Loaded
 from genai.cli import composed
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--baselines", action="store_true", help="fit what is not kept of them yet, too")
     args = parser.parse_args()
     node = OmegaConf.to_container(composed("train", ["data=mnist", f"data.root={args.root}"]).data, resolve=True)
-    data = checkpoint.build(node)
+    data = build_typed(node)
     extractors.judge(data, node, "cpu")
     names = [name for name, metric in METRICS.items() if metric.of == "samples"]
     config = {"data": node, "model": {"classes": 10}, "sampler": {}}

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genai import checkpoint
+from genai.build import build_typed
 from genai.cli import composed
 from genai.models.autoregressive.gpt import GPT
 from genai.nn.transformer import scaled_init
@@ -22,7 +22,7 @@ def config(length: int, *overrides: str) -> dict[str, Any]:
 
 
 def ours(length: int) -> GPT:
-    return checkpoint.build(config(length)["model"])
+    return build_typed(config(length)["model"])
 
 
 class PlainBlock(nn.Module):

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from benchmarks import gpt
 from benchmarks.common import interleave, ratio, report, setup, spread
-from genai import checkpoint
+from genai.build import build_typed
 
 BATCH, LENGTH = 12, 64
 
@@ -61,7 +61,7 @@ def theirs(model: nn.Module, device: torch.device, logits: Callable[[Any], torch
 
 def ours(device: torch.device) -> Callable:
     model = gpt.ours(LENGTH).to(device).train()
-    optimizer = checkpoint.build(gpt.config(LENGTH)["optim"])(model)
+    optimizer = build_typed(gpt.config(LENGTH)["optim"])(model)
     return step(model, lambda tokens: model({"tokens": tokens}, 0).total, optimizer, gpt.VOCAB)
 
 

@@ -17,6 +17,7 @@ import genai
 from benchmarks.common import RESULTS, hardware, setup
 from benchmarks.quality import ROOT
 from genai import checkpoint
+from genai.build import build_typed
 from genai.data.stream import batches
 from genai.judge import Judge, trained
 from genai.metrics.manifold import precision_recall
@@ -59,7 +60,7 @@ def main() -> None:
     device = setup()
     loaded = genai.load(args.run)
     node = loaded.config["data"]["images"]
-    data = checkpoint.build({**node, "root": args.root or node["root"]})
+    data = build_typed({**node, "root": args.root or node["root"]})
     judge, test = trained(data, node), next(batches(data.splits["test"], 2 * args.n, 2 * args.n))["image"]
     real, right = test[: args.n], judge.accuracy(data, "test")
     floor = precision_recall(judge.features(real), judge.features(test[args.n :])).recall

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from benchmarks.common import interleave, ratio, report, setup, spread
-from genai import checkpoint
+from genai.build import build_typed
 from genai.cli import composed
 from genai.core import rng
 from genai.core.protocols import Batch
@@ -33,8 +33,8 @@ STEPS = 2, 10
 
 
 def built(cfg: Any, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = checkpoint.build(OmegaConf.to_container(cfg.model, resolve=True)).to(device).train()
-    return model, checkpoint.build(OmegaConf.to_container(cfg.optim, resolve=True))(model)
+    model = build_typed(OmegaConf.to_container(cfg.model, resolve=True)).to(device).train()
+    return model, build_typed(OmegaConf.to_container(cfg.optim, resolve=True))(model)
 
 
 def over(first_stage: str, *overrides: str) -> Any:

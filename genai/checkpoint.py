@@ -1,28 +1,26 @@
 """Checkpoints: tensors and plain values in one file, written whole or not at all, read without running anything.
 
-The one place where a config becomes a Model. A config inside a checkpoint is data somebody else may have written, so
-every `_target_` must be a class or function defined exactly where its name says, in a room that holds what models are
-built from, or in a package the user admits with `trust=`.
+A file is data somebody else may have written: `read` looks at all of it, and at its sizes, before anything is made of it, and
+`build` says what its config may become.
 """
 
-import importlib
+import contextlib
 import os
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from genai.core import files
+from genai.build import build_stored, reason
+from genai.core import archive, files
 from genai.core.errors import UserError
 from genai.core.rng import RNG_VERSION
 
 FORMAT = 1
 ROOM = "make room, then resume= goes on from the last good checkpoint"
-BUILDABLE = ("genai.models.", "genai.nn.", "genai.losses.", "genai.data.")
 
 
 class Damaged(UserError):
@@ -64,45 +62,92 @@ def link(path: Path, name: str) -> None:
 
 
 def read(path: Path) -> dict:
-    """The content of a checkpoint on the CPU.
+    """The content of a checkpoint on the CPU, checked: see `check` for what it is.
 
-    Raises UserError if it cannot be read now, is no checkpoint, or holds code, and Damaged if it is torn.
+    Raises Damaged if it is torn, and UserError if it cannot be read now, is no checkpoint, holds code, or claims to be larger
+    than it is.
     """
     try:
-        _check_whole(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = archive.read(path)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: give ckpt= (or resume=, init_from=) a run or a file") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, not a checkpoint file") from None
-    except UserError:
-        raise
-    except (OSError, MemoryError) as error:
-        reason = getattr(error, "strerror", None) or str(error) or "out of memory"
-        raise UserError(f"{path} cannot be read now ({reason}): try again when it can") from error
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        if "not enough memory" in reason:  # torch's own error has no type of its own
-            raise UserError(f"{path} cannot be read now ({reason}): try again when it can") from error
-        raise UserError(f"{path} is refused, it holds more than tensors and plain values ({reason})") from error
+    except archive.Damaged as error:
+        raise Damaged(f"{path} is damaged, torn or no checkpoint ({error}): use another file of its folder") from error
+    except archive.Refused as error:
+        raise UserError(f"{path} is refused, it holds more than tensors and plain values ({error})") from error
+    except (OSError, MemoryError, RuntimeError) as error:  # torch's lack of memory has no type of its own
+        why = getattr(error, "strerror", None) or str(error) or "out of memory"
+        raise UserError(f"{path} cannot be read now ({why}): try again when it can") from error
     if not isinstance(content, dict) or "format" not in content:
         raise UserError(f"{path} is no checkpoint of this project: it has no format number")
-    if content["format"] > FORMAT:
+    if type(content["format"]) is int and content["format"] > FORMAT:
         raise UserError(f"{path} has checkpoint format {content['format']}, this version reads up to {FORMAT}: update")
+    try:
+        check(content)
+    except ValueError as error:
+        raise UserError(f"{path} is refused, its content is not a checkpoint's: {error}") from None
     return content
 
 
-def _check_whole(path: Path) -> None:
-    """Raise Damaged unless the file is an archive whose checksums hold."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            torn = archive.testzip()
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # zipfile has many words for damaged bytes
-        raise Damaged(f"{path} is torn or no checkpoint ({error}): use another file of its folder") from error
-    if torn is not None:
-        raise Damaged(f"{path} is damaged at {torn}: use another file of its folder")
+def check(content: dict) -> None:
+    """Raise ValueError unless the content of a file is what a checkpoint holds.
+
+    `format` and `step` whole numbers, `model` and `ema` tensors by name, `trainer` whatever Lightning keeps, and `config` and
+    `assets` plain values without tuples and tensors: what a person could have typed.
+    """
+    for key, kind in SCHEMA.items():
+        if type(content.get(key)) is not kind:
+            raise ValueError(f"{key} must be of type {kind.__name__}, not {type(content.get(key)).__name__}")
+    if content["format"] < 1 or content["step"] < 0:
+        raise ValueError(f"format={content['format']}, step={content['step']} count from 1 and 0")
+    for part in ("model", "ema"):
+        for name, tensor in content[part].items():
+            if type(name) is not str or type(tensor) is not Tensor:
+                raise ValueError(f"{part} must hold tensors by name, and {name!r} is a {type(tensor).__name__}")
+    for part in ("config", "assets"):
+        _check_plain(content[part], part)
+    for part in ("model", "data", "sampler"):
+        node = content["config"].get(part)
+        if type(node) is not dict or type(node.get("_target_")) is not str:
+            raise ValueError(f"config.{part} must be a dict with a _target_")
+    _check_assets(content["assets"], content["config"])
+
+
+SCHEMA = {"format": int, "step": int, "config": dict, "assets": dict, "model": dict, "ema": dict, "trainer": dict}
+
+
+def _check_plain(node: Any, key: str) -> None:
+    """Raise ValueError unless the node is of dicts, lists, strings, numbers, booleans and None alone."""
+    if type(node) is dict:
+        for name, value in node.items():
+            if type(name) is not str:
+                raise ValueError(f"{key} has the key {name!r}, and only texts may be keys")
+            _check_plain(value, f"{key}.{name}")
+    elif type(node) is list:
+        for i, value in enumerate(node):
+            _check_plain(value, f"{key}[{i}]")
+    elif type(node) not in (str, int, float, bool, type(None)):
+        raise ValueError(f"{key} is a {type(node).__name__}, and only plain values may be stored there")
+
+
+def _check_assets(assets: dict, config: dict) -> None:
+    """Raise ValueError unless class names, tokenizer and pixels are what the config's model can be asked for."""
+    names, classes = assets.get("class_names"), config["model"].get("classes")
+    if names is not None and not (type(names) is list and all(type(name) is str for name in names)):
+        raise ValueError("assets.class_names must be a list of texts or null")
+    if classes is not None and (type(classes) is not int or classes < 1):
+        raise ValueError(f"config.model.classes={classes!r} must be a whole number, at least 1, or null")
+    if type(assets.get("tokenizer", {})) is not dict:
+        raise ValueError("assets.tokenizer must be a dict with a _target_")
+    if "pixels" in assets:
+        pixels = assets["pixels"]
+        shape = pixels.get("shape") if type(pixels) is dict and pixels.keys() == {"shape", "levels"} else None
+        if not (type(shape) is list and len(shape) == 3 and all(type(n) is int and 0 < n <= 2**16 for n in shape)):
+            raise ValueError("assets.pixels must hold the shape [C, H, W] of an image, and its levels")
+        if type(pixels["levels"]) is not int or not 2 <= pixels["levels"] <= 2**16:
+            raise ValueError(f"assets.pixels.levels={pixels['levels']!r} must be a whole number from 2 to 65536")
 
 
 def newest(run: Path) -> tuple[dict, Path] | None:
@@ -159,69 +204,6 @@ def locate(ckpt: str | None, runs: Path = Path("runs")) -> tuple[dict, Path]:
     return found
 
 
-def _targets(node: Any) -> Iterator[str]:
-    """Every `_target_` below node. Raises UserError for anything that is more than data."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if isinstance(key, str) and key.startswith("_") and key not in ("_target_", "_partial_"):
-                raise UserError(
-                    f"the checkpoint's config is refused: it uses {key}, and only _target_ and _partial_ may be"
-                )
-            if key == "_target_":
-                yield value
-            else:
-                yield from _targets(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _targets(value)
-    elif isinstance(node, str) and "${" in node:
-        raise UserError(
-            f"the checkpoint's config is refused: {node!r} is an interpolation, and only values may be stored"
-        )
-
-
-def check_target(target: Any, trust: Sequence[str] = ()) -> None:
-    """Raise UserError unless `target` is the true name of a class or function that a checkpoint may build."""
-    rooms = (*BUILDABLE, *(f"{package}." for package in trust))
-    module, _, name = str(target).rpartition(".")
-    if not f"{module}.".startswith(rooms):
-        package = str(target).partition(".")[0]
-        hint = f"; if you trust it, add trust={package}" if package not in ("genai", "os", "builtins") else ""
-        raise UserError(f"the checkpoint wants to build {target}, which is outside genai's models and data{hint}")
-    try:
-        found = vars(importlib.import_module(module))[name]
-    except (ImportError, KeyError):
-        raise UserError(
-            f"the checkpoint wants to build {target}, which is not defined in a module of that name"
-        ) from None
-    if not callable(found) or f"{found.__module__}.{found.__qualname__}" != target:
-        raise UserError(f"the checkpoint wants to build {target}, which is not defined there but only imported")
-
-
-def build(node: Any, trust: Sequence[str] | None = None) -> Any:
-    """Instantiate a config node, everything inside it first.
-
-    With `trust` (possibly empty) the node comes from a file: all of it is checked before anything is built, see the
-    module's head. Without, it is what the user typed. Raises UserError for an argument that a target does not take.
-    """
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-
-    for target in _targets(node) if trust is not None else ():
-        check_target(target, trust or ())
-    try:
-        return instantiate(node, _convert_="all")
-    except InstantiationException as error:
-        cause, message = error.__cause__, str(error).splitlines()
-        while cause is not None and isinstance(cause.__cause__, Exception) and not isinstance(cause, UserError):
-            cause = cause.__cause__
-        if isinstance(cause, UserError):
-            raise cause from None
-        if (isinstance(cause, TypeError) and "argument" in str(cause)) or "locating" in message[0]:
-            raise UserError(f"{node.get('_target_')} cannot be built: {cause or message[0]}") from error
-        raise (cause or error) from None
-
-
 @dataclass
 class Loaded:
     """A model ready to sample: in evaluation mode, with the config, sampler node and assets it was stored with."""
@@ -241,11 +223,43 @@ def load(
     if weights not in ("ema", "raw"):
         raise UserError(f"weights={weights} is none of ema, raw")
     content, path = locate(None if ckpt is None else str(ckpt))
-    model = build(content["config"]["model"], trust)
     state = content["model"] if weights == "raw" else {**content["model"], **content["ema"]}
+    model = build_model(content["config"]["model"], state, trust)
     load_weights(model, state, path)
     model.eval().requires_grad_(False).to(device)
     return Loaded(model, content["config"], content["assets"], content["step"], path, tuple(trust))
+
+
+def build_model(node: Any, state: dict[str, Tensor], trust: Sequence[str] = ()) -> nn.Module:
+    """The model that a file's config says, not yet with its weights `state`.
+
+    Raises UserError if that builds no model, or one far larger than its weights.
+    """
+    model = build_stored(node, trust, weights=state)
+    if not isinstance(model, nn.Module) or not callable(getattr(model, "nets", None)):
+        raise UserError(
+            f"the checkpoint's config.model is refused: {node.get('_target_')} is no model, but a part of one"
+        )
+    return model
+
+
+@contextlib.contextmanager
+def blamed(loaded: Loaded) -> Iterator[None]:
+    """Say of an error that a loaded model raises in use which file it is of; the error itself is the cause.
+
+    Code of the user's own, admitted with `trust=`, and a lack of memory speak for themselves.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if loaded.trust:
+            raise
+        raise UserError(
+            f"{loaded.path} fails with what its config and this call say ({type(error).__name__}: {reason(error)}): use another "
+            "checkpoint, or other arguments"
+        ) from error
 
 
 def load_weights(model: nn.Module, state: dict, path: Path, strict: bool = True) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
@@ -298,12 +299,42 @@ def resumed(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
     for key in given:
         if key not in (*RESUMABLE, "resume") and not key.startswith("logger."):
             raise UserError(f"{key}= cannot change when a run is resumed, only {', '.join(RESUMABLE)} can")
-    stored: Any = OmegaConf.load(path)
+    stored: Any = OmegaConf.create(stored_config(path))
+    stored.trust = None  # what a run may build is for the user to say, each time
     if "logger" in given:
         stored.logger = cfg.logger
     cfg.clear()
     cfg.update(stored)
     return overrides
+
+
+CONFIG_BYTES = 2**22
+
+
+def stored_config(path: Path) -> dict[str, Any]:
+    """The config.yaml of a run, which somebody else may have written. Raises UserError unless it holds plain values."""
+    try:
+        if path.stat().st_size > CONFIG_BYTES:
+            raise UserError(f"{path} is no config of a run: it has more than {CONFIG_BYTES // 2**20} MiB")
+        text = path.read_text()
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        if "${" in text or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
+            raise UserError(
+                f"{path} is refused: it has values that stand for others (${{...}} or *), which no run writes"
+            )
+        found = OmegaConf.to_container(OmegaConf.create(text))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path} cannot be read ({str(error).strip().splitlines()[0]}): a checkpoint of its folder has the config too, name "
+            "that with ckpt="
+        ) from error
+    for part in ("model", "data", "sampler"):
+        node = found.get(part) if isinstance(found, dict) else None
+        if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+            raise UserError(f"{path} is no config of a run: its {part} must be a group of keys with a _target_")
+    return found  # type: ignore[return-value]
 
 
 def with_sampler(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
@@ -334,7 +365,7 @@ def _stored_config(ckpt: Any) -> tuple[str, dict[str, Any]]:
     """The run or file that `ckpt` names and its config: a run directory's is read without torch, that of a checkpoint
     file or of the newest run with it."""
     if ckpt is not None and (path := Path(str(ckpt)) / "config.yaml").is_file():
-        return str(ckpt), OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[return-value]
+        return str(ckpt), stored_config(path)
     from genai import checkpoint
 
     content, found = checkpoint.locate(None if ckpt is None else str(ckpt))

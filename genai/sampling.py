@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from genai import checkpoint
+from genai.build import DATA, MODELS, build_stored
 from genai.checkpoint import Loaded
 from genai.core import files, rng
 from genai.core.errors import UserError, at_least
@@ -55,23 +56,24 @@ def sample(
         raise UserError(
             f"sampler={sampler!r} must be a config node such as those in conf/sampler: a dict with _target_"
         )
-    run = bind(loaded, sampler or loaded.config["sampler"], arguments)
     seeds = rng.seed_range(seed, n)
-    captions = resolve_captions(prompt, negative_prompt, n, loaded)
-    labels = None if captions and label is None else resolve_labels(label, n, loaded)  # a caption says enough
-    cond = resolve_prompts(None if captions else prompt, stop, n, loaded) or {}
-    cond |= (captions or {}) | ({} if labels is None else {"label": labels})
-    chunks, starts = [], range(0, n, batch_size)
-    for k, start in enumerate(starts):
-        part = slice(start, start + batch_size)
-        progress = None if on_step is None else _shifted(on_step, k, len(starts))
-        given = {name: value[part] for name, value in cond.items()}
-        chunks.append(run(loaded.model, seeds[part], given or None, progress))
-    batch = {name: torch.cat([chunk[name].cpu() for chunk in chunks]) for name in chunks[0]}
-    if "pixels" in loaded.assets:
-        from genai.data.pixels import to_images
+    with checkpoint.blamed(loaded):
+        run = bind(loaded, sampler or loaded.config["sampler"], arguments)
+        captions = resolve_captions(prompt, negative_prompt, n, loaded)
+        labels = None if captions and label is None else resolve_labels(label, n, loaded)  # a caption says enough
+        cond = resolve_prompts(None if captions else prompt, stop, n, loaded) or {}
+        cond |= (captions or {}) | ({} if labels is None else {"label": labels})
+        chunks, starts = [], range(0, n, batch_size)
+        for k, start in enumerate(starts):
+            part = slice(start, start + batch_size)
+            progress = None if on_step is None else _shifted(on_step, k, len(starts))
+            given = {name: value[part] for name, value in cond.items()}
+            chunks.append(run(loaded.model, seeds[part], given or None, progress))
+        batch = {name: torch.cat([chunk[name].cpu() for chunk in chunks]) for name in chunks[0]}
+        if "pixels" in loaded.assets:
+            from genai.data.pixels import to_images
 
-        batch["image"] = to_images(batch["tokens"], **loaded.assets["pixels"])
+            batch["image"] = to_images(batch["tokens"], **loaded.assets["pixels"])
     return {**batch, "seeds": seeds, **({} if labels is None else {"label": labels})}
 
 
@@ -94,7 +96,7 @@ def bind(loaded: Loaded, node: dict, arguments: dict[str, Any]) -> Callable[...,
         if other.assets.get("tokenizer") != loaded.assets.get("tokenizer"):
             raise UserError(f"sampler.draft={other.path} has another tokenizer than {loaded.path}: they must share one")
         extras["draft"] = other.model
-    run = with_items(functools.partial(checkpoint.build(node, loaded.trust), **extras), items_of(loaded))
+    run = with_items(functools.partial(build_stored(node, loaded.trust), **extras), items_of(loaded))
     try:
         inspect.signature(run).bind(None, None, None, None)
     except TypeError as error:
@@ -105,7 +107,7 @@ def bind(loaded: Loaded, node: dict, arguments: dict[str, Any]) -> Callable[...,
 
 def items_of(loaded: Loaded) -> Callable[[str, Tensor], Tensor]:
     """Items of the data a checkpoint was trained on, which is built when first asked."""
-    data = functools.cache(lambda: checkpoint.build(loaded.config["data"], loaded.trust))
+    data = functools.cache(lambda: build_stored(loaded.config["data"], loaded.trust, (MODELS, DATA)))
     return lambda split, index: data().items(split, index)
 
 
@@ -219,7 +221,9 @@ def _write(out: Path, cfg: Any, loaded: Loaded, batch: Batch, prompt: Any, node:
         given = resolve_prompts(prompt, cfg.stop, cfg.n, loaded) or {}
         text.write_samples(out, text.from_state(loaded.assets["tokenizer"]), given, batch, rng.RNG_VERSION)
         return f"{out}/samples.txt, samples.jsonl"
-    field = "image" if "image" in batch else loaded.config["data"]["field"]
+    field = "image" if "image" in batch else loaded.config["data"].get("field")
+    if field not in batch:
+        raise UserError(f"{loaded.path} says that its data is {field}, and its sampler makes {', '.join(batch)}")
     several = len(prompt) if isinstance(prompt, list) and 1 < len(prompt) <= 20 else None
     columns = node.get("columns") or several or (10 if "label" in batch and cfg.n >= 10 else None)
     io.write_samples(out, field, batch[field], batch.get("label"), batch["seeds"], rng.RNG_VERSION, columns)

@@ -15,6 +15,7 @@ ROWS = [
     ["nn", "losses", "kernels", "data", "metrics"],
     ["models"],
     ["tune"],
+    ["build"],
     ["checkpoint"],
     ["export", "sampling", "judge", "cli"],
     ["extractors"],
@@ -26,7 +27,7 @@ ROWS = [
 ]
 LEVEL = {room: i for i, row in enumerate(ROWS) for room in row}
 # Heavy packages and the only rooms that may import them anywhere.
-ONLY = {"lightning": ["train"], "triton": ["kernels"], "wandb": ["train"], "hydra": ["cli", "checkpoint", "sweeps"]}
+ONLY = {"lightning": ["train"], "triton": ["kernels"], "wandb": ["train"], "hydra": ["cli", "build", "sweeps"]}
 FILES = sorted((ROOT / "genai").rglob("*.py"))
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import genai
-from genai import cards, checkpoint, extractors, judge
+from genai import cards, extractors, judge
 from genai.baselines.beside import beside
+from genai.build import build_typed
 from genai.cli import composed, resumed
 from genai.compare.runs import check_protocols, read
 from genai.core.errors import UserError
@@ -73,7 +74,7 @@ def test_samples_are_those_of_one_call_whatever_the_batches(runs):
 def test_a_card_is_measured_as_its_parts_are(runs):
     """Fréchet distance and accuracy by hand, from the samples, the judge and the split."""
     loaded = genai.load(runs[0])
-    data = checkpoint.build(loaded.config["data"])
+    data = build_typed(loaded.config["data"])
     extractor = extractors.judge(data, loaded.config["data"], "cpu")
     batch, real = genai.sample(loaded, n=60), data.splits["test"].batch(torch.arange(360), None)["image"]
     fake, logits = extractor(rounded(batch["image"], 17))
@@ -122,7 +123,7 @@ def test_text_is_measured_against_what_was_learned(tmp_path, monkeypatch):
     assert found["nats_per_token"]["baselines"].keys() == {"interpolated 5-gram"}
 
     def copied(loaded, n, seed, label, batch_size):
-        tokens = checkpoint.build(loaded.config["data"]).splits["train"].batch(torch.arange(n), None)["tokens"]
+        tokens = build_typed(loaded.config["data"]).splits["train"].batch(torch.arange(n), None)["tokens"]
         return {"tokens": tokens}
 
     metrics = "metrics=[distinct_1,distinct_2,longest_copy]"
@@ -139,7 +140,7 @@ def test_text_is_measured_against_what_was_learned(tmp_path, monkeypatch):
 
 def test_a_judge_is_trained_once_and_the_same_way(runs, monkeypatch, capsys, tmp_path):
     loaded = genai.load(runs[0])
-    data = checkpoint.build(loaded.config["data"])
+    data = build_typed(loaded.config["data"])
     first = judge.trained(data, loaded.config["data"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     second = judge.trained(data, loaded.config["data"])
@@ -154,7 +155,7 @@ def test_baselines_are_fitted_once(runs, monkeypatch, capsys, tmp_path):
     loaded = genai.load(runs[0])
     node = loaded.config["data"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = [beside(checkpoint.build(node), node, ["bits_per_dim"], "test", 360) for _ in range(2)]
+    found = [beside(build_typed(node), node, ["bits_per_dim"], "test", 360) for _ in range(2)]
     assert found[0] == found[1] and capsys.readouterr().out.count("once: mixture") == 1
     assert found[0]["bits_per_dim"]["Markov chain over pixels"] == pytest.approx(2.29, abs=0.01)
 
@@ -230,7 +231,7 @@ def test_inception_is_torch_fidelitys(runs, tmp_path, monkeypatch):
 
 def test_a_memoriser_is_flagged(runs, monkeypatch):
     """A sampler that gives training images back."""
-    items = checkpoint.build(genai.load(runs[0]).config["data"]).splits["train"].batch(torch.arange(400), None)
+    items = build_typed(genai.load(runs[0]).config["data"]).splits["train"].batch(torch.arange(400), None)
 
     def copies(loaded, n, seed, label, batch_size):
         return {"image": items["image"][seed : seed + n], "label": items["label"][seed : seed + n]}

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import genai
 from genai import checkpoint
+from genai.build import build_typed
 from genai.cli import composed
 from genai.data.base import Data, example
 from genai.train.callbacks import File
@@ -71,13 +72,11 @@ def train(config, folder, steps, resume=None):
     )  # fmt: skip
     data.splits = {"train": Synthetic(data), "val": Synthetic(data)}
     torch.manual_seed(0)
-    model = checkpoint.build(config["model"])
+    model = build_typed(config["model"])
     record = Record(folder)
     record.cut(None)
-    loop = checkpoint.build({**config["loop"], "_partial_": True})
-    lit = loop(
-        model, data, checkpoint.build(config["optim"]), functools.partial(EMA, decay=0.9), record, log_every_steps=1
-    )
+    loop = build_typed({**config["loop"], "_partial_": True})
+    lit = loop(model, data, build_typed(config["optim"]), functools.partial(EMA, decay=0.9), record, log_every_steps=1)
     trainer = L.Trainer(
         max_steps=steps, max_epochs=-1, logger=False, accelerator="cpu", plugins=[File(config, data.assets())],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, devices=1,
@@ -91,7 +90,7 @@ def train(config, folder, steps, resume=None):
 def test_builds_learns_saves_loads_samples_and_resumes(case, tmp_path):
     config = config_of(case)
     one = train(config, tmp_path, 1)
-    start = checkpoint.build(config["model"])
+    start = build_typed(config["model"])
     assert one.trainer.global_step == 1
     assert len(start.nets()) > 0
     values = one.evaluate()

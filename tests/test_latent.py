@@ -12,6 +12,7 @@ from torch import nn
 
 import genai
 from genai import checkpoint
+from genai.build import build_typed
 from genai.cli import composed, resumed
 from genai.core import rng
 from genai.core.errors import UserError
@@ -517,7 +518,7 @@ def test_a_vqvae_shows_its_reconstructions_in_training(tmp_path):
     folder = train("model=vqvae", "data=digits", f"run_dir={tmp_path / 'vq'}", *SMALL, "callbacks.samples.n=20")
     loaded = genai.load(folder)
     x = genai.sample(loaded, n=20, sampler={**loaded.config["shown"], "split": "test"})["image"]
-    real = checkpoint.build(loaded.config["data"]).splits["test"].batch(torch.arange(10), None)["image"]
+    real = build_typed(loaded.config["data"]).splits["test"].batch(torch.arange(10), None)["image"]
     assert torch.equal(x[:10], real)
     assert torch.allclose(x[10:], loaded.model.reconstruct({"image": real}), atol=1e-5)
     assert (folder / "samples" / "samples_0000004.png").exists()

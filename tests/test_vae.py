@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import genai
-from genai import checkpoint, evaluation
+from genai import evaluation
+from genai.build import build_typed
 from genai.cli import composed
 from genai.core.errors import UserError
 from genai.data import io
@@ -249,7 +250,7 @@ def test_a_run_shows_itself_from_the_command_line(tmp_path, command, refused):
         samples = np.load(tmp_path / sampler / "samples.npz")["samples"]
         assert samples.shape == (12, 1, 8, 8)
     data = genai.load(run).config["data"]
-    first = checkpoint.build(data).splits["val"].batch(torch.arange(6), None)["image"]
+    first = build_typed(data).splits["val"].batch(torch.arange(6), None)["image"]
     assert np.array_equal(np.load(tmp_path / "reconstruct" / "samples.npz")["samples"][:6], io.to_uint8(first).numpy())
     result = evaluation.run(composed("evaluate", [f"ckpt={run}", "split=val", "n=20"]))
     assert (

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from genai.baselines.base import check, known
 from genai.baselines.run import held, nats_of, row_node
 from genai.baselines.vectors import Copier
+from genai.build import build_typed
 from genai.cards import METRICS, Seen, Sets
-from genai.checkpoint import build
 from genai.cli import conf_dir
 from genai.core import files
 from genai.core.cache import CACHE_HINT, cache_folder
@@ -52,7 +52,7 @@ def beside(
     for row in rows[of]:
         if row["baseline"] == "pca":
             row["components"] = min(numbers, math.prod(data.shape), MOST, len(data.splits["train"]))
-        baseline = build(row_node(row)[1])
+        baseline = build_typed(row_node(row)[1])
         wanted = [name for name in names if answers(baseline, name)]
         try:
             check(baseline, data)

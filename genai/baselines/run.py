@@ -16,7 +16,7 @@ from torch import Tensor
 from genai import judge as networks
 from genai.baselines.base import Baseline, Known, check, known, stream
 from genai.baselines.judge import HIDDEN, Judge
-from genai.checkpoint import build
+from genai.build import build_typed
 from genai.cli import choices_of, conf_dir, config_folders, nearest
 from genai.core import files
 from genai.core.errors import UserError, at_least
@@ -51,7 +51,7 @@ class Ruler:
 def run(cfg: Any) -> dict[str, Any]:
     """`python -m genai.baselines`: fit, score, print and write; returns what is written."""
     node: Any = OmegaConf.to_container(cfg.data, resolve=True)
-    data, node = images_behind(build(node), node)
+    data, node = images_behind(build_typed(node), node)
     split = cfg.split or ("test" if "test" in data.splits else "val")
     if split not in data.splits:
         raise UserError(f"split={split} is none of {', '.join(data.splits)}")
@@ -96,7 +96,7 @@ def baselines(cfg: Any, data: Data) -> list[tuple[str, dict[str, Any], Baseline]
         raise UserError(f"there are no baselines of {data.field}, only of {', '.join(cfg.rows)}: choose another data=")
     found = []
     for name, node in nodes:
-        baseline = build(node)
+        baseline = build_typed(node)
         try:
             check(baseline, data)
         except UserError:

@@ -23,7 +23,7 @@ class CelebA(Data):
         looked = f"{root}/celeba/list_eval_partition.txt and {root}/celeba/img_align_celeba"
         splits: dict[str, Split] = {}
         for name, theirs in (("train", "train"), ("val", "valid"), ("test", "test")):
-            part = download("CelebA", root, looked, lambda module, s=theirs: module.CelebA(root, s, download=True))
+            part = download("CelebA", root, looked, lambda module, may, s=theirs: module.CelebA(root, s, download=may))
             files = Files(f"{root}/celeba/img_align_celeba")
             splits[name] = Images(
                 field, files, np.array(part.filename), None, [3, *size], "center", flip and name == "train"

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from genai.core import stored
 from genai.core.errors import UserError
 from genai.data.base import Arrays, Data, Split, held_out
 
@@ -65,7 +66,7 @@ class MNIST(Data):
         raw = Path(root) / self.name / "raw"
         if not all(_idx_file(raw, f"{part}-{kind}") for part in ("train", "t10k") for kind in _IDX_KINDS):
             looked = f"{raw}/train-images-idx3-ubyte[.gz] and its three companions"
-            download(self.name, root, looked, lambda module: getattr(module, self.name)(root, download=True))
+            download(self.name, root, looked, lambda module, may: getattr(module, self.name)(root, download=may))
         train, test = ([_read_idx(raw, f"{part}-{kind}") for kind in _IDX_KINDS] for part in ("train", "t10k"))
         splits = in_memory(field, (train[0][:, None], train[1]), (test[0][:, None], test[1]), flip)
         super().__init__(
@@ -89,7 +90,7 @@ class CIFAR10(Data):
     ):  # fmt: skip
         looked = f"{Path(root) / 'cifar-10-batches-py'}/data_batch_1, ..."
         train, test = (
-            download("CIFAR10", root, looked, lambda module, t=t: module.CIFAR10(root, t, download=True))
+            download("CIFAR10", root, looked, lambda module, may, t=t: module.CIFAR10(root, t, download=may))
             for t in (True, False)
         )
         pairs = [(part.data.transpose(0, 3, 1, 2), np.array(part.targets)) for part in (train, test)]
@@ -100,8 +101,9 @@ class CIFAR10(Data):
         )  # fmt: skip
 
 
-def download(name: str, root: str, looked: str, fetch: Callable[[Any], Any]) -> Any:
-    """`fetch(torchvision.datasets)`; what goes wrong becomes one sentence, and no empty folder stays behind.
+def download(name: str, root: str, looked: str, fetch: Callable[[Any, bool], Any]) -> Any:
+    """`fetch(torchvision.datasets, whether it may download)`; what goes wrong becomes one sentence, and no empty folder stays
+    behind.
 
     `looked` says which files were looked for.
     """
@@ -109,11 +111,17 @@ def download(name: str, root: str, looked: str, fetch: Callable[[Any], Any]) -> 
 
     existed = set(_folders(root))
     try:
-        return fetch(datasets)
+        return fetch(datasets, not stored.is_building())
     except Exception as error:  # each downloader has errors of its own
         for path in _folders(root):
             if path not in existed and not any(path.iterdir()):
                 path.rmdir()
+        if stored.is_building():
+            raise UserError(
+                f"{name} is not in data.root={root!r} (looked for {looked}), and nothing is downloaded because a checkpoint "
+                "says so: set root= (data.root= on resume) to the folder that holds it; python train.py with that data= "
+                "downloads it"
+            ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise UserError(
             f"{name} is not in data.root={root!r} (looked for {looked}) and could not be downloaded ({reason}): set "

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genai.core import stored
 from genai.core.cache import cache_folder
 from genai.core.errors import UserError, at_least, number
 from genai.core.protocols import Batch
@@ -124,16 +125,23 @@ class Lines(Files):
                     yield line, True
 
 
-def prepare(source: Source, tokenizer: str, vocab_size: int | None, shares: dict[str, float], cache: Path) -> Path:
+def prepare(
+    source: Source, tokenizer: str, vocab_size: int | None, shares: dict[str, float], cache: Path | None
+) -> Path:
     """The folder in `cache` with `<split>.bin` for each split and `meta.json`, made if it is not there.
 
-    Its name is a hash of the text and of everything that decides the ids. It is written beside and renamed, so two runs
-    that prepare at once both end with a whole one.
+    None is the user's own cache; there it is made too where a file, and not the user, chose another. Its name is a hash of the
+    text and of everything that decides the ids. It is written beside and renamed, so two runs that prepare at once both end
+    with a whole one.
     """
     decides = (FORMAT, type(source).__name__, source.documents, tokenizer, vocab_size, shares)
     digest = hashlib.sha256(repr(decides).encode())
     source.fingerprint(digest)
-    folder = cache / digest.hexdigest()[:24]
+    name, own = digest.hexdigest()[:24], cache_folder("text")
+    if cache is not None and (cache / name / "meta.json").exists():
+        return cache / name
+    cache = own if cache is None or stored.is_building() else cache
+    folder = cache / name
     if (folder / "meta.json").exists():
         return folder
     temporary = cache / f".{folder.name}.{os.getpid()}.tmp"
@@ -250,7 +258,7 @@ class Text(Data):
                 f"data.val={val}, data.test={test}: shares above 0 (test may be 0) that leave some to train"
             )
         shares = {"train": round(1 - val - test, 9), "val": val, **({"test": test} if test else {})}
-        folder = prepare(source, tokenizer, vocab_size, shares, Path(cache) if cache else cache_folder("text"))
+        folder = prepare(source, tokenizer, vocab_size, shares, Path(cache) if cache else None)
         meta = json.loads((folder / "meta.json").read_text())
         self.tokenizer = from_state(meta["tokenizer"])
         splits: dict[str, Split] = {}
@@ -280,15 +288,23 @@ class Text(Data):
 
 
 def from_state(node: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `state()` described; nothing but one of this project's is built."""
+    """The tokenizer that `state()` described; nothing but one of this project's is built.
+
+    Raises UserError if there is none of that description.
+    """
     from genai.data import tokenizers
 
     kinds = {
         f"genai.data.tokenizers.{kind.__name__}": kind for kind in (tokenizers.Byte, tokenizers.Char, tokenizers.BPE)
     }
-    if node.get("_target_") not in kinds:
-        raise UserError(f"{node.get('_target_')} is no tokenizer of this project")
-    return kinds[node["_target_"]](**{key: value for key, value in node.items() if key != "_target_"})
+    arguments = dict(node)
+    target = arguments.pop("_target_", None)
+    kind = kinds.get(target) if isinstance(target, str) else None
+    if kind is None:
+        raise UserError(f"{target} is no tokenizer of this project")
+    if {name: type(value) for name, value in arguments.items()} != {**kind.SPELLED, "end": bool}:
+        raise UserError(f"a tokenizer {kind.__name__} is described by {', '.join([*kind.SPELLED, 'end'])} alone")
+    return kind(**arguments)
 
 
 def prompts(tokenizer: Tokenizer, given: Sequence[str]) -> Batch:
@@ -342,6 +358,11 @@ def _file(path: str, url: str | None) -> Path:
     """The file, downloaded if it is not there and `url` says from where. Raises UserError if there is none, or no text."""
     target = Path(path)
     if not target.exists() and url is not None:
+        if stored.is_building():
+            raise UserError(
+                f"there is no data.path={path!r}, and nothing is downloaded because a checkpoint says so: python train.py "
+                "with the data= it was trained on downloads it"
+            )
         _download(target, url)
     if not target.is_file():
         raise UserError(f"data.path={path!r} is no file: set data.path to a UTF-8 text")

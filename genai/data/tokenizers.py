@@ -3,9 +3,11 @@
 Ids run from 0; with `end` the last one ends a document and stands before the first.
 """
 
+import itertools
+import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -36,6 +38,8 @@ class Tokenizer(Protocol):
 class Byte:
     """The 256 bytes of UTF-8: any text of any script, nothing to learn."""
 
+    SPELLED: ClassVar[dict[str, type]] = {}
+
     def __init__(self, end: bool = False):
         self.vocab_size, self.end = 256 + end, 256 if end else None
 
@@ -52,7 +56,11 @@ class Byte:
 class Char:
     """One id for each character of `chars`, a string without repeats in the order of code points."""
 
+    SPELLED: ClassVar[dict[str, type]] = {"chars": str}
+
     def __init__(self, chars: str, end: bool = False):
+        if not chars or any(a >= b for a, b in itertools.pairwise(chars)):
+            raise UserError("the characters of a tokenizer are not one or more in the order of code points")
         self.chars, self.codes = chars, np.array([ord(c) for c in chars], dtype=np.uint32)
         self.vocab_size, self.end = len(chars) + end, len(chars) if end else None
 
@@ -84,10 +92,25 @@ class Char:
 
 
 class BPE:
-    """Byte-level byte-pair encoding of the `tokenizers` library, whose JSON `spec` is all of it (Sennrich et al., 2016)."""
+    """Byte-level byte-pair encoding of the `tokenizers` library, whose JSON `spec` is all of it (Sennrich et al., 2016).
+
+    Raises UserError for a spec of another kind of tokenizer.
+    """
+
+    SPELLED: ClassVar[dict[str, type]] = {"spec": str}
 
     def __init__(self, spec: str, end: bool = False):
-        self.spec, self.bpe = spec, _library().Tokenizer.from_str(spec)
+        try:
+            found = json.loads(spec)
+            parts = {name: part.get("type") for name, part in found.items() if isinstance(part, dict)}
+            extras = [name for name, part in found.items() if isinstance(part, list) and part]
+            if parts != {"pre_tokenizer": "ByteLevel", "decoder": "ByteLevel", "model": "BPE"} or extras:
+                raise UserError("the spec of a tokenizer is not that of a byte-level BPE alone")
+            self.spec, self.bpe = spec, _library().Tokenizer.from_str(spec)
+        except UserError:
+            raise
+        except Exception as error:  # the library has no kind of its own
+            raise UserError(f"the spec of a tokenizer cannot be read: {error}") from error
         self.words = self.bpe.get_vocab_size()
         self.vocab_size, self.end = self.words + end, self.words if end else None
 

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from genai import cards, checkpoint, sampling
 from genai.baselines.beside import COPIER, beside
+from genai.build import DATA, MODELS, build_stored, build_typed
 from genai.checkpoint import Loaded
 from genai.core import files, rng
 from genai.core.errors import UserError, at_least
@@ -58,9 +59,10 @@ def run(cfg: Any) -> dict[str, Any]:
     method: Any = None if cfg.get("likelihood") is None else OmegaConf.to_container(cfg.likelihood)
     plan = Plan(
         None if cfg.metrics is None else list(cfg.metrics), cfg.split, cfg.n, cfg.repeats, cfg.seed, cfg.batch_size,
-        checkpoint.build(OmegaConf.to_container(cfg.extractor)), method, cfg.baselines,
+        build_typed(OmegaConf.to_container(cfg.extractor)), method, cfg.baselines,
     )  # fmt: skip
-    facts, found = evaluate(loaded, data_of(loaded, cfg.root), plan)
+    with checkpoint.blamed(loaded):
+        facts, found = evaluate(loaded, data_of(loaded, cfg.root), plan)
     if facts:
         facts |= {"seed": cfg.seed, "weights": cfg.weights, "step": loaded.step, "checkpoint": str(loaded.path)}
         facts["rng_version"] = rng.RNG_VERSION
@@ -190,7 +192,7 @@ def data_of(loaded: Loaded, root: str | None) -> Data:
     node = dict(loaded.config["data"])
     if root is not None:
         node["path" if "path" in node else "root"] = root
-    data = checkpoint.build(node, loaded.trust)
+    data = build_stored(node, loaded.trust, (MODELS, DATA))
     assets = data.assets()
     for name, what in (("tokenizer", "vocabulary"), ("class_names", "list of classes")):
         if assets.get(name) != loaded.assets.get(name):

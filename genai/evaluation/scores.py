@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genai import checkpoint
+from genai.build import build_typed
 from genai.checkpoint import Loaded
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, Reconstructing, Scorable, check_sampler
@@ -82,7 +82,7 @@ def scorer(loaded: Loaded, data: Data, method: Any) -> Score | None:
     Raises UserError if there is nothing to evaluate.
     """
     if method is not None:
-        function = checkpoint.build(method)
+        function = build_typed(method)
         check_sampler(function, loaded.model, "likelihood")
         return functools.partial(function, loaded.model, levels=data.levels)
     if isinstance(loaded.model, Scorable):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genai.core import rng
+from genai.core import rng, stored
 from genai.core.errors import UserError, at_least
 
 
@@ -45,7 +45,7 @@ class LPIPS(nn.Module):
     """The learned distance of the package `lpips`, on images of any channel count.
 
     Args:
-        net: "vgg", "alex" or "squeeze", whose weights torchvision finds or downloads.
+        net: "vgg", "alex" or "squeeze", whose weights torchvision finds or downloads; those of a checkpoint are in it.
 
     Raises UserError if package or weights are not there.
     """
@@ -55,7 +55,7 @@ class LPIPS(nn.Module):
         try:
             import lpips  # type: ignore[import-not-found]
 
-            self.distance = lpips.LPIPS(net=net, verbose=False).requires_grad_(False)
+            self.distance = lpips.LPIPS(net=net, verbose=False, pnet_rand=stored.is_building()).requires_grad_(False)
         except ModuleNotFoundError:
             raise UserError(
                 "model.perceptual=LPIPS needs the package lpips: pip install lpips, or choose RandomFeatures"

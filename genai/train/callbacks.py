@@ -15,6 +15,7 @@ from rich.progress import BarColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from genai import checkpoint
+from genai.build import packages
 from genai.checkpoint import Loaded
 from genai.core import files, rng
 from genai.core.errors import at_least
@@ -120,7 +121,7 @@ class Cards(Between):
     def loaded(self, lit: LitModel, config: dict, assets: dict, step: int = 0) -> Loaded:
         """The averaged model, as from a checkpoint."""
         path = lit.record.folder / "checkpoints" / "last.ckpt"
-        return Loaded(lit.ema.module, config, assets, step, path, ("genai.train",))
+        return Loaded(lit.ema.module, config, assets, step, path, packages(config))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
         if self.every_steps is not None and due(trainer, self.every_steps) and trainer.is_global_zero:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from genai import checkpoint
 from genai.core import files
+from genai.core.cache import cache_folder
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, Codec
 from genai.data.base import Data, Split
@@ -31,7 +32,9 @@ def digest(content: dict) -> str:
     return sha.hexdigest()
 
 
-def adopt(cfg: DictConfig, data: Data, trust: Sequence[str], resumed: bool) -> dict[str, Tensor] | None:
+def adopt(
+    cfg: DictConfig, data: Data, build: Callable[[Any], Any], trust: Sequence[str], resumed: bool
+) -> dict[str, Tensor] | None:
     """Put the model config of codec.ckpt, its checksum and the shape of its latents into cfg; returns its weights.
 
     A run that is resumed has them in its own checkpoint: nothing is changed then, and None returned. Raises UserError if
@@ -40,7 +43,7 @@ def adopt(cfg: DictConfig, data: Data, trust: Sequence[str], resumed: bool) -> d
     node = cfg.get("codec")
     if node is None:
         return None
-    weights = None
+    weights = content = None
     if node.ckpt is not None and not (resumed and not Path(node.ckpt).exists()):
         content, _ = checkpoint.locate(node.ckpt)
         found = digest(content)
@@ -55,7 +58,10 @@ def adopt(cfg: DictConfig, data: Data, trust: Sequence[str], resumed: bool) -> d
             weights = {**content["model"], **content["ema"]}
     if resumed:
         return None
-    model = checkpoint.build(OmegaConf.to_container(node.model, resolve=True), trust if weights else None)
+    if content is None:
+        model = build(OmegaConf.to_container(node.model, resolve=True))
+    else:  # as it lies in the file: what the config makes of it is the same, once this has been built
+        model = checkpoint.build_model(content["config"]["model"], content["model"], trust)
     if not isinstance(model, Codec) or model.vocabulary is not None:
         raise UserError(
             f"codec.ckpt={node.ckpt} is a {type(model).__name__}, which has no continuous latents: name an autoencoder, such "
@@ -101,8 +107,8 @@ def fingerprint(split: Split, field: str, items: int = 256) -> str:
 def precompute(model: nn.Module, data: Data, cfg: DictConfig) -> None:
     """Let every split of data bring its latents along, from memory-mapped files in codec.cache, made where absent.
 
-    Their name holds checksums of the first stage and of the data, see `fingerprint`. Raises UserError where images are
-    augmented.
+    Their name holds checksums of the first stage and of the data, see `fingerprint`; a run that is resumed makes them in the
+    user's own cache. Raises UserError where images are augmented.
     """
     codec: Any = model.codec
     first_stage = json.dumps([cfg.codec.sha256, OmegaConf.to_container(cfg.codec.model, resolve=True)], sort_keys=True)
@@ -114,6 +120,8 @@ def precompute(model: nn.Module, data: Data, cfg: DictConfig) -> None:
             )
         key = hashlib.sha256((first_stage + fingerprint(split, data.field)).encode()).hexdigest()[:16]
         path = Path(cfg.codec.cache) / f"{key}_{name}.npy"
+        if cfg.resume is not None and not path.exists():  # a file chose the folder, and it may be read but not written
+            path = cache_folder("latents") / path.name
         if not path.exists():
 
             def save(file: BinaryIO, split: Split = split) -> None:

@@ -1,6 +1,7 @@
 """One training run, from a composed config to a run directory."""
 
 import contextlib
+import functools
 import logging
 import os
 import subprocess
@@ -15,6 +16,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from omegaconf import DictConfig, OmegaConf
 
 from genai import checkpoint
+from genai.build import DATA, MODELS, RUN, build_stored, build_typed
 from genai.cli import check_unchanged
 from genai.core import files, rng
 from genai.core.errors import UserError, at_least
@@ -41,7 +43,10 @@ def run(cfg: DictConfig) -> Path:
 
 def _run(cfg: DictConfig, held: contextlib.ExitStack) -> Path:
     """See `run`; the run directory is `held` as soon as there is one."""
-    trust = None if cfg.resume is None else ["genai.train", "genai.extractors", *_packages(cfg.trust)]
+    trust = _packages(cfg.trust)
+    build = (
+        build_typed if cfg.resume is None else functools.partial(build_stored, trust=trust, kinds=(MODELS, DATA, RUN))
+    )
     if cfg.debug and cfg.resume is None:
         _shrink(cfg)
     at_least(cfg.max_steps, 1, "max_steps")
@@ -51,17 +56,21 @@ def _run(cfg: DictConfig, held: contextlib.ExitStack) -> Path:
     if first and cfg.resume is not None:
         held.enter_context(locked(Path(cfg.resume)))
     folder, resumed = _folder(cfg)
-    data = checkpoint.build(OmegaConf.to_container(cfg.data, resolve=True), trust)
+    data = build(OmegaConf.to_container(cfg.data, resolve=True))
     for fact in ("shape", "classes", "levels"):
         cfg.data[fact] = getattr(data, fact)
     if cfg.model.get("sigma_data", 1.0) is None:  # of latents it is 1, see Latent
         cfg.model.sigma_data = 1.0 if cfg.model.get("latent") else round(std(data.splits["train"], data.field), 4)
-    weights = codec.adopt(cfg, data, trust or _packages(cfg.trust), resumed is not None)
+    weights = codec.adopt(cfg, data, build, trust, resumed is not None)
     config: dict[str, Any] = {**OmegaConf.to_container(cfg, resolve=True), "resume": None}  # type: ignore[dict-item]
     if resumed is not None:
         _same_names(resumed[0]["assets"], data.assets(), resumed[1])
     torch.manual_seed(rng.mix(cfg.seed))
-    model = checkpoint.build(config["model"], trust)
+    model: Any = (
+        build(config["model"])
+        if resumed is None
+        else checkpoint.build_model(config["model"], resumed[0]["model"], trust)
+    )
     if weights is not None:
         codec.fill(model, weights, cfg.codec.ckpt)
     if resumed is None and hasattr(model, "measure"):
@@ -69,14 +78,14 @@ def _run(cfg: DictConfig, held: contextlib.ExitStack) -> Path:
     if cfg.init_from is not None:
         _init_from(model, data.assets(), cfg.init_from, cfg.init_strict)
     record = Record(folder, writes=first)
-    lit = _lit(cfg, config, trust, model, data, record)
-    callbacks = [checkpoint.build(node, trust) for node in config["callbacks"].values() if node is not None]
+    lit = _lit(cfg, config, build, model, data, record)
+    callbacks = [build(node) for node in config["callbacks"].values() if node is not None]
     for callback in callbacks:  # before anything is written; on its device it is tried once more
         if isinstance(callback, Samples):
             callback.try_out(lit)
         elif isinstance(callback, Cards) and first:
             callback.try_out(lit, config, data.assets())
-    tracker = checkpoint.build({**config["logger"], "_partial_": True}, trust)
+    tracker = build({**config["logger"], "_partial_": True})
     if cfg.get("codec") is not None and cfg.codec.cache is not None:
         if resumed is not None:
             checkpoint.load_weights(model, resumed[0]["model"], resumed[1])
@@ -112,11 +121,11 @@ def _run(cfg: DictConfig, held: contextlib.ExitStack) -> Path:
 
 
 def _lit(
-    cfg: DictConfig, config: dict[str, Any], trust: list[str] | None, model: torch.nn.Module, data: Data, record: Record
+    cfg: DictConfig, config: dict[str, Any], build: Any, model: torch.nn.Module, data: Data, record: Record
 ) -> LitModel:  # fmt: skip
     """The loop with its optimisers, which say now what they refuse."""
-    optim, ema = checkpoint.build(config["optim"], trust), checkpoint.build(config["ema"], trust)
-    loop = checkpoint.build({**config["loop"], "_partial_": True}, trust)
+    optim, ema = build(config["optim"]), build(config["ema"])
+    loop = build({**config["loop"], "_partial_": True})
     try:
         lit = loop(
             model, data, optim, ema, record,
@@ -145,8 +154,8 @@ def _shrink(cfg: DictConfig) -> None:
         callback.update({k: min(v, 8) for k, v in callback.items() if isinstance(v, int)})
 
 
-def _packages(trust: Any) -> list[str]:
-    return [trust] if isinstance(trust, str) else list(trust or [])
+def _packages(trust: Any) -> tuple[str, ...]:
+    return (trust,) if isinstance(trust, str) else tuple(trust or ())
 
 
 def _hardware(trainer: DictConfig) -> dict[str, Any]:
