@@ -61,7 +61,7 @@ def main() -> None:
     loaded = genai.load(args.run)
     node = loaded.config["data"]["images"]
     data = build_typed({**node, "root": args.root or node["root"]})
-    judge, test = trained(data, node), next(batches(data.splits["test"], 2 * args.n, 2 * args.n))["image"]
+    judge, test = trained(data), next(batches(data.splits["test"], 2 * args.n, 2 * args.n))["image"]
     real, right = test[: args.n], judge.accuracy(data, "test")
     floor = precision_recall(judge.features(real), judge.features(test[args.n :])).recall
     print(f"judge: {right:.4f} on test images; recall of {args.n} real images by {args.n} others {floor:.4f}")

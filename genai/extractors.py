@@ -52,11 +52,11 @@ def sha256(net: nn.Module) -> str:
 
 
 def judge(data: Data, node: Any, device: str) -> Extractor:
-    """A small classifier trained on the data's own labels, once; `node` is the data's config.
+    """A small classifier trained on the data's own labels, once.
 
     Raises UserError for data that has no labelled images.
     """
-    net = judges.trained(data, node)
+    net = judges.trained(data)
 
     def see(images: Tensor) -> tuple[Tensor, Tensor]:
         features = net.features(images)

@@ -1,8 +1,6 @@
 """A judge of images: a small classifier trained on a data set's own labels, whose last hidden layer serves as features where no
 published network is at hand."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,7 +8,8 @@ from torch.nn import functional as F
 from genai.core import files, rng
 from genai.core.cache import CACHE_HINT, cache_folder
 from genai.core.errors import UserError
-from genai.data.base import Data, fingerprint
+from genai.data.base import Data
+from genai.data.fingerprint import of_data
 from genai.data.stream import Stream, batches
 
 STEPS, BATCH, FEATURES = 3000, 128, 64
@@ -52,8 +51,8 @@ class Judge(nn.Module):
         return torch.cat(right).double().mean().item()
 
 
-def trained(data: Data, node: Any) -> Judge:
-    """The judge of a data set with config `node`: trained once, then kept in $XDG_CACHE_HOME/genai or ~/.cache/genai.
+def trained(data: Data) -> Judge:
+    """The judge of a data set: trained once, then kept in $XDG_CACHE_HOME/genai or ~/.cache/genai.
 
     Raises UserError for data that has no labelled images.
     """
@@ -61,7 +60,7 @@ def trained(data: Data, node: Any) -> Judge:
         raise UserError(
             f"a judge needs labelled images of at least 4x4, and this data is {data.field} of shape {data.shape}"
         )
-    path = cache_folder("judge") / f"{fingerprint(data, node, FORMAT)}.pt"
+    path = cache_folder("judge") / f"{of_data(data, ['train'], FORMAT, data.splits['train'].augments)}.pt"
     if path.exists():
         try:
             judge = Judge(data.shape, data.classes)

@@ -141,11 +141,11 @@ def test_text_is_measured_against_what_was_learned(tmp_path, monkeypatch):
 def test_a_judge_is_trained_once_and_the_same_way(runs, monkeypatch, capsys, tmp_path):
     loaded = genai.load(runs[0])
     data = build_typed(loaded.config["data"])
-    first = judge.trained(data, loaded.config["data"])
+    first = judge.trained(data)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    second = judge.trained(data, loaded.config["data"])
+    second = judge.trained(data)
     assert "training a judge" in capsys.readouterr().out
-    third = judge.trained(data, loaded.config["data"])
+    third = judge.trained(data)
     hashes = {extractors.sha256(net) for net in (first, second, third)}
     assert capsys.readouterr().out == "" and len(hashes) == 1
     assert first.accuracy(data, "test") > 0.5
@@ -155,7 +155,7 @@ def test_baselines_are_fitted_once(runs, monkeypatch, capsys, tmp_path):
     loaded = genai.load(runs[0])
     node = loaded.config["data"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = [beside(build_typed(node), node, ["bits_per_dim"], "test", 360) for _ in range(2)]
+    found = [beside(build_typed(node), ["bits_per_dim"], "test", 360) for _ in range(2)]
     assert found[0] == found[1] and capsys.readouterr().out.count("once: mixture") == 1
     assert found[0]["bits_per_dim"]["Markov chain over pixels"] == pytest.approx(2.29, abs=0.01)
 

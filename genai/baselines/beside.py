@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from genai.cli import conf_dir
 from genai.core import files
 from genai.core.cache import CACHE_HINT, cache_folder
 from genai.core.errors import UserError
-from genai.data.base import Data, fingerprint
+from genai.data.base import Data
+from genai.data.fingerprint import checksum, of_data
 from genai.data.io import rounded
 from genai.data.stream import batches
 from genai.metrics.images import psnr, ssim
@@ -26,13 +27,12 @@ from genai.metrics.images import psnr, ssim
 COPIER = Copier.what
 MOST = 10_000  # training images that they learn from, and
 TOKENS = 10_000_000  # tokens
-FORMAT = 1  # of what is kept
+FORMAT = 2  # of what is kept
 LIKELIHOODS = "bits_per_dim", "nats_per_token", "bits_per_character"
 
 
 def beside(
     data: Data,
-    node: Mapping[str, Any],
     names: Sequence[str],
     split: str,
     n: int,
@@ -43,12 +43,13 @@ def beside(
     n items of that split.
 
     Args:
-        data, node: images or a text, and its config.
+        data: images or a text.
         numbers: that a model keeps of an image, for principal components.
     """
     figures: dict[str, dict[str, float]] = {name: {} for name in names}
     of, facts = ("split", []) if real is None else ("samples", [real.extractor.facts])
     rows: Any = OmegaConf.to_container(OmegaConf.load(Path(conf_dir()) / "baselines.yaml").beside)
+    content = of_data(data, list(dict.fromkeys(["train", split])))
     for row in rows[of]:
         if row["baseline"] == "pca":
             row["components"] = min(numbers, math.prod(data.shape), MOST, len(data.splits["train"]))
@@ -58,7 +59,7 @@ def beside(
             check(baseline, data)
         except UserError:
             continue
-        path = cache_folder("baselines") / f"{fingerprint(data, node, FORMAT, row, split, n, *facts)}.json"
+        path = cache_folder("baselines") / f"{checksum(content, FORMAT, row, split, n, *facts)}.json"
         kept = _kept(path)
         if any(name not in kept for name in wanted):
             print(f"baselines of this data, once: {baseline.what}", flush=True)

@@ -62,7 +62,7 @@ def run(cfg: Any) -> dict[str, Any]:
     part = held(data, split)
     sampled = any(hasattr(baseline, "sample") for _, _, baseline in chosen)
     judged = sampled and data.classes is not None and cfg.judge is not None
-    judge = ruler(cfg.judge, data, node, learned, fit, split) if judged else None
+    judge = ruler(cfg.judge, data, learned, fit, split) if judged else None
     repeats, found = at_least(cfg.repeats, 1, "repeats"), []
     for name, arguments, baseline in chosen:
         if sys.stdout.isatty():
@@ -123,7 +123,7 @@ def held(data: Data, split: str) -> Batch:
     return {"tokens": stream(part)[None]} if data.field == "tokens" else next(batches(part, len(part)))
 
 
-def ruler(kind: Any, data: Data, node: dict[str, Any], learned: Known, fit: list[str], split: str) -> Ruler:
+def ruler(kind: Any, data: Data, learned: Known, fit: list[str], split: str) -> Ruler:
     """Raises UserError for a judge that there is not."""
     if kind == "mlp":
         assert learned.label is not None
@@ -132,7 +132,7 @@ def ruler(kind: Any, data: Data, node: dict[str, Any], learned: Known, fit: list
         return Ruler(judge.features, learned.x, {"extractor": what, "real": "+".join(fit), "n": len(learned.x)})
     if kind != "network":
         raise UserError(f"judge={kind} is none of mlp, network")
-    network, part = networks.trained(data, node), data.splits[split]
+    network, part = networks.trained(data), data.splits[split]
     real = next(batches(part, len(part)))[data.field]
     what = {"kind": "Judge", "sha256": sha256(network)}
     return Ruler(torch.no_grad()(network.features), real, {"extractor": what, "real": split, "n": len(real)})

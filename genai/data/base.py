@@ -1,9 +1,7 @@
 """What every data set is: named splits that answer "these indices, please", and the facts a model is built from."""
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,13 +10,15 @@ from torch import Tensor
 from genai.core import rng
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch
+from genai.data.fingerprint import checksum
 from genai.data.io import from_uint8, grid
 
 
 class Split(Protocol):
     """One split: `len(split)` items, any of them as a Batch. Without draws an item is always the same.
 
-    `augments` says whether it uses draws.
+    `augments` says whether it uses draws. A method `fingerprint(quick) -> str` may say what it holds faster than by reading
+    all items, see `genai.data.fingerprint`.
     """
 
     augments: bool
@@ -120,19 +120,13 @@ class Arrays:
             x = torch.where((draws[:, 0] < 0.5).view(-1, 1, 1, 1), x.flip(-1), x)
         return {self.field: x} if self.labels is None else {self.field: x, "label": self.labels[index]}
 
+    def fingerprint(self, quick: bool) -> str:
+        return checksum(self.values, self.labels, quick=quick)
+
 
 def std(split: Split, field: str, n: int = 4096) -> float:
     """Standard deviation of all numbers in the first n items of a split."""
     return split.batch(torch.arange(min(n, len(split))), None)[field].double().std(correction=0).item()
-
-
-def fingerprint(data: Data, node: Mapping[str, Any], *more: Any) -> str:
-    """Of what a data set with config `node` trains on, and of what else decides a thing made from it: its config but what only
-    moves or batches it, and its first 64 training items."""
-    moved = ("batch_size", "num_workers", "root", "templates", "names", "length", "cache", "path")
-    what = [*more, {k: v for k, v in node.items() if k not in moved}]
-    first = data.splits["train"].batch(torch.arange(min(64, len(data.splits["train"]))), None)[data.field]
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode() + first.numpy().tobytes()).hexdigest()[:16]
 
 
 def held_out(n: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch
 from genai.data.base import Data, Split
+from genai.data.fingerprint import checksum, of_split
 from genai.data.image_folder import Images
 
 PAD = 256  # what follows the bytes of a caption
@@ -73,7 +74,8 @@ class CaptionedSplit:
     """A split and the captions of each of its items, or `by_label` of each of its classes."""
 
     def __init__(self, split: Split, captions: Sequence[Sequence[str]], length: int, by_label: bool = True):
-        self.split, self.by_label = split, by_label
+        self.split = self.uncaptioned = split
+        self.by_label = by_label
         self.captions = encode([text for own in captions for text in own], length, "data.length").to(torch.int16)
         self.count = torch.tensor([len(own) for own in captions])
         self.first = self.count.cumsum(0) - self.count
@@ -88,6 +90,9 @@ class CaptionedSplit:
         row = batch["label"] if self.by_label else index
         which = 0 if draws is None else (draws[:, 3] * self.count[row]).long()
         return {**batch, "caption": self.captions[self.first[row] + which].long()}
+
+    def fingerprint(self, quick: bool) -> str:
+        return checksum(of_split(self.split, quick), self.by_label, self.captions, self.count, quick=quick)
 
 
 def encode(texts: Sequence[str], length: int, key: str) -> Tensor:

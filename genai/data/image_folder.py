@@ -15,6 +15,7 @@ from torch import Tensor
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch
 from genai.data.base import Data, Split, held_out
+from genai.data.fingerprint import checksum, of_files
 from genai.data.io import from_uint8
 
 SPLITS = "train", "val", "test"
@@ -111,6 +112,16 @@ class Files:
         """How large a file is, unpacked."""
         return (self.root / name).stat().st_size if self.root.is_dir() else self._zip().getinfo(name).file_size
 
+    def fingerprint(self, names: Sequence[str], quick: bool) -> str:
+        """Checksum of files in order: of their contents, or if `quick` of their names, without folders, and sizes."""
+        if self.root.is_dir() and not quick:
+            return of_files(self.root, names)
+        if self.root.is_dir():
+            return checksum([(name.rpartition("/")[2], os.stat(self.root / name).st_size) for name in names])
+        infos = [self._zip().getinfo(name) for name in names]
+        what = [(i.filename.rpartition("/")[2], i.file_size) if quick else (i.file_size, i.CRC) for i in infos]
+        return checksum(what)
+
     def _zip(self) -> zipfile.ZipFile:
         pid = os.getpid()
         if pid not in self.zips:
@@ -125,7 +136,8 @@ class Images:
         self, field: str, files: Files, names: Sequence[str] | np.ndarray, labels: np.ndarray | None,
         shape: Sequence[int], crop: str, flip: bool,
     ):  # fmt: skip
-        self.field, self.files, self.names, self.shape, self.crop, self.flip = field, files, names, shape, crop, flip
+        self.field, self.files, self.shape, self.crop, self.flip = field, files, shape, crop, flip
+        self.names = np.asarray(names)
         self.augments = flip or crop == "random"
         self.labels = None if labels is None else torch.from_numpy(labels)
 
@@ -141,6 +153,10 @@ class Images:
         if self.flip and draws is not None:
             x = torch.where((draws[:, 0] < 0.5).view(-1, 1, 1, 1), x.flip(-1), x)
         return {self.field: x} if self.labels is None else {self.field: x, "label": self.labels[index]}
+
+    def fingerprint(self, quick: bool) -> str:
+        files = self.files.fingerprint(self.names.tolist(), quick)
+        return checksum(files, list(self.shape), self.crop, self.labels)
 
     def pixels(self, name: str, u: float, v: float) -> np.ndarray:
         """uint8 (C, H, W) of one file, cropped at fraction u of the horizontal and v of the vertical leeway."""

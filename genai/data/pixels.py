@@ -9,6 +9,7 @@ from torch import Tensor
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
 from genai.data.base import Data, Split
+from genai.data.fingerprint import checksum, of_split
 from genai.data.io import grid
 
 BEGIN = 0  # the id that stands before every image; that of grey level k is k + 1
@@ -69,6 +70,9 @@ class PixelSplit:
         x = self.split.batch(index, draws)[self.field]  # (B, C, H, W)
         level = ((x + 1) * (self.levels - 1) / 2).round().long()
         return {"tokens": torch.nn.functional.pad(level.movedim(1, -1).flatten(1) + 1, (1, 0), value=BEGIN)}
+
+    def fingerprint(self, quick: bool) -> str:
+        return checksum(of_split(self.split, quick), self.levels)
 
 
 def to_images(tokens: Tensor, shape: Sequence[int], levels: int) -> Tensor:

@@ -21,6 +21,7 @@ from genai.core.cache import cache_folder
 from genai.core.errors import UserError, at_least, number
 from genai.core.protocols import Batch
 from genai.data.base import Data, Split
+from genai.data.fingerprint import checksum, of_files
 from genai.data.tokenizers import Tokenizer, learned
 
 FORMAT = 1  # of the prepared files
@@ -226,6 +227,11 @@ class Windows:
             fresh = index * stride + self.overlap * (index > 0)  # the last token that was a target before
             batch["mask"] = at > fresh[:, None]
         return batch
+
+    def fingerprint(self, quick: bool) -> str:
+        """Of the stream, whatever windows it is cut into; quick by the name of its folder, see `prepare`."""
+        folder, name = self.path.parent, self.path.name
+        return checksum(self.dtype.str, folder.name if quick else of_files(folder, [name]), name)
 
 
 class Text(Data):

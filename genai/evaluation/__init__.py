@@ -179,7 +179,7 @@ def _pass(
     )  # an n-gram scores a text whole
     others = {}
     if plan.baselines and whole and levels == data.values:
-        others = beside(images, node, names, plan.split, n, numbers=latents)
+        others = beside(images, names, plan.split, n, numbers=latents)
     protocol = {"n": n, "split": plan.split, "data": node["_target_"], "levels": levels, "dtype": "float32"}
     protocol |= {key: facts[key] for key in ("context", "context_overlap", "given", "likelihood") if key in facts}
     own = {"protocol": protocol, **({"bound": facts["bound"]} if "bound" in facts else {})}

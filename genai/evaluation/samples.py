@@ -77,7 +77,7 @@ def of_images(
             values[name].append(_measured(name, sets))
     clock.stop()
     floor, floors = _floors(data, names, split, n, real)
-    others = beside(data, node, names, split, n, real) if baselines else {}
+    others = beside(data, names, split, n, real) if baselines else {}
     facts = {
         "protocol": {
             "n": n, "split": split, "real": real.moments.n, "repeats": repeats, "data": node["_target_"], "levels": data.levels,

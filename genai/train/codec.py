@@ -17,6 +17,7 @@ from genai.core.cache import cache_folder
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, Codec
 from genai.data.base import Data, Split
+from genai.data.fingerprint import of_split, uncaptioned
 from genai.data.stream import batches
 
 MEASURED = 4096  # samples a model may look at before its first step
@@ -89,6 +90,7 @@ class Cached:
 
     def __init__(self, split: Split, latents: np.ndarray):
         self.split, self.latents, self.augments = split, latents, split.augments
+        self.uncaptioned = uncaptioned(split)
 
     def __len__(self) -> int:
         return len(self.split)
@@ -97,28 +99,26 @@ class Cached:
         batch = self.split.batch(index, draws)
         return {**batch, "latent": torch.from_numpy(self.latents[index.numpy()])}
 
-
-def fingerprint(split: Split, field: str, items: int = 256) -> str:
-    """A checksum of how many items a split has, and of so many of them, evenly spaced."""
-    at = torch.linspace(0, len(split) - 1, min(items, len(split))).long()
-    return hashlib.sha256(f"{len(split)}".encode() + split.batch(at, None)[field].numpy().tobytes()).hexdigest()
+    def fingerprint(self, quick: bool) -> str:
+        return of_split(self.split, quick)
 
 
 def precompute(model: nn.Module, data: Data, cfg: DictConfig) -> None:
     """Let every split of data bring its latents along, from memory-mapped files in codec.cache, made where absent.
 
-    Their name holds checksums of the first stage and of the data, see `fingerprint`; a run that is resumed makes them in the
-    user's own cache. Raises UserError where images are augmented.
+    Their name holds checksums of the first stage and of all its images; a run that is resumed makes them in the user's own cache.
+    Raises UserError where images are augmented.
     """
     codec: Any = model.codec
     first_stage = json.dumps([cfg.codec.sha256, OmegaConf.to_container(cfg.codec.model, resolve=True)], sort_keys=True)
     for name, split in data.splits.items():
-        if getattr(split, "split", split).augments:  # of captions the images alone matter
+        images = uncaptioned(split)
+        if images.augments:
             raise UserError(
                 "codec.cache keeps one latent of each image, but this data augments images (data.flip, data.crop): turn "
                 "that off, or set codec.cache=null"
             )
-        key = hashlib.sha256((first_stage + fingerprint(split, data.field)).encode()).hexdigest()[:16]
+        key = hashlib.sha256((first_stage + of_split(images)).encode()).hexdigest()[:16]
         path = Path(cfg.codec.cache) / f"{key}_{name}.npy"
         if cfg.resume is not None and not path.exists():  # a file chose the folder, and it may be read but not written
             path = cache_folder("latents") / path.name

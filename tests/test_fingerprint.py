@@ -1,0 +1,209 @@
+"""Checksums of data: what changes them, what does not, and what is made anew because of them."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import nn
+
+from genai.baselines.beside import beside
+from genai.checkpoint import build
+from genai.cli import composed
+from genai.core import cache
+from genai.data import fingerprint
+from genai.data.base import Arrays, Data
+from genai.data.fingerprint import of_data, of_split
+from genai.train.codec import precompute
+
+
+def data_of(*given):
+    return build(composed("baselines", list(given)).data)
+
+
+def arrays(images, labels, batch_size=4):
+    """600 images of 4x4 on 4 grey levels, split in three."""
+    parts = {"train": slice(0, 400), "val": slice(400, 500), "test": slice(500, 600)}
+    splits = {name: Arrays("image", images[part], labels[part]) for name, part in parts.items()}
+    return Data(
+        field="image", shape=None, classes=None, levels=None, batch_size=batch_size, num_workers=0, splits=splits,
+        found_shape=[1, 4, 4], class_names=["a", "b"], found_levels=4,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def source():
+    draw = np.random.default_rng(0)
+    return draw.integers(0, 4, (600, 1, 4, 4)).astype(np.float32) * 2 / 3 - 1, draw.integers(0, 2, 600)
+
+
+CHANGES = {
+    "one value of the last training image": lambda images, labels: images.__setitem__((399, 0, 3, 3), 1 / 3),
+    "a label": lambda images, labels: labels.__setitem__(300, 1 - labels[300]),
+    "the test split": lambda images, labels: images.__setitem__(slice(560, None), -1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_baselines_are_those_of_the_data_as_they_are(source, change, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    images, labels = source
+    before = beside(arrays(images, labels), ["bits_per_dim"], "test", 100)
+    again = beside(arrays(images, labels, batch_size=7), ["bits_per_dim"], "test", 100)
+    assert again == before and capsys.readouterr().out.count("baselines of this data, once") == 2
+    change(images, labels)
+    after = beside(arrays(images, labels), ["bits_per_dim"], "test", 100)
+    assert capsys.readouterr().out.count("baselines of this data, once") == 2
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    assert after == beside(arrays(images, labels), ["bits_per_dim"], "test", 100)
+
+
+def photos(folder, shift=0, count=20):
+    """Two classes of `count` images each, all files of one size."""
+    for label in ("a", "b"):
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = np.full((4, 4), (7 * i + shift) % 256, np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{i:02d}.bmp")
+    return folder
+
+
+def folder_data(root, *more):
+    return data_of("data=image_folder", f"data.root={root}", *more)
+
+
+@pytest.fixture
+def settled(tmp_path, monkeypatch):
+    """A cache of its own, and files that count as settled at once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(fingerprint, "RACY_NS", -1)
+
+
+def all_of(data):
+    return of_data(data, list(data.splits))
+
+
+def test_a_folder_moved_copied_or_zipped_is_the_same_data(tmp_path, settled):
+    root = photos(tmp_path / "photos")
+    first = all_of(folder_data(root))
+    assert first == all_of(folder_data(root, "data.batch_size=3", "data.num_workers=2"))
+    shutil.copytree(root, tmp_path / "other" / "photos", copy_function=shutil.copyfile)
+    shutil.make_archive(str(tmp_path / "photos"), "zip", tmp_path / "other")
+    for place in (tmp_path / "other", tmp_path / "photos.zip"):
+        assert all_of(folder_data(place)) == first
+        quick = (of_split(folder_data(where).splits["train"], quick=True) for where in (root, place))
+        assert len({*quick}) == 1
+    assert all_of(folder_data(root, "data.size=[2,2]")) != first
+
+
+def test_a_replaced_image_is_other_data_whatever_its_name_size_and_time(tmp_path, settled):
+    root = photos(tmp_path / "photos")
+    first, victim = all_of(folder_data(root)), root / "b" / "19.bmp"
+    before = victim.stat()
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    os.utime(victim, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert victim.stat().st_size == before.st_size and victim.stat().st_mtime_ns == before.st_mtime_ns
+    assert all_of(folder_data(root)) != first
+    victim.rename(root / "a" / "zz.bmp")  # another label
+    labels = all_of(folder_data(root))
+    (root / "a" / "00.bmp").unlink()
+    assert len({first, labels, all_of(folder_data(root))}) == 3
+
+
+def test_files_are_read_once(tmp_path, settled, monkeypatch):
+    root, reads = photos(tmp_path / "photos"), []
+    crc32 = fingerprint._crc32
+    monkeypatch.setattr(fingerprint, "_crc32", lambda path: reads.append(path) or crc32(path))
+    first = all_of(folder_data(root))
+    assert len(reads) == 40 and all_of(folder_data(root)) == first and len(reads) == 40
+    of_split(folder_data(root).splits["train"], quick=True)
+    assert len(reads) == 40
+    shutil.rmtree(cache.cache_folder("fingerprints"))
+    cache.cache_folder("fingerprints").write_text("no folder")  # where nothing can be kept it is computed again
+    assert all_of(folder_data(root)) == first and len(reads) == 80
+
+
+def test_what_has_only_just_changed_is_not_trusted_to_stay(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(fingerprint, "RACY_NS", 10**15)
+    all_of(folder_data(photos(tmp_path / "photos")))
+    assert not (tmp_path / "cache" / "genai" / "fingerprints").exists()
+
+
+def test_captions_do_not_change_the_images(tmp_path):
+    one, other = (data_of("data=digits_text", f"data.templates=['{t} {{}}']") for t in ("the digit", "a handwritten"))
+    assert of_split(one.splits["train"]) != of_split(other.splits["train"])
+    assert all_of(one) == all_of(other)
+
+
+def test_pixels_as_tokens_and_a_text(tmp_path):
+    assert of_split(data_of("data=digits_pixels").splits["test"]) != of_split(data_of("data=digits").splits["test"])
+    (tmp_path / "text.txt").write_text("abcdefghij" * 100)
+    given = ["data=text_file", f"data.path={tmp_path / 'text.txt'}", f"data.cache={tmp_path / 'cache'}"]
+    short, long = (data_of(*given, f"data.shape=[{n}]").splits for n in (8, 16))
+    assert of_split(short["test"]) == of_split(long["test"]) != of_split(short["val"])
+    (tmp_path / "text.txt").write_text("abcdefghij" * 99 + "abcdefghik")
+    changed = data_of(*given, "data.shape=[8]").splits
+    assert of_split(changed["val"]) == of_split(short["val"]) and of_split(changed["test"]) != of_split(short["test"])
+    assert of_split(changed["train"], quick=True) != of_split(short["train"], quick=True)
+
+
+class Mean(nn.Module):
+    """A first stage: the mean of each image."""
+
+    latent_shape = (1,)
+
+    def encode(self, x):
+        return x.mean((1, 2, 3))[:, None]
+
+
+def test_latents_are_those_of_the_images_as_they_are(tmp_path, settled):
+    def latents(root, *more):
+        data, model = folder_data(root, "data.crop=center", "data.flip=false", *more), nn.Module()
+        model.codec = Mean()
+        precompute(
+            model, data, OmegaConf.create({"codec": {"sha256": "x", "model": {}, "cache": str(tmp_path / "kept")}})
+        )
+        return data.splits["train"].batch(torch.arange(30), None)
+
+    def whole(root, *more):
+        found = latents(root, *more)
+        assert torch.equal(found["latent"], Mean().encode(found["image"]))
+        return len(list((tmp_path / "kept").iterdir()))
+
+    root = photos(tmp_path / "photos")
+    assert whole(root) == 3
+    root = root.rename(tmp_path / "moved")
+    assert whole(root, "data.batch_size=3") == 3
+    for i in (5, 6, 7, 8):  # the same names and sizes
+        Image.fromarray(np.full((4, 4), 200 + i, np.uint8)).save(root / "a" / f"{i:02d}.bmp")
+    assert whole(root) > 3
+
+
+class Plain:
+    """Somebody else's split, which says nothing of itself."""
+
+    augments = False
+
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def batch(self, index, draws):
+        return {"image": self.values[index], "label": index % 2}
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_any_split_has_a_checksum(quick):
+    x = torch.zeros(300, 1, 2, 2)
+    first = of_split(Plain(x), quick)
+    assert first == of_split(Plain(x.clone()), quick) != of_split(Plain(x[:299]), quick)
+    x[299, 0, 1, 1] = 1
+    assert of_split(Plain(x), quick) != first
