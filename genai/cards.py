@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from genai.core import files
+from genai.data.base import Data
+from genai.data.fingerprint import of_split
 from genai.extractors import Extractor
 from genai.metrics.frechet import Moments, frechet
 from genai.metrics.inception_score import inception_score
@@ -104,6 +106,12 @@ METRICS = {
     "reconstruction_ssim": Metric("higher", "split"),
 }
 STREAMED = "frechet", "accuracy"  # of which nothing is kept of a single sample
+
+
+def data_facts(data: Data, node: Mapping[str, Any], split: str) -> dict[str, Any]:
+    """What a protocol says of the data with config `node`: class, shape of an image, and checksum of the split's items."""
+    shape = {} if data.field == "tokens" else {"shape": list(data.shape)}  # a text is cut into windows of any length
+    return {"data": node["_target_"], **shape, "data_checksum": of_split(data.splits[split])}
 
 
 def card(

@@ -15,7 +15,7 @@ from genai.build import build_typed
 from genai.cli import composed, resumed
 from genai.compare.runs import check_protocols, read
 from genai.core.errors import UserError
-from genai.data.io import rounded
+from genai.data.io import rounded, to_pil
 from genai.evaluation import run, samples
 from genai.metrics.frechet import Moments, frechet
 from genai.train.run import run as train
@@ -299,14 +299,42 @@ def test_an_offline_tracker_holds_the_cards(runs, command, tmp_path):
 # What is refused
 
 
+def photos(folder, shift):
+    """Two folders of 30 images of 8x8 each."""
+    for y, name in enumerate(("a", "b")):
+        (folder / name).mkdir(parents=True)
+        for i in range(30):
+            pixels = torch.full((1, 8, 8), (7 * i + shift + 40 * y) % 256, dtype=torch.uint8)
+            to_pil(pixels).save(folder / name / f"{i}.png")
+    return [f"data.root={folder}", "data=image_folder", "data.channels=1", "logger=none", *SMALL[:2]]
+
+
+def test_cards_of_different_data_are_not_ranked(runs, tmp_path):
+    """Two folders of one class, of the same names and counts, and one of them at another size."""
+    one, other = photos(tmp_path / "one", 0), photos(tmp_path / "other", 3)
+    small = ["data.size=[8,8]", "callbacks.evaluate.n=2", "callbacks.samples.n=2"]
+    named = {
+        "first": [*one, *small], "second": [*other, *small],
+        "larger": [*one, "data.size=[16,16]", *small[1:]],
+    }  # fmt: skip
+    found = {}
+    for name, given in named.items():
+        folder = train(composed("train", ["model=gan", *given, f"run_dir={tmp_path / name}"], resumed))
+        evaluate(f"ckpt={folder}", "metrics=[recall]", "n=4", "repeats=1", "baselines=false", "extractor=module",
+                 "extractor.net={_target_: tests.test_cards.Norm}")  # fmt: skip
+        found[name] = read(folder)
+    with pytest.raises(UserError, match=r"protocol.data_checksum is \w{16} in .*first and \w{16} in .*second"):
+        check_protocols([found["first"], found["second"]])
+    with pytest.raises(UserError, match=r"protocol.shape is \[1, 8, 8\] in .*first and \[1, 16, 16\] in"):
+        check_protocols([found["first"], found["larger"]])
+
+
 def test_what_cannot_be_measured_is_refused(runs, refused, tmp_path):
     gan, _ = runs
     photos = tmp_path / "photos"
     for name in ("a", "b"):
         (photos / name).mkdir(parents=True)
         for i in range(8):
-            from genai.data.io import to_pil
-
             to_pil(torch.full((1, 8, 8), 20 * i, dtype=torch.uint8)).save(photos / name / f"{i}.png")
     given = [
         "model=gan",

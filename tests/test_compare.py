@@ -20,7 +20,13 @@ from genai.core.errors import UserError
 from genai.data.io import to_pil
 from tests.conftest import ROOT
 
-PROTOCOL = {"n": 1000, "split": "test", "extractor": {"name": "judge", "sha256": "abc"}}
+PROTOCOL = {
+    "n": 1000,
+    "split": "test",
+    "shape": [1, 8, 8],
+    "data_checksum": "1111",
+    "extractor": {"name": "judge", "sha256": "abc"},
+}
 
 
 def write(folder, target="genai.models.gan.gan.GAN", value=0.5, lr=1e-3, protocol=PROTOCOL, texts=None, **config):
@@ -92,6 +98,11 @@ def test_runs_are_ranked_by_what_all_were_measured_by(four):
         ({"n": 500}, "protocol.n is 1000 in .*gan and 500 in .*other"),
         ({"extractor": {"name": "judge", "sha256": "xyz"}}, "protocol.extractor.sha256 is abc in .* and xyz in"),
         ({"dtype": "bf16"}, "protocol.dtype is None in .* and bf16 in"),
+        ({"shape": [1, 16, 16]}, r"protocol.shape is \[1, 8, 8\] in .*gan and \[1, 16, 16\] in .*other"),
+        (
+            {"data_checksum": "2222"},
+            "protocol.data_checksum is 1111 in .* and 2222 in .*other; evaluate both on the same",
+        ),
     ],
 )
 def test_cards_that_differ_in_one_field_are_not_ranked(four, tmp_path, changed, message):
@@ -99,6 +110,17 @@ def test_cards_that_differ_in_one_field_are_not_ranked(four, tmp_path, changed, 
     with pytest.raises(UserError, match=f"cards of frechet cannot be ranked: {message}"):
         check_protocols([read(four[0]), read(other)])
     check_protocols([read(folder) for folder in four])
+
+
+def test_cards_that_do_not_say_which_data_they_are_of_are_ranked_among_themselves(tmp_path):
+    old = {name: value for name, value in PROTOCOL.items() if name not in ("shape", "data_checksum")}
+    new, *olds = (
+        write(tmp_path / name, protocol=own) for name, own in (("new", PROTOCOL), ("old", old), ("older", old))
+    )
+    check_protocols([read(folder) for folder in olds])
+    for pair in ([new, olds[0]], [olds[0], new]):
+        with pytest.raises(UserError, match=r"that of .*old is from before cards said which data .* evaluate it again"):
+            check_protocols([read(folder) for folder in pair])
 
 
 def compare(*arguments):

@@ -19,6 +19,7 @@ from genai.core.errors import UserError
 Curve = list[tuple[int, float]]
 BEATS = " beats baseline"
 MARKS = "\u2713 better than every trivial baseline, \u2717 not"
+DATA = "data_checksum"  # of a protocol, what tells two data sets of one class apart
 UNCOMPARED = ("run_dir", "name", "resume", "logger", "sampler", "callbacks")  # differ without telling models apart
 
 
@@ -98,12 +99,19 @@ def check_protocols(runs: Sequence[Run]) -> None:
         first = flat(having[0].cards[metric]["protocol"])
         for run in having[1:]:
             other = flat(run.cards[metric]["protocol"])
-            for key in first.keys() | other.keys():
-                if first.get(key) != other.get(key):
-                    raise UserError(
-                        f"the cards of {metric} cannot be ranked: protocol.{key} is {first.get(key)} in {having[0].name} and "
-                        f"{other.get(key)} in {run.name}; evaluate both alike, or show them unranked with --unranked"
-                    )
+            wrong = [key for key in {**first, **other} if first.get(key) != other.get(key)]
+            old = [r.name for r, facts in ((having[0], first), (run, other)) if DATA not in facts]
+            if len(old) == 1:
+                raise UserError(
+                    f"the cards of {metric} cannot be ranked: that of {old[0]} is from before cards said which data they are of "
+                    f"(protocol.{DATA}): evaluate it again, or show them unranked with --unranked"
+                )
+            if wrong:
+                key, hint = wrong[0], "evaluate both on the same data" if wrong[0] == DATA else "evaluate both alike"
+                raise UserError(
+                    f"the cards of {metric} cannot be ranked: protocol.{key} is {first.get(key)} in {having[0].name} and "
+                    f"{other.get(key)} in {run.name}; {hint}, or show them unranked with --unranked"
+                )
 
 
 def ranked(runs: Sequence[Run]) -> list[Run]:

@@ -34,7 +34,7 @@ def checksum(*parts: Any, quick: bool = False) -> str:
             part = part.contiguous().numpy()
         if isinstance(part, np.ndarray):
             digest.update(f"{part.dtype.str}{part.shape}".encode())
-            digest.update(str(zlib.crc32(part)).encode() if quick else part.data)
+            digest.update(str(zlib.crc32(part.data)).encode() if quick else part.data)
         else:
             digest.update(json.dumps(part, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
@@ -47,7 +47,7 @@ def of_split(split: "Split", quick: bool = False) -> str:
     A split may answer itself, by a method `fingerprint(quick)`; of any other every item is read, or if `quick` 256 of them.
     `quick` is for what is asked at each start of a run: of image files it is their names and sizes. The whole of MNIST's
     60,000 images takes 0.07 s, quick 0.02 s (one core of an AMD EPYC); image files are read once, at the speed of the disk,
-    and then only looked at for changes, 4 us each.
+    and then only looked at for changes, 11 us each (there, from memory 41 us at first).
     """
     own = getattr(split, "fingerprint", None)
     if own is not None:

@@ -180,7 +180,8 @@ def _pass(
     others = {}
     if plan.baselines and whole and levels == data.values:
         others = beside(images, names, plan.split, n, numbers=latents)
-    protocol = {"n": n, "split": plan.split, "data": node["_target_"], "levels": levels, "dtype": "float32"}
+    protocol = {"n": n, "split": plan.split, **cards.data_facts(images, node, plan.split), "levels": levels}
+    protocol["dtype"] = "float32"
     protocol |= {key: facts[key] for key in ("context", "context_overlap", "given", "likelihood") if key in facts}
     own = {"protocol": protocol, **({"bound": facts["bound"]} if "bound" in facts else {})}
     found = [cards.card(name, *means[name], None, others.get(name, {}), COPIER, own) for name in names]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genai import sampling
 from genai.baselines.beside import COPIER, beside
-from genai.cards import METRICS, STREAMED, Seen, Sets, Texts, card
+from genai.cards import METRICS, STREAMED, Seen, Sets, Texts, card, data_facts
 from genai.checkpoint import Loaded
 from genai.core import files
 from genai.core.errors import UserError
@@ -80,8 +80,8 @@ def of_images(
     others = beside(data, names, split, n, real) if baselines else {}
     facts = {
         "protocol": {
-            "n": n, "split": split, "real": real.moments.n, "repeats": repeats, "data": node["_target_"], "levels": data.levels,
-            **extractor.facts, "dtype": "float32",
+            "n": n, "split": split, "real": real.moments.n, "repeats": repeats, **data_facts(data, node, split),
+            "levels": data.levels, **extractor.facts, "dtype": "float32",
         },
         "floor_of": floor, "sampler": loaded.config["sampler"], **_copies(data, torch.cat(first)[:LOOKED_AT], folder),
     }  # fmt: skip
@@ -153,7 +153,7 @@ def of_texts(
     floors = {} if split == "train" else {name: _measured(name, pieces) for name in names}
     facts = {
         "protocol": {
-            "n": n, "split": split, "repeats": repeats, "data": node["_target_"], "vocabulary": data.levels,
+            "n": n, "split": split, "repeats": repeats, **data_facts(data, node, split), "vocabulary": data.levels,
             "max_new_tokens": loaded.config["sampler"].get("max_new_tokens") or data.shape[0], "train_characters": len(train),
         },
         "sampler": loaded.config["sampler"],
