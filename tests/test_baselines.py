@@ -7,17 +7,20 @@ import numpy as np
 import pytest
 import torch
 
+from genai.baselines import beside
 from genai.baselines.base import Known, check, from_levels, known, stream, to_levels
 from genai.baselines.judge import Judge
 from genai.baselines.ngram import NGram
 from genai.baselines.pixels import Markov, Mixture, Uniform
 from genai.baselines.run import run
 from genai.baselines.vectors import GMM, KNN, PCA, Copier
+from genai.cards import Seen
 from genai.checkpoint import build
 from genai.cli import composed
 from genai.core.errors import UserError
-from genai.data.base import Arrays, Data
+from genai.data.base import Arrays, Data, part, std
 from genai.data.images import Digits
+from genai.extractors import Extractor
 
 LEVELS, SHAPE = 4, [1, 2, 3]
 
@@ -152,6 +155,50 @@ def test_reconstructions_by_hand(digits):
     assert torch.allclose(PCA(0).fit(data, 0).reconstruct(batch), data.x.mean(0).expand(20, -1, -1, -1), atol=1e-5)
     assert torch.allclose(PCA(64).fit(data, 0).reconstruct(batch), batch["image"], atol=1e-4)
     assert torch.equal(KNN(1).fit(data, 0).reconstruct(batch), batch["image"])
+
+
+# Data that are sorted by class, as a folder's training images are
+
+
+@pytest.fixture
+def by_class():
+    """300 training images in three classes, one after the other, of brightness 0.2, 0.5 and 0.8; the last class has one."""
+    label = np.repeat([0, 1, 2], [150, 149, 1])
+    x = (label * 0.3 + 0.2)[:, None, None, None] + np.random.default_rng(0).normal(0, 0.05, (300, 1, 2, 2))
+    splits = {"train": Arrays("image", x.astype(np.float32), label)}
+    splits |= {name: Arrays("image", x[::10].astype(np.float32), label[::10]) for name in ("val", "test")}
+    return Data(
+        field="image", shape=None, classes=None, levels=None, batch_size=4, num_workers=0, splits=splits, found_shape=[1, 2, 2],
+        class_names=["a", "b", "c"], found_levels=None,
+    )  # fmt: skip
+
+
+def test_some_of_a_split_stands_for_all_of_it(by_class):
+    few, again = (known(by_class, ["train"], 60) for _ in range(2))
+    assert few.label is not None and 20 <= (few.label == 0).sum() <= 40 and torch.equal(few.x, again.x)
+    assert known(by_class, ["train"], 300).label.tolist() == [0] * 150 + [1] * 149 + [2]  # all as they come
+    assert part(by_class, "train", 60).batch(torch.arange(60), None)["label"].tolist() == few.label.tolist()
+    assert torch.equal(
+        part(by_class, "test", 5).batch(torch.arange(5), None)["image"], by_class.items("test", torch.arange(5))
+    )
+    assert std(by_class.splits["train"], "image", 100) == pytest.approx(std(by_class.splits["train"], "image"), rel=0.1)
+
+
+def test_samples_are_asked_of_classes_that_were_hardly_seen(by_class, monkeypatch, tmp_path):
+    """Of the third class there are none among what is learned from, or one: its samples come from all."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    net = torch.nn.Flatten()
+    real = Seen(Extractor(net, lambda x: (net(x), None), False, "cpu"), True).add(
+        by_class.items("test", torch.arange(30))
+    )
+    for most in (60, 300):
+        monkeypatch.setattr(beside, "MOST", most)
+        found = beside.beside(by_class, ["frechet"], "test", 30 + most // 10, real)["frechet"]
+        assert len(found) == 3 and all(value < 0.2 for value in found.values()), found
+    asked = torch.tensor([0, 2, 2])
+    for baseline in (GMM(3, by_class=True), Copier()):
+        samples = baseline.fit(known(by_class, ["train"]), 0).sample(3, 0, asked).mean((1, 2, 3))
+        assert samples[0] == pytest.approx(0.2, abs=0.2) and (samples > 0).all()
 
 
 # The recorded tables

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from genai.core.errors import UserError
-from genai.data.base import Data, Split
+from genai.data.base import Data, Split, some
 from genai.data.stream import batches
 
 KINDS = {"image": "images", "tokens": "texts"}
@@ -64,7 +64,8 @@ def check(baseline: Baseline, data: Data) -> None:
 
 
 def known(data: Data, splits: Sequence[str], most: int | None = None) -> Known:
-    """All items, or the first `most` of each, of some splits of images or of one text."""
+    """All items, or `most` of each, of some splits of images or of one text: its first tokens, or images drawn at random, the
+    same every time."""
     for name in splits:
         if name not in data.splits:
             raise UserError(f"fit={list(splits)}: {name} is none of {', '.join(data.splits)}")
@@ -73,7 +74,8 @@ def known(data: Data, splits: Sequence[str], most: int | None = None) -> Known:
     if data.field == "tokens":
         x, label = torch.cat([stream(data.splits[name])[:most] for name in splits]), None
     else:
-        parts = [next(batches(part, len(part), most)) for part in (data.splits[name] for name in splits)]
+        chosen = [some(split, most or len(split)) for split in (data.splits[name] for name in splits)]
+        parts = [next(batches(split, len(split))) for split in chosen]
         x = torch.cat([part[data.field] for part in parts])
         label = None if data.classes is None else torch.cat([part["label"] for part in parts])
     return Known(x, label, data.field, list(data.shape), data.levels, data.classes)

@@ -18,7 +18,7 @@ from genai.cli import conf_dir
 from genai.core import files
 from genai.core.cache import CACHE_HINT, cache_folder
 from genai.core.errors import UserError
-from genai.data.base import Data
+from genai.data.base import Data, part
 from genai.data.fingerprint import checksum, of_data
 from genai.data.io import rounded
 from genai.data.stream import batches
@@ -103,14 +103,14 @@ def samples(baseline: Any, data: Data, names: Sequence[str], n: int, real: Seen)
 
 
 def items(baseline: Any, data: Data, names: Sequence[str], split: str, n: int) -> dict[str, float]:
-    """Of the first n items of a split; of a text it is all of it."""
-    part = held(data, split) if data.field == "tokens" else next(batches(data.splits[split], n, n))
+    """Of n items of a split, those that a pass over it measures; of a text it is all of it."""
+    scored = held(data, split) if data.field == "tokens" else next(batches(part(data, split, n), n))
     found: dict[str, float] = {}
     if any(name in LIKELIHOODS for name in names):
-        found = nats_of(-baseline.log_prob(part, 0).double(), part, data, split)
+        found = nats_of(-baseline.log_prob(scored, 0).double(), scored, data, split)
     else:
-        again = baseline.reconstruct(part)
+        again = baseline.reconstruct(scored)
         for name, measure in (("reconstruction_psnr_db", psnr), ("reconstruction_ssim", ssim)):
             if name in names:
-                found[name] = measure(again, part["image"]).double().mean().item()
+                found[name] = measure(again, scored["image"]).double().mean().item()
     return {name: found[name] for name in names}

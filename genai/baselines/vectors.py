@@ -18,7 +18,8 @@ class GMM(Baseline):
 
     Args:
         components: how many, of each class with `by_class`.
-        by_class: a mixture for each class.
+        by_class: a mixture for each class, of fewer components where a class has fewer images; a class of less than two
+            images has none of its own, and its samples come from all.
         regularisation: added to variances, of pixels in [-1, 1].
     """
 
@@ -34,29 +35,30 @@ class GMM(Baseline):
         self.shape, parts = known.shape, []
         for y in range(known.classes or 0) if self.by_class else (-1,):
             mine = known.x if known.label is None or y < 0 else known.x[known.label == y]
-            if len(mine):
-                parts.append([*self.mixture(mine.flatten(1).double(), len(mine) / len(known.x), seed), y])
-        weight, mean, root, y = zip(*parts, strict=True)
-        self.weight, self.mean, self.root = torch.cat(weight), torch.cat(mean), torch.cat(root)
-        self.label = torch.tensor(y).repeat_interleave(self.components)
+            components = min(self.components, len(mine)) if self.by_class else self.components
+            if len(mine) >= max(2, components):
+                weight, mean, root = self.mixture(mine.flatten(1).double(), components, seed)
+                parts.append((weight * (len(mine) / len(known.x)), mean, root, torch.full((components,), y)))
+        if not parts:
+            raise UserError(
+                f"baseline.components={self.components}, but there are only {len(known.x)} images to fit: give fewer"
+            )
+        self.weight, self.mean, self.root, self.label = (torch.cat(part) for part in zip(*parts, strict=True))
         return self
 
-    def mixture(self, x: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    def mixture(self, x: Tensor, components: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         from sklearn.mixture import GaussianMixture
 
-        if len(x) < max(2, self.components):
-            raise UserError(
-                f"baseline.components={self.components}, but there are only {len(x)} images to fit: give fewer"
-            )
-        fitted: Any = GaussianMixture(self.components, reg_covar=self.regularisation, random_state=seed).fit(x.numpy())
+        fitted: Any = GaussianMixture(components, reg_covar=self.regularisation, random_state=seed).fit(x.numpy())
         roots = torch.linalg.cholesky(torch.from_numpy(fitted.covariances_))
-        return torch.from_numpy(fitted.weights_) * share, torch.from_numpy(fitted.means_), roots
+        return torch.from_numpy(fitted.weights_), torch.from_numpy(fitted.means_), roots
 
     def sample(self, n: int, seed: int, label: Tensor | None = None) -> Tensor:
         seeds = rng.seed_range(seed, n)
         weight = self.weight.expand(n, -1)
         if label is not None and self.by_class:
-            weight = weight * (self.label == label[:, None])
+            mine = self.label == label[:, None]
+            weight = weight * mine.where(mine.any(1, keepdim=True), True)
         chosen = inverse(weight.cumsum(-1), rng.uniform(seeds, (1,))[:, 0].double())
         x = rng.normal(seeds, (math.prod(self.shape),), stream=rng.INITIAL).double()
         for k in range(len(self.mean)):
@@ -66,7 +68,7 @@ class GMM(Baseline):
 
 
 class Copier(Baseline):
-    """Training images drawn at random: the best distance to them, and nothing made."""
+    """Training images drawn at random, of the class asked for where there are any: the best distance, and nothing made."""
 
     what = "copies of training images"
 
@@ -78,7 +80,8 @@ class Copier(Baseline):
         u = rng.uniform(rng.seed_range(seed, n), (1,))[:, 0].double()
         if label is None or self.label is None:
             return self.x[(u * len(self.x)).long().clamp_max(len(self.x) - 1)]
-        found = [(self.label == y).nonzero()[:, 0] for y in label.tolist()]
+        all_of = {y: (self.label == y).nonzero()[:, 0] for y in set(label.tolist())}
+        found = [all_of[y] if len(all_of[y]) else torch.arange(len(self.x)) for y in label.tolist()]
         return self.x[torch.stack([of[min(int(v * len(of)), len(of) - 1)] for v, of in zip(u, found, strict=True)])]
 
 

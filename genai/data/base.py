@@ -38,7 +38,7 @@ class Data:
         shape, classes, levels: as the config states them; None takes what the data has.
         batch_size: samples of one micro-batch on one device.
         num_workers: loader processes; any number gives the same stream.
-        splits: of the names train, val and test.
+        splits: of the names train, val and test; the first items of val and test must stand for all of them.
         found_shape: of one sample.
         class_names: of each label, None if there are no labels.
         found_levels: grey levels of the data, None if continuous.
@@ -124,9 +124,39 @@ class Arrays:
         return checksum(self.values, self.labels, quick=quick)
 
 
+class Subset:
+    """Items `index` int64 (N,) of a split, in that order."""
+
+    def __init__(self, split: Split, index: Tensor):
+        self.split, self.index, self.augments = split, index, split.augments
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def batch(self, index: Tensor, draws: Tensor | None) -> Batch:
+        return self.split.batch(self.index[index], draws)
+
+
+def random_order(split: Split) -> Subset:
+    """All items of a split in a fixed random order, so that any first of them stand for all, even of one sorted by class."""
+    return Subset(split, torch.from_numpy(np.random.default_rng(0).permutation(len(split))))
+
+
+def some(split: Split, n: int) -> Split:
+    """The first n items of a `random_order`; where there are no more, all as they come."""
+    return split if n >= len(split) else Subset(split, random_order(split).index[:n])
+
+
+def part(data: Data, name: str, n: int) -> Split:
+    """n items of a named split: the first of validation and test, which are in no order, `some` of training, which may be."""
+    split = data.splits[name]
+    return some(split, n) if name == "train" else Subset(split, torch.arange(min(n, len(split))))
+
+
 def std(split: Split, field: str, n: int = 4096) -> float:
-    """Standard deviation of all numbers in the first n items of a split."""
-    return split.batch(torch.arange(min(n, len(split))), None)[field].double().std(correction=0).item()
+    """Standard deviation of all numbers in n items of a split."""
+    split = some(split, n)
+    return split.batch(torch.arange(len(split)), None)[field].double().std(correction=0).item()
 
 
 def held_out(n: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:

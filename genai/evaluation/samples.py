@@ -16,7 +16,7 @@ from genai.checkpoint import Loaded
 from genai.core import files
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
-from genai.data.base import Data
+from genai.data.base import Data, Split, part, random_order
 from genai.data.io import grid, rounded, to_pil
 from genai.data.stream import batches
 from genai.data.text import texts
@@ -63,7 +63,8 @@ def of_images(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Cards by metric of `repeats` sets of n samples beside the images of a split, and the nearest pairs as a picture."""
     kept = any(name not in STREAMED for name in names)
-    real = _seen(data, split, None, extractor, kept)
+    whole = data.splits[split]
+    real = _seen(random_order(whole) if split == "train" else whole, extractor, kept)
     clock, values, first = Clock(n * repeats, "samples"), {name: [] for name in names}, []
     for k in range(repeats):
         fake = Seen(extractor, kept)
@@ -103,16 +104,15 @@ def _floors(data: Data, names: list[str], split: str, n: int, real: Seen) -> tup
     from comes first."""
     for other in ("val", "test", "train"):
         if other != split and other in data.splits and len(data.splits[other]) >= n:
-            sets = Sets(real, _seen(data, other, n, real.extractor, real.kept))
+            sets = Sets(real, _seen(part(data, other, n), real.extractor, real.kept))
             return other, {name: _measured(name, sets) for name in names if name != "accuracy"}
     return None, {}
 
 
-def _seen(data: Data, split: str, n: int | None, extractor: Extractor, kept: bool) -> Seen:
-    """The first n images of a split."""
+def _seen(split: Split, extractor: Extractor, kept: bool) -> Seen:
     seen = Seen(extractor, kept)
-    for batch in batches(data.splits[split], 1000, n):
-        seen.add(batch[data.field])
+    for batch in batches(split, 1000):
+        seen.add(batch["image"])
     return seen
 
 

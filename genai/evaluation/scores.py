@@ -12,7 +12,7 @@ from genai.build import build_typed
 from genai.checkpoint import Loaded
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, Reconstructing, Scorable, check_sampler
-from genai.data.base import Data
+from genai.data.base import Data, part
 from genai.data.stream import batches
 from genai.evaluation.clock import Clock
 from genai.metrics import likelihood
@@ -43,7 +43,7 @@ def run(
     score, device = scorer(loaded, data, method), next(model.parameters()).device
     codes = torch.zeros(getattr(model, "vocabulary", None) or 0, dtype=torch.int64)
     nats, decibels, likeness, targets, clock = [], [], [], [], Clock(n, "items")
-    for batch in batches(data.splits[split], batch_size, n):
+    for batch in batches(part(data, split, n), batch_size):
         batch = {name: value.to(device) for name, value in batch.items()}
         if score is not None:
             nats.append(-score(batch, seed + clock.done).cpu())

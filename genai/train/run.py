@@ -20,7 +20,7 @@ from genai.build import DATA, MODELS, RUN, build_stored, build_typed
 from genai.cli import check_unchanged
 from genai.core import files, rng
 from genai.core.errors import UserError, at_least
-from genai.data.base import Data, std
+from genai.data.base import Data, some, std
 from genai.data.stream import batches
 from genai.train import codec, trackers
 from genai.train.callbacks import Cards, File, Progress, Samples, Stop
@@ -74,7 +74,7 @@ def _run(cfg: DictConfig, held: contextlib.ExitStack) -> Path:
     if weights is not None:
         codec.fill(model, weights, cfg.codec.ckpt)
     if resumed is None and hasattr(model, "measure"):
-        model.measure(batches(data.splits["train"], data.batch_size, codec.MEASURED))
+        model.measure(batches(some(data.splits["train"], codec.MEASURED), data.batch_size))
     if cfg.init_from is not None:
         _init_from(model, data.assets(), cfg.init_from, cfg.init_strict)
     record = Record(folder, writes=first)
