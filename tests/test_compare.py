@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from genai.compare.page import chart, report
-from genai.compare.runs import Run, check_protocols, differences, ranked, read, read_all
+from genai.compare.runs import Run, check_protocols, differences, ranked, read, read_all, table
 from genai.core.errors import UserError
 from genai.data.io import to_pil
 from tests.conftest import ROOT
@@ -170,11 +170,20 @@ def test_the_page_marks_what_beats_its_baselines_and_what_memorises(four):
     marks = dict(re.findall(r"</span>(\w+)</span><span class=\"value\">[\d.]+ (.)", page))
     assert marks == {"gan": "\u2717", "ddpm": "\u2713", "vae": "\u2717", "gpt": "\u2713"}
     assert page.count("<em>gmm</em>") == page.count("<em>real data</em>") == 1 and "lower is better" in page
-    assert "n 1000, split test, extractor.name judge" in page and "memorises" not in page
+    assert (
+        "n 1000, split test, shape [1, 8, 8], data_checksum 1111, extractor.name judge" in page
+        and "memorises" not in page
+    )
     runs[0].cards["frechet"]["memorised"] = True
     runs[1].cards["frechet"]["protocol"] = {**PROTOCOL, "n": 7}
     page = report(runs)
     assert "memorises its training data" in page and "n 1000" not in page  # only what all share
+    runs[3].cards["frechet"]["why"] = "no better than a <mixture>"
+    few = {"memorised": None, "memorised_reason": "too few to tell: 30 samples and 8 held-out items"}
+    runs[2].cards["frechet"] |= few
+    assert "whether it memorises: too few to tell: 30 samples" in report(runs)
+    assert '<p class="told">no better than a &lt;mixture&gt;</p>' in report(runs)
+    assert [row["memorised"] for row in table(runs)] == [True, False, "too few to tell", False]
 
 
 def test_nothing_that_a_run_says_becomes_part_of_the_page(four, tmp_path):

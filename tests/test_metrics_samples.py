@@ -12,7 +12,7 @@ from genai.data.images import Digits
 from genai.data.stream import batches
 from genai.metrics.images import psnr, ssim
 from genai.metrics.intervals import bootstrap, over_seeds
-from genai.metrics.memorisation import memorisation, nearest_neighbours
+from genai.metrics.memorisation import Memorisation, memorisation, nearest_neighbours, tails
 from genai.metrics.text import distinct, longest_copy
 from tests.test_metrics import normal
 
@@ -105,13 +105,48 @@ def test_models_that_learned_are_not_flagged():
     on_levels = (torch.from_numpy(samples).clamp(-1, 1) * 8).round() / 8
     for given in (samples, on_levels):
         found = memorisation(given, train.flatten(1), held_out.flatten(1))
-        assert not found.flagged and found.copies == 0 and found.ratio > 0.8, found
+        assert found.flagged is False and found.copies == 0 and found.ratio > 0.8, found
     assert not memorisation(held_out[::2], train, held_out[1::2]).flagged
+    few = memorisation(held_out[::2], train, held_out[1:20:2])
+    assert few.flagged is None and few.reason == (
+        "too few to tell: 180 samples and 10 held-out items cannot tell 5% of copies from chance"
+    )
     words = torch.arange(4)[:, None].repeat(
         50, 1
     )  # data of four values: every sample is a copy, and so is what is held out
     found = memorisation(words, words, words)
     assert found.copies == 200 and found.ratio == 1 and found.close == 0 and not found.flagged
+
+
+@pytest.mark.parametrize("spread", [0.1, 2.0])
+@pytest.mark.parametrize("m", [1, 8, 20, 100, 200])
+@pytest.mark.parametrize("n", [30, 400])
+def test_an_honest_model_is_hardly_ever_called_a_memoriser(n, m, spread):
+    """Distances to the training items, of samples and of held-out items, are drawn from one distribution, narrow or wide."""
+    draw = torch.Generator().manual_seed(n + m)
+    distances = (torch.randn(500, n + m, generator=draw, dtype=torch.float64) * spread).exp()
+    verdicts = [verdict(row[:n], row[n:]) for row in distances]
+    assert sum(found is True for found in verdicts) <= 10  # 2 %
+    if m <= 100 or n == 30:
+        assert False not in verdicts
+    copies = torch.zeros(n, dtype=torch.float64)
+    assert verdict(copies, distances[0, n:]) is True or m == 1
+    if m == 200 and n == 400:
+        mixed = [torch.cat([row[: n - 40], row[:40] * 0]) for row in distances[:50]]  # every tenth is a copy
+        assert all(verdict(row, distances[0, n:]) for row in mixed) and verdicts.count(False) > 490
+
+
+def verdict(ours, theirs):
+    ratio = (ours.quantile(0.5) / theirs.quantile(0.5)).item()
+    close = (ours < theirs.quantile(0.01)).double().mean().item()
+    return Memorisation(ours, torch.zeros(len(ours)), theirs, int((ours == 0).sum()), ratio, close).flagged
+
+
+def test_the_tail_is_that_of_samples_drawn():
+    u = torch.rand(20000, 30 + 12, generator=torch.Generator().manual_seed(0))
+    below = (u[:, :30] < u[:, 30:].sort(1).values[:, 1:2]).sum(1)  # the second smallest of twelve
+    for count in (0, 3, 9):
+        assert tails(30, 12, 2)[count].item() == pytest.approx((below > count).double().mean().item(), abs=0.01)
 
 
 # Text

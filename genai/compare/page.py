@@ -5,7 +5,7 @@ Everything a run says goes through the template page.html, which escapes it: a r
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +76,30 @@ def metric_cards(metric: str, runs: Sequence[Run]) -> dict[str, Any]:
             {
                 "k": k, "name": run.label, "flag": "memorises its training data" if card.get("memorised") else "",
                 "value": shown(card["value"]) + mark(card.get("beats_baseline")), "at": f"{at(card['value']):.1f}",
-                "bar": bar and tuple(f"{end:.1f}" for end in bar), "colour": COLOURS[k % 8],
+                "bar": bar and tuple(f"{end:.1f}" for end in bar), "colour": COLOURS[k % 8], "notes": notes(card),
             }
         )  # fmt: skip
     for name, value in plain.items():
-        rows.append({"k": None, "name": name, "value": shown(value), "at": f"{at(value):.1f}", "colour": "var(--soft)"})
+        rows.append(
+            {
+                "k": None,
+                "name": name,
+                "value": shown(value),
+                "at": f"{at(value):.1f}",
+                "colour": "var(--soft)",
+                "notes": [],
+            }
+        )
     first, *others = (flat(card["protocol"]) for _, _, card in found)
     agreed = {name: value for name, value in first.items() if all(o.get(name) == value for o in others)}
     told = ", ".join(f"{name} {shown(value)}" for name, value in agreed.items())
     return {"metric": metric, "better": found[0][2]["better"], "log": log, "rows": rows, "told": told}
+
+
+def notes(card: Mapping[str, Any]) -> list[str]:
+    """What a card says in words: why it does not tell whether a model memorises, why a likelihood is poor."""
+    unknown = [f"whether it memorises: {card['memorised_reason']}"] if "memorised_reason" in card else []
+    return unknown + ([str(card["why"])] if "why" in card else [])
 
 
 def embedded(path: Path) -> str:

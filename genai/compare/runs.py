@@ -147,8 +147,14 @@ def table(runs: Sequence[Run]) -> list[dict[str, Any]]:
             card = run.cards.get(metric)
             row[metric] = None if card is None else card["value"]
             row[f"{metric}{BEATS}"] = None if card is None else card.get("beats_baseline")
+        row["memorised"] = next((verdict(card) for card in run.cards.values() if "memorised" in card), None)
         rows.append(row)
     return [{key: row[key] for key in row if any(r[key] is not None for r in rows)} for row in rows]
+
+
+def verdict(card: Mapping[str, Any]) -> bool | str:
+    """Whether samples are copies of training images, as a card says it."""
+    return "too few to tell" if card["memorised"] is None else card["memorised"]
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:

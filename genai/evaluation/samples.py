@@ -126,8 +126,9 @@ def _copies(data: Data, samples: Tensor, folder: Path) -> dict[str, Any]:
     pairs = torch.stack([samples[[i for i, _ in nearest]], theirs]).flatten(0, 1)
     picture = to_pil(grid(pairs, len(nearest)))
     files.write(folder / "nearest.png", lambda file: picture.save(file, "png"), within=folder.parent)
+    reason = {} if copies.reason is None else {"memorised_reason": copies.reason}
     return {
-        "memorised": copies.flagged, "copies": copies.copies, "distance_ratio": round(copies.ratio, 4),
+        "memorised": copies.flagged, **reason, "copies": copies.copies, "distance_ratio": round(copies.ratio, 4),
         "share_too_close": round(copies.close, 4), "looked_at": len(samples),
     }  # fmt: skip
 
