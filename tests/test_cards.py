@@ -2,6 +2,7 @@
 comparison."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -97,6 +98,23 @@ def test_the_pass_over_a_split_has_cards_with_intervals_and_baselines(runs, tmp_
     assert list(decibels["baselines"]) == ["PCA with 8 components"]  # as many as the latents
     again = evaluate(f"ckpt={vae}", "n=100", "metrics=[reconstruction_psnr_db,frechet]", "repeats=1")
     assert again["cards"][0] == decibels and again["cards"][1]["metric"] == "frechet"
+
+
+def test_a_likelihood_below_trivial_models_says_why(runs):
+    """The objective is other than the bound's; of one that is, there is nothing to say."""
+    given = ["model.schedule.steps=10", "sampler=ddim", "sampler.steps=2", *DIGITS]
+    for model in ("ddpm", "ddpm_levels"):
+        folder = train(composed("train", [f"model={model}", f"run_dir={runs[0].parent / model}", *given], resumed))
+        result = evaluate(f"ckpt={folder}", "n=4")
+        (card,) = result["cards"]
+        assert card["beats_baseline"] is False and result["bound"] == card["bound"] == "upper bound"
+        assert card.get("why") == result.get("why")
+        if model == "ddpm":
+            assert re.match(
+                r"no better than a .* \(\d\.\d+\): its loss weighs .*experiment=ddpm_digits_nll", card["why"]
+            )
+        else:
+            assert "why" not in card
 
 
 def test_to_beat_a_baseline_is_to_beat_it_at_the_worse_end():

@@ -411,3 +411,25 @@ def test_prose_on_the_command_line_is_taken_as_it_is():
         assert composed("sample", [f"prompt={prose}"]).prompt == prose
     assert composed("sample", ["prompt=[a,b]"]).prompt == ["a", "b"]
     assert quoted("seed=1,2") == "seed=1,2" and quoted("prompt=null") == "prompt=null"
+
+
+def test_a_text_of_one_symbol_costs_nothing(tmp_path):
+    from genai.cli import resumed
+    from genai.train.run import run
+
+    (tmp_path / "text.txt").write_text("a" * 2000)
+    given = [
+        "model=gpt_nano",
+        "data=text_file",
+        f"data.path={tmp_path / 'text.txt'}",
+        "data.tokenizer=char",
+        "logger=none",
+    ]
+    given += ["data.shape=[16]", "data.batch_size=2", "callbacks.evaluate.n=2", "callbacks.samples.n=1", "max_steps=1"]
+    folder = run(
+        composed("train", [*given, f"data.cache={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}"], resumed)
+    )
+    result = evaluation.run(composed("evaluate", [f"ckpt={folder}", "split=val"]))
+    assert result["nats_per_token"] == result["bits_per_character"] == 0 and result["perplexity"] == 1
+    assert [(card["value"], card["low"], card["high"]) for card in result["cards"]] == [(0, 0, 0)] * 2
+    assert "-0.0" not in json.dumps(result)

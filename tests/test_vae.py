@@ -259,7 +259,7 @@ def test_a_run_shows_itself_from_the_command_line(tmp_path, command, refused):
     assert (
         3 < result["bits_per_dim"] < 7
         and 0 < result["reconstruction_psnr_db"] < 20
-        and result["bound"] == "lower bound"
+        and result["bound"] == "upper bound"
     )
     assert "sampler.split=none is none of train, val, test" in refused(
         "sample.py", f"ckpt={run}", "sampler=reconstruct", "split=none"

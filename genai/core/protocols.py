@@ -71,7 +71,11 @@ class AdversarialModel(Protocol):
 
 @runtime_checkable
 class Scorable(Protocol):
-    """A model with a likelihood. `bound` says what log_prob is: "exact" or "lower bound"."""
+    """A model with a likelihood. `bound` says what log_prob is: "exact" or "lower bound".
+
+    A model that was trained for something else may say so in `objective`: where it is less likely than trivial models, a card
+    gives that as the reason.
+    """
 
     bound: str
 

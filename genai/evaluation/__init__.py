@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from genai import cards, checkpoint, sampling
-from genai.baselines.beside import COPIER, beside
+from genai.baselines.beside import COPIER, LIKELIHOODS, beside
 from genai.build import DATA, MODELS, build_stored, build_typed
 from genai.checkpoint import Loaded
 from genai.core import files, rng
@@ -70,7 +70,7 @@ def run(cfg: Any) -> dict[str, Any]:
         kind = cfg.split if method is None else f"{cfg.split}.{method['_target_'].rpartition('.')[2]}"
         out = loaded.path.with_suffix(f".{kind}.json")
         files.write_text(out, json.dumps(facts, indent=2) + "\n", within=folder_of(loaded.path))
-    short = "metric", "value", "low", "high", "floor", "beats_baseline", "memorised"
+    short = "metric", "value", "low", "high", "floor", "beats_baseline", "memorised", "memorised_reason", "why"
     for card in found if plan.metrics is not None else ():
         print(json.dumps({key: card[key] for key in short if key in card}))
     return {**facts, "cards": found}
@@ -185,6 +185,11 @@ def _pass(
     protocol |= {key: facts[key] for key in ("context", "context_overlap", "given", "likelihood") if key in facts}
     own = {"protocol": protocol, **({"bound": facts["bound"]} if "bound" in facts else {})}
     found = [cards.card(name, *means[name], None, others.get(name, {}), COPIER, own) for name in names]
+    objective = getattr(model, "objective", None)
+    for card in found:
+        if card["metric"] in LIKELIHOODS and card["beats_baseline"] is False and objective is not None:
+            what, figure = min(card["baselines"].items(), key=lambda item: item[1])
+            facts["why"] = card["why"] = f"no better than a {what} ({figure:.3f}): {objective}"
     return {**facts, "split": plan.split, "n": n}, found
 
 

@@ -20,6 +20,8 @@ from genai.metrics.images import WINDOW, psnr, ssim
 from genai.metrics.intervals import Interval, bootstrap
 
 Score = Callable[[Batch, int], Tensor]
+REPORTED = {"lower bound": "upper bound"}  # of ln p, and so of what is reported, which is -ln p in some unit
+SOLVED = "upper bound up to the error of the ODE's solver"
 
 
 def possible(loaded: Loaded, data: Data, method: Any = None) -> list[str]:
@@ -61,9 +63,9 @@ def run(
     facts: dict[str, Any] = {}
     means: dict[str, Interval] = {}
     if nats:
-        each = torch.cat(nats).double()
+        each = torch.cat(nats).double() + 0.0  # 0, not -0, for what is certain
         facts |= _likelihood(each, torch.cat(targets) if targets else None, data, split, model)
-        facts["bound"] = model.bound if method is None else "lower bound up to the error of the ODE's solver"
+        facts["bound"] = REPORTED.get(model.bound, model.bound) if method is None else SOLVED
         facts |= {} if method is None else {"likelihood": method}
         given = list(model.null()) if hasattr(model, "null") else []
         facts |= {"given": given} if given else {}
@@ -107,9 +109,10 @@ def _likelihood(nats: Tensor, targets: Tensor | None, data: Any, split: str, mod
 
 def _means(facts: dict[str, Any], nats: Tensor) -> Iterator[tuple[str, Interval]]:
     """Nats of each item in the units of the facts: all are in proportion to their sum."""
+    mean = nats.mean().item()  # 0 of a text of one symbol
     for name in ("bits_per_dim", "nats_per_token", "bits_per_character"):
         if name in facts:
-            yield name, _interval(nats * (facts[name] / nats.mean().item()))
+            yield name, _interval(nats * (facts[name] / mean if mean else 1.0))
 
 
 def _interval(values: Tensor) -> Interval:

@@ -30,6 +30,11 @@ class Diffusion(nn.Module):
     """
 
     path: Path
+    objective: str | None = (
+        "its loss weighs noise levels for the look of samples, not by the variational bound; experiment=ddpm_digits_nll "
+        "(model=ddpm_levels) trains for likelihood"
+    )
+    """Why its likelihood is not the best it could have, None if it is trained for that."""
 
     def __init__(
         self,

@@ -51,6 +51,8 @@ class DDPM(Diffusion):
         self.path = self.schedule = schedule
         self.parameterization: Parameterization = parameterization
         self.levels = levels
+        if getattr(weighting, "func", weighting) is weightings.vlb:
+            self.objective = None
         self.variance: vlb.Variance = variance
         _, q = to_x0(parameterization, schedule.alpha, schedule.sigma)
         # Looked up by t in training; float64 until the moment of use, and no part of the state.

@@ -56,6 +56,17 @@ class VAE(nn.Module):
         self.kl_warmup_steps = at_least(kl_warmup_steps, 0, "model.kl_warmup_steps")
         self.importance_samples = at_least(importance_samples, 1, "model.importance_samples")
 
+    @property
+    def objective(self) -> str | None:
+        """Why its likelihood is not the best it could have, None if it is trained for that."""
+        other = {
+            name: getattr(self, name) for name, plain in (("beta", 1), ("free_bits", 0)) if getattr(self, name) != plain
+        }
+        if not other:
+            return None
+        given = ", ".join(f"model.{name}={value:g}" for name, value in other.items())
+        return f"its loss is not the bound, by {given}; model.beta=1 model.free_bits=0 trains for likelihood"
+
     def nets(self) -> Mapping[str, nn.Module]:
         return {"encoder": self.encoder, "decoder": self.decoder}
 
