@@ -3,8 +3,10 @@
 The loop above alternates; here stand the players, what each minimises, and how the generator is sampled.
 """
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +53,7 @@ class GAN(nn.Module):
         self.generator, self.discriminator, self.loss, self.share_fake = generator, discriminator, loss, share_fake
         self.r1, self.r2 = number(r1, "model.r1", 0), number(r2, "model.r2", 0)
         self.gradient_penalty = number(gradient_penalty, "model.gradient_penalty", 0)
-        self._stood: object = None
+        self._stood: tuple[Any, Any] = None, None  # which standing statistics were measured last, and these
         if self.penalises and batch_norms(discriminator):
             raise UserError(
                 "model.r1, model.r2 and model.gradient_penalty are on the gradient of each sample, but batch norm in "
@@ -137,26 +139,41 @@ class GAN(nn.Module):
         """Latents (B, latents) on the great circle from a (share 0) to b (share 1), share (B,)."""
         return slerp(a, b, share[:, None])
 
-    @torch.no_grad()
-    def stand(self, batches: int, truncation: float | None = None, batch_size: int = 64) -> None:
-        """Take the generator's `standing_statistics` from so many batches of latents, always the same ones, labels in
-        turn. Nothing happens where they are those already.
+    @contextlib.contextmanager
+    def standing(self, batches: int, truncation: float | None = None, batch_size: int = 64) -> Iterator[None]:
+        """Inside, the generator's batch norms have the `standing_statistics` of so many batches of latents, always the same
+        ones, labels in turn; afterwards those of training again. They are measured once.
 
         Raises UserError if the generator has no batch norm.
         """
         at_least(batches, 1, "sampler.standing_batches")
         if not batch_norms(self.generator):
             raise UserError("sampler.standing_batches: this generator has no batch norm, set it to 0")
-        if self._stood == (batches, truncation, batch_size, self._versions()):
-            return
-        inputs = []
+        norms, what = batch_norms(self.generator), (batches, truncation, batch_size, self.device, self._versions())
+        trained = [dict(norm._buffers) for norm in norms]
+        known = self._stood[1] if self._stood[0] == what else None
+        try:
+            for k, norm in enumerate(norms):
+                norm._buffers.update(
+                    known[k] if known else {name: t.clone() for name, t in trained[k].items() if t is not None}
+                )
+            if known is None:
+                standing_statistics(self.generator, self._inputs(batches, truncation, batch_size))
+                self._stood = what, [dict(norm._buffers) for norm in norms]
+            yield
+        finally:
+            for norm, buffers in zip(norms, trained, strict=True):
+                norm._buffers.update(buffers)
+
+    def _inputs(
+        self, batches: int, truncation: float | None, batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Latents and labels of so many batches."""
         for k in range(batches):
             seeds = rng.seed_range(rng.mix(STANDING, k), batch_size)
             index = torch.arange(k * batch_size, (k + 1) * batch_size, device=self.device)
             label = None if self.classes is None else index % self.classes
-            inputs.append((self.latent(seeds, label, truncation), label))
-        standing_statistics(self.generator, inputs)
-        self._stood = batches, truncation, batch_size, self._versions()
+            yield self.latent(seeds, label, truncation), label
 
     def _versions(self) -> list[int]:
         """How often each tensor of the generator has been written to."""

@@ -1,5 +1,7 @@
 """Sampling a GAN: one pass of the generator; styles of two samples in one."""
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -19,13 +21,16 @@ def gan(
     standing_batches: int = 0,
 ) -> Batch:
     """`truncation` trades variety for quality, see the model's `latent`. `standing_batches`: of how many batches batch norms
-    take their statistics first, 0 for those of training."""
+    take their statistics for this call, 0 for those of training."""
+    statistics = contextlib.nullcontext()
     if at_least(standing_batches, 0, "sampler.standing_batches"):
         if not isinstance(model, GAN):
             raise UserError("sampler.standing_batches: this generator has no batch norm, set it to 0")
-        model.stand(standing_batches, truncation)
+        statistics = model.standing(standing_batches, truncation)
     label = model.label(cond)
-    return reported({model.field: model.decode(model.latent(seeds, label, truncation), label, seeds)}, on_step)
+    with statistics:
+        samples = model.decode(model.latent(seeds, label, truncation), label, seeds)
+    return reported({model.field: samples}, on_step)
 
 
 def style_mix(
