@@ -10,14 +10,17 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 
+from genai import checkpoint
 from genai.baselines.beside import beside
 from genai.checkpoint import build
-from genai.cli import composed
+from genai.cli import composed, resumed
 from genai.core import cache
+from genai.core.errors import UserError
 from genai.data import fingerprint
 from genai.data.base import Arrays, Data
 from genai.data.fingerprint import of_data, of_split
 from genai.train.codec import precompute
+from genai.train.run import run
 
 
 def data_of(*given):
@@ -183,6 +186,37 @@ def test_latents_are_those_of_the_images_as_they_are(tmp_path, settled):
     for i in (5, 6, 7, 8):  # the same names and sizes
         Image.fromarray(np.full((4, 4), 200 + i, np.uint8)).save(root / "a" / f"{i:02d}.bmp")
     assert whole(root) > 3
+
+
+def test_a_run_goes_on_with_its_own_items_alone(tmp_path):
+    root = photos(tmp_path / "photos")
+    given = ["model=gan", "data=image_folder", f"data.root={root}", "data.size=[8,8]", "data.channels=1", "logger=none"]
+    small = ["max_steps=1", "data.batch_size=2", "callbacks.evaluate.n=2", "callbacks.samples.n=1"]
+    folder = run(composed("train", [*given, *small, f"run_dir={tmp_path / 'run'}"], resumed))
+
+    def go_on(steps, *more):
+        return run(composed("train", [f"resume={folder}", f"max_steps={steps}", *more], resumed))
+
+    moved = shutil.copytree(root, tmp_path / "copy", copy_function=shutil.copyfile)
+    go_on(2, f"data.root={moved}")
+    photos(moved, shift=3)  # as many files of the same names and sizes pass: their contents are not read at the start
+    for i in range(17):
+        (moved / "a" / f"{i:02d}.bmp").unlink()
+    with pytest.raises(
+        UserError, match=r"was trained on 34 items \(\w+\), and those of data now are 19: bring the old"
+    ):
+        go_on(3)
+    shutil.copytree(root, moved, dirs_exist_ok=True)
+    (moved / "a" / "19.bmp").rename(moved / "b" / "20.bmp")
+    with pytest.raises(
+        UserError, match=r"was trained on 34 items \(\w+\), and those of data now are as many, but others"
+    ):
+        go_on(3)
+    for path in (folder / "checkpoints").glob("*.ckpt"):  # one from before the items were noted goes on as it did
+        content = checkpoint.read(path)
+        del content["trainer"]["train_split"]
+        checkpoint.save({k: v for k, v in content.items() if k not in ("format", "rng_version")}, path)
+    go_on(3)
 
 
 class Plain:

@@ -276,11 +276,18 @@ class File(CheckpointIO):
     `trainer`.
 
     Args:
+        train_split: what tells whether a resumed run has the same training items.
         found: (content, path) of what is resumed, so that it is not read twice.
     """
 
-    def __init__(self, config: dict, assets: dict, found: tuple[dict, Path] | None = None):
-        self.config, self.assets, self.found = config, assets, found
+    def __init__(
+        self,
+        config: dict,
+        assets: dict,
+        train_split: dict[str, Any] | None = None,
+        found: tuple[dict, Path] | None = None,
+    ):
+        self.config, self.assets, self.train_split, self.found = config, assets, train_split, found
 
     def save_checkpoint(self, checkpoint_dict: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         own = dict(checkpoint_dict)
@@ -290,7 +297,7 @@ class File(CheckpointIO):
             "assets": self.assets,
             "model": own.pop("state_dict"),
             "ema": own.pop("ema"),
-            "trainer": own,
+            "trainer": {**own, "train_split": self.train_split},
         }
         checkpoint.save(content, Path(path))
 

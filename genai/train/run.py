@@ -21,6 +21,7 @@ from genai.cli import check_unchanged
 from genai.core import files, rng
 from genai.core.errors import UserError, at_least
 from genai.data.base import Data, some, std
+from genai.data.fingerprint import of_split
 from genai.data.stream import batches
 from genai.train import codec, trackers
 from genai.train.callbacks import Cards, File, Progress, Samples, Stop
@@ -61,10 +62,12 @@ def _run(cfg: DictConfig, held: contextlib.ExitStack) -> Path:
         cfg.data[fact] = getattr(data, fact)
     if cfg.model.get("sigma_data", 1.0) is None:  # of latents it is 1, see Latent
         cfg.model.sigma_data = 1.0 if cfg.model.get("latent") else round(std(data.splits["train"], data.field), 4)
+    train_split = {"items": len(data.splits["train"]), "checksum": of_split(data.splits["train"], quick=True)}
     weights = codec.adopt(cfg, data, build, trust, resumed is not None)
     config: dict[str, Any] = {**OmegaConf.to_container(cfg, resolve=True), "resume": None}  # type: ignore[dict-item]
     if resumed is not None:
         _same_names(resumed[0]["assets"], data.assets(), resumed[1])
+        _same_items(resumed[0]["trainer"].get("train_split"), train_split, resumed[1])
     torch.manual_seed(rng.mix(cfg.seed))
     model: Any = (
         build(config["model"])
@@ -96,9 +99,9 @@ def _run(cfg: DictConfig, held: contextlib.ExitStack) -> Path:
     _quiet()
     trainer = L.Trainer(
         **hardware, max_steps=cfg.max_steps, max_epochs=-1, logger=False, default_root_dir=folder,
-        callbacks=[*callbacks, Progress(), Stop()], plugins=[File(config, data.assets(), resumed)], enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
-        use_distributed_sampler=False, profiler=Unprofiled(),
+        callbacks=[*callbacks, Progress(), Stop()], plugins=[File(config, data.assets(), train_split, resumed)],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        limit_val_batches=0, use_distributed_sampler=False, profiler=Unprofiled(),
     )  # fmt: skip
     if first:
         if resumed is None and cfg.resume is None:
@@ -221,6 +224,17 @@ def _same_names(stored: dict, found: dict, path: Path) -> None:
         if stored.get(name) != found.get(name):
             what = {"tokenizer": "vocabulary"}.get(name, name.replace("_", " "))
             raise UserError(f"the {what} of this data is not that of {path}: give the data= it was trained on")
+
+
+def _same_items(stored: dict[str, Any] | None, found: dict[str, Any], path: Path) -> None:
+    """Raise UserError if a run would go on with other training items; a checkpoint from before they were noted says nothing."""
+    if stored is not None and stored != found:
+        number = found["items"]
+        what = f"are {number}" if number != stored["items"] else f"are as many, but others ({found['checksum']})"
+        raise UserError(
+            f"{path} was trained on {stored['items']} items ({stored['checksum']}), and those of data now {what}: bring the old "
+            "data back (data.root= if they moved), or begin a new run from these weights with init_from="
+        )
 
 
 def _init_from(model: torch.nn.Module, assets: dict, ckpt: str, strict: bool) -> None:
