@@ -1,11 +1,12 @@
-"""Fréchet distance against steps, for every sampler of conf/sampler, on one checkpoint of digits.
+"""MLP Fréchet distance against steps, for every sampler of conf/sampler, on one checkpoint of digits.
 
     pip install -e ".[notebooks]"
     python -m benchmarks.quality <run> [--n 1437] [--steps 5 10 20 50]
 
-Distances are taken in the last hidden layer of a small classifier trained on the training digits, against the 1,437 of
-them; compare only figures with one n, for the distance has a bias. Seeds and guidance are those of sample.py. Prints
-a table for the README and writes results/quality.json and docs/quality.png.
+Distances are taken in the last hidden layer of a small multilayer perceptron (genai/baselines/judge.py) trained on the
+training digits, against the 1,437 of them, and are not those of cards; compare only figures with one n, for the distance has
+a bias. Seeds and guidance are those of sample.py. Prints a table for the README and writes results/quality.json and
+docs/quality.png.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def plot(rows: dict[str, dict[int, float]], calls: dict[str, int], path: Path) -
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for (name, row), marker in zip(rows.items(), itertools.cycle("osD^v<>pP*X"), strict=False):
         axes.plot([calls[name] * n for n in row], list(row.values()), f"{marker}-", label=name, alpha=0.7)
-    axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel="Fréchet distance")
+    axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel="MLP Fréchet distance")
     axes.legend(fontsize=8, ncols=2)
     figure.savefig(path, dpi=110)
 
@@ -59,7 +60,12 @@ def main() -> None:
     print("|---|---|" + "---|" * len(args.steps))
     for name, row in rows.items():
         print(f"| `{name}` | {calls[name]} |" + "".join(f" {value:.2f} |" for value in row.values()))
-    about = {"hardware": hardware(torch.device("cpu")), "n": args.n, "model": loaded.config["model"]["_target_"]}
+    about = {
+        "hardware": hardware(torch.device("cpu")),
+        "n": args.n,
+        "metric": "frechet_mlp",
+        "model": loaded.config["model"]["_target_"],
+    }
     (RESULTS / "quality.json").write_text(json.dumps({**about, "step": loaded.step, "rows": rows}, indent=1) + "\n")
     plot(rows, calls, ROOT / "docs" / "quality.png")
 

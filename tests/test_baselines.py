@@ -217,14 +217,14 @@ def test_the_table_of_digits(tmp_path, capsys):
         ("independent pixels", "bits_per_dim"): (2.430, 1e-3),
         ("mixture of 10 multinomials, smoothing 0.02", "bits_per_dim"): (2.231, 0.015),
         ("mixture of 10 multinomials, smoothing 0.5", "bits_per_dim"): (2.212, 0.012),
-        ("uniform grey levels", "frechet"): (188, 4),
-        ("independent pixels", "frechet"): (26.9, 1),
-        ("one Gaussian", "frechet"): (7.25, 0.6),
-        ("Gaussian mixture of 10", "frechet"): (1.52, 0.4),
-        ("Gaussian mixture of 3 for each class", "frechet"): (0.70, 0.2),
-        ("Gaussian mixture of 3 for each class", "precision"): (0.951, 0.02),
-        ("Gaussian mixture of 3 for each class", "recall"): (0.843, 0.04),
-        ("copies of training images", "frechet"): (0.27, 0.15),
+        ("uniform grey levels", "frechet_mlp"): (188, 4),
+        ("independent pixels", "frechet_mlp"): (26.9, 1),
+        ("one Gaussian", "frechet_mlp"): (7.25, 0.6),
+        ("Gaussian mixture of 10", "frechet_mlp"): (1.52, 0.4),
+        ("Gaussian mixture of 3 for each class", "frechet_mlp"): (0.70, 0.2),
+        ("Gaussian mixture of 3 for each class", "precision_mlp"): (0.951, 0.02),
+        ("Gaussian mixture of 3 for each class", "recall_mlp"): (0.843, 0.04),
+        ("copies of training images", "frechet_mlp"): (0.27, 0.15),
         ("mean image", "reconstruction_psnr_db"): (11.4, 0.05),
         ("PCA with 2 components", "reconstruction_psnr_db"): (13.0, 0.05),
         ("PCA with 4 components", "reconstruction_psnr_db"): (14.5, 0.05),
@@ -235,7 +235,7 @@ def test_the_table_of_digits(tmp_path, capsys):
     for (what, metric), (expected, within) in spread.items():
         found = value(result, what, metric)
         assert found["value"] == pytest.approx(expected, abs=within), what
-        assert found["n"] == (1437 if metric in ("frechet", "precision", "recall") else 360)
+        assert found["n"] == (1437 if metric in ("frechet_mlp", "precision_mlp", "recall_mlp") else 360)
     assert "mean over repeats" in capsys.readouterr().out
 
 
@@ -277,7 +277,8 @@ def test_a_judge_of_the_cards_network_compares_as_many_images_as_the_split_has(t
     monkeypatch.setattr(judge, "STEPS", 20)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     result = table("baseline=copier", "judge=network", "repeats=2", out=tmp_path / "one.json")
-    found = value(result, "copies of training images", "frechet")
+    found = value(result, "copies of training images", "frechet")  # the name that cards have, for their features
+    assert not any(name.endswith("_mlp") for row in result["rows"] for name in row["metrics"])
     assert found["n"] == 360 and found["real"] == "test" and len(found["extractor"]["sha256"]) == 16
 
 

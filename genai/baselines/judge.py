@@ -1,5 +1,6 @@
 """The small judge that figures of digits are taken by: a multilayer perceptron of scikit-learn, whose last hidden layer serves
-as features. Cards of checkpoints have another, `genai.judge`; figures by one and by the other do not compare."""
+as features. Cards of checkpoints have another, `genai.judge`. Figures by one and by the other do not compare, so the names of
+those by this one end in `_mlp`."""
 
 from typing import Any
 

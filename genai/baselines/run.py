@@ -32,9 +32,11 @@ from genai.metrics.images import psnr
 from genai.metrics.intervals import over_seeds
 from genai.metrics.manifold import precision_recall
 
-BETTER = {  # of every figure here, by the names that evaluate.py gives them
-    "bits_per_dim": "lower", "nats_per_token": "lower", "bits_per_character": "lower", "frechet": "lower",
-    "precision": "higher", "recall": "higher", "reconstruction_psnr_db": "higher",
+MLP = "_mlp"  # ends the name of a figure in the features of judge=mlp, which no card has
+SAMPLED = {"frechet": "lower", "precision": "higher", "recall": "higher"}  # in the features of a judge
+BETTER = {  # of every figure here, by the names that cards give them
+    "bits_per_dim": "lower", "nats_per_token": "lower", "bits_per_character": "lower", **SAMPLED,
+    **{name + MLP: better for name, better in SAMPLED.items()}, "reconstruction_psnr_db": "higher",
 }  # fmt: skip
 DIGITS = {"bits_per_dim": 3, "precision": 3, "recall": 3, "frechet": 2, "reconstruction_psnr_db": 2}  # others 4
 
@@ -46,6 +48,7 @@ class Ruler:
     features: Any
     real: Tensor
     protocol: dict[str, Any]
+    ending: str = ""  # of the names of its figures
 
 
 def run(cfg: Any) -> dict[str, Any]:
@@ -129,7 +132,7 @@ def ruler(kind: Any, data: Data, learned: Known, fit: list[str], split: str) -> 
         assert learned.label is not None
         judge = Judge(learned.x, learned.label, learned.levels)
         what = {"kind": f"multilayer perceptron {HIDDEN}", "seed": 0}
-        return Ruler(judge.features, learned.x, {"extractor": what, "real": "+".join(fit), "n": len(learned.x)})
+        return Ruler(judge.features, learned.x, {"extractor": what, "real": "+".join(fit), "n": len(learned.x)}, MLP)
     if kind != "network":
         raise UserError(f"judge={kind} is none of mlp, network")
     network, part = networks.trained(data), data.splits[split]
@@ -167,7 +170,7 @@ def scored(
 def figure(name: str, found: list[float], own: dict[str, Any], judge: Ruler | None) -> dict[str, Any]:
     """One figure over its repeats with its protocol."""
     spread = over_seeds(found)
-    protocol = judge.protocol if judge is not None and name in ("frechet", "precision", "recall") else own
+    protocol = judge.protocol if judge is not None and name.removesuffix(MLP) in SAMPLED else own
     values = {"value": spread.mean, "low": spread.min, "high": spread.max}
     return {**{k: round(v, 5) for k, v in values.items()}, "repeats": spread.n, "better": BETTER[name], **protocol}
 
@@ -186,7 +189,8 @@ def apart(judge: Ruler, samples: Tensor) -> dict[str, float]:
     real, fake = judge.features(judge.real), judge.features(samples)
     balls = precision_recall(real, fake)
     distance = frechet(Moments().add(fake), Moments().add(real))
-    return {"frechet": distance, "precision": balls.precision, "recall": balls.recall}
+    found = {"frechet": distance, "precision": balls.precision, "recall": balls.recall}
+    return {name + judge.ending: value for name, value in found.items()}
 
 
 def measured(rows: list[dict[str, Any]], chosen: Any) -> list[dict[str, Any]]:
@@ -218,6 +222,6 @@ def show(result: dict[str, Any], out: Path) -> None:
 def cell(name: str, found: dict[str, Any] | None) -> str:
     if found is None:
         return ""
-    places = DIGITS.get(name, 4)
+    places = DIGITS.get(name.removesuffix(MLP), 4)
     spread = f" ({found['low']:.{places}f}-{found['high']:.{places}f})" if found["low"] < found["high"] else ""
     return f"{found['value']:.{places}f}{spread}"
