@@ -14,8 +14,8 @@ from genai.baselines.ngram import NGram
 from genai.baselines.pixels import Markov, Mixture, Uniform
 from genai.baselines.run import run
 from genai.baselines.vectors import GMM, KNN, PCA, Copier
+from genai.build import build_typed
 from genai.cards import Seen
-from genai.checkpoint import build
 from genai.cli import composed
 from genai.core.errors import UserError
 from genai.data.base import Arrays, Data, part, std
@@ -260,7 +260,7 @@ def test_a_text_is_one_stream_whatever_its_windows(tmp_path):
             f"data.overlap={overlap}",
             "data.test=0.1",
         ]
-        data = build(composed("baselines", ["data=text_file", *given, f"data.cache={tmp_path}"]).data)
+        data = build_typed(composed("baselines", ["data=text_file", *given, f"data.cache={tmp_path}"]).data)
         assert bytes(stream(data.splits["test"]).tolist()).decode() == "abcdefghij" * 10
         assert len(stream(data.splits["train"])) == 850
 

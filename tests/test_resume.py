@@ -16,7 +16,9 @@ import torch
 
 from genai import checkpoint
 from genai.cli import check_unchanged, composed, resumed, with_sampler
+from genai.core import interrupt
 from genai.core.errors import UserError
+from genai.sweeps.jobs import complete
 from genai.train.lock import locked
 from genai.train.run import run
 from tests.conftest import ROOT
@@ -36,6 +38,7 @@ context.set_forkserver_preload(PRELOAD)
 def child(overrides, kill_at, log):
     """Train in this process as train.py does; die by SIGKILL at a kind of moment and its step, such as ("save", 6),
     ("link", name) or ("forward", step, call), or send itself a ("signal", step, number)."""
+    interrupt.answer()
     sys.stdout = sys.stderr = open(log, "a")  # noqa: SIM115
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a real run
@@ -121,8 +124,12 @@ def train(
     arguments = [*base, f"run_dir={folder}"] if new else [f"resume={folder}"]
     log = folder.with_suffix(".log")
     process = context.Process(target=child, args=([*arguments, *overrides], kill_at, str(log)))
+    if kill_after is not None:
+        log.unlink(missing_ok=True)
     process.start()
     if kill_after is not None:
+        while not log.exists() and process.is_alive():  # before, it is not this project's
+            time.sleep(0.01)
         process.join(kill_after)
         if process.is_alive():
             os.kill(process.pid, number)
@@ -236,9 +243,9 @@ def test_killed_at_random_moments(uninterrupted, tmp_path, workers):
         kills += train(folder, f"data.num_workers={workers}", kill_after=delay) != 0
         delay = 1.3 * delay + 0.2 * draw.random()  # a slow machine gets there too
     for _ in range(8):
-        if not (folder / "checkpoints" / "step_0000024.ckpt").exists():
+        if not complete(folder):
             kills += train(folder, kill_after=draw.uniform(0.2, 1.5), new=False) != 0
-    if not (folder / "checkpoints" / "step_0000024.ckpt").exists():
+    if not complete(folder):
         assert train(folder, new=False) == 0
     assert kills > 0
     assert_same_run(uninterrupted, folder)
@@ -485,12 +492,13 @@ FAMILIES = {
     "ddpm": TINY,
     "biggan": GAME,
     "vae": [
-        "model=vae", "max_steps=40", "data.batch_size=4", "logger=none", "callbacks.save.every_steps=6",
+        "model=vae", "max_steps=120", "data.batch_size=4", "logger=none", "callbacks.save.every_steps=6",
         "callbacks.save.keep_every_steps=12", "callbacks.evaluate.every_steps=4", "callbacks.evaluate.n=16",
         "callbacks.samples.every_steps=20", "callbacks.samples.n=2",
     ],
     "gpt": [
-        "model=gpt_nano", "data=digits_text", "max_steps=24", "data.batch_size=2", "logger=none", "model.net.width=16",
+        "model=gpt_nano", "data=digits_pixels", "max_steps=24", "data.batch_size=2", "logger=none",
+        "model.net.transformer.width=16",
         "callbacks.save.every_steps=6", "callbacks.save.keep_every_steps=12", "callbacks.evaluate.every_steps=4",
         "callbacks.evaluate.n=8", "callbacks.samples.every_steps=20", "callbacks.samples.n=1",
     ],
@@ -503,13 +511,15 @@ KILLS_OF_EACH = int(os.environ.get("KILLS", "25"))
 def test_signals_at_random_moments(tmp_path, family):
     """A hundred over the families: nothing hangs, and last, best and kept checkpoints are those of the twin."""
     whole, draw, kills, resumes = tmp_path / "whole", random.Random(family), 0, 0
+    warm = context.Process(target=int)  # packages load once, and not in the time that is measured
+    warm.start()
+    warm.join()
     start = time.monotonic()
     assert train(whole, base=FAMILIES[family]) == 0
     took = time.monotonic() - start
     while kills < KILLS_OF_EACH:
         folder = tmp_path / f"run{resumes}"
-        code = None
-        while code != 0:
+        while not complete(folder):
             number = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
             after = draw.uniform(0.02, 0.9) * took if kills < KILLS_OF_EACH else None
             new = not (folder / "config.yaml").exists()
@@ -517,7 +527,8 @@ def test_signals_at_random_moments(tmp_path, family):
                 folder, kill_after=after, new=new, base=FAMILIES[family], number=number, codes=(0, -9, 130, 143)
             )
             kills += code != 0
-            print(family, number, after, code)
+            took *= 0.8 if code == 0 else 1.05  # on a busy machine, too
+            print(family, number.name, None if after is None else round(after, 2), code, flush=True)
         assert_same_run(whole, folder)
         shutil.rmtree(folder)
         resumes += 1

@@ -4,13 +4,14 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.progress import BarColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
@@ -23,6 +24,7 @@ from genai.core.protocols import Batch, OnStep, Sampler, check_sampler, with_ite
 from genai.evaluation import Plan, check, evaluate
 from genai.extractors import Extractor
 from genai.train.lit import LitModel
+from genai.train.strategy import Ranks
 
 Kind = TypeVar("Kind", bound=L.Callback)
 
@@ -43,6 +45,13 @@ def due(trainer: L.Trainer, every_steps: int | None) -> bool:
     """Whether a step that ends now is a multiple of every_steps, or the last one."""
     step = trainer.global_step
     return step == trainer.max_steps or (every_steps is not None and step % every_steps == 0)
+
+
+def wait_for_first(trainer: L.Trainer, what: str) -> None:
+    """Let the other ranks wait for rank zero, which has done something alone, without a collective's limit of time."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if isinstance(environment, Ranks):
+        environment.wait_for_first(f"{what} of step {trainer.global_step}")
 
 
 def _every(every_steps: int | None, key: str) -> int | None:
@@ -91,9 +100,11 @@ class Samples(Between):
             self.sample(lit, 1, enough)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
-        if due(trainer, self.every_steps) and trainer.is_global_zero:
-            shown = pl_module.data.show(self.sample(pl_module, self.n))
-            pl_module.record.samples(trainer.global_step, "samples", shown)
+        if due(trainer, self.every_steps):
+            if trainer.is_global_zero:
+                shown = pl_module.data.show(self.sample(pl_module, self.n))
+                pl_module.record.samples(trainer.global_step, "samples", shown)
+            wait_for_first(trainer, "samples")
 
     def sample(self, lit: LitModel, n: int, on_step: OnStep = lambda *_: None) -> Batch:
         """With an on_step always, because a sampler may keep memory for what nobody watches, and training needs it."""
@@ -124,11 +135,15 @@ class Cards(Between):
         return Loaded(lit.ema.module, config, assets, step, path, packages(config))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
-        if self.every_steps is not None and due(trainer, self.every_steps) and trainer.is_global_zero:
-            file: Any = trainer.strategy.checkpoint_io
-            loaded = self.loaded(pl_module, file.config, file.assets, trainer.global_step)
-            found = evaluate(loaded, pl_module.data, self.plan)[1]
-            pl_module.record.cards(trainer.global_step, found)
+        if self.every_steps is not None and due(trainer, self.every_steps):
+            if trainer.is_global_zero:
+                self.evaluate(trainer, pl_module)
+            wait_for_first(trainer, "cards")
+
+    def evaluate(self, trainer: L.Trainer, lit: LitModel) -> None:
+        file: Any = trainer.strategy.checkpoint_io
+        loaded = self.loaded(lit, file.config, file.assets, trainer.global_step)
+        lit.record.cards(trainer.global_step, evaluate(loaded, lit.data, self.plan)[1])
 
 
 class _Enough(Exception):
@@ -185,10 +200,24 @@ class Save(Between):
 
 
 class Stop(Between):
-    """SIGTERM and SIGINT save after the current step and exit with 143 and 130; a second SIGINT exits at once."""
+    """SIGTERM and SIGINT save after the current step and exit with 143 and 130, whichever ranks they reach; a second SIGINT
+    exits at once."""
 
     def __init__(self):
         self.signal: int | None = None
+        self.group: Any = None
+        self.asked: tuple[torch.Tensor, Any] | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Leave signals as they were, except that ranks above zero stay deaf to those that come while they end."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            if rank_zero_only.rank == 0:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitModel) -> None:
         def remember(number: int, frame: Any) -> None:
@@ -198,15 +227,39 @@ class Stop(Between):
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, remember)
+        if trainer.world_size > 1:
+            self.group = torch.distributed.new_group(backend="gloo")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
-        if self.signal is not None:
+        number = self.signal if self.group is None else self.agreed()
+        if number:
             for save in callbacks(trainer, Save):
                 if not due(trainer, save.every_steps):
                     save.save(trainer, pl_module)
-            again = f"python train.py resume={pl_module.record.folder}"
-            print(f"stopped by signal {self.signal} after step {trainer.global_step}, saved; go on with {again}")
-            raise SystemExit(128 + self.signal)
+            if trainer.is_global_zero:
+                again = f"python train.py resume={pl_module.record.folder}"
+                print(
+                    f"stopped by signal {number} after step {trainer.global_step}, saved; go on with {again}",
+                    flush=True,
+                )
+            raise SystemExit(128 + number)
+
+    def agreed(self) -> int:
+        """The signal that any rank had heard by the step before, 0 if none: what is asked now is answered a step later, when
+        nobody has to wait for it."""
+        number = 0
+        if self.asked is not None:
+            heard, work = self.asked
+            work.wait()
+            number = int(heard)
+        heard = torch.tensor(self.signal or 0, dtype=torch.int32)
+        highest = torch.distributed.ReduceOp.MAX
+        self.asked = heard, torch.distributed.all_reduce(heard, highest, group=self.group, async_op=True)
+        return number
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: LitModel) -> None:
+        if self.asked is not None:
+            self.asked[1].wait()
 
 
 class Progress(Between):

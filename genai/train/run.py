@@ -28,9 +28,9 @@ from genai.train.callbacks import Cards, File, Progress, Samples, Stop
 from genai.train.lit import LitModel
 from genai.train.lock import ELSEWHERE, locked
 from genai.train.record import Record
+from genai.train.strategy import Ranks, launched
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
-FOLDER = "GENAI_RUN_DIR"  # how the first process tells the other ranks where the run lives
 
 
 def run(cfg: DictConfig) -> Path:
@@ -38,12 +38,15 @@ def run(cfg: DictConfig) -> Path:
 
     Everything is built before anything is written, and nobody else can write to that directory meanwhile.
     """
-    with contextlib.ExitStack() as held:
-        return _run(cfg, held)
+    at_least(cfg.trainer.devices, 1, "trainer.devices")
+    ranks = launched(os.environ, cfg.trainer.devices)
+    cfg.trainer.devices = ranks.here
+    with ranks, contextlib.ExitStack() as held:
+        return _run(cfg, ranks, held)
 
 
-def _run(cfg: DictConfig, held: contextlib.ExitStack) -> Path:
-    """See `run`; the run directory is `held` as soon as there is one."""
+def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
+    """See `run`; the run directory is `held` by the first rank as soon as there is one."""
     trust = _packages(cfg.trust)
     build = (
         build_typed if cfg.resume is None else functools.partial(build_stored, trust=trust, kinds=(MODELS, DATA, RUN))
@@ -52,11 +55,10 @@ def _run(cfg: DictConfig, held: contextlib.ExitStack) -> Path:
         _shrink(cfg)
     at_least(cfg.max_steps, 1, "max_steps")
     at_least(cfg.seed, 0, "seed")
-    hardware = _hardware(cfg.trainer)
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if first and cfg.resume is not None:
+    hardware = _hardware(cfg.trainer, ranks)
+    if ranks.first and cfg.resume is not None:
         held.enter_context(locked(Path(cfg.resume)))
-    folder, resumed = _folder(cfg)
+    folder, resumed = _folder(cfg, ranks)
     data = build(OmegaConf.to_container(cfg.data, resolve=True))
     for fact in ("shape", "classes", "levels"):
         cfg.data[fact] = getattr(data, fact)
@@ -80,13 +82,13 @@ def _run(cfg: DictConfig, held: contextlib.ExitStack) -> Path:
         model.measure(batches(some(data.splits["train"], codec.MEASURED), data.batch_size))
     if cfg.init_from is not None:
         _init_from(model, data.assets(), cfg.init_from, cfg.init_strict)
-    record = Record(folder, writes=first)
+    record = Record(folder, writes=ranks.first)
     lit = _lit(cfg, config, build, model, data, record)
     callbacks = [build(node) for node in config["callbacks"].values() if node is not None]
     for callback in callbacks:  # before anything is written; on its device it is tried once more
         if isinstance(callback, Samples):
             callback.try_out(lit)
-        elif isinstance(callback, Cards) and first:
+        elif isinstance(callback, Cards) and ranks.first:
             callback.try_out(lit, config, data.assets())
     tracker = build({**config["logger"], "_partial_": True})
     if cfg.get("codec") is not None and cfg.codec.cache is not None:
@@ -97,13 +99,15 @@ def _run(cfg: DictConfig, held: contextlib.ExitStack) -> Path:
         for net in model.nets().values():
             net.compile()
     _quiet()
+    ranks.start(hardware["accelerator"] == "gpu")
+    stop = Stop()
     trainer = L.Trainer(
         **hardware, max_steps=cfg.max_steps, max_epochs=-1, logger=False, default_root_dir=folder,
-        callbacks=[*callbacks, Progress(), Stop()], plugins=[File(config, data.assets(), train_split, resumed)],
+        callbacks=[*callbacks, Progress(), stop], plugins=[File(config, data.assets(), train_split, resumed), ranks],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
         limit_val_batches=0, use_distributed_sampler=False, profiler=Unprofiled(),
     )  # fmt: skip
-    if first:
+    if ranks.first:
         if resumed is None and cfg.resume is None:
             held.enter_context(locked(folder))
             _check_unused(folder)
@@ -111,14 +115,20 @@ def _run(cfg: DictConfig, held: contextlib.ExitStack) -> Path:
         record.cut(resumed[0]["step"] if resumed else None)
         record.tracker = tracker(folder, cfg.name, config)
         parameters = sum(p.numel() for p in model.parameters())
-        print(f"{folder}: {parameters:,} parameters, {cfg.max_steps} steps on {trainer.strategy.root_device}")
+        where = f"{trainer.strategy.root_device}" + (f", {ranks.world} ranks" if ranks.world > 1 else "")
+        started = f" that {ranks.launcher} started" if ranks.launcher else ""
+        print(f"{folder}: {parameters:,} parameters, {cfg.max_steps} steps on {where}{started}")
     failed = True
+    trainer._signal_connector.register_signal_handlers = lambda: (
+        None
+    )  # a collective, which hangs if one rank gets SIGTERM
     try:
-        trainer.fit(lit, ckpt_path=resumed[1] if resumed else None)
+        with stop.listening():
+            trainer.fit(lit, ckpt_path=resumed[1] if resumed else None)
         failed = False
     finally:
         trackers.finish(failed)
-    if first:
+    if ranks.first:
         print(f"done: look at {folder}/samples, and sample with python sample.py ckpt={folder}")
     return folder
 
@@ -161,8 +171,8 @@ def _packages(trust: Any) -> tuple[str, ...]:
     return (trust,) if isinstance(trust, str) else tuple(trust or ())
 
 
-def _hardware(trainer: DictConfig) -> dict[str, Any]:
-    """Lightning's arguments for accelerator, devices and precision."""
+def _hardware(trainer: DictConfig, ranks: Ranks) -> dict[str, Any]:
+    """Lightning's arguments for accelerator, devices, nodes, precision and how ranks share a step."""
     accelerator, precision = trainer.accelerator, trainer.precision
     if precision not in PRECISIONS:
         raise UserError(f"trainer.precision={precision} is none of {', '.join(PRECISIONS)}")
@@ -172,18 +182,26 @@ def _hardware(trainer: DictConfig) -> dict[str, Any]:
         )
     if accelerator not in ("auto", "cpu", "gpu", "cuda"):  # Apple's has no float64, which tables and means need
         raise UserError(f"trainer.accelerator={accelerator} is none of auto, cpu, gpu, cuda")
-    at_least(trainer.devices, 1, "trainer.devices")
     gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
-    if gpu and trainer.devices > torch.cuda.device_count():
-        raise UserError(f"trainer.devices={trainer.devices}, but there are {torch.cuda.device_count()} GPUs here")
+    if gpu and ranks.here > torch.cuda.device_count():
+        raise UserError(f"trainer.devices={ranks.here}, but there are {torch.cuda.device_count()} GPUs here")
+    most = max(2, os.cpu_count() or 1)
+    if not gpu and not ranks.launcher and ranks.here > most:
+        raise UserError(
+            f"trainer.devices={ranks.here} would be as many processes on a CPU of {most} cores: use at most {most}"
+        )
     if precision == "auto":
         precision = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
-    strategy = "ddp" if trainer.devices > 1 else "auto"
-    accelerator = "gpu" if gpu else "cpu"
-    return {"accelerator": accelerator, "devices": trainer.devices, "precision": precision, "strategy": strategy}
+    return {
+        "accelerator": "gpu" if gpu else "cpu",
+        "devices": ranks.here,
+        "num_nodes": ranks.world // ranks.here,
+        "precision": precision,
+        "strategy": "ddp" if ranks.world > 1 else "auto",
+    }
 
 
-def _folder(cfg: DictConfig) -> tuple[Path, tuple[dict, Path] | None]:
+def _folder(cfg: DictConfig, ranks: Ranks) -> tuple[Path, tuple[dict, Path] | None]:
     """The run directory, not yet made, and what to resume from."""
     if cfg.resume is not None:
         folder = Path(cfg.resume)
@@ -197,19 +215,20 @@ def _folder(cfg: DictConfig) -> tuple[Path, tuple[dict, Path] | None]:
                 f"{folder} has already done its {found[0]['step']} steps: give a larger max_steps= to go on"
             )
         return folder, found
-    if "LOCAL_RANK" in os.environ and FOLDER in os.environ:
-        return Path(os.environ[FOLDER]), None
-    if cfg.run_dir is not None:
-        folder = Path(cfg.run_dir)
-        if folder.is_file():
-            raise UserError(f"run_dir={folder} is a file: name a folder")
-        _check_unused(folder)
-    else:
+    return Path(ranks.agree(lambda: str(_new_folder(cfg)))), None
+
+
+def _new_folder(cfg: DictConfig) -> Path:
+    """The run directory of a new run, which holds none yet."""
+    if cfg.run_dir is None:
         stamp = Path("runs") / cfg.name / time.strftime("%Y-%m-%d_%H-%M-%S")
         twins = (stamp.with_name(f"{stamp.name}_{n}") for n in range(2, 1000))
-        folder = next(path for path in (stamp, *twins) if not path.exists())
-    os.environ[FOLDER] = str(folder)
-    return folder, None
+        return next(path for path in (stamp, *twins) if not path.exists())
+    folder = Path(cfg.run_dir)
+    if folder.is_file():
+        raise UserError(f"run_dir={folder} is a file: name a folder")
+    _check_unused(folder)
+    return folder
 
 
 def _check_unused(folder: Path) -> None:
