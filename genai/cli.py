@@ -5,6 +5,7 @@ Nothing here imports torch, so that help and mistakes answer at once.
 
 import difflib
 import errno
+import logging
 import os
 import re
 import sys
@@ -48,6 +49,9 @@ def _main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None)
     # By default an OpenMP thread waits by spinning for long, and where another process wants its core, steps get 20 to
     # 40 times slower. Spinning briefly costs nothing on a quiet machine (102 against 108 ms a step), 3 times on a busy one.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    logging.getLogger("matplotlib").setLevel(
+        logging.ERROR
+    )  # it warns of a home that cannot be written, and does without
     args = get_args_parser().parse_args()
     sys.path.append(os.getcwd())  # where a user's own package may be
 
@@ -254,6 +258,8 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f", did you mean {found}?" if found else ""
 
 
+PLAYERS = "optim", "discriminator_optim"
+SCHEDULE = {"decay_steps": None, "lr_min": 0.0, "schedule": "cosine", "cooldown": 0.2}  # with what old runs mean
 RESUMABLE = (
     "max_steps",
     "data.root",
@@ -263,6 +269,7 @@ RESUMABLE = (
     "trainer.devices",
     "logger",
     "trust",
+    *(f"{player}.{key}" for player in PLAYERS for key in SCHEDULE),
 )
 
 
@@ -270,7 +277,7 @@ def check_unchanged(config: Mapping[str, Any], stored: Mapping[str, Any], run: P
     """Raise UserError that names every value of a run's config.yaml that is not the one its checkpoint was trained with."""
     again: Any = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(dict(stored)))))
     now, then = flat(config), flat(again)  # as YAML keeps it
-    free = {*RESUMABLE, "run_dir", "resume"}
+    free = {*RESUMABLE, *(f"loop.{key}" for key in RESUMABLE), "run_dir", "resume"}
     changed = [
         f"{key} is {now.get(key, 'not there')} and was {then.get(key, 'not there')}"
         for key in {**then, **now}
@@ -303,6 +310,7 @@ def resumed(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
     stored.trust = None  # what a run may build is for the user to say, each time
     if "logger" in given:
         stored.logger = cfg.logger
+    _completed(stored, given, cfg)
     cfg.clear()
     cfg.update(stored)
     return overrides
@@ -335,6 +343,21 @@ def stored_config(path: Path) -> dict[str, Any]:
         if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
             raise UserError(f"{path} is no config of a run: its {part} must be a group of keys with a _target_")
     return found  # type: ignore[return-value]
+
+
+def _completed(stored: DictConfig, given: Iterable[str], cfg: DictConfig) -> None:
+    """Add to a run's stored config the keys that are given now and that it is too old to have, as they were meant then."""
+    logger = stored.get("logger")
+    if logger is not None and logger._target_ == cfg.logger._target_:
+        for key in (key.removeprefix("logger.") for key in given if key.startswith("logger.")):
+            if key in cfg.logger:
+                logger.setdefault(key, cfg.logger[key])
+    loop = stored.get("loop") or {}
+    for player, key in (key.split(".") for key in given if key in RESUMABLE and key.startswith(tuple(PLAYERS))):
+        if player in stored:
+            stored[player].setdefault(key, SCHEDULE[key])
+            if loop.get(player) is not None:  # it was stored twice
+                loop[player] = f"${{{player}}}"
 
 
 def with_sampler(cfg: DictConfig, overrides: list[Override]) -> list[Override]:

@@ -9,7 +9,7 @@ from torch import nn
 from genai.core.errors import UserError
 from genai.train.ema import EMA
 from genai.train.muon import Muon, orthogonalised
-from genai.train.optim import adamw, muon, set_lr
+from genai.train.optim import adamw, idle_from, lr_at, muon, reschedule, set_lr
 
 
 class Net(nn.Module):
@@ -117,3 +117,54 @@ def test_a_lazy_regulariser_slows_its_player():
         adamw(nn.Linear(2, 2), lr=0.1, lazy_every=0)
     with pytest.raises(UserError, match=r"optim=muon needs to know a model's layers"):
         muon([("w", nn.Parameter(torch.ones(2, 2)))], lr=0.1, adamw_lr=0.1)
+
+
+def test_schedules_have_closed_forms():
+    """Cosine, constant, and warm-up-stable-decay with 1 - sqrt (Hägele et al., 2024)."""
+    rates = {"lr_max": 1.0, "lr_min": 0.1, "warmup_steps": 10, "decay_steps": 110}
+    assert [lr_at(step, **rates, schedule=s) for s in ("cosine", "constant", "wsd") for step in (0, 9)] == [
+        0.1,
+        1.0,
+    ] * 3
+    assert lr_at(60, **rates) == lr_at(60, **rates, schedule="cosine") == pytest.approx(0.55)
+    assert lr_at(10**6, **rates, schedule="constant") == 1.0
+    wsd = {**rates, "schedule": "wsd", "cooldown": 0.2}  # from step 88 on
+    assert [lr_at(step, **wsd) for step in (10, 50, 88)] == [1.0, 1.0, 1.0]
+    for step in (89, 99, 105):
+        assert lr_at(step, **wsd) == pytest.approx(0.1 + 0.9 * (1 - ((step - 88) / 22) ** 0.5))
+    assert lr_at(110, **wsd) == lr_at(10**6, **wsd) == pytest.approx(0.1)
+    assert lr_at(30, **{**wsd, "cooldown": 1.0}) == pytest.approx(
+        0.1 + 0.9 * (1 - 0.2**0.5)
+    )  # never within the warm-up
+
+
+def test_schedules_are_checked_and_reach_every_group():
+    for build in (lambda **k: adamw(Net(), lr=0.1, **k), lambda **k: muon(Net(), lr=0.1, adamw_lr=0.01, **k)):
+        with pytest.raises(UserError, match=r"optim.schedule=linear is none of cosine, constant, wsd"):
+            build(schedule="linear")
+        with pytest.raises(UserError, match=r"optim.cooldown=0 must be"):
+            build(schedule="wsd", decay_steps=5, cooldown=0)
+        with pytest.raises(UserError, match=r"schedule=wsd ends at optim.decay_steps, which is null"):
+            build(schedule="wsd")
+        optimizer = build(schedule="wsd", decay_steps=100, cooldown=0.5)
+        set_lr(optimizer, 75)
+        shares = [group["lr"] / group["lr_max"] for group in optimizer.param_groups]
+        assert shares == pytest.approx([1 - 0.5**0.5] * len(shares))
+
+
+def test_groups_of_before_there_were_schedules_follow_a_cosine():
+    optimizer = adamw(Net(), lr=1.0, decay_steps=10)
+    for group in optimizer.param_groups:
+        del group["schedule"], group["cooldown"]
+    assert set_lr(optimizer, 5) == pytest.approx(0.5)
+    reschedule(optimizer.param_groups, adamw(Net(), lr=2.0, decay_steps=20).param_groups)
+    assert set_lr(optimizer, 5) == pytest.approx(lr_at(5, 1.0, 0.0, 0, 20))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "first"),
+    [({}, None), ({"decay_steps": 30}, 30), ({"decay_steps": 30, "lr_min": 0.1}, None), ({"decay_steps": 40}, None),
+     ({"decay_steps": 30, "schedule": "constant"}, None), ({"decay_steps": 30, "schedule": "wsd"}, 30)],
+)  # fmt: skip
+def test_steps_at_a_rate_of_zero_are_found(arguments, first):
+    assert idle_from(adamw(Net(), lr=1.0, warmup_steps=3, **arguments), 40) == first

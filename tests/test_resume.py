@@ -20,7 +20,7 @@ from genai.core import interrupt
 from genai.core.errors import UserError
 from genai.sweeps.jobs import complete
 from genai.train.lock import locked
-from genai.train.run import run
+from genai.train.run import _init_from, run
 from tests.conftest import ROOT
 
 TINY = [
@@ -299,14 +299,53 @@ def test_a_game_killed_between_its_players_equals_one_that_was_not(tmp_path):
     assert_same_run(whole, folder)
 
 
-def test_resuming_past_the_end_keeps_the_floor_of_the_learning_rate(uninterrupted, tmp_path):
+def test_a_run_is_not_resumed_to_learn_nothing(uninterrupted, tmp_path):
+    """Past the end of a decay to 0 the schedule must be said anew, and the new one is what the run then follows."""
     shutil.copytree(uninterrupted, tmp_path / "run")
-    assert train(tmp_path / "run", "max_steps=30", new=False) == 0
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    with pytest.raises(
+        UserError, match=r"from step 24 to max_steps=30 the .* give optim.decay_steps=30 .*schedule=const"
+    ):
+        run(composed("train", [f"resume={tmp_path / 'run'}", "max_steps=30"], resumed))
+    assert before == {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    again = ["max_steps=30", "optim.schedule=constant", "optim.lr_min=1e-5"]
+    assert train(tmp_path / "run", *again, new=False) == 0
     content = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    assert content["step"] == 30
-    assert content["trainer"]["optimizer_states"][0]["param_groups"][0]["lr"] == 0.0
-    old = checkpoint.read(uninterrupted / "checkpoints" / "last.ckpt")
-    assert_equal(old["model"], content["model"])  # at a learning rate of zero
+    (group, _) = content["trainer"]["optimizer_states"][0]["param_groups"]
+    assert content["step"] == 30 and group["lr"] == group["lr_max"] == 2e-3
+    assert content["config"]["optim"]["schedule"] == group["schedule"] == "constant"
+    assert content["config"]["optim"]["decay_steps"] == 24 and group["lr_min"] == 1e-5
+    old = checkpoint.read(uninterrupted / "checkpoints" / "last.ckpt")["model"]
+    assert not all(torch.equal(old[name], tensor) for name, tensor in content["model"].items())
+
+
+def test_a_new_run_is_not_started_to_learn_nothing(refused):
+    sentence = refused("train.py", "max_steps=30", "optim.decay_steps=20", "optim.warmup_steps=3")
+    assert sentence.startswith("from step 20 to max_steps=30 the learning rate would be 0 and nothing would be learned")
+
+
+def test_old_weights_are_of_the_same_classes(uninterrupted):
+    """init_from compares the names of labels unless the model has none, or init_strict=false says that only weights matter."""
+    loaded = checkpoint.load(uninterrupted)
+    names = {"class_names": [str(i) for i in range(10)]}
+    assert loaded.assets == names
+    _init_from(loaded.model, names, str(uninterrupted), strict=True)
+    other = {"class_names": [f"shoe {i}" for i in range(10)]}
+    with pytest.raises(UserError, match=r"the list of classes of this data is not .* or init_strict=false"):
+        _init_from(loaded.model, other, str(uninterrupted), strict=True)
+    _init_from(loaded.model, other, str(uninterrupted), strict=True, unused=["class_names"])
+    _init_from(loaded.model, other, str(uninterrupted), strict=False)
+
+
+def test_both_players_may_be_given_a_schedule_on_resume(tmp_path):
+    folder, long = tmp_path / "run", ["max_steps=6", "optim.decay_steps=6"]
+    assert train(folder, *GAME, "max_steps=4", "model.generator.multipliers=[1,2]", base=[]) == 0
+    with pytest.raises(UserError, match=r"give discriminator_optim.decay_steps=6 "):
+        run(composed("train", [f"resume={folder}", *long], resumed))
+    assert train(folder, *long, "discriminator_optim.decay_steps=8", new=False) == 0
+    stored = checkpoint.read(folder / "checkpoints" / "last.ckpt")
+    groups = [state["param_groups"][0]["decay_steps"] for state in stored["trainer"]["optimizer_states"]]
+    assert groups == [6, 8] and stored["config"]["loop"]["discriminator_optim"]["decay_steps"] == 8
 
 
 def test_a_truncated_last_checkpoint_is_named_and_the_previous_one_used(uninterrupted, tmp_path, capsys):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,9 +16,10 @@ from omegaconf import OmegaConf
 
 from genai.cli import composed
 from genai.core.errors import UserError
-from genai.sweeps import prepare
+from genai.sweeps import JournalSweeper, prepare
 from genai.sweeps.jobs import Job, journal, note
 from genai.sweeps.search import Settings, literal
+from genai.sweeps.summary import ranked, summarise
 from tests.conftest import ROOT
 from tests.test_tracking import records
 
@@ -227,3 +229,87 @@ def test_the_sweep_of_wandb_gives_arguments_that_compose():
 def test_a_sweep_node_is_refused_where_it_is_no_sweep():
     with pytest.raises(UserError, match="none of basic, optuna"):
         Settings("x", search="random")
+
+
+COMPARABLE = {
+    "seeds and rates": (["-m", "seed=0,1", "optim.lr=1e-3,1e-2"], None),
+    "optimisers": (["-m", "optim=adam,adamw"], None),
+    "networks": (["-m", "experiment=ddpm_toy2d", "model.net.width=8,16", "ema.decay=0.9,0.99"], None),
+    "batches": (["-m", "data.batch_size=8,16"], None),
+    "no ranking": (["-m", "model=ddpm,edm", "sweep.metric=null"], None),
+    "a card": (
+        ["-m", "model=ddpm,edm", "sweep.metric=card/frechet", "callbacks.cards.every_steps=9"],
+        None,
+    ),
+    "models": (["-m", "model=ddpm,edm"], r"sweep.metric=val/loss does not compare over model \(.*card/frechet"),
+    "units": (["-m", "model.parameterization=eps,v"], "does not compare over model.parameterization,.*card/frechet"),
+    "weights": (["-m", "model=vae", "model.beta=1,0.1"], "does not compare over model.beta,"),
+    "schedules": (["-m", "model.schedule.steps=10,20", "seed=0,1"], "does not compare over model.schedule.steps,"),
+    "recipes": (["-m", "experiment=ddpm_mnist,ddpm_toy2d"], "does not compare over data._target_"),
+    "data": (["-m", "data=digits,mnist"], "does not compare over data "),
+    "data of a card": (
+        ["-m", "data=digits,mnist", "sweep.metric=card/frechet", "callbacks.cards.every_steps=9"],
+        "card/frechet does not compare over data .* no common scale",
+    ),
+    "a card that nothing measures": (
+        ["-m", "seed=0,1", "sweep.metric=card/frechet"],
+        r"callbacks.cards, which is off: add callbacks.cards.every_steps= and callbacks.cards.metrics=\[frechet\]",
+    ),
+}
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch):
+    """Run a sweep's command without starting its jobs; returns them."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        jobs = []
+        sweeper = JournalSweeper()
+        sweeper.config_dir = None
+        sweeper.context = SimpleNamespace(config_loader=None)
+        monkeypatch.setattr(JournalSweeper, "launch", lambda self, folder, metric, found: jobs.extend(found))
+        sweeper.run([a for a in arguments if a != "-m"])
+        return jobs
+
+    monkeypatch.setattr("genai.sweeps.summarise", lambda *_: None)
+    return run
+
+
+@pytest.mark.parametrize("name", COMPARABLE)
+def test_a_sweep_is_ranked_by_what_compares_or_is_refused_before_its_first_job(planned, name):
+    arguments, refusal = COMPARABLE[name]
+    if refusal is None:
+        assert len(planned(*arguments)) in (2, 4)
+    else:
+        with pytest.raises(UserError, match=refusal):
+            planned(*arguments)
+
+
+def test_optuna_is_asked_for_no_losses_of_different_units(planned, tmp_path, refused, sweep):
+    pytest.importorskip("optuna")
+    over = {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}, "model.parameterization": ["eps", "eps", "v", "eps"]}
+    sweep(search="optuna", over=over)
+    command = ["train.py", "--config-dir", "conf", "-m", "sweep=tiny"]
+    assert "does not compare over model.parameterization," in refused(*command)
+    sweep(search="optuna", over=BASIC["over"], metric=None)
+    assert "sweep.metric=null ranks nothing" in refused(*command)
+
+
+def test_folders_spell_signs_and_old_ones_keep_their_names(planned, tmp_path):
+    jobs = planned("-m", "optim.lr=1e+30,1e-30,-1")
+    names = [job.key.rpartition("_")[0] for job in jobs]
+    assert names == ["lr-1e30", "lr-1e-30", "lr-minus1"]
+    (folder,) = tmp_path.glob("runs/sweeps/*")
+    old = "lr-1e-30_" + jobs[0].key.rpartition("_")[2]  # as it was called once
+    note(folder, Job(old, [], {}), "failed")
+    assert planned("-m", "optim.lr=1e+30,1e-30,-1")[0].key == old
+
+
+def test_a_sweep_without_a_metric_is_listed_as_it_ran(tmp_path):
+    for key in ("b", "a"):
+        note(tmp_path, Job(key, [], {"seed": key}), "finished")
+    rows = ranked(tmp_path, Settings("x", metric=None))
+    assert [row["job"] for row in rows] == ["b", "a"] and "val/loss" not in rows[0]
+    summarise(tmp_path, Settings("x", metric=None), [])
+    assert (tmp_path / "summary.csv").read_text().splitlines()[0] == "job,status,seed,reason"

@@ -1,13 +1,29 @@
 """Tracking: what is written can be read back; nothing prompts, hangs or stops a run."""
 
+import contextlib
+import hashlib
+import http.server
 import json
+import os
+import pty
+import re
+import shutil
+import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
+from typing import Any, NamedTuple
 
 import pytest
+from omegaconf import OmegaConf
 
+from genai import checkpoint
+from genai.cli import composed, resumed
+from genai.core.errors import UserError
+from genai.train import trackers
+from genai.train.record import Record
 from tests.conftest import ROOT
 from tests.test_checkpoint import DEBUG
 
@@ -35,39 +51,75 @@ def records(path):
             yield record
 
 
+class Offline(NamedTuple):
+    """What an offline run holds; the run as it was announced."""
+
+    config: dict
+    history: list
+    summary: dict
+    artifacts: list
+    run: Any
+    code: int | None
+
+
 def offline_runs(folder):
-    """(config, history rows, exit code, run id) of every offline run below a run directory."""
+    """Every offline run below a run directory, the oldest first."""
     for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
-        config, history, code, name = {}, [], None, None
+        config, history, summary, artifacts, code, run = {}, [], {}, [], None, None
         for record in records(path):
             config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-            name = record.run.run_id or name
+            run = record.run if record.run.run_id else run
+            for item in record.summary.update:
+                summary[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+            if record.request.log_artifact.artifact.name:
+                artifacts.append(record.request.log_artifact.artifact.name)
+            if record.artifact.name:
+                artifacts.append(record.artifact.name)
             if record.history.item:
                 history.append({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
             if record.HasField("exit"):
                 code = record.exit.exit_code
-        yield config, history, code, name
+        yield Offline(config, history, summary, artifacts, run, code)
 
 
 def test_offline_run_holds_config_metrics_and_images_and_goes_on_when_resumed(command, tmp_path):
     folder = tmp_path / "run"
-    done = command("train.py", *RUN, f"run_dir={folder}", env={"WANDB_MODE": "offline"})
+    asked = ["logger.project=mine", "logger.entity=me", "logger.tags=[a,b]", "logger.notes=first try", "logger.group=g",
+             "logger.artifacts=true"]  # fmt: skip
+    done = command("train.py", *RUN, *asked, f"run_dir={folder}", env={"WANDB_MODE": "offline"})
     assert done.returncode == 0, done.stderr
-    ((config, history, code, name),) = offline_runs(folder)
-    assert config["max_steps"] == 6
-    assert config["model"]["net"]["channels"] == 8
-    losses = {row["trainer/global_step"]: row["train/loss"] for row in history if "train/loss" in row}
+    (first,) = offline_runs(folder)
+    assert first.config["max_steps"] == 6
+    assert first.config["model"]["net"]["channels"] == 8
+    losses = {row["trainer/global_step"]: row["train/loss"] for row in first.history if "train/loss" in row}
     written = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
     assert losses == {int(step): float(value) for step, key, value in written[1:] if key == "train/loss"}
-    assert sum(any(key.startswith("samples") for key in row) for row in history) == 2
-    assert code == 0
+    pictures = [row for row in first.history if any(key.startswith("samples") for key in row)]
+    captions = [next(value for key, value in row.items() if key.endswith("captions")) for row in pictures]
+    assert captions == [[f"step {step}, seeds 0 to 3, of 0; 1; 2; 3"] for step in (3, 6)]
+    assert first.code == 0
     assert len(list(folder.glob("wandb/offline-run-*/files/media/images/*.png"))) == 2
+    run = first.run
+    assert (run.project, run.entity, list(run.tags), run.notes, run.run_group) == (
+        "mine",
+        "me",
+        ["a", "b"],
+        "first try",
+        "g",
+    )
+    assert run.display_name == "ddpm_digits run"
+    best = min(float(value) for _, key, value in written[1:] if key == "val/loss")
+    assert first.summary["best/val/loss"] == best
+    assert first.summary["parameters"] == first.config["parameters"] > 1000
+    assert sorted(first.artifacts) == [f"{run.run_id}-best", f"{run.run_id}-last"]
 
-    done = command("train.py", f"resume={folder}", "max_steps=8", env={"WANDB_MODE": "offline"})
+    again = ["max_steps=8", "optim.decay_steps=8", "logger.artifacts=false"]
+    done = command("train.py", f"resume={folder}", *again, env={"WANDB_MODE": "offline"})
     assert done.returncode == 0, done.stderr
-    both = list(offline_runs(folder))
-    assert [run[3] for run in both] == [name, name]
-    assert max(row.get("trainer/global_step", 0) for row in both[1][1]) == 8
+    _, second = offline_runs(folder)
+    assert (second.run.run_id, second.artifacts) == (run.run_id, [])
+    assert max(row.get("trainer/global_step", 0) for row in second.history) == 8
+    assert second.summary["best/val/loss"] <= best
 
 
 def test_a_crashed_run_shows_as_crashed(tmp_path):
@@ -86,27 +138,222 @@ def test_a_crashed_run_shows_as_crashed(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
     assert done.returncode == 1
     assert "boom" in done.stderr
-    ((_, _, code, _),) = offline_runs(tmp_path / "run")
-    assert code == 1
+    assert [run.code for run in offline_runs(tmp_path / "run")] == [1]
 
 
-@pytest.mark.parametrize(
-    "env",
-    [
-        {"WANDB_MODE": "", "WANDB_API_KEY": "x" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"},
-        pytest.param({"WANDB_MODE": "", "WANDB_API_KEY": "", "HOME": "/nonexistent"}, marks=pytest.mark.slow),
-        pytest.param({"WANDB_MODE": "disabled"}, marks=pytest.mark.slow),
-    ],
-    ids=["server does not answer", "no account", "disabled"],
-)
-def test_trouble_with_the_tracker_never_stops_a_run(command, tmp_path, env):
-    env = {k: v for k, v in env.items() if v or k == "WANDB_API_KEY"}
+KEY = {"WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567"}
+NOWHERE = {"WANDB_BASE_URL": "http://127.0.0.1:9"}
+
+
+@pytest.fixture
+def silent_server():
+    """The URL of a server that accepts and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def refusing_server():
+    """The URL of a server that answers, and takes no key."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(401)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(b"{}")
+
+        do_GET = do_POST = do_HEAD
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def clean(tmp_path):
+    """The environment of a user whose home is new, without what the tests' own says of W&B: values of None are left out."""
+
+    def environment(**more):
+        home = tmp_path / "home"
+        home.mkdir(exist_ok=True)
+        own = {"MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "NETRC"}
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB") and key not in own}
+        return {**kept, "HOME": str(home), "XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"], **more}
+
+    return environment
+
+
+def lines_of_wandb(done):
+    """What a command printed about W&B; on stderr it printed nothing."""
+    assert done.stderr == ""
+    return [line for line in done.stdout.splitlines() if "wandb" in line.lower()]
+
+
+def trained(env, folder, *more):
+    """Train six steps with W&B in an environment; the one line that it printed about it."""
     start = time.monotonic()
-    done = command("train.py", *RUN, f"run_dir={tmp_path / 'run'}", env=env)
+    command = [sys.executable, str(ROOT / "train.py"), *RUN, f"run_dir={folder}", *more]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - start < 90
-    assert (tmp_path / "run" / "metrics.csv").exists()
-    assert ("wandb: offline" in done.stdout) == ("WANDB_MODE" not in env or env["WANDB_MODE"] != "disabled")
+    assert (folder / "checkpoints" / "last.ckpt").exists()
+    assert time.monotonic() - start < 150
+    (line,) = lines_of_wandb(done)
+    assert [run.code for run in offline_runs(folder)] == [0]
+    return line
+
+
+def test_a_key_and_a_server_that_does_not_answer_train_to_the_end(clean, tmp_path):
+    line = trained(clean(**KEY, **NOWHERE), tmp_path / "run")
+    assert line.startswith("wandb: offline (http://127.0.0.1:9 does not answer")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("unresolvable", "offline (https://wandb.invalid does not answer"),
+        ("malformed", "offline (AuthenticationError: "),
+        ("netrc", "offline (http://127.0.0.1:9 does not answer"),
+        ("no account", "offline (not logged in, see wandb login)"),
+        ("home", "offline (http://127.0.0.1:9 does not answer"),
+        ("silent", "offline (http://127.0.0.1:"),
+        ("refused", "offline (CommError: "),
+    ],
+)
+def test_each_kind_of_trouble_trains_to_the_end(clean, tmp_path, silent_server, refusing_server, kind, said):
+    env = {
+        "unresolvable": {**KEY, "WANDB_BASE_URL": "https://wandb.invalid"},
+        "malformed": {"WANDB_API_KEY": "short"},
+        "netrc": {**NOWHERE, "NETRC": str(tmp_path / "netrc")},
+        "no account": {},
+        "home": {**KEY, **NOWHERE, "HOME": "/proc/nowhere"},
+        "silent": {**KEY, "WANDB_BASE_URL": silent_server},
+        "refused": {**KEY, "WANDB_BASE_URL": refusing_server},
+    }[kind]
+    (tmp_path / "netrc").write_text(f"machine 127.0.0.1:9\n  login user\n  password {KEY['WANDB_API_KEY']}\n")
+    (tmp_path / "netrc").chmod(0o600)
+    env = clean(**env)
+    if kind == "home":
+        del env["XDG_CACHE_HOME"]
+    assert said in trained(env, tmp_path / "run")
+
+
+def test_whatever_wandb_raises_is_a_line(tmp_path, monkeypatch, capsys):
+    """In this process: where a login and every start raise, there is no run, and nothing is printed but why."""
+    import wandb
+
+    def fail(*_, **__):
+        print("noise")
+        print("noise", file=sys.stderr)
+        raise ConnectionError("no")
+
+    def dead(*_, **__):
+        raise ConnectionError("the line is dead\nand more")
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(wandb, "login", fail)
+    monkeypatch.setattr(wandb, "init", dead)
+    assert trackers.wandb(tmp_path, "x", {}) is None
+    said = f"wandb: no run (ConnectionError: the line is dead); what was measured is in {tmp_path} all the same\n"
+    assert capsys.readouterr() == (said, "")
+
+
+def test_a_server_that_never_answers_costs_seconds(silent_server, refusing_server, monkeypatch):
+    monkeypatch.setattr(trackers, "REACHED_SECONDS", 0.3)
+    start = time.monotonic()
+    assert trackers._unreachable(silent_server) in (
+        f"{silent_server} does not answer within 0.3 s",
+        f"{silent_server} does not answer, ReadTimeout",
+    )
+    assert time.monotonic() - start < 10
+    assert trackers._unreachable(refusing_server) == ""
+    assert "does not answer" in trackers._unreachable("http://127.0.0.1:9")
+
+
+def test_a_tracker_that_fails_halfway_is_left_and_the_run_goes_on(tmp_path, capsys):
+    class Failing:
+        def log_metrics(self, values, step):
+            raise OSError("the service is gone")
+
+    record = Record(tmp_path, Failing())
+    record.log(1, {"train/loss": 1.0})
+    record.log(2, {"train/loss": 2.0})
+    assert capsys.readouterr().out.count("the tracker failed, the run goes on without it (OSError: the service") == 1
+    assert "2,train/loss,2.0" in (tmp_path / "metrics.csv").read_text()
+
+
+def test_a_run_directory_has_one_id_and_a_new_one_another(tmp_path):
+    folder = tmp_path / "run"
+    first = trackers._id(folder)
+    assert trackers._id(folder) == first == (folder / "wandb_id").read_text().strip()
+    shutil.rmtree(folder)
+    assert trackers._id(folder) != first
+    old = tmp_path / "old"  # of before there was wandb_id
+    (old / "checkpoints").mkdir(parents=True)
+    (old / "checkpoints" / "last.ckpt").touch()
+    assert trackers._id(old) == hashlib.sha256(str(old.resolve()).encode()).hexdigest()[:16]
+
+
+WRONG_LOGGER = {
+    "+logger.foo=1": "the logger wandb has no key foo: it has project, entity, group, name, tags, notes, artifacts, timeout_s",
+    "logger.tags=first": "logger.tags=first must be a list of texts of 1 to 64 characters, such as [first,small]",
+    "logger.tags=[1]": "logger.tags=[1] must be a list of texts",
+    "logger.tags=['']": "logger.tags=[''] must be a list of texts",
+    "logger.entity=''": "logger.entity= must be a text that is not empty, or null for none",
+    "logger.notes=[a]": "logger.notes=['a'] must be a text",
+    "logger.project=null": "logger.project=None must be a text that is not empty",
+    "logger.project=a/b": "logger.project=a/b may not hold /",
+    "logger.artifacts=3": "logger.artifacts=3 must be true or false",
+    "logger.timeout_seconds=0": "logger.timeout_seconds=0 must be a number greater than 0",
+    f"logger.name={'n' * 129}": "logger.name has 129 characters, and W&B takes 128",
+}
+
+
+@pytest.mark.parametrize("override", WRONG_LOGGER)
+def test_wrong_keys_of_a_logger_are_sentences(override):
+    with pytest.raises(UserError, match=re.escape(WRONG_LOGGER[override])):
+        node = OmegaConf.to_container(composed("train", [override]).logger)
+        trackers.checked(checkpoint.build({**node, "_partial_": True}))
+
+
+def test_a_wrong_logger_leaves_nothing_behind(refused):
+    """So that the corrected command may use the same run_dir."""
+    assert "the logger wandb has no key foo" in refused("train.py", *RUN, "+logger.foo=1", "run_dir=run")
+    assert "the logger none has no key foo: it has none" in refused(
+        "train.py", *RUN, "logger=none", "+logger.foo=1", "run_dir=run"
+    )
+
+
+def test_an_old_run_is_given_the_keys_it_is_too_old_to_have(tmp_path):
+    stored = composed("train", [])
+    stored.logger = {"_target_": "genai.train.trackers.wandb", "project": "mine", "timeout_seconds": 30}
+    OmegaConf.save(stored, tmp_path / "config.yaml")
+    cfg = composed("train", [f"resume={tmp_path}", "logger.tags=[a]"], resumed)
+    assert dict(cfg.logger) == {**stored.logger, "tags": ["a"]}
+
+
+def test_output_is_kept_and_a_bar_survives_it(tmp_path):
+    """In a terminal, where the progress bar moves."""
+    command = [sys.executable, str(ROOT / "train.py"), *RUN, f"run_dir={tmp_path / 'run'}"]
+    parent, child = pty.openpty()
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=child, stderr=child)
+    os.close(child)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end, on Linux
+        while part := os.read(parent, 65536):
+            shown += part
+    os.close(parent)
+    assert process.wait(timeout=60) == 0, shown.decode()
+    (path,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
+    kept = "".join(record.output_raw.line for record in records(path))
+    for said in ("6/6", "48,753 parameters"):
+        assert said in shown.decode() and said in kept
+    assert "Traceback" not in shown.decode()
 
 
 def test_tensorboard_is_a_choice(command, tmp_path):

@@ -93,6 +93,11 @@ class Data:
         """Conditions for n samples that show what a model has learned: the classes in turn, None without classes."""
         return None if self.classes is None else {"label": torch.arange(n) % self.classes}
 
+    def told(self, n: int) -> list[str]:
+        """What `cond(n)` asks for, in words: a class name or a caption each; nothing where nothing is asked for."""
+        labels = (self.cond(n) or {}).get("label")
+        return [] if labels is None or self.class_names is None else [self.class_names[i] for i in labels.tolist()]
+
     def show(self, batch: Batch) -> Tensor | list[str]:
         """Samples as a person sees them: one picture, uint8 (C, H, W), or a text each."""
         return grid(batch[self.field], self.classes if self.classes and self.classes <= 20 else None)

@@ -69,6 +69,9 @@ class Captioned(Data):
         batch = self.shown.batch(torch.arange(n) % len(self.shown), None)
         return {name: batch[name] for name in ("caption", "label") if name in batch}
 
+    def told(self, n: int) -> list[str]:
+        return [bytes(i for i in row if i != PAD).decode(errors="replace") for row in self.cond(n)["caption"].tolist()]
+
 
 class CaptionedSplit:
     """A split and the captions of each of its items, or `by_label` of each of its classes."""

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from genai.cli import composed, fail, nearest, resumed
 from genai.core.errors import UserError
+from genai.sweeps.compares import Comparison
 from genai.sweeps.jobs import Job, Runner, locked
 from genai.sweeps.search import Basic, Optuna, Settings, clean, literal
 from genai.sweeps.summary import summarise
@@ -31,10 +32,10 @@ RUNS = Path("runs/sweeps")
 
 def prepare(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
     """As `cli.resumed`; with sweep=, complete that node: all other keys belong to the jobs and are checked with each."""
-    if "sweep" not in cfg:
+    if "sweep" not in cfg and not any(o.key_or_group.startswith("sweep.") for o in overrides):
         return resumed(cfg, overrides)
-    given: Any = OmegaConf.to_container(cfg.sweep)
-    chosen = next(str(o.value()) for o in overrides if o.key_or_group == "sweep")
+    given: Any = OmegaConf.to_container(cfg.sweep) if "sweep" in cfg else {}
+    chosen = next((str(o.value()) for o in overrides if o.key_or_group == "sweep"), cfg.name)
     for key in given:
         if key not in Settings.__dataclass_fields__:
             raise UserError(f"sweep={chosen} has a key {key}{nearest(key, Settings.__dataclass_fields__)}")
@@ -88,6 +89,8 @@ class JournalSweeper(Sweeper):
         for override in parsed:
             if override.key_or_group in ("run_dir", "resume"):
                 raise UserError(f"{override.input_line}: a sweep names the folders of its runs itself")
+        axes = [*settings.over, *(o.get_key_element() for o in parsed if o.is_sweep_override())]
+        self.comparison = Comparison(settings.metric, axes)
         search = (
             Optuna(settings, parsed, self.check) if settings.search == "optuna" else Basic(settings, parsed, self.check)
         )
@@ -102,10 +105,10 @@ class JournalSweeper(Sweeper):
                 raise UserError(f"this sweep is running already, in {folder}") from error
 
     def check(self, overrides: Sequence[str]) -> None:
-        """Raise UserError for a key, a choice or a type that does not exist."""
-        composed("train", overrides, resumed, config_dir=self.config_dir)
+        """Raise UserError for a key, a choice or a type that does not exist, or a job whose metric does not compare."""
+        self.comparison.add(composed("train", overrides, resumed, config_dir=self.config_dir))
 
-    def launch(self, folder: Path, metric: str, jobs: Sequence[Job]) -> None:
+    def launch(self, folder: Path, metric: str | None, jobs: Sequence[Job]) -> None:
         """Run jobs through Hydra's launcher; what became of them stands in the journal."""
         own = ["--config-dir", str(Path(self.config_dir).absolute())] if self.config_dir else []
         command = [sys.executable, str(Path(sys.argv[0]).absolute()), *own]

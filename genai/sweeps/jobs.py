@@ -38,7 +38,7 @@ class Runner:
 
     folder: Path
     command: list[str]
-    metric: str
+    metric: str | None
     jobs: dict[str, Job]
 
     def __call__(self, cfg: DictConfig) -> None:
@@ -96,10 +96,12 @@ class Runner:
             lines = (self.folder / f"{job.key}.log").read_text(errors="replace").strip().splitlines()
             errors = [line for line in lines if re.match(r"(\w+\.)*(\w*(Error|Exception)|error)\b", line)]
             return "failed", (errors or lines)[-1].removeprefix("error: ")
-        value = last(self.folder / job.key).get(self.metric)
+        value = None if self.metric is None else last(self.folder / job.key).get(self.metric)
         return ("finished", None) if value is None or math.isfinite(value) else ("failed", f"{self.metric} is {value}")
 
     def told(self, job: Job) -> str:
+        if self.metric is None:
+            return "not ranked"
         return f"{self.metric} {last(self.folder / job.key).get(self.metric)}"
 
 

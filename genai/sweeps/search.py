@@ -28,7 +28,7 @@ class Settings:
     search: str = "basic"
     over: dict[str, Any] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
-    metric: str = "val/loss"
+    metric: str | None = "val/loss"
     direction: str = "minimize"
     trials: int = 20
     batch: int = 1
@@ -38,6 +38,8 @@ class Settings:
         for key, choices in {"search": ("basic", "optuna"), "direction": ("minimize", "maximize")}.items():
             if (value := getattr(self, key)) not in choices:
                 raise UserError(f"sweep.{key}={value} is none of {', '.join(choices)}{nearest(str(value), choices)}")
+        if self.metric is None and self.search == "optuna":
+            raise UserError("sweep.metric=null ranks nothing, and sweep.search=optuna needs a metric to choose by")
         for key, least in {"trials": 1, "batch": 1, "seed": 0}.items():
             at_least(getattr(self, key), least, f"sweep.{key}")
         for key, axis in self.over.items():
@@ -61,6 +63,11 @@ def clean(text: str, length: int = 60) -> str:
     return re.sub(r"[^\w.]+", "-", text).strip("-.")[:length]
 
 
+def spelled(value: str) -> str:
+    """A value in a folder's name, where no sign is lost: 1e+30 is 1e30, -1 is minus1."""
+    return re.sub(r"(?<![\w.])-(?=[\d.])", "minus", value.replace("e+", "e"))
+
+
 def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -80,13 +87,15 @@ class Basic:
         for overrides in combinations:
             check(overrides)
             values = dict(o.split("=", 1) for o in overrides if o.split("=", 1)[0] in swept)
-            name = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in values.items())
+            name = "_".join(f"{key.rpartition('.')[2]}-{spelled(value)}" for key, value in values.items())
             self.jobs.append(Job(f"{clean(name) or 'job'}_{digest(overrides)[:6]}", overrides, values))
         self.identity = digest(combinations)
 
     def run(self, folder: Path, launch: Launch) -> list[str]:
         """Launch what has not finished; returns what has not finished now."""
         records = journal(folder)
+        for job in self.jobs:  # one noted under a name of before signs were spelled keeps it
+            job.key = next((key for key in records if key.rpartition("_")[2] == job.key.rpartition("_")[2]), job.key)
         left = [job for job in self.jobs if records.get(job.key, {}).get("status") != "finished"]
         print(f"{folder}: {len(self.jobs)} jobs, {len(self.jobs) - len(left)} of them finished before", flush=True)
         if left:
@@ -118,6 +127,9 @@ class Optuna:
                 k: axis[i] if isinstance(axis, list) else (axis["low"], axis["high"])[i] for k, axis in over.items()
             }
             check([*self.fixed.values(), *(f"{key}={literal(value)}" for key, value in ends.items())])
+        for key, axis in over.items():
+            for value in axis[1:-1] if isinstance(axis, list) else ():
+                check([*self.fixed.values(), *(f"{k}={literal(v)}" for k, v in {**ends, key: value}.items())])
         whole = {k: v for k, v in asdict(settings).items() if k not in ("trials", "batch", "over", "overrides")}
         self.identity = digest(whole, over, self.fixed)
 
@@ -144,7 +156,7 @@ class Optuna:
             for number, job in jobs.items():
                 status = records.get(job.key, {}).get("status")
                 if status == "finished":
-                    study.tell(number, measured(folder / job.key, self.settings.metric))
+                    study.tell(number, measured(folder / job.key, str(self.settings.metric)))
                 else:
                     failed.append(job.key)
                     study.tell(number, state=states.FAIL)

@@ -19,24 +19,30 @@ def summarise(folder: Path, settings: Settings, unfinished: Sequence[str]) -> No
     files.write_csv(folder / "summary.csv", rows)
     show(rows)
     finished = [row for row in rows if row["status"] == "finished"]
-    print(f"{folder}/summary.csv{plot(folder, settings.metric, finished)}", flush=True)
+    picture = "" if settings.metric is None else plot(folder, settings.metric, finished)
+    print(f"{folder}/summary.csv{picture}", flush=True)
     if unfinished:
         reasons = {row["job"]: row["reason"] or row["status"] for row in rows}
         named = "; ".join(f"{key} ({reasons.get(key, 'not started')})" for key in unfinished)
         raise UserError(f"{len(unfinished)} of {len(rows)} jobs did not finish: {named}; the same command tries again")
-    if all(row[settings.metric] is None for row in finished):
+    if settings.metric is not None and all(row[settings.metric] is None for row in finished):
         measured(folder / finished[0]["job"], settings.metric)
 
 
 def ranked(folder: Path, settings: Settings) -> list[dict[str, Any]]:
-    """A row a job, best first: its name and status, what it was given, what it reached, why it failed."""
-    sign = 1 if settings.direction == "minimize" else -1
+    """A row a job, best first, or as they ran if there is no metric: its name and status, what it was given, what it reached,
+    why it failed."""
+    metric, sign = settings.metric, 1 if settings.direction == "minimize" else -1
     rows = []
     for key, record in journal(folder).items():
-        value = last(folder / key).get(settings.metric) if record["status"] == "finished" else None
-        reached = {settings.metric: value, "reason": record.get("reason")}
+        reached: dict[str, Any] = {"reason": record.get("reason")}
+        if metric is not None:
+            value = last(folder / key).get(metric) if record["status"] == "finished" else None
+            reached = {metric: value, **reached}
         rows.append({"job": key, "status": record["status"], **record["values"], **reached})
-    return sorted(rows, key=lambda row: math.inf if row[settings.metric] is None else sign * row[settings.metric])
+    if metric is None:
+        return rows
+    return sorted(rows, key=lambda row: math.inf if row[metric] is None else sign * row[metric])
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:

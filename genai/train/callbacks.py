@@ -103,7 +103,10 @@ class Samples(Between):
         if due(trainer, self.every_steps):
             if trainer.is_global_zero:
                 shown = pl_module.data.show(self.sample(pl_module, self.n))
-                pl_module.record.samples(trainer.global_step, "samples", shown)
+                told = list(dict.fromkeys(pl_module.data.told(self.n)))
+                more = f", of {'; '.join(told[:20])}{'; ...' if len(told) > 20 else ''}" if told else ""
+                caption = f"seeds {self.seed} to {self.seed + self.n - 1}{more}"
+                pl_module.record.samples(trainer.global_step, "samples", shown, caption)
             wait_for_first(trainer, "samples")
 
     def sample(self, lit: LitModel, n: int, on_step: OnStep = lambda *_: None) -> Batch:

@@ -19,7 +19,7 @@ from genai.core.protocols import Batch, Losses
 from genai.data.base import Data
 from genai.data.stream import batches, train_loader
 from genai.train.ema import EMA
-from genai.train.optim import set_lr
+from genai.train.optim import reschedule, set_lr
 from genai.train.record import Means, Record
 
 EVALUATION = 7  # what the evaluation seed is mixed for
@@ -233,6 +233,10 @@ class LitModel(L.LightningModule):
         checkpoint["means"] = self.means.reduce(keep=self.global_rank == 0).sums
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        fresh: Any = self.configure_optimizers()
+        pairs = zip(checkpoint["optimizer_states"], fresh if isinstance(fresh, list) else [fresh], strict=False)
+        for stored, optimizer in pairs:
+            reschedule(stored["param_groups"], optimizer.param_groups)
         self.ema.load_state_dict(checkpoint["ema"], checkpoint["ema_updates"])
         if self.trainer.global_rank == 0:
             self.means.sums = dict(checkpoint["means"])

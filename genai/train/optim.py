@@ -2,13 +2,14 @@
 their learning-rate schedule."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from genai.core.errors import UserError, at_least
+from genai.core.errors import UserError, at_least, number
 from genai.train.muon import Muon
 
 
@@ -21,6 +22,8 @@ def adamw(
     decay_steps: int | None = None,
     lr_min: float = 0.0,
     lazy_every: int | None = None,
+    schedule: str = "cosine",
+    cooldown: float = 0.2,
 ) -> Optimizer:
     """Fused AdamW; weight decay on matrices and kernels only. See `lr_at` for the schedule's arguments.
 
@@ -29,24 +32,41 @@ def adamw(
     """
     if lr <= 0:
         raise UserError(f"optim.lr={lr} must be greater than 0")
+    rates = _schedule(lr_min, warmup_steps, decay_steps, schedule, cooldown)
     if lazy_every is not None:
         c = at_least(lazy_every, 1, "optim.lazy_every") / (lazy_every + 1)
-        lr, lr_min, betas = c * lr, c * lr_min, [beta**c for beta in betas]
+        lr, rates["lr_min"], betas = c * lr, c * lr_min, [beta**c for beta in betas]
     named = model.named_parameters() if isinstance(model, nn.Module) else model
-    return _adamw([p for _, p in named], lr, betas, weight_decay, warmup_steps, decay_steps, lr_min)
+    return _adamw([p for _, p in named], lr, betas, weight_decay, rates)
+
+
+SCHEDULES = "cosine", "constant", "wsd"
+FLEXIBLE = "lr_min", "warmup_steps", "decay_steps", "schedule", "cooldown"  # what a resumed run may change
+
+
+def _schedule(
+    lr_min: float, warmup_steps: int, decay_steps: int | None, schedule: str, cooldown: float
+) -> dict[str, Any]:
+    """What a group carries of its schedule beside lr_max, checked."""
+    if schedule not in SCHEDULES:
+        raise UserError(f"optim.schedule={schedule} is none of {', '.join(SCHEDULES)}")
+    number(cooldown, "optim.cooldown", 0, 1, open_low=True)
+    if schedule == "wsd" and decay_steps is None:
+        raise UserError(
+            "optim.schedule=wsd ends at optim.decay_steps, which is null: give it a number, or schedule=constant"
+        )
+    return dict(zip(FLEXIBLE, (lr_min, warmup_steps, decay_steps, schedule, cooldown), strict=True))
 
 
 def _adamw(
-    parameters: Sequence[nn.Parameter], lr: float, betas: Sequence[float], weight_decay: float, warmup_steps: int,
-    decay_steps: int | None, lr_min: float,
+    parameters: Sequence[nn.Parameter], lr: float, betas: Sequence[float], weight_decay: float, rates: dict[str, Any]
 ) -> Optimizer:  # fmt: skip
     by_decay: dict[float, list[nn.Parameter]] = {weight_decay: [], 0.0: []}  # one group if nothing decays
     for p in parameters:
         if p.requires_grad:
             by_decay[weight_decay if p.ndim >= 2 else 0.0].append(p)
     groups = [{"params": params, "weight_decay": decay} for decay, params in by_decay.items()]
-    schedule = {"lr_max": lr, "lr_min": lr_min, "warmup_steps": warmup_steps, "decay_steps": decay_steps}
-    groups = [{**group, **schedule} for group in groups if group["params"]]
+    groups = [{**group, "lr_max": lr, **rates} for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=lr, betas=(float(betas[0]), float(betas[1])), fused=True)
 
 
@@ -86,6 +106,8 @@ def muon(
     warmup_steps: int = 0,
     decay_steps: int | None = None,
     lr_min: float = 0.0,
+    schedule: str = "cosine",
+    cooldown: float = 0.2,
 ) -> Optimizer:
     """Muon (Jordan et al., 2024) for the matrices of linear layers, AdamW for embeddings, the output head and the rest.
 
@@ -101,29 +123,63 @@ def muon(
     matrices = [p for p in matrices if p.requires_grad]
     if not matrices:
         raise UserError("optim=muon has nothing to do: this model has no linear layers inside, use optim=adamw")
-    schedule = {"lr_max": lr, "lr_min": lr * lr_min, "warmup_steps": warmup_steps, "decay_steps": decay_steps}
-    inner = Muon([{"params": matrices, **schedule}], lr=lr, weight_decay=weight_decay, momentum=momentum)
+    rates = _schedule(lr_min, warmup_steps, decay_steps, schedule, cooldown)
+    inner = Muon(
+        [{"params": matrices, "lr_max": lr, **rates, "lr_min": lr * lr_min}],
+        lr=lr,
+        weight_decay=weight_decay,
+        momentum=momentum,
+    )
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
-    return Chain([inner, _adamw(rest, adamw_lr, betas, weight_decay, warmup_steps, decay_steps, adamw_lr * lr_min)])
+    return Chain([inner, _adamw(rest, adamw_lr, betas, weight_decay, {**rates, "lr_min": adamw_lr * lr_min})])
 
 
-def lr_at(step: int, lr_max: float, lr_min: float, warmup_steps: int, decay_steps: int | None) -> float:
-    """Learning rate of update step = 0, 1, ...: linear warm-up, then half a cosine down to lr_min at decay_steps.
+def lr_at(
+    step: int, lr_max: float, lr_min: float, warmup_steps: int, decay_steps: int | None, schedule: str = "cosine",
+    cooldown: float = 0.2,
+) -> float:  # fmt: skip
+    """Learning rate of update step = 0, 1, ...: linear warm-up, then what the schedule says.
 
-    Past decay_steps it stays at lr_min; decay_steps None keeps lr_max.
+    cosine: half a cosine down to lr_min at decay_steps. constant: lr_max for ever. wsd (warm-up, stable, decay; Hu et al.,
+    "MiniCPM", 2024): lr_max, and in the last `cooldown` share of decay_steps lr_min + (lr_max - lr_min) (1 - sqrt(progress))
+    (Hägele et al., 2024). Past decay_steps it stays at lr_min; decay_steps None keeps lr_max.
     """
     if step < warmup_steps:
         return lr_max * (step + 1) / warmup_steps
-    if decay_steps is None:
+    if decay_steps is None or schedule == "constant":
         return lr_max
-    progress = min((step - warmup_steps) / max(decay_steps - warmup_steps, 1), 1.0)
-    return lr_min + (lr_max - lr_min) * (1 + math.cos(math.pi * progress)) / 2
+    start = warmup_steps if schedule == "cosine" else max(warmup_steps, round(decay_steps * (1 - cooldown)))
+    progress = min(max((step - start) / max(decay_steps - start, 1), 0.0), 1.0)
+    left = (1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else 1 - math.sqrt(progress)
+    return lr_min + (lr_max - lr_min) * left
 
 
 def set_lr(optimizer: Optimizer, step: int) -> float | None:
     """Give each group that carries a schedule its learning rate for update `step`; returns the first group's."""
     for group in optimizer.param_groups:
         if "lr_max" in group:
-            group["lr"] = lr_at(step, *(group[k] for k in ("lr_max", "lr_min", "warmup_steps", "decay_steps")))
+            group["lr"] = rate_of(group, step)
     return optimizer.param_groups[0].get("lr")
+
+
+def rate_of(group: Mapping[str, Any], step: int) -> float:
+    """The learning rate of a group for update `step`; one of before there were other schedules follows a cosine."""
+    rest = {key: group[key] for key in ("schedule", "cooldown") if key in group}
+    return lr_at(step, *(group[k] for k in ("lr_max", "lr_min", "warmup_steps", "decay_steps")), **rest)
+
+
+def idle_from(optimizer: Optimizer, steps: int) -> int | None:
+    """The first of the updates 0, ..., steps-1 from which on a group's learning rate is 0 to the end; None if it never is."""
+    first = [steps]
+    for group in optimizer.param_groups:
+        if "lr_max" in group and steps > 0 and rate_of(group, steps - 1) == 0:
+            first.append(max(group["decay_steps"], group["warmup_steps"]))  # all that falls has fallen then
+    return min(first) if min(first) < steps else None
+
+
+def reschedule(groups: Sequence[dict[str, Any]], fresh: Sequence[Mapping[str, Any]]) -> None:
+    """Give stored groups of an optimiser the schedule that its groups are built with now; their lr_max stays."""
+    for group, now in zip(groups, fresh, strict=False):
+        if "lr_max" in group:
+            group.update({key: now[key] for key in FLEXIBLE if key in now})

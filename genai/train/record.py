@@ -38,39 +38,50 @@ class Record:
             return
         with files.writable(self.csv, checkpoint.ROOM), self.csv.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows((step, name, value) for name, value in values.items())
-        if self.tracker is not None:
-            self.tracker.log_metrics(dict(values), step)
+        self._track("log_metrics", dict(values), step)
 
-    def samples(self, step: int, name: str, shown: Tensor | list[str]) -> None:
-        """A picture, uint8 (C, H, W), to samples/<name>_<step>.png, or texts to .txt, and to the tracker."""
+    def samples(self, step: int, name: str, shown: Tensor | list[str], caption: str = "") -> None:
+        """A picture, uint8 (C, H, W), to samples/<name>_<step>.png, or texts to .txt, and to the tracker, where a picture has
+        its step and the caption below it."""
         if self.writes:
             path = self.folder / "samples" / f"{name}_{step:07d}"
-            self._texts(step, name, shown, path) if isinstance(shown, list) else self._picture(step, name, shown, path)
+            if isinstance(shown, list):
+                self._texts(step, name, shown, path)
+            else:
+                self._picture(step, name, shown, path, caption)
 
     def cards(self, step: int, found: list[dict[str, Any]]) -> None:
         """Figures of an evaluation as `card/<metric>`, and all of them as a table of the tracker."""
         self.log(step, {f"card/{card['metric']}": card["value"] for card in found})
-        if self.writes and hasattr(self.tracker, "log_table"):
-            self.tracker.log_table("cards", *table(found), step=step)
+        if self.writes:
+            self._track("log_table", "cards", *table(found), step=step)
 
-    def _picture(self, step: int, name: str, picture: Tensor, path: Path) -> None:
+    def _track(self, method: str, *arguments: Any, **more: Any) -> None:
+        """Call a method of the tracker, or of what it writes to, if it has one; the run goes on without a tracker that raises."""
+        try:
+            for owner in (self.tracker, getattr(self.tracker, "experiment", None)):
+                if callable(call := getattr(owner, method, None)):
+                    call(*arguments, **more)
+                    return
+        except Exception as error:
+            print(f"the tracker failed, the run goes on without it ({type(error).__name__}: {error})", flush=True)
+            self.tracker = None
+
+    def _picture(self, step: int, name: str, picture: Tensor, path: Path, caption: str) -> None:
         from genai.data.io import to_pil
 
         path = path.with_suffix(".png")
         image = to_pil(picture)
         files.write(path, lambda file: image.save(file, "png"), within=self.folder)
-        if hasattr(self.tracker, "log_image"):
-            self.tracker.log_image(name, [str(path)], step=step)
-        elif self.tracker is not None and hasattr(self.tracker.experiment, "add_image"):
-            self.tracker.experiment.add_image(name, picture, step)
+        below = f"step {step}" + (f", {caption}" if caption else "")
+        self._track("log_image", name, [str(path)], step=step, caption=[below])
+        self._track("add_image", name, picture, step)
 
     def _texts(self, step: int, name: str, texts: list[str], path: Path) -> None:
         whole = "\n\n".join(f"--- {i}\n{text}" for i, text in enumerate(texts)) + "\n"
         files.write_text(path.with_suffix(".txt"), whole, within=self.folder)
-        if hasattr(self.tracker, "log_text"):
-            self.tracker.log_text(name, ["sample", "text"], [[i, text] for i, text in enumerate(texts)], step=step)
-        elif self.tracker is not None and hasattr(self.tracker.experiment, "add_text"):
-            self.tracker.experiment.add_text(name, "\n\n".join(texts), step)
+        self._track("log_text", name, ["sample", "text"], [[i, text] for i, text in enumerate(texts)], step=step)
+        self._track("add_text", name, "\n\n".join(texts), step)
 
 
 class Means:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from genai.train import codec, trackers
 from genai.train.callbacks import Cards, File, Progress, Samples, Stop
 from genai.train.lit import LitModel
 from genai.train.lock import ELSEWHERE, locked
+from genai.train.optim import idle_from
 from genai.train.record import Record
 from genai.train.strategy import Ranks, launched
 
@@ -81,16 +83,19 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     if resumed is None and hasattr(model, "measure"):
         model.measure(batches(some(data.splits["train"], codec.MEASURED), data.batch_size))
     if cfg.init_from is not None:
-        _init_from(model, data.assets(), cfg.init_from, cfg.init_strict)
+        unused = () if config["model"].get("classes") else ("class_names",)
+        _init_from(model, data.assets(), cfg.init_from, cfg.init_strict, unused)
     record = Record(folder, writes=ranks.first)
-    lit = _lit(cfg, config, build, model, data, record)
+    lit = _lit(cfg, config, build, model, data, record, resumed[0] if resumed else None)
     callbacks = [build(node) for node in config["callbacks"].values() if node is not None]
     for callback in callbacks:  # before anything is written; on its device it is tried once more
         if isinstance(callback, Samples):
             callback.try_out(lit)
         elif isinstance(callback, Cards) and ranks.first:
             callback.try_out(lit, config, data.assets())
-    tracker = build({**config["logger"], "_partial_": True})
+    tracker = trackers.none
+    if config["logger"] is not None:  # before anything is written
+        tracker = trackers.checked(build({**config["logger"], "_partial_": True}))
     if cfg.get("codec") is not None and cfg.codec.cache is not None:
         if resumed is not None:
             checkpoint.load_weights(model, resumed[0]["model"], resumed[1])
@@ -113,8 +118,8 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
             _check_unused(folder)
         _write(folder, config)
         record.cut(resumed[0]["step"] if resumed else None)
-        record.tracker = tracker(folder, cfg.name, config)
         parameters = sum(p.numel() for p in model.parameters())
+        record.tracker = tracker(folder, cfg.name, {**config, "parameters": parameters})
         where = f"{trainer.strategy.root_device}" + (f", {ranks.world} ranks" if ranks.world > 1 else "")
         started = f" that {ranks.launcher} started" if ranks.launcher else ""
         print(f"{folder}: {parameters:,} parameters, {cfg.max_steps} steps on {where}{started}")
@@ -127,14 +132,15 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
             trainer.fit(lit, ckpt_path=resumed[1] if resumed else None)
         failed = False
     finally:
-        trackers.finish(failed)
+        trackers.finish(failed, record.tracker)
     if ranks.first:
         print(f"done: look at {folder}/samples, and sample with python sample.py ckpt={folder}")
     return folder
 
 
 def _lit(
-    cfg: DictConfig, config: dict[str, Any], build: Any, model: torch.nn.Module, data: Data, record: Record
+    cfg: DictConfig, config: dict[str, Any], build: Any, model: torch.nn.Module, data: Data, record: Record,
+    resumed: dict | None,
 ) -> LitModel:  # fmt: skip
     """The loop with its optimisers, which say now what they refuse."""
     optim, ema = build(config["optim"]), build(config["ema"])
@@ -148,8 +154,27 @@ def _lit(
         if "argument" not in str(error):
             raise
         raise UserError(f"loop._target_={cfg.loop._target_} cannot be built: {error}") from error
-    lit.configure_optimizers()
+    _awake(lit.configure_optimizers(), cfg.max_steps, resumed)
     return lit
+
+
+def _awake(optimizers: Any, steps: int, resumed: dict | None) -> None:
+    """Raise UserError if a player's learning rate would be 0 from some step on to the end; a run that was given so many steps
+    when that was no error goes on with a warning."""
+    for name, optimizer in zip(
+        ("optim", "discriminator_optim"), optimizers if isinstance(optimizers, list) else [optimizers], strict=False
+    ):
+        first = idle_from(optimizer, steps)
+        if first is None:
+            continue
+        what = f"from step {first} to max_steps={steps} the learning rate would be 0 and nothing would be learned"
+        if resumed is not None and resumed["config"].get("max_steps") == steps:
+            print(f"warning: {what}: stop it there, or go on with {name}.decay_steps=", flush=True)
+        else:
+            raise UserError(
+                f"{what}, since {name}.decay_steps={first}: give {name}.decay_steps={steps} for a longer decay, "
+                f"{name}.lr_min= for its floor, or {name}.schedule=constant"
+            )
 
 
 class Unprofiled(PassThroughProfiler):
@@ -237,12 +262,14 @@ def _check_unused(folder: Path) -> None:
         raise UserError(f"run_dir={folder} already holds a run: resume={folder} goes on with it, or name another")
 
 
-def _same_names(stored: dict, found: dict, path: Path) -> None:
-    """Raise UserError if a label or a token meant something else when the checkpoint was written."""
+def _same_names(stored: dict, found: dict, path: Path, other: str = "") -> None:
+    """Raise UserError if a label or a token meant something else when the checkpoint was written; `other` ends its hint."""
     for name in stored.keys() | found.keys():
         if stored.get(name) != found.get(name):
-            what = {"tokenizer": "vocabulary"}.get(name, name.replace("_", " "))
-            raise UserError(f"the {what} of this data is not that of {path}: give the data= it was trained on")
+            what = {"tokenizer": "vocabulary", "class_names": "list of classes"}.get(name, name.replace("_", " "))
+            raise UserError(
+                f"the {what} of this data is not that of {path}: give the data= it was trained on{other and ', ' + other}"
+            )
 
 
 def _same_items(stored: dict[str, Any] | None, found: dict[str, Any], path: Path) -> None:
@@ -256,10 +283,13 @@ def _same_items(stored: dict[str, Any] | None, found: dict[str, Any], path: Path
         )
 
 
-def _init_from(model: torch.nn.Module, assets: dict, ckpt: str, strict: bool) -> None:
+def _init_from(model: torch.nn.Module, assets: dict, ckpt: str, strict: bool, unused: Sequence[str] = ()) -> None:
+    """Averaged weights of another run. Raises UserError, if strict, where they or the names that they learned do not fit;
+    `unused` are assets that the model does not look at."""
     content, path = checkpoint.locate(ckpt)
-    if strict and "tokenizer" in content["assets"]:
-        _same_names(content["assets"], assets, path)
+    if strict:
+        stored, found = ({k: v for k, v in names.items() if k not in unused} for names in (content["assets"], assets))
+        _same_names(stored, found, path, "or init_strict=false, if only the weights matter")
     state = {**content["model"], **content["ema"]}
     if getattr(model, "codec", None) is not None:  # the first stage is the one that codec= names
         own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("latent.")}

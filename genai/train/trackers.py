@@ -1,27 +1,37 @@
-"""Experiment trackers. None of them may prompt, hang or stop a run."""
+"""Experiment trackers: functions of a run directory, a title and a config. None of them may prompt, hang or stop a run."""
 
+import contextlib
+import csv
+import functools
 import hashlib
+import inspect
+import io
+import logging
 import os
-import socket
-from collections.abc import Mapping, Sequence
+import re
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 
-from genai.cards import table
+from genai.cards import METRICS, table
+from genai.core.errors import UserError, number
+from genai.core.files import write_text
+
+Tracker = Callable[[Path, str, dict], Logger | None]
+REACHED_SECONDS = 5.0  # for a first answer of the server
 
 
-def none(folder: Path, name: str, config: dict) -> None:
+def none(folder: Path, title: str, config: dict) -> None:
     """No tracker; metrics.csv is written all the same."""
 
 
-def tensorboard(folder: Path, name: str, config: dict) -> Logger:
+def tensorboard(folder: Path, title: str, config: dict) -> Logger:
     """Event files below the run directory (`pip install tensorboard`)."""
     from lightning.pytorch.loggers import TensorBoardLogger
-
-    from genai.core.errors import UserError
 
     try:
         return TensorBoardLogger(folder, name="", version="tensorboard")
@@ -29,69 +39,264 @@ def tensorboard(folder: Path, name: str, config: dict) -> Logger:
         raise UserError("logger=tensorboard needs the package tensorboard: pip install tensorboard") from error
 
 
-def wandb(folder: Path, name: str, config: dict, project: str, timeout_seconds: float = 30) -> Logger | None:
+def wandb(
+    folder: Path,
+    title: str,
+    config: dict,
+    *,
+    project: str = "genai",
+    entity: str | None = None,
+    group: str | None = None,
+    name: str | None = None,
+    tags: Sequence[str] | None = None,
+    notes: str | None = None,
+    artifacts: bool = False,
+    timeout_seconds: float = 10,
+) -> Logger | None:
     """Weights & Biases: online where the machine is logged in and the server answers, offline otherwise.
 
-    The run's id follows from its directory, so that a resumed run goes on under the same id.
-    """
-    from lightning.pytorch.loggers import WandbLogger
+    The run's id lies in the directory's `wandb_id`, so that a resumed run goes on under the same id.
 
+    Args:
+        title: what the run is called where `name` is None, beside the last part of its directory.
+        project, entity, group, tags, notes: as W&B's own; a group of None is that of WANDB_RUN_GROUP.
+        artifacts: whether the last and the best checkpoint are uploaded at the end.
+        timeout_seconds: for the server to accept the run.
+    """
     if os.environ.get("WANDB_MODE") == "disabled":
         return None
-    run = _started(folder, timeout_seconds, project=project, name=name, config=config)
+    shown = name or os.environ.get("WANDB_NAME") or (title if folder.name == title else f"{title} {folder.name}")
+    run = _started(
+        folder, timeout_seconds, project=project, entity=entity, group=group, name=shown[:128], tags=tags, notes=notes,
+        config=config,
+    )  # fmt: skip
     if run is None:
         return None
-    run.define_metric("*", step_metric="trainer/global_step")
-    return WandbLogger(experiment=run)
+    with _said("the run's summary"):
+        run.define_metric("*", step_metric="trainer/global_step")
+        if "parameters" in config:
+            run.summary["parameters"] = config["parameters"]
+    return WandB(run, folder, artifacts)
+
+
+class WandB(WandbLogger):
+    """Lightning's logger with the best values so far in the run's summary, as best/<metric>, and checkpoints as artifacts."""
+
+    def __init__(self, run: Any, folder: Path, artifacts: bool):
+        super().__init__(experiment=run)
+        self.run, self.folder, self.artifacts = run, folder, artifacts
+        self.best: dict[str, float] = {}
+        if (path := folder / "metrics.csv").exists():  # a resumed run's
+            with path.open(newline="") as file, contextlib.suppress(ValueError):
+                for _, key, value in list(csv.reader(file))[1:]:
+                    self.keep_best({key: float(value)})
+
+    def keep_best(self, metrics: Mapping[str, float]) -> None:
+        """Note in the summary the values that are better than all before them; nan is never."""
+        for key, value in metrics.items():
+            card = METRICS.get(key.removeprefix("card/")) if key.startswith("card/") else None
+            if key == "val/loss" or card is not None:
+                sign = -1 if card is not None and card.better == "higher" else 1
+                if sign * value < sign * self.best.get(key, sign * float("inf")):
+                    self.best[key] = value
+                    self.run.summary[f"best/{key}"] = value
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # type: ignore[override]
+        super().log_metrics(metrics, step)
+        self.keep_best(metrics)
+
+    def log_checkpoints(self) -> None:
+        """The last and the best checkpoint as artifacts of type model, where they were asked for."""
+        import wandb
+
+        for which in ("last", "best") if self.artifacts else ():
+            path = self.folder / "checkpoints" / f"{which}.ckpt"
+            if path.exists():
+                artifact = wandb.Artifact(f"{self.run.id}-{which}", type="model")
+                artifact.add_file(str(path))
+                self.run.log_artifact(artifact)
+
+
+TEXTS = "project", "entity", "group", "name", "notes"
+
+
+def checked(tracker: Any) -> Tracker:
+    """A tracker, built but not yet started, whose keys and their values are right. Raises UserError for the first that is not."""
+    partial = tracker if isinstance(tracker, functools.partial) else functools.partial(tracker)
+    keywords: dict[str, Any] = partial.keywords
+    known = [p.name for p in inspect.signature(partial.func).parameters.values()][3:]
+    for key in keywords:
+        if key not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise UserError(f"the logger {getattr(partial.func, '__name__', partial.func)} has no key {key}: {has}")
+    if partial.func is wandb:
+        for key in TEXTS:
+            value = keywords.get(key)
+            if (
+                key in keywords
+                and not (isinstance(value, str) and value.strip())
+                and (value is not None or key == TEXTS[0])
+            ):
+                more = "" if key == "project" else ", or null for none"
+                raise UserError(f"logger.{key}={value} must be a text that is not empty{more}")
+        tags = keywords.get("tags")
+        if tags is not None and not (
+            isinstance(tags, list) and all(isinstance(t, str) and 1 <= len(t) <= 64 for t in tags)
+        ):
+            raise UserError(f"logger.tags={tags} must be a list of texts of 1 to 64 characters, such as [first,small]")
+        if not isinstance(keywords.get("artifacts", False), bool):
+            raise UserError(f"logger.artifacts={keywords['artifacts']} must be true or false")
+        number(keywords.get("timeout_seconds", 10), "logger.timeout_seconds", 0, 600, open_low=True)
+        if wrong := re.findall(r"[/\\#?%:]", keywords.get("project", "")):
+            raise UserError(
+                f"logger.project={keywords['project']} may not hold {wrong[0]}, in W&B none of / \\ # ? % : may"
+            )
+        for key, most in {"project": 128, "group": 128, "name": 128}.items():
+            if len(keywords.get(key) or "") > most:
+                raise UserError(f"logger.{key} has {len(keywords[key])} characters, and W&B takes {most}")
+    return partial
+
+
+def _id(folder: Path) -> str:
+    """The id of a directory's W&B run, from its `wandb_id`; a fresh one, noted there, where it has none.
+
+    A run of before there was such a file goes on under the id that followed from its path.
+    """
+    path = folder / "wandb_id"
+    if path.is_file() and re.fullmatch(r"[\w-]{1,64}", found := path.read_text(errors="replace").strip()):
+        return found
+    if (folder / "wandb").exists() or any((folder / "checkpoints").glob("*.ckpt")):
+        fresh = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    else:
+        fresh = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(8)  # W&B's own sweeps give one
+    write_text(path, fresh + "\n", within=folder)
+    return fresh
 
 
 def _started(folder: Path, timeout_seconds: float, **arguments: Any) -> Any:
-    """A W&B run whose id follows from a directory, online or offline; None, with the reason said, if it cannot be."""
-    import wandb
+    """The W&B run of a directory, online or offline; None if it cannot be. One line says which, and why; nothing is raised.
 
-    arguments |= {
-        "dir": folder,
-        "id": hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
-        "resume": "allow",
-        "settings": wandb.Settings(init_timeout=timeout_seconds, silent=True, console="off"),
-    }
-    reason = _offline_because(wandb)
-    modes: list[Any] = ["offline"] if reason else ["online", "offline"]
-    for mode in modes:
+    Whatever wandb raises meanwhile, about accounts, networks or homes, is part of that line.
+    """
+    reason, run, said = "", None, io.StringIO()
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # of wandb's own telemetry, which may fail as well
+    with _homeless(folder):
         try:
-            run = wandb.init(mode=mode, **arguments)
-        except Exception as error:  # whatever the account or the network does, training goes on
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            continue
-        if mode == "offline":
-            print(f"wandb: offline ({reason}); wandb sync {Path(run.dir).parent} uploads it")
-        else:
-            print(f"wandb: {run.url}")
-        return run
-    print(f"wandb: no run ({reason}); what was measured is in {folder} all the same")
-    return None
+            import wandb  # not redirected, as little as its start is: both put themselves between us and sys.stdout
+
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                arguments |= {
+                    "dir": folder,
+                    "id": _id(folder),
+                    "resume": "allow",
+                    "settings": wandb.Settings(init_timeout=timeout_seconds, silent=True, console="wrap"),
+                }
+                reason = _offline_because(wandb)
+        except Exception as error:
+            reason = _short(error)
+        modes: list[Any] = ["offline"] if reason else ["online", "offline"]
+        for mode in modes if "settings" in arguments else ():
+            try:
+                run = wandb.init(mode=mode, **arguments)
+                break
+            except Exception as error:
+                reason = _short(error)
+                with contextlib.suppress(Exception):
+                    wandb.teardown()  # or the service, where the run failed, has its id in use
+    if run is None:
+        print(f"wandb: no run ({reason}); what was measured is in {folder} all the same")
+    elif reason:
+        print(f"wandb: offline ({reason}); wandb sync {Path(run.dir).parent} uploads it")
+    else:
+        print(f"wandb: {run.url}")
+    return run
 
 
-def _offline_because(wandb) -> str | None:
-    """Why the server need not be tried, None if it should be."""
-    if os.environ.get("WANDB_MODE", "online") != "online":
-        return f"WANDB_MODE={os.environ['WANDB_MODE']}"
-    if not wandb.login(prompt=False):
-        return "not logged in, see wandb login"
-    url = urlparse(wandb.setup().settings.base_url)
+def _short(error: Exception) -> str:
+    """An exception as part of a line."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first[:200]}"
+
+
+@contextlib.contextmanager
+def _said(what: str) -> Iterator[None]:
+    """Turn an exception of a tracker into a line of output."""
     try:
-        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=3).close()
-    except OSError as error:
-        return f"{url.hostname} does not answer ({error})"
-    return None
+        yield
+    except Exception as error:
+        print(f"wandb: {what} could not be logged ({_short(error)})")
 
 
-def finish(failed: bool) -> None:
-    """Close the tracker's run, as crashed if it failed."""
+@contextlib.contextmanager
+def _homeless(folder: Path) -> Iterator[None]:
+    """Let wandb keep its own files below `folder` where the home directory cannot be written."""
+    if _writable(cache := os.environ.get("XDG_CACHE_HOME")):
+        yield
+        return
+    own = str((folder / "wandb").absolute())
+    for key in ("CACHE", "CONFIG", "DATA"):
+        os.environ.setdefault(f"WANDB_{key}_DIR", own)
+    os.environ["XDG_CACHE_HOME"] = own  # where wandb's service, which starts now, puts its log
+    try:
+        yield
+    finally:
+        del os.environ["XDG_CACHE_HOME"]
+        if cache is not None:
+            os.environ["XDG_CACHE_HOME"] = cache
+
+
+def _writable(cache: str | None) -> bool:
+    """Whether the user's cache folder, `cache` or that of the home directory, can be written."""
+    try:
+        folder = Path(cache) if cache else Path.home() / ".cache"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return False
+    return os.access(folder, os.W_OK)
+
+
+def _offline_because(wandb: Any) -> str:
+    """Why the server need not be tried, "" if it should be. Never prompts; takes REACHED_SECONDS at most."""
+    if (mode := os.environ.get("WANDB_MODE") or "online") != "online":
+        return f"WANDB_MODE={mode}"
+    settings = wandb.setup(
+        wandb.Settings(silent=True)
+    ).settings  # not silent, a login asks the server for the user's name
+    if not wandb.login(prompt=False, verify=False):  # to verify would raise if the server does not answer
+        return "not logged in, see wandb login"
+    return _unreachable(settings.base_url)
+
+
+def _unreachable(url: str) -> str:
+    """Why there is no HTTP server at a URL, "" if there is one, whatever it answers."""
+    import requests
+
+    found = [f"{url} does not answer within {REACHED_SECONDS:g} s"]
+
+    def ask() -> None:
+        try:
+            requests.head(url, timeout=REACHED_SECONDS, allow_redirects=False).close()
+            found.append("")
+        except Exception as error:
+            inner = getattr(error.args[0] if error.args else None, "reason", None)
+            found.append(f"{url} does not answer, {type(inner or error).__name__}")
+
+    asking = threading.Thread(target=ask, daemon=True)  # the search for a host's address knows no limit of its own
+    asking.start()
+    asking.join(REACHED_SECONDS)
+    return found[-1]
+
+
+def finish(failed: bool, logger: Logger | None = None) -> None:
+    """Close the tracker's run, as crashed if it failed; of one that did not, checkpoints go along where asked for."""
     import sys
 
+    if isinstance(logger, WandB) and not failed:
+        with _said("checkpoints"):
+            logger.log_checkpoints()
     if (module := sys.modules.get("wandb")) is not None and module.run is not None:
-        module.finish(exit_code=int(failed))
+        with _said("the run's end"):
+            module.finish(exit_code=int(failed))
 
 
 def log_cards(folder: Path, found: Sequence[dict[str, Any]]) -> None:
@@ -100,17 +305,22 @@ def log_cards(folder: Path, found: Sequence[dict[str, Any]]) -> None:
 
     config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     arguments = {key: value for key, value in config["logger"].items() if key != "_target_" and key != "_partial_"}
-    if (logger := wandb(folder, config["name"], config, **arguments)) is not None:
-        logger.log_table("cards", *table(found))  # type: ignore[attr-defined]
+    logger = checked(functools.partial(wandb, **arguments))(folder, config["name"], config)
+    if isinstance(logger, WandB):
+        with _said("the table of cards"):
+            logger.log_table("cards", *table(list(found)))  # type: ignore[arg-type]
+            logger.keep_best({f"card/{card['metric']}": card["value"] for card in found})
         finish(False)
 
 
 def log_comparison(rows: Sequence[Mapping[str, Any]], page: Path, project: str) -> None:
     """The table of `genai.compare` and its page as one W&B run."""
-    import wandb
-
-    run = _started(page.parent, 30, project=project, name="compare", job_type="compare")
+    checked(functools.partial(wandb, project=project))
+    run = _started(page.parent, 10, project=project, name="compare", job_type="compare")
     if run is not None:
-        run.log({"comparison": wandb.Table(list(rows[0]), [[row.get(column) for column in rows[0]] for row in rows])})
-        run.log({"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
-        run.finish()
+        import wandb as module
+
+        with _said("the comparison"):
+            run.log({"comparison": module.Table(list(rows[0]), [[row.get(name) for name in rows[0]] for row in rows])})
+            run.log({"report": module.Html(page.read_text(encoding="utf-8"), inject=False)})
+        finish(False)

@@ -1,0 +1,84 @@
+"""Whether a sweep's metric means the same in all of its jobs."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from genai.core.errors import UserError
+
+DATA = "batch_size", "num_workers"  # what of the data changes no figure's meaning
+MODEL = "net", "encoder", "decoder", "generator", "discriminator", "latents", "guidance", "clip", "importance_samples"
+
+
+class Comparison:
+    """The jobs of one sweep, whose metric must compare: a loss is in the units that its model, and what it weights, give it, and
+    every figure is of the data.
+
+    Args:
+        metric: what jobs are ranked by; None: they are not.
+        axes: the keys swept over, to name one.
+    """
+
+    def __init__(self, metric: str | None, axes: Iterable[str]):
+        self.metric, self.axes = metric, list(axes)
+        self.first: dict[str, Any] | None = None
+
+    def add(self, cfg: DictConfig) -> None:
+        """One more job's config. Raises UserError if the metric does not compare with the first one's, or is never measured."""
+        if self.metric is None or self.metric.startswith("perf/"):
+            return
+        cards = cfg.get("callbacks") and cfg.callbacks.get("cards")
+        if self.metric.startswith("card/") and not (cards and cards.get("every_steps")):
+            raise UserError(
+                f"sweep.metric={self.metric} is measured by callbacks.cards, which is off: add callbacks.cards.every_steps= and "
+                f"callbacks.cards.metrics=[{self.metric.removeprefix('card/')}]"
+            )
+        found = self.meaning(cfg)
+        self.first = self.first or found
+        for key in sorted(found.keys() | self.first.keys()):
+            if found.get(key) != self.first.get(key):
+                axis = next((axis for axis in self.axes if f"{key}.".startswith(f"{axis}.")), key)
+                raise UserError(self.sentence(axis, key, found.get(key)))
+
+    def meaning(self, cfg: DictConfig) -> dict[str, Any]:
+        """Dotted key -> value of all that decides what a job's metric means."""
+        whole: Any = OmegaConf.to_container(cfg, resolve=True)
+        flat = dict(leaves("data", whole.get("data")))
+        if not stated(str(self.metric)):
+            flat |= {"loop._target_": (whole.get("loop") or {}).get("_target_")}
+            for part in ("codec", "model"):
+                flat |= dict(leaves(part, whole.get(part)))
+        dropped = [f"data.{key}" for key in DATA] + [f"model.{key}" for key in MODEL]
+        return {key: value for key, value in flat.items() if not f"{key}.".startswith(tuple(f"{d}." for d in dropped))}
+
+    def sentence(self, axis: str, key: str, value: Any) -> str:
+        because = "" if axis == key else f" ({key} becomes {value})"
+        if stated(str(self.metric)):
+            return (
+                f"sweep.metric={self.metric} does not compare over {axis}{because}, since figures of different data are of no "
+                "common scale: sweep over something else, or give sweep.metric=null for no ranking"
+            )
+        return (
+            f"sweep.metric={self.metric} does not compare over {axis}{because}, since that changes what a loss means: give a "
+            "metric of samples, such as sweep.metric=card/frechet callbacks.cards.every_steps=1000 "
+            "callbacks.cards.metrics=[frechet], or sweep.metric=null for no ranking"
+        )
+
+
+def stated(metric: str) -> bool:
+    """Whether a metric has units of its own, whatever the model: a card's, or one of its name on the validation data."""
+    if metric.startswith("card/") or metric.rpartition("/")[2].startswith("loss"):
+        return metric.startswith("card/")
+    from genai.cards import METRICS  # torch with it
+
+    return metric.rpartition("/")[2] in METRICS
+
+
+def leaves(prefix: str, node: Any) -> Iterable[tuple[str, Any]]:
+    """(dotted key, value) of everything below a node; a list is a value."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from leaves(f"{prefix}.{key}", value)
+    else:
+        yield prefix, node
