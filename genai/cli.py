@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from genai.core.errors import UserError
 from genai.core.interrupt import answered
+from genai.ranges import check as ranges
 
 # A disk that is full or may not be written, wherever a package met it.
 UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -71,6 +72,12 @@ def _main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None)
             )
 
     try:
+        for option in ("config_name", "config_path", "experimental_rerun"):
+            if getattr(args, option, None) not in (None, name):
+                raise UserError(
+                    f"--{option.replace('_', '-')} is not for this program, whose config is {name}.yaml: add a folder of your "
+                    "own configs with --config-dir, and choose from it with key=value"
+                )
         if not any((args.hydra_help, args.info, args.shell_completion)):
             if args.help and not args.overrides:
                 prepare = None  # a run of one's own is only looked for where something was asked of it
@@ -148,8 +155,10 @@ def composed(
     name_run(cfg, choices)
     if prepare is not None:
         values = [o for o in prepare(cfg, [*groups, *values]) if o not in groups]
+    before = set(keys(cfg))
     for override in values:
         apply(cfg, override)
+    ranges.check(cfg, name, values, before)
     return cfg
 
 
@@ -199,7 +208,8 @@ def apply(cfg: DictConfig, override: Override) -> None:
         raise UserError(f"{override.input_line} would remove a key: set it to null instead")
     known = list(keys(cfg))
     if not override.is_add() and key not in known:
-        raise UserError(f"there is no key {key}{nearest(key, known)} (--help lists all; +{key}= adds one)")
+        adds = f"; +{key}= adds one" if "." in key and ranges.read(cfg, key) else ""
+        raise UserError(f"there is no key {key}{nearest(key, known)} (--help lists all{adds})")
     value = override.value()
     present = OmegaConf.select(cfg, key, throw_on_missing=False) if key in known else None
     OmegaConf.update(cfg, key, fitted(key, value, present), force_add=True, merge=True)

@@ -298,13 +298,13 @@ REFUSED = {
     ("baseline=mixtur",): "is none of copier, gmm, knn, markov, mixture, ngram, pca, uniform, did you mean mixture?",
     ("baseline=pca", "baseline.component=3"): "did you mean baseline.components?",
     ("baseline=pca", "baseline.components=65"): "baseline.components=65, but these images have at most 64",
-    ("baseline=mixture", "baseline.smoothing=0"): "baseline.smoothing=0 must be a number greater than 0",
-    ("baseline=knn", "baseline.k=0"): "baseline.k=0 must be a whole number, at least 1",
+    ("baseline=mixture", "baseline.smoothing=0"): "baseline.smoothing=0 must be a number of counts, greater than 0",
+    ("baseline=knn", "baseline.k=0"): "baseline.k=0 must be a whole number of images, at least 1",
     ("baseline=copier", "judge=null"): "baseline=copier is measured by a judge of samples",
     ("baseline=copier", "judge=inception"): "judge=inception is none of mlp, network",
     ("baseline=pca", "split=dev"): "split=dev is none of train, val, test",
-    ("baseline=pca", "fit=[dev]"): "dev is none of train, val, test",
-    ("baseline=pca", "fit=[]"): "fit=[] leaves nothing to learn from",
+    ("baseline=pca", "fit=[dev]"): "fit=[dev] must be a list",
+    ("baseline=pca", "fit=[]"): "fit=[] must be a list like [a,b] of 1 or more values",
     ("baseline=pca", "repeats=0"): "repeats=0 must be a whole number",
 }
 

@@ -112,7 +112,7 @@ def test_failed_jobs_are_named_and_the_rest_go_on(sweep, tmp_path):
     assert "Traceback" not in done.stderr
     (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "2 of 3 jobs did not finish" in sentence
-    assert "optim.lr=0 must be greater than 0" in sentence
+    assert "optim.lr=0 must be a number greater than 0" in sentence
     status = {record["values"]["optim.lr"]: record["status"] for record in journal(the_folder(tmp_path)).values()}
     assert status == {"0": "failed", "1e+30": "failed", "0.001": "finished"}
 

@@ -24,6 +24,7 @@ from genai.core.errors import UserError, at_least
 from genai.data.base import Data, some, std
 from genai.data.fingerprint import of_split
 from genai.data.stream import batches
+from genai.ranges import check as ranges
 from genai.train import codec, trackers
 from genai.train.callbacks import Cards, File, Progress, Samples, Stop
 from genai.train.lit import LitModel
@@ -64,6 +65,8 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     data = build(OmegaConf.to_container(cfg.data, resolve=True))
     for fact in ("shape", "classes", "levels"):
         cfg.data[fact] = getattr(data, fact)
+    if cfg.resume is None:
+        ranges.agree(cfg)
     if cfg.model.get("sigma_data", 1.0) is None:  # of latents it is 1, see Latent
         cfg.model.sigma_data = 1.0 if cfg.model.get("latent") else round(std(data.splits["train"], data.field), 4)
     train_split = {"items": len(data.splits["train"]), "checksum": of_split(data.splits["train"], quick=True)}

@@ -1,0 +1,165 @@
+"""What a config's value may be: each kind holds a value or not, and completes the sentence "key=value must be ..."."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from genai.core.errors import SEED
+
+
+class Range(Protocol):
+    """What a key's value may be."""
+
+    def holds(self, value: Any) -> bool: ...
+
+    def __str__(self) -> str:
+        """What completes the sentence "key=value must be ..."."""
+        ...
+
+
+def shown(value: Any) -> str:
+    """A value as the command line writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown, value))}]"
+    text = f"{value:g}" if isinstance(value, int) and abs(value) > 2**64 else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def limit(value: float) -> str:
+    """A bound as a person reads it."""
+    if value == SEED:
+        return "2^63 - 1"
+    power = round(math.log10(value)) if value >= 1e6 else 0
+    return f"10^{power}" if power and value == 10**power else f"{value:g}"
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite number from low (or above it) to high (or below it), `whole` or not, of a unit."""
+
+    low: float
+    high: float
+    unit: str = ""
+    null: bool = False
+    whole: bool = False
+    above: bool = False
+    below: bool = False
+
+    def holds(self, value: Any) -> bool:
+        if value is None:
+            return self.null
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
+            return False
+        low = self.low < value if self.above else self.low <= value
+        return low and (value < self.high if self.below else value <= self.high)  # nan is in no interval
+
+    def interval(self) -> str:
+        low = f"{'greater than' if self.above else 'at least'} {limit(self.low)}"
+        return f"{low} and {'below' if self.below else 'at most'} {limit(self.high)}"
+
+    def __str__(self) -> str:
+        kind = f"a {'whole ' if self.whole else ''}number{f' of {self.unit}' if self.unit else ''}"
+        return f"{kind}{', ' if self.whole or self.unit else ' '}{self.interval()}{', or null' if self.null else ''}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few words, numbers, or true and false."""
+
+    values: tuple[Any, ...]
+    null: bool = False
+
+    def holds(self, value: Any) -> bool:
+        if value is None:
+            return self.null
+        return any(type(value) is type(one) and value == one for one in self.values)
+
+    def __str__(self) -> str:
+        return " or ".join([", ".join(map(shown, self.values)), *(["null"] if self.null else [])])
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that is not empty, of a pattern where one is given; `what` names it."""
+
+    what: str
+    match: str = r"(?s).*\S.*"
+    null: bool = False
+
+    def holds(self, value: Any) -> bool:
+        return self.null if value is None else isinstance(value, str) and re.fullmatch(self.match, value) is not None
+
+    def __str__(self) -> str:
+        return f"{self.what}{', or null' if self.null else ''}"
+
+
+@dataclass(frozen=True)
+class Many:
+    """A list of so many values that are each in a range, or, where that is allowed, one of them alone."""
+
+    each: Any
+    least: int = 1
+    most: int = 10**6
+    null: bool = False
+    alone: bool = False
+
+    def holds(self, value: Any) -> bool:
+        if value is None:
+            return self.null
+        if not isinstance(value, list):
+            return self.alone and self.each.holds(value)
+        return self.least <= len(value) <= self.most and all(map(self.each.holds, value))
+
+    def __str__(self) -> str:
+        size = f"{self.least}" if self.least == self.most else f"{self.least} or more" if self.least else ""
+        alone = f"{self.each}, or " if self.alone else ""
+        end = ", or null" if self.null else ""
+        return f"{alone}a list like [a,b] of {f'{size} values' if size else 'values'}, each {self.each}{end}"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that something is built from."""
+
+    null: bool = False
+
+    def holds(self, value: Any) -> bool:
+        return self.null if value is None else isinstance(value, dict) and "_target_" in value
+
+    def __str__(self) -> str:
+        return "a node with a _target_" + (", or null to leave it out" if self.null else "")
+
+
+class Group:
+    """Keys that stay together: each is set by its own name."""
+
+    def holds(self, value: Any) -> bool:
+        return isinstance(value, dict)
+
+    def __str__(self) -> str:
+        return "a group of keys: set one of them"
+
+
+class Row:
+    """A baseline by name, with what differs from its file."""
+
+    def holds(self, value: Any) -> bool:
+        return isinstance(value, dict) and "baseline" in value
+
+    def __str__(self) -> str:
+        return "such as {baseline: gmm, components: 3}"
+
+
+class Free:
+    """One value that a reader checks where it knows more, or a list of them; not an empty list."""
+
+    def holds(self, value: Any) -> bool:
+        if isinstance(value, list):
+            return bool(value) and all(self.holds(one) and one is not None for one in value)
+        return value is None or not isinstance(value, dict)
+
+    def __str__(self) -> str:
+        return "a value or a list that is not empty, or null"
