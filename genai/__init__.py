@@ -8,6 +8,7 @@ batch = genai.sample(m, n=16, seed=0, label=7)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(ckpt: Any = None, weights: str = "ema", device: str = "cpu", trust: tuple[str, ...] = ()) -> Loaded:
+def load(
+    ckpt: Any = None, weights: str = "ema", device: str = "cpu", trust: str | Sequence[str] | None = None
+) -> Loaded:
     """The model of a run directory or checkpoint file (default: the newest run), ready to sample."""
     from genai import checkpoint
 

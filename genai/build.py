@@ -64,8 +64,9 @@ def build_typed(node: Any) -> Any:
             cause = cause.__cause__
         if isinstance(cause, UserError):
             raise cause from None
-        if (isinstance(cause, TypeError) and "argument" in str(cause)) or "locating" in message[0]:
-            raise UserError(f"{node.get('_target_')} cannot be built: {cause or message[0]}") from error
+        refused = {"locating", "blocklisted"} & set(message[0].split())
+        if (isinstance(cause, TypeError) and "argument" in str(cause)) or refused:
+            raise UserError(f"{node.get('_target_')} cannot be built: {cause or ' '.join(message[:3])}") from error
         raise (cause or error) from None
 
 
@@ -190,19 +191,22 @@ def check_target(target: Any, trust: Sequence[str] = (), kinds: Sequence[str] = 
 
 
 def _makes_data(found: Any) -> bool:
-    made = found if inspect.isclass(found) else get_type_hints(found).get("return")
+    try:
+        made = found if inspect.isclass(found) else get_type_hints(found).get("return")
+    except NameError:  # a type that only a checker imports
+        return False
     return inspect.isclass(made) and issubclass(made, Data)
 
 
-def packages(node: Any) -> tuple[str, ...]:
+def named_packages(node: Any) -> tuple[str, ...]:
     """The packages other than genai that a config names, sorted."""
     if isinstance(node, dict):
-        below = {package for value in node.values() for package in packages(value)}
+        below = {package for value in node.values() for package in named_packages(value)}
         return tuple(
             sorted(below | ({str(node["_target_"]).partition(".")[0]} - {"genai"} if "_target_" in node else set()))
         )
     if isinstance(node, list):
-        return tuple(sorted({package for value in node for package in packages(value)}))
+        return tuple(sorted({package for value in node for package in named_packages(value)}))
     return ()
 
 

@@ -6,6 +6,7 @@ A file is data somebody else may have written: `read` looks at all of it, and at
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,22 +183,25 @@ def newest(run: Path) -> tuple[dict, Path] | None:
 
 
 def locate(ckpt: str | None, runs: Path = Path("runs")) -> tuple[dict, Path]:
-    """The checkpoint that `ckpt` names: a file, a run directory (its newest), or None for the newest run.
+    """The checkpoint that `ckpt` names: a file, a run directory (its newest), a folder of runs, of which the newest is
+    taken, or None for the newest run.
 
     Raises UserError if there is none.
     """
-    if ckpt is not None and not Path(ckpt).is_dir():
-        return read(Path(ckpt)), Path(ckpt)
-    if ckpt is None:
-        folders = {path.parent.parent for path in runs.glob("**/checkpoints/last.ckpt")}
-        if not folders:
+    run = runs if ckpt is None else Path(ckpt).expanduser()
+    if ckpt is not None and not os.path.isdir(run):
+        return read(run), run
+    if run.name == "checkpoints":
+        run = run.parent
+    if ckpt is None or not (run / "checkpoints").exists():
+        folders = {path.parent.parent for path in run.glob("**/checkpoints/last.ckpt")}
+        if not folders and ckpt is None:
             raise UserError(
                 f"there is no run below {runs}/ yet: train one with python train.py, or name one with ckpt="
             )
-        run = max(folders, key=lambda folder: (folder / "checkpoints" / "last.ckpt").stat().st_mtime)
-        print(f"newest run: {run}")
-    else:
-        run = Path(ckpt)
+        if folders:
+            run = max(folders, key=lambda folder: (folder / "checkpoints" / "last.ckpt").stat().st_mtime)
+            print(f"newest run: {run}")
     found = newest(run)
     if found is None:
         raise UserError(f"{run} holds no readable checkpoint (looked for checkpoints/*.ckpt): give ckpt= another one")
@@ -216,12 +220,44 @@ class Loaded:
     trust: tuple[str, ...] = ()
 
 
+def device_of(name: Any) -> str:
+    """A device to compute on, where "auto" is the GPU if there is one. Raises UserError for what is none here."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(name, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"device={name} is none of auto, cpu, cuda, cuda:0, ...")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device={name}, but torch sees no GPU here: use device=cpu or auto")
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={name}, but torch sees {torch.cuda.device_count()} GPUs here: count from cuda:0")
+    return name
+
+
+def packages(trust: Any) -> tuple[str, ...]:
+    """The packages that trust= names, one or a list. Raises UserError for what is no name of one."""
+    names = (
+        [trust]
+        if isinstance(trust, str)
+        else trust
+        if isinstance(trust, Sequence)
+        else []
+        if trust is None
+        else [trust]
+    )
+    for name in names:
+        if not (isinstance(name, str) and all(part.isidentifier() for part in name.split("."))):
+            raise UserError(f"trust={name} is no name of a Python package: name one, such as trust=my_lab, or a list")
+    return tuple(names)
+
+
 def load(
-    ckpt: str | Path | None = None, weights: str = "ema", device: str = "cpu", trust: Sequence[str] = ()
-) -> Loaded:
+    ckpt: str | Path | None = None, weights: str = "ema", device: str = "cpu",
+    trust: str | Sequence[str] | None = None,
+) -> Loaded:  # fmt: skip
     """Build the model of a run or checkpoint file and load its weights, "ema" or "raw"; see `locate` for `ckpt`."""
     if weights not in ("ema", "raw"):
         raise UserError(f"weights={weights} is none of ema, raw")
+    device, trust = device_of(device), packages(trust)
     content, path = locate(None if ckpt is None else str(ckpt))
     state = content["model"] if weights == "raw" else {**content["model"], **content["ema"]}
     model = build_model(content["config"]["model"], state, trust)

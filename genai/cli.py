@@ -3,6 +3,7 @@
 Nothing here imports torch, so that help and mistakes answer at once.
 """
 
+import argparse
 import difflib
 import errno
 import logging
@@ -11,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -20,7 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -53,14 +54,13 @@ def _main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None)
     logging.getLogger("matplotlib").setLevel(
         logging.ERROR
     )  # it warns of a home that cannot be written, and does without
-    args = get_args_parser().parse_args()
+    args = arguments()
     sys.path.append(os.getcwd())  # where a user's own package may be
 
     def checked(cfg: DictConfig) -> Any:
         try:
-            if HydraConfig.initialized():
-                OmegaConf.set_struct(cfg, False)
-                name_run(cfg, HydraConfig.get().runtime.choices)
+            if HydraConfig.initialized():  # one of several jobs, whose command is checked as one alone is
+                cfg = composed(name, HydraConfig.get().overrides.task, prepare, config_dir=args.config_dir)
             return task(cfg)
         except UserError as error:
             fail(error)
@@ -72,12 +72,7 @@ def _main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None)
             )
 
     try:
-        for option in ("config_name", "config_path", "experimental_rerun"):
-            if getattr(args, option, None) not in (None, name):
-                raise UserError(
-                    f"--{option.replace('_', '-')} is not for this program, whose config is {name}.yaml: add a folder of your "
-                    "own configs with --config-dir, and choose from it with key=value"
-                )
+        check_flags(args, name)
         if not any((args.hydra_help, args.info, args.shell_completion)):
             if args.help and not args.overrides:
                 prepare = None  # a run of one's own is only looked for where something was asked of it
@@ -90,8 +85,13 @@ def _main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None)
         fail(error)
     import hydra
 
+    given = {override: quoted(override, args.multirun) for override in args.overrides}
+    sys.argv = [given.get(argument, argument) for argument in sys.argv]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(checked)()
+    try:
+        hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(checked)()
+    except (ConfigCompositionException, OverrideParseException, MissingConfigException) as error:
+        fail(UserError("cannot compose the config: " + " ".join(str(error).split())))
 
 
 def name_run(cfg: DictConfig, choices: Any) -> None:
@@ -100,7 +100,40 @@ def name_run(cfg: DictConfig, choices: Any) -> None:
         cfg.name = choices.experiment if choices.get("experiment") else f"{choices.model}_{choices.data}"
 
 
-def fail(error: UserError) -> None:
+def arguments() -> argparse.Namespace:
+    """Hydra's arguments in sys.argv; exits with a sentence for a flag that there is not."""
+    parser = get_args_parser()
+    parser.error = refuse_flags  # type: ignore[method-assign]
+    return parser.parse_args()
+
+
+def refuse_flags(message: str) -> NoReturn:
+    """What argparse says of a command line, as one sentence, with the key=value that a --key=value should be."""
+    wrong = next((a for a in sys.argv[1:] if re.match(r"-{1,2}[a-z]\w*(-\w+)*=", a)), None)
+    hint = f": write {wrong.lstrip('-').replace('-', '_')}" if wrong else ": keys are written key=value, without dashes"
+    fail(UserError(f"the command line is not understood, {message}{hint} (--help lists all keys)"))
+
+
+def check_flags(args: argparse.Namespace, name: str) -> None:
+    """Raise UserError for flags of Hydra that would change nothing here, and for what is no text."""
+    for argument in sys.argv:
+        if any("\ud800" <= c <= "\udfff" for c in argument):
+            raise UserError(f"{argument!r} holds bytes that are no UTF-8: rename the file or folder, and name it again")
+    if args.config_name not in (None, name) or args.config_path:
+        raise UserError("--config-name and --config-path change nothing here: choose experiment=, or add --config-dir")
+    if args.experimental_rerun or (args.package and not args.cfg):
+        raise UserError(
+            "--experimental-rerun and --package are flags of Hydra that change nothing here: leave them out"
+        )
+    if not (args.multirun or args.cfg or args.info or args.hydra_help or args.shell_completion):
+        for override in args.overrides:
+            if re.match(r"[+~]*hydra[./]", override):
+                raise UserError(f"{override} changes nothing without -m: leave it out")
+    if args.config_dir is not None and not Path(args.config_dir).is_dir():
+        raise UserError(f"--config-dir {args.config_dir} is no folder: name the one with your own configs")
+
+
+def fail(error: UserError) -> NoReturn:
     """Print the sentence and exit with code 2."""
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2)
@@ -109,7 +142,7 @@ def fail(error: UserError) -> None:
 def help_text(name: str, cfg: DictConfig, config_dir: str | None) -> str:
     """What --help prints: the template in the config `name` with $GROUPS and their choices, and $CONFIG, every key."""
     own: Any = OmegaConf.load(Path(conf_dir()) / f"{name}.yaml")
-    groups = sorted(str(group) for node in own.defaults if OmegaConf.is_dict(node) for group in node)
+    groups = sorted(defaults_of(name))
     folders = config_folders(config_dir)
     lines = [f"  {group}: {', '.join(names)}" for group in groups if (names := choices_of(group, folders))]
     return own.hydra.help.template.replace("$GROUPS", "\n".join(lines)).replace("$CONFIG", OmegaConf.to_yaml(cfg))
@@ -138,12 +171,14 @@ def composed(
     Raises UserError for a key, a choice or a type that does not exist, with what comes nearest.
     """
     folders = config_folders(config_dir)
-    overrides = [quoted(override) for override in overrides]
+    overrides = [quoted(override, sweep) for override in overrides]
     search = [f"hydra.searchpath=[file://{folder}]" for folder in folders[1:]]
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        parsed = [parsed_override(override) for override in overrides]
         GlobalHydra.instance().clear()
-        groups, values = _split(parsed, folders, sweep)
+        for o in parsed:
+            check_empty(o)
+        groups, values = _split(parsed, folders, sweep, name)
         with initialize_config_dir(conf_dir(), version_base="1.3", job_name=name):
             lines = [*search, *(str(o.input_line) for o in groups)]
             cfg = compose(name, lines, return_hydra_config=True)
@@ -158,29 +193,105 @@ def composed(
     before = set(keys(cfg))
     for override in values:
         apply(cfg, override)
+    _expand_home(cfg)
+    try:
+        OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key} cannot be read: {str(error).splitlines()[0]}") from error
     ranges.check(cfg, name, values, before)
     return cfg
 
 
-TEXTS = ("prompt", "negative_prompt", "stop")  # keys whose value is prose
+# Last parts of keys whose value is a path, and of those whose value is prose: both are taken as they were typed.
+PATHS = "run_dir", "resume", "init_from", "ckpt", "root", "path", "file", "out", "cache", "draft", "weights"
+PROMPTS = "prompt", "negative_prompt", "stop"  # where even ${ is text, for they are in no stored config
+PROSE = *PROMPTS, "label", "name", "project", "notes", "url"
+LISTS = "prompt", "negative_prompt", "label"
 
 
-def quoted(override: str) -> str:
-    """Prose in quotes, so that its commas, spaces and braces are no syntax; lists and what has quotes stay."""
+def quoted(override: str, sweep: bool = False) -> str:
+    """A path or prose in quotes, so that its commas, spaces and brackets are no syntax; what has quotes of its own stays.
+
+    In a sweep a comma separates values, as of any key, and choice() and the like choose.
+    """
     key, _, value = override.partition("=")
-    if key not in TEXTS or value in ("", "null") or value[0] in "['\"":
+    last = key.lstrip("+").rpartition(".")[2]
+    if last not in PATHS + PROSE or value in ("", "null"):
         return override
+    literally = last in PROMPTS
+    if last in LISTS and re.fullmatch(r"\[.*\]", value, re.DOTALL):
+        if last == "label":
+            value = f"[{','.join(quote(part.strip()) for part in _parts(value[1:-1]))}]"
+        return f"{key}={value}"
+    if not sweep:
+        return f"{key}={quote(value, literally)}"
+    if re.fullmatch(r"(choice|shuffle|sort|tag|glob)\(.*\)", value):
+        return override
+    return f"{key}={','.join(part if part == 'null' else quote(part, literally) for part in _parts(value))}"
+
+
+QUOTED = r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
+
+
+def _parts(value: str) -> list[str]:
+    """A value cut at the commas outside of quotes; of an empty one nothing."""
+    return re.findall(rf"(?:{QUOTED}|[^,])+", value, re.DOTALL)
+
+
+def quote(value: str, literally: bool = False) -> str:
+    """A string as Hydra's grammar writes it, `literally` with ${ as text; one that is in quotes already stays."""
+    if re.fullmatch(QUOTED, value, re.DOTALL):
+        return value
     value = re.sub(
-        r'(\\*)("|$)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), value
+        r'(\\*)("|\Z)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), value
     )  # a backslash counts before a quote
-    value = value.replace("${", "\\${")
-    return f'{key}="{value}"'
+    if literally:
+        value = value.replace("${", "\\${")
+    return f'"{value}"'
 
 
-def _split(parsed: Iterable[Override], folders: Sequence[Path], sweep: bool) -> tuple[list[Override], list[Override]]:
+def parsed_override(override: str) -> Override:
+    """Raises UserError for what is no key=value."""
+    if not re.match(r"[^=]+=|~", override):
+        raise UserError(f"{override!r} is no key=value: write both, such as max_steps=100 (--help lists all keys)")
+    try:
+        return OverridesParser.create().parse_override(override)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(
+            f"{override!r} cannot be read: write key=value without spaces around =, and a value with characters other than "
+            "letters, digits and -_./ in quotes of its own, 'key=\"value\"'"
+        ) from error
+
+
+def check_empty(override: Override) -> None:
+    """Raise UserError for a path or a name that is empty, which would mean the folder one stands in."""
+    key = override.key_or_group
+    if override.value() == "" and key.rpartition(".")[2] in (*PATHS, "name"):
+        raise UserError(f"{key}= is empty: give a value, or null for the default")
+
+
+def defaults_of(name: str) -> dict[str, str | None]:
+    """The groups of config `name` and what is chosen in each where the command line chooses nothing."""
+    own: Any = OmegaConf.load(Path(conf_dir()) / f"{name}.yaml")
+    nodes = [node for node in own.defaults if OmegaConf.is_dict(node)]
+    return {str(group): choice for node in nodes for group, choice in node.items()}
+
+
+def _expand_home(cfg: DictConfig) -> None:
+    """Let ~ begin a path, wherever it was written."""
+    for key in list(keys(cfg)):
+        if key.rpartition(".")[2] in PATHS:
+            value = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
+            if isinstance(value, str) and value.startswith("~"):
+                OmegaConf.update(cfg, key, os.path.expanduser(value))
+
+
+def _split(
+    parsed: Iterable[Override], folders: Sequence[Path], sweep: bool, name: str
+) -> tuple[list[Override], list[Override]]:
     """Group choices and value overrides; those of Hydra itself and those swept over are left out.
 
-    Raises UserError for a choice that does not exist, or several of them without -m.
+    Raises UserError for a choice that does not exist, none where there is a default, or several of them without -m.
     """
     groups, values = [], []
     for override in parsed:
@@ -195,7 +306,12 @@ def _split(parsed: Iterable[Override], folders: Sequence[Path], sweep: bool) -> 
             values.append(override)
         else:
             choice = override.value()
-            if choice is not None and str(choice) not in options:
+            if choice is None and defaults_of(name).get(key) is None:
+                continue
+            if choice is None:
+                off = f"; {key}=none turns it off" if "none" in options else ""
+                raise UserError(f"{key}= cannot be left empty: choose one of {', '.join(options)}{off}")
+            if str(choice) not in options:
                 raise UserError(f"{key}={choice} is none of {', '.join(options)}{nearest(str(choice), options)}")
             groups.append(override)
     return groups, values
@@ -217,6 +333,10 @@ def apply(cfg: DictConfig, override: Override) -> None:
 
 def fitted(key: str, value: Any, present: Any) -> Any:
     """The value, made to fit the type of the one present. Raises UserError if it cannot be."""
+    if value is None and isinstance(present, DictConfig) and "." not in key:
+        raise UserError(
+            f"{key}=null would leave nothing of a group of keys ({', '.join(map(str, present))}): set one of them"
+        )
     if value is None or present is None:
         return value
     if isinstance(present, bool):
@@ -257,9 +377,28 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
+SYNONYMS = {  # what other projects call a key
+    **dict.fromkeys(
+        ("epochs", "max_epochs", "num_epochs", "n_epochs", "iterations", "num_steps", "steps"), "max_steps"
+    ),
+    **dict.fromkeys(("learning_rate", "optim.learning_rate"), "optim.lr"),
+    **dict.fromkeys(("gpus", "devices", "num_gpus"), "trainer.devices"),
+    **dict.fromkeys(("checkpoint", "ckpt_path", "model", "run", "run_dir"), "ckpt"),
+    **dict.fromkeys(("output", "out_dir", "output_dir", "outdir"), "out"),
+    **dict.fromkeys(("num_samples", "n_samples", "samples", "count"), "n"),
+    **dict.fromkeys(("dataset", "datasets"), "data"),
+    "cfg_scale": "guidance",
+    "class": "label",
+    "data_dir": "data.root",
+    "output_folder": "run_dir",
+}
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """ ", did you mean X?" where something comes near; a bare name matches the last part of a dotted key."""
     words = list(words)
+    if SYNONYMS.get(word) in words:
+        return f", did you mean {SYNONYMS[word]}?"
     full = difflib.get_close_matches(word, words, 1, 0.75)
     tails = [w for w in words if w.rpartition(".")[2] == word.rpartition(".")[2]]
     close = difflib.get_close_matches(word, [w.rpartition(".")[2] for w in words], 1, 0.75)
@@ -275,6 +414,8 @@ RESUMABLE = (
     "data.root",
     "data.path",
     "data.num_workers",
+    "codec.ckpt",
+    "codec.cache",
     "trainer.accelerator",
     "trainer.devices",
     "logger",
@@ -310,14 +451,20 @@ def resumed(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
     resume = given["resume"].value() if "resume" in given else None
     if resume is None:
         return overrides
-    path = Path(str(resume)) / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"resume={resume} is no run directory: there is no {path}")
+    resume = os.path.expanduser(str(resume))
+    path = Path(resume) / "config.yaml"
+    if not os.path.isfile(path):
+        runs = sorted(Path(resume).glob("*/config.yaml")) if os.path.isdir(resume) else []
+        hint = f", did you mean resume={runs[-1].parent}?" if runs else ""
+        raise UserError(f"resume={resume} is no run directory: there is no {path}{hint}")
     for key in given:
         if key not in (*RESUMABLE, "resume") and not key.startswith("logger."):
             raise UserError(f"{key}= cannot change when a run is resumed, only {', '.join(RESUMABLE)} can")
-    stored: Any = OmegaConf.create(stored_config(path))
+    stored: Any = OmegaConf.create(stored_config(path, RUN_GROUPS))
     stored.trust = None  # what a run may build is for the user to say, each time
+    missing = [key for key in NEEDED if OmegaConf.select(stored, key) is None]
+    if missing:
+        raise UserError(f"{path} is no config of a run (it has no {', '.join(missing)}): bring the file back")
     if "logger" in given:
         stored.logger = cfg.logger
     _completed(stored, given, cfg)
@@ -327,38 +474,51 @@ def resumed(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
 
 
 CONFIG_BYTES = 2**22
+NEEDED = (  # values without which nothing goes on
+    "name", "max_steps", "seed", "debug", "accumulate", "log_every_steps",
+    "trainer.devices", "trainer.accelerator", "trainer.precision",
+)  # fmt: skip
+RUN_GROUPS = ("model", "data", "loop", "optim", "sampler", "trainer", "callbacks")
 
 
-def stored_config(path: Path) -> dict[str, Any]:
-    """The config.yaml of a run, which somebody else may have written. Raises UserError unless it holds plain values."""
+def stored_config(path: Path, groups: Sequence[str] = ("model", "data", "sampler")) -> dict[str, Any]:
+    """The config.yaml of a run, which somebody else may have written.
+
+    Raises UserError unless it can be read, holds plain values alone, and has these groups of keys.
+    """
     try:
-        if path.stat().st_size > CONFIG_BYTES:
-            raise UserError(f"{path} is no config of a run: it has more than {CONFIG_BYTES // 2**20} MiB")
-        text = path.read_text()
+        reason = "" if path.stat().st_size <= CONFIG_BYTES else f"it has more than {CONFIG_BYTES // 2**20} MiB"
+        text = "" if reason else path.read_text(encoding="utf-8")
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         if "${" in text or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
-            raise UserError(
-                f"{path} is refused: it has values that stand for others (${{...}} or *), which no run writes"
-            )
-        found = OmegaConf.to_container(OmegaConf.create(text))
+            reason = "it has values that stand for others (${...} or *), which no run writes"
+        found: Any = {} if reason else OmegaConf.to_container(OmegaConf.create(text))
     except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
-        if isinstance(error, UserError):
-            raise
+        reason, found = " ".join(str(error).split())[:200], {}
+    if not reason and not (isinstance(found, dict) and found):
+        reason = "it holds no keys"
+    for group in groups if not reason else ():
+        node = found.get(group)
+        if not isinstance(node, dict):
+            reason = f"it has no {group}"
+        elif group in ("model", "data", "sampler") and not isinstance(node.get("_target_"), str):
+            reason = f"its {group} has no _target_"
+        if reason:
+            break
+    logger = found.get("logger") if not reason else None
+    if logger is not None and not (isinstance(logger, dict) and isinstance(logger.get("_target_"), str)):
+        reason = "its logger has no _target_"
+    if reason:
         raise UserError(
-            f"{path} cannot be read ({str(error).strip().splitlines()[0]}): a checkpoint of its folder has the config too, name "
-            "that with ckpt="
-        ) from error
-    for part in ("model", "data", "sampler"):
-        node = found.get(part) if isinstance(found, dict) else None
-        if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
-            raise UserError(f"{path} is no config of a run: its {part} must be a group of keys with a _target_")
-    return found  # type: ignore[return-value]
+            f"{path} is no config of a run ({reason}): bring the file back, or name a checkpoint file below it with ckpt="
+        )
+    return found
 
 
 def _completed(stored: DictConfig, given: Iterable[str], cfg: DictConfig) -> None:
     """Add to a run's stored config the keys that are given now and that it is too old to have, as they were meant then."""
     logger = stored.get("logger")
-    if logger is not None and logger._target_ == cfg.logger._target_:
+    if logger is not None and cfg.logger is not None and logger._target_ == cfg.logger._target_:
         for key in (key.removeprefix("logger.") for key in given if key.startswith("logger.")):
             if key in cfg.logger:
                 logger.setdefault(key, cfg.logger[key])
@@ -397,9 +557,10 @@ def with_sampler(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
 def _stored_config(ckpt: Any) -> tuple[str, dict[str, Any]]:
     """The run or file that `ckpt` names and its config: a run directory's is read without torch, that of a checkpoint
     file or of the newest run with it."""
-    if ckpt is not None and (path := Path(str(ckpt)) / "config.yaml").is_file():
-        return str(ckpt), stored_config(path)
+    ckpt = None if ckpt is None else os.path.expanduser(str(ckpt))
+    if ckpt is not None and os.path.isfile(path := Path(ckpt) / "config.yaml"):
+        return ckpt, stored_config(path)
     from genai import checkpoint
 
-    content, found = checkpoint.locate(None if ckpt is None else str(ckpt))
+    content, found = checkpoint.locate(ckpt)
     return str(found), content["config"]

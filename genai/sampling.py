@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from genai.checkpoint import Loaded
 from genai.core import files, rng
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch, OnStep, check_sampler, with_items
+
+MOST = 10**8  # samples of one call
 
 
 def sample(
@@ -49,7 +52,13 @@ def sample(
     Returns:
         what the sampler made, on the CPU, with `seeds` (n,) and, for a model of classes, `label` (n,).
     """
+    if not isinstance(loaded, Loaded):
+        raise UserError(
+            f"{loaded!r} is no loaded model: sample(load({str(loaded)!r})) samples from a run or checkpoint"
+        )
     at_least(n, 1, "n")
+    if n > MOST:
+        raise UserError(f"n={n} is more samples than one call can hold: give at most {MOST}")
     at_least(batch_size, 1, "batch_size")
     at_least(seed, 0, "seed")
     if sampler is not None and not isinstance(sampler, dict):
@@ -177,9 +186,11 @@ def resolve_labels(label: Any, n: int, loaded: Loaded) -> Tensor | None:
 
 
 def _index(value: Any, names: list[str] | None, classes: int) -> int:
-    if names and str(value) in names:
+    if names and not isinstance(value, bool) and str(value) in names:
         return names.index(str(value))
-    if isinstance(value, int) and 0 <= value < classes:
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < classes:
         return value
     shown = f", or one of {', '.join(names[:20])}" if names else ""
     raise UserError(f"label={value} is not a class of this model: give an index from 0 to {classes - 1}{shown}")
@@ -189,13 +200,11 @@ def run(cfg: Any) -> Path:
     """`sample.py`: load, sample with a progress bar or while the text appears, write files; returns their folder."""
     from omegaconf import OmegaConf
 
-    device = cfg.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device={device}, but torch sees no GPU here: use device=cpu or auto")
-    trust = [cfg.trust] if isinstance(cfg.trust, str) else list(cfg.trust or [])
-    loaded = checkpoint.load(cfg.ckpt, cfg.weights, device, trust)
+    if cfg.out is not None:
+        files.check_folder(Path(cfg.out), "out")
+    loaded = checkpoint.load(cfg.ckpt, cfg.weights, cfg.device, cfg.trust)
+    if isinstance(cfg.guidance, bool) or not isinstance(cfg.guidance, int | float | None):
+        raise UserError(f"guidance={cfg.guidance} must be a number")
     node: dict[str, Any] = OmegaConf.to_container(cfg.sampler, resolve=True)  # type: ignore[assignment]
     if cfg.guidance is not None:
         node["guidance"] = cfg.guidance

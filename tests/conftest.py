@@ -22,6 +22,9 @@ import torch
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
+CONFIG = {
+    part: {"_target_": f"genai.models.{part}"} for part in ("model", "data", "sampler")
+}  # the least of a checkpoint's
 SHARED = ROOT.parent / "shared" / "data"
 
 

@@ -18,6 +18,7 @@ from genai.train.ema import EMA
 from genai.train.lit_adversarial import LitAdversarial
 from genai.train.optim import adamw
 from genai.train.record import Record
+from tests.conftest import CONFIG
 from tests.test_stylegan2 import NAMES, again, build, example, only
 
 
@@ -171,7 +172,7 @@ def test_on_200_images_the_discriminator_overfits_less_with_it_than_without(tmp_
         )
         trainer = L.Trainer(
             max_steps=1500, max_epochs=-1, logger=False, enable_checkpointing=False, accelerator="cpu", devices=1,
-            enable_progress_bar=False, enable_model_summary=False, plugins=[File({}, {})], use_distributed_sampler=False,
+            enable_progress_bar=False, enable_model_summary=False, plugins=[File(CONFIG, {})], use_distributed_sampler=False,
         )  # fmt: skip
         trainer.fit(lit)
         found[name] = record.latest["train/r_t"]

@@ -23,6 +23,7 @@ from genai import build, checkpoint, evaluation
 from genai.build import build_stored, build_typed, check_target
 from genai.cli import composed
 from genai.core.errors import UserError
+from genai.train.run import STATE
 from tests.conftest import ROOT
 
 TINY = ["model=ddpm_mlp", "data=toy2d", "model.net.width=8", "model.schedule.steps=4", "sampler.steps=2"]
@@ -343,16 +344,32 @@ def test_a_runs_config_admits_no_package_of_its_own(content, tmp_path, refused):
         assert "wants to build os.mkdir" in refused("train.py", f"resume={run}")
 
 
+def test_a_resumed_run_with_cards_builds_no_sampler_of_its_own(tmp_path, refused):
+    """Its file names the package, and nobody else admitted it."""
+    content = content_of(["model=gan", "data=digits"])
+    config = {**content["config"], "max_steps": 9, "resume": None, "trust": None}
+    config["sampler"] = {"_target_": "subprocess.Popen", "_partial_": True, "args": ["touch", str(tmp_path / "ran")]}
+    config["callbacks"]["cards"] |= {"every_steps": 1, "metrics": ["frechet"]}
+    trainer = {key: kind() for key, kind in STATE.items()} | {
+        "optimizer_states": content["trainer"]["optimizer_states"]
+    }
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    torch.save({**content, "config": config, "trainer": trainer}, tmp_path / "run" / "checkpoints" / "last.ckpt")
+    OmegaConf.save(OmegaConf.create(config), tmp_path / "run" / "config.yaml")
+    assert "wants to build subprocess.Popen" in refused("train.py", f"resume={tmp_path / 'run'}")
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [", "cannot be read"),
+        ("a: [", "is no config of a run (while parsing"),
         ("- 1", "is no config of a run"),
         ("model: 5", "is no config of a run"),
         ("a: &a [1]\nb: *a", "stand for others"),
         ("a: ${oc.env:HOME}", "stand for others"),
-        ("a: !!python/object/apply:os.mkdir [ran]", "cannot be read"),
-        ("a: " + "[" * 5000, "cannot be read"),
+        ("a: !!python/object/apply:os.mkdir [ran]", "could not determine a constructor"),
+        ("a: " + "[" * 5000, "is no config of a run ("),
         ("#" + " " * 2**22, "more than 4 MiB"),
     ],
 )

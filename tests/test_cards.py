@@ -288,7 +288,8 @@ def test_the_same_cards_while_a_run_trains(runs, tmp_path):
     inside = json.loads((folder / "cards" / "frechet.json").read_text())
     (after,) = evaluate(f"ckpt={folder}", "metrics=[frechet]", "n=30", "repeats=1", "split=val")["cards"]
     assert inside == after and after["step"] == 4
-    more = train(composed("train", [f"resume={folder}", "max_steps=6"], resumed))
+    long = ["max_steps=6", "optim.decay_steps=6", "discriminator_optim.decay_steps=6"]
+    more = train(composed("train", [f"resume={folder}", *long], resumed))
     assert [step for step, _ in read(more).curves["card/recall"]] == [2, 4, 6]
 
 

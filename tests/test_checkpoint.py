@@ -181,6 +181,6 @@ def test_a_killed_save_leaves_the_old_file(content, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"cannot be written \(disk full\)"):
         checkpoint.save({**content, "step": 2}, tmp_path / "last.ckpt")
     assert checkpoint.read(tmp_path / "last.ckpt")["step"] == 1

@@ -1,5 +1,6 @@
 """Wrong commands: one sentence that names the fix, exit code 2, no traceback, nothing written."""
 
+import re
 import resource
 import shutil
 import subprocess
@@ -47,7 +48,7 @@ TRAIN = {
     "optim.betas=0.9": "optim.betas=0.9 must be a list",
     "optim=5": "optim=5 is none of adam, adamw",
     "max_steps=1,2": "add -m",
-    "max_steps=[1": "cannot compose the config: no viable alternative",
+    "max_steps=[1": "'max_steps=[1' cannot be read: write key=value",
     "accumulate=0": "accumulate=0 must be a whole number of micro-batches, at least 1",
     "data.batch_size=0": "data.batch_size=0 must be a whole number of items in memory at once, at least 1",
     "data.num_workers=-1": "data.num_workers=-1",
@@ -70,6 +71,107 @@ TRAIN = {
     "init_from=nowhere.ckpt": "no checkpoint nowhere.ckpt",
     "init_from=nowhere/": "no checkpoint nowhere",
     "~seed": "set it to null instead",
+    # What is no key=value, or a flag
+    "--max_steps=10": "unrecognized arguments: --max_steps=10: write max_steps=10",
+    "--max-steps=10": "write max_steps=10",
+    "-max_steps=10": "write max_steps=10",
+    "--learning_rate": "keys are written key=value",
+    "--cfg=nope": "invalid choice: 'nope'",
+    "--info=nope": "invalid choice: 'nope'",
+    "--config-name=nope": "--config-name and --config-path change nothing here",
+    "--config-path=nope": "--config-name and --config-path change nothing here",
+    "--config-dir=nope": "--config-dir nope is no folder",
+    "--package=x": "change nothing here",
+    "--experimental-rerun=x": "change nothing here",
+    "hydra.run.dir=x": "hydra.run.dir=x changes nothing without -m",
+    "hydra/launcher=nope": "changes nothing without -m",
+    "max_steps": "'max_steps' is no key=value",
+    "=3": "'=3' is no key=value",
+    "max_steps =3": "without spaces around =",
+    "a key=3": "'a key=3' cannot be read",
+    "max_steps==3": "'max_steps==3' cannot be read",
+    "data.batch_size=64 # comment": "cannot be read",
+    "name=\udcff": "bytes that are no UTF-8",
+    # Hints from other projects' words
+    "epochs=10": "no key epochs, did you mean max_steps?",
+    "iterations=10": "did you mean max_steps?",
+    "learning_rate=1": "did you mean optim.lr?",
+    "gpus=1": "did you mean trainer.devices?",
+    "dataset=mnist": "did you mean data?",
+    # Nothing where something must be
+    "data=": "data= is none of",
+    "data=null": "data= cannot be left empty: choose one of",
+    "model=null": "model= cannot be left empty",
+    "~model": "model= cannot be left empty",
+    "callbacks=null": "callbacks= cannot be left empty: choose one of default",
+    "logger=null": "logger=none turns it off",
+    "loop=null": "loop=null would leave nothing",
+    "ema=null": "ema=null would leave nothing",
+    "trainer=null": "trainer=null would leave nothing",
+    "model.net=null": "model.net=null must be a node with a _target_",
+    "run_dir=": "run_dir= is empty",
+    "run_dir=''": "run_dir= is empty",
+    "name=": "name= is empty",
+    "resume=": "resume= is empty",
+    "init_from=": "init_from= is empty",
+    # Values of another kind
+    "seed=true": "seed=True must be a number",
+    "seed={a: 1}": "must be a number",
+    "compile=1": "compile=1 must be true or false",
+    "model.net=5": "must be a group of keys",
+    "callbacks.evaluate=5": "must be a group of keys",
+    "trainer.devices=1.5": "trainer.devices=1.5 must be a whole number",
+    "trainer.devices=auto": "must be a number",
+    "trust=5": "trust=5 must be the name of a package",
+    "trust=[my lab]": "must be the name of a package",
+    "init_from=5": "no checkpoint 5",
+    "name=${nope}": "Interpolation key 'nope' not found",
+    "model.field=nope": "model.field=nope must be what data.field is, image",
+    "data.field=label": "data.field=label is none of image, tokens, vector",
+    "loop._target_=os.system": "os.system cannot be built",
+    "loop._target_=torch.nn.Linear": "loop._target_=torch.nn.Linear is no training loop",
+    "model._target_=os.system": "os.system cannot be built",
+    "model._target_=genai.nope": "genai.nope cannot be built",
+    "experiment=../train": "experiment=../train is none of",
+    "sweep=ddpm_digits_lr": "add -m",
+    "seed=choice(1,2)": "add -m",
+    # Files for folders
+    "run_dir=/dev/null": "run_dir=/dev/null cannot be a folder",
+    "run_dir=/dev/null/x": "run_dir=/dev/null/x cannot be a folder",
+    f"run_dir={'a' * 300}": "has a name of 300 characters",
+    f"name={'a' * 300}": "has a name of 300 characters",
+    "init_from=/dev/null": "/dev/null is damaged, torn or no checkpoint",
+    "init_from=C:\\runs\\x": "no checkpoint C:\\runs\\x",
+    "resume=/dev/null": "resume=/dev/null is no run directory",
+}
+TRAIN_PAIRS = {
+    ("data=text_file", "model=gpt", "data.path=empty"): "data.path='empty' is no file",
+    ("data=text_folder", "model=gpt", "data.path=afile"): "data.path='afile' holds no text",
+    ("data=image_folder", "data.root=afile"): "data.root='afile' is neither a folder nor an intact zip",
+    ("model=latent", "codec.ckpt=5"): "no checkpoint 5",
+    ("model=latent", "codec.ckpt=empty"): "empty holds no readable checkpoint",
+    ("model=latent", "codec.cache=afile"): "codec.cache=afile cannot be a folder",
+    ("data=text_file", "model=gpt", "data.path=afile", "data.cache=afile"): "data.cache=afile cannot be a folder",
+    ("run_dir=afile/x",): "run_dir=afile/x cannot be a folder, for afile is none",
+    ("resume=empty",): "there is no empty/config.yaml",
+    ("resume=not_yaml",): "not_yaml/config.yaml is no config of a run (while parsing",
+    ("resume=a_list",): "a_list/config.yaml is no config of a run (it holds no keys)",
+    ("resume=nothing",): "nothing/config.yaml is no config of a run (it holds no keys)",
+    ("resume=keys",): "keys/config.yaml is no config of a run (it has no model)",
+    ("+model=ddpm",): "model appears more than once",
+    ("-m", "seed=0,1", "run_dir=x"): "a sweep names the folders of its runs itself",
+    ("-m", "seed=0,1", "resume=x"): "no run directory",
+    ("-m", "seed=0,x"): "seed=x must be a number",
+    ("-m", "seed=0,1", "nope=3"): "there is no key nope",
+    ("-m", "model=ddpm,nope"): "model=nope is none of",
+    ("-m", "sweep=nope"): "sweep=nope is none of",
+    ("-m", "sweep=ddpm_digits_lr", "sweep.over=5"): "sweep.over=5 must be a group",
+    ("-m", "sweep=ddpm_digits_lr", "sweep.trials=0"): "sweep.trials=0 must be a whole number",
+    ("-m", "seed=range(0)"): "there is nothing to run",
+    ("-m", "optim.lr=interval(0,1)"): "cannot be listed",
+    ("-m", "hydra/launcher=nope"): "Could not find 'hydra/launcher/nope'",
+    ("-m", "hydra.nope=3"): "Could not override 'hydra.nope'",
+    ("-m", "--nope"): "unrecognized arguments: --nope",
 }
 
 
@@ -78,6 +180,26 @@ def test_wrong_training_commands(refused, argument):
     if argument == "trainer.accelerator=gpu" and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     assert TRAIN[argument] in refused("train.py", argument, "logger=none")
+
+
+@pytest.fixture
+def folder(tmp_path, runs):
+    """What is no run: a file, an empty folder, and runs whose config.yaml is broken; a command is given in their folder."""
+    (tmp_path / "afile").write_text("x")
+    (tmp_path / "empty").mkdir()
+    broken = {"not_yaml": "{[", "a_list": "- 1", "nothing": "", "keys": "model: 3"}
+    for name, text in broken.items():
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text(text)
+        shutil.copy(runs / "digits" / "checkpoints" / "last.ckpt", tmp_path / name / "checkpoints")
+    return tmp_path
+
+
+@pytest.mark.parametrize("arguments", TRAIN_PAIRS, ids=" ".join)
+def test_wrong_pairs_of_training_arguments(refused, folder, arguments):
+    assert TRAIN_PAIRS[arguments] in refused(
+        "train.py", *arguments, *([] if "--nope" in arguments else ["logger=none"])
+    )
 
 
 def test_wrong_data(refused, tmp_path):
@@ -138,6 +260,81 @@ SAMPLE = {
     "sampler=huen": f"sampler=huen is none of {names('sampler')}, did you mean heun?",
     "spacing=even": "sampler.spacing=even is none of trailing, leading",
     "prompt=cat": "takes no text",
+    "n=1e30": "n=1",
+    "n=1.5": "n=1.5 must be a whole number",
+    "n=": "n= must be a number",
+    "label=true": "label=true is not a class",
+    "label=1e3": "label=1e3 is not a class",
+    "label=1.5": "label=1.5 is not a class",
+    "label=-1": "label=-1 is not a class",
+    "label=[1,true]": "label=true is not a class",
+    "label=[[1]]": "label=[1] is not a class",
+    "steps=1.5": "steps=1.5 must be",
+    "steps=null": "steps=null must be",
+    "steps=abc": "steps=abc must be a number",
+    "eta=true": "sampler.eta=True must be a number",
+    "guidance=abc": "guidance=abc must be a number",
+    "guidance=true": "guidance=true must be a number",
+    "device=tpu": "device=tpu must be auto, cpu, cuda or one of several",
+    "device=": "device= must be auto, cpu, cuda or one of several",
+    "device=meta": "device=meta must be auto, cpu, cuda or one of several",
+    "device=null": "device=null must be auto, cpu, cuda or one of several",
+    "device=5": "device=5 must be auto, cpu, cuda or one of several",
+    "device=cuda:99": "device=cuda:99, but torch sees",
+    "out=": "out= is empty",
+    "out=/dev/null": "out=/dev/null cannot be a folder",
+    "out=/dev/null/x": "out=/dev/null/x cannot be a folder",
+    f"out={'a' * 300}": "has a name of 300 characters",
+    "trust=5": "trust=5 must be the name of a package",
+    "trust=": "trust= must be the name of a package",
+    "weights=": "weights= is empty",
+    "weights=null": "none of ema, raw",
+    "sampler=": "sampler= is none of",
+    "sampler._target_=os.system": "the sampler ddim has no _target_",
+    "sampler=gan": "sampler gan is for a GAN",
+    "sampler=speculative": "sampler speculative is for a GPT",
+    "sampler=interpolate": "sampler interpolate is for a LatentGenerator",
+    "num_samples=5": "did you mean n?",
+    "output=x": "did you mean out?",
+    "class=3": "did you mean label?",
+    "image=cat.jpg": "there is no key image",
+    "stop=x": "takes no text",
+    "negative_prompt=x": "takes no prompt",
+    "seed=1,2": "add -m",
+    "--n=5": "write n=5",
+    "hydra.verbose=true": "changes nothing without -m",
+}
+CKPT = {
+    "ckpt=": "ckpt= is empty",
+    "ckpt=5": "no checkpoint 5",
+    "ckpt=afile": "afile is damaged, torn or no checkpoint",
+    "ckpt=/dev/null": "/dev/null is damaged, torn or no checkpoint",
+    "ckpt=~/nope": "nope: give ckpt=",
+    "ckpt= empty": "no checkpoint  empty",
+    "ckpt=s3://bucket/x.ckpt": "no checkpoint s3:/bucket/x.ckpt",
+    "ckpt=not_yaml": "not_yaml/config.yaml is no config of a run",
+    "ckpt=a_list": "it holds no keys",
+    "ckpt=nothing": "it holds no keys",
+    "ckpt=keys": "it has no model",
+    "ckpt=not_yaml/config.yaml": "config.yaml is damaged, torn or no checkpoint",
+}
+EVALUATE = {
+    "metrics=5": "metrics=5 must be",
+    "metrics=[]": "metrics=[]",
+    "metrics=nope": "metrics=['nope']: nope is no metric",
+    "split=": "split= is none of",
+    "n=0": "n=0 must be a whole number",
+    "n=1000000": "more than the",
+    "repeats=0": "repeats=0",
+    "likelihood=nope": "likelihood=nope is none of probability_flow",
+    "extractor=null": "extractor= cannot be left empty",
+    "extractor=nope": "extractor=nope is none of",
+    "device=tpu": "device=tpu must be auto, cpu, cuda or one of several",
+    "trust=5": "trust=5 must be the name of a package",
+    "baselines=5": "baselines=5 must be true or false",
+    "metric=[frechet]": "did you mean metrics?",
+    "root=": "root= is empty",
+    "--split=test": "write split=test",
 }
 
 
@@ -146,12 +343,127 @@ def test_wrong_sampling_commands(refused, runs, argument):
     assert SAMPLE[argument] in refused("sample.py", f"ckpt={runs / 'digits'}", argument)
 
 
+@pytest.mark.parametrize("argument", CKPT)
+def test_wrong_names_of_checkpoints(refused, folder, argument):
+    assert CKPT[argument] in refused("sample.py", argument)
+
+
+@pytest.mark.parametrize("argument", EVALUATE)
+def test_wrong_evaluations(refused, runs, argument):
+    assert EVALUATE[argument] in refused("evaluate.py", f"ckpt={runs / 'digits'}", argument)
+
+
+def test_a_sample_is_not_written_over_a_file(refused, folder, runs):
+    for out in ("afile", "afile/x"):
+        assert f"out={out} cannot be a folder" in refused("sample.py", f"ckpt={runs / 'digits'}", f"out={out}")
+
+
+COMPARE = {
+    (): "the following arguments are required: runs",
+    ("",): "is empty",
+    ("nope",): "nope holds no run",
+    ("afile",): "afile holds no run",
+    ("empty",): "empty holds no run",
+    ("a_list",): "a_list/config.yaml is no config of a run",
+    ("keys",): "keys/config.yaml is no config of a run (it has no model)",
+    ("RUN", "--out", "afile"): "--out=afile cannot be a folder",
+    ("RUN", "--out", "afile/x"): "--out=afile/x cannot be a folder",
+    ("RUN", "--out", ""): "--out is empty",
+    ("RUN", "--out"): "argument --out: expected one argument",
+    ("RUN", "--nope"): "unrecognized arguments: --nope",
+    ("RUN", "nope"): "nope holds no run",
+}
+BASELINES = {
+    "seed=18446744073709551616": "seed=18446744073709551616",
+    "seed=-1": "seed=-1",
+    "repeats=0": "repeats=0 must be a whole number",
+    "split=dev": "split=dev is none of",
+    "fit=5": "fit=5 must be a list",
+    "fit=nope": "fit=nope must be a list like [a,b] of 1 or more values, each train, val, test",
+    "fit=[]": "fit=[]",
+    "judge=nope": "judge=nope is none of",
+    "out=": "out= is empty",
+    "out=afile/x": "afile is none",
+    "out=empty": "out=empty is a folder",
+    "baseline=nope": "baseline=nope is none of",
+    "baseline=ngram": "choose another with baseline=",
+    "baseline.order=3": "there is no key baseline.order",
+    "rows=null": "rows=null would leave nothing",
+    "rows.image=[5]": "rows.image=[5] must be a list",
+    "data=null": "data= cannot be left empty",
+    "data=toy2d": "there are no baselines of vector",
+    "--data=digits": "write data=digits",
+}
+
+
+@pytest.mark.parametrize("arguments", COMPARE, ids=" ".join)
+def test_wrong_comparisons(refused, folder, runs, arguments):
+    given = [str(runs / "digits") if argument == "RUN" else argument for argument in arguments]
+    assert COMPARE[arguments] in refused("genai/compare/__main__.py", *given)
+
+
+@pytest.mark.parametrize("argument", BASELINES)
+def test_wrong_baselines(refused, folder, argument):
+    assert BASELINES[argument] in refused("genai/baselines/__main__.py", argument)
+
+
+def test_wrong_calls_from_python(runs):
+    import genai
+    from genai.core.errors import UserError
+
+    loaded = genai.load(runs / "digits")
+    calls = {
+        "device=gpu is none of auto, cpu, cuda": lambda: genai.load(runs / "digits", device="gpu"),
+        "device=meta is none of": lambda: genai.load(runs / "digits", device="meta"),
+        "trust=5 is no name of a Python package": lambda: genai.load(runs / "digits", trust=5),
+        "weights=None is none of ema, raw": lambda: genai.load(runs / "digits", weights=None),
+        "no checkpoint 5": lambda: genai.load(5),
+        "'runs/vae' is no loaded model: sample(load('runs/vae'))": lambda: genai.sample("runs/vae"),
+        "None is no loaded model": lambda: genai.sample(None),
+        "label=True is not a class": lambda: genai.sample(loaded, label=True),
+        "label=1.0 is not a class": lambda: genai.sample(loaded, label=[1.0]),
+        "must be a whole number, at least 1 and at most": lambda: genai.sample(loaded, n=10**30),
+        "steps=1.5 must be": lambda: genai.sample(loaded, n=1, steps=1.5),
+        "has no step;": lambda: genai.sample(loaded, n=1, step=1),
+        "sampler='ddim' must be a config node": lambda: genai.sample(loaded, n=1, sampler="ddim"),
+    }
+    for message, call in calls.items():
+        with pytest.raises(UserError, match=re.escape(message)):
+            call()
+
+
+def test_every_callback_can_be_turned_off(runs):
+    from genai.cli import composed
+    from genai.train.run import run
+
+    off = [f"callbacks.{name}=null" for name in ("evaluate", "samples", "save", "cards")]
+    folder = run(composed("train", [*DEBUG, *off, f"run_dir={runs / 'off'}"]))
+    assert (folder / "metrics.csv").is_file() and not list(folder.glob("checkpoints/*.ckpt"))
+
+
+def test_a_training_that_diverges_says_so(runs):
+    from genai.cli import composed
+    from genai.core.errors import UserError
+    from genai.train.run import run
+
+    wild = [
+        "optim.lr=1e30",
+        "clip_norm=null",
+        "optim.warmup_steps=0",
+        "ema.decay=0.01",
+        "callbacks.samples.every_steps=1",
+    ]
+    with pytest.raises(UserError) as stopped:
+        run(composed("train", [*DEBUG, *wild, f"run_dir={runs / 'wild'}"]))
+    assert "optim.lr" in str(stopped.value) and "checkpoint is broken" not in str(stopped.value)
+
+
 def test_wrong_checkpoints(refused, runs, tmp_path):
     (tmp_path / "text.ckpt").write_text("hello")
     (tmp_path / "empty").mkdir()
     assert "there is no run below runs/ yet" in refused("sample.py")
     assert "no checkpoint nowhere" in refused("sample.py", "ckpt=nowhere")
-    assert "text.ckpt is torn or no checkpoint" in refused("sample.py", "ckpt=text.ckpt")
+    assert "text.ckpt is damaged, torn or no checkpoint" in refused("sample.py", "ckpt=text.ckpt")
     assert "empty holds no readable checkpoint" in refused("sample.py", "ckpt=empty")
     if not torch.cuda.is_available():
         assert "torch sees no GPU" in refused("sample.py", f"ckpt={runs / 'digits'}", "device=cuda")
@@ -193,6 +505,7 @@ def test_newest_run_is_the_default(runs, tmp_path, command):
     assert (tmp_path / "here" / "seed_000001_label_4.png").exists()
 
 
+@pytest.mark.slow
 def test_multirun_runs_every_combination(tmp_path, command):
     done = command("train.py", "-m", *DEBUG, "seed=0,1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

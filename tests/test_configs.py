@@ -46,6 +46,8 @@ def shrink(node):
             shrink(value)
         elif key in SMALLER:
             node[key] = SMALLER[key]
+        elif key == "widths":
+            node[key] = [8 for _ in value]
 
 
 def config_of(case):

@@ -10,12 +10,12 @@ from omegaconf import OmegaConf
 
 from genai import checkpoint, judge
 from genai.baselines import beside
+from genai.build import build_typed
 from genai.cli import composed
 from genai.compare import runs
-from genai.core import metrics_csv
+from genai.core import archive, metrics_csv
 from genai.core.cache import cache_folder
 from genai.core.errors import UserError
-from genai.data.base import fingerprint
 from genai.sweeps import jobs
 from genai.train.record import Record
 
@@ -70,21 +70,21 @@ def test_damaged_caches_are_made_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(judge, "STEPS", 3)
     node = OmegaConf.to_container(composed("train", ["data=digits"]).data, resolve=True)
-    data = checkpoint.build(node)
-    first = judge.trained(data, node)
-    path = cache_folder("judge") / f"{fingerprint(data, node, judge.FORMAT)}.pt"
+    data = build_typed(node)
+    first = judge.trained(data)
+    (path,) = cache_folder("judge").iterdir()
     for content in (path.read_bytes()[:-50], b"", json.dumps([1]).encode()):
         path.write_bytes(content)
         torch.manual_seed(1)
-        again = judge.trained(data, node)
+        again = judge.trained(data)
         assert all(map(torch.equal, first.state_dict().values(), again.state_dict().values()))
         assert "is damaged" in capsys.readouterr().out
-    assert judge.trained(data, node) and "damaged" not in capsys.readouterr().out
-    figures = beside.beside(data, node, ["bits_per_dim"], "val", 20)
+    assert judge.trained(data) and "damaged" not in capsys.readouterr().out
+    figures = beside.beside(data, ["bits_per_dim"], "val", 20)
     for content in ('{"bits_per', "[1]", '{"bits_per_dim": null}', "\0"):
         for path in cache_folder("baselines").iterdir():
             path.write_text(content)
-        assert beside.beside(data, node, ["bits_per_dim"], "val", 20) == figures
+        assert beside.beside(data, ["bits_per_dim"], "val", 20) == figures
         assert "is damaged" in capsys.readouterr().out
 
 
@@ -109,7 +109,7 @@ def test_a_full_disk_stops_a_record_and_a_save_with_a_sentence(tmp_path, monkeyp
             patch.setattr(target, "save" if target is torch else "fsync", broken)
             with pytest.raises(UserError, match=r"last\.ckpt cannot be written \(No space left on device\): make room"):
                 checkpoint.save({**content, "step": 2}, path)
-        assert checkpoint.read(path)["step"] == 1
+        assert archive.read(path)["step"] == 1
         assert os.listdir(path.parent) == ["last.ckpt"]
     with monkeypatch.context() as patch:
         patch.setattr(os, "link", full)

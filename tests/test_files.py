@@ -31,6 +31,20 @@ def test_a_folder_that_leads_out_of_the_run_is_refused(tmp_path):
     files.write_text(tmp_path / "alias" / "grids" / "x", "1", within=tmp_path / "alias")
 
 
+def test_a_run_whose_folders_lead_elsewhere_is_not_gone_on_with(tmp_path):
+    from genai.train.lock import locked
+
+    for name in ("checkpoints", "samples", "cards", "wandb"):
+        victim, run = tmp_path / f"victim {name}", tmp_path / f"run {name}"
+        victim.mkdir()
+        (victim / ".last.ckpt.1.tmp").write_text("mine")
+        run.mkdir()
+        (run / name).symlink_to(victim)
+        with pytest.raises(UserError, match=rf"{name} leads out of .* by a symbolic link"), locked(run):
+            pass
+        assert (victim / ".last.ckpt.1.tmp").read_text() == "mine"
+
+
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -12,7 +12,7 @@ from torch import nn
 
 from genai import checkpoint
 from genai.baselines.beside import beside
-from genai.checkpoint import build
+from genai.build import build_typed
 from genai.cli import composed, resumed
 from genai.core import cache
 from genai.core.errors import UserError
@@ -24,7 +24,7 @@ from genai.train.run import run
 
 
 def data_of(*given):
-    return build(composed("baselines", list(given)).data)
+    return build_typed(composed("baselines", list(given)).data)
 
 
 def arrays(images, labels, batch_size=4):
@@ -188,6 +188,9 @@ def test_latents_are_those_of_the_images_as_they_are(tmp_path, settled):
     assert whole(root) > 3
 
 
+LONG = ["optim.schedule=constant", "discriminator_optim.schedule=constant"]
+
+
 def test_a_run_goes_on_with_its_own_items_alone(tmp_path):
     root = photos(tmp_path / "photos")
     given = ["model=gan", "data=image_folder", f"data.root={root}", "data.size=[8,8]", "data.channels=1", "logger=none"]
@@ -195,7 +198,7 @@ def test_a_run_goes_on_with_its_own_items_alone(tmp_path):
     folder = run(composed("train", [*given, *small, f"run_dir={tmp_path / 'run'}"], resumed))
 
     def go_on(steps, *more):
-        return run(composed("train", [f"resume={folder}", f"max_steps={steps}", *more], resumed))
+        return run(composed("train", [f"resume={folder}", f"max_steps={steps}", *LONG, *more], resumed))
 
     moved = shutil.copytree(root, tmp_path / "copy", copy_function=shutil.copyfile)
     go_on(2, f"data.root={moved}")

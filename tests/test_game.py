@@ -16,6 +16,7 @@ from genai.train.ema import EMA
 from genai.train.lit_adversarial import LitAdversarial
 from genai.train.optim import adamw
 from genai.train.record import Record
+from tests.conftest import CONFIG
 from tests.test_train import Masked, data, flat, ranks
 
 
@@ -79,7 +80,7 @@ def play(folder, model=None, steps=6, critic_steps=1, accumulate=1, batch_size=8
     )  # fmt: skip
     trainer = L.Trainer(
         max_steps=steps, max_epochs=-1, logger=False, enable_checkpointing=False, accelerator="cpu", devices=1,
-        enable_progress_bar=False, enable_model_summary=False, precision="64-true", plugins=[File({}, {})],
+        enable_progress_bar=False, enable_model_summary=False, precision="64-true", plugins=[File(CONFIG, {})],
         callbacks=list(callbacks), use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(lit, **arguments)

@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from genai import checkpoint
+from genai.build import build_typed
 from genai.cli import apply, composed, keys
 from genai.core import rng
 from genai.core.errors import UserError, at_least, number
@@ -167,8 +167,8 @@ def step_and_sample(cfg):
     data = config["data"]
     batch = {k: torch.as_tensor(v) for k, v in example(data["shape"], data["field"], data["classes"], 4).items()}
     torch.manual_seed(0)
-    model = checkpoint.build(config["model"])
-    sampler = checkpoint.build(config["sampler"])
+    model = build_typed(config["model"])
+    sampler = build_typed(config["sampler"])
     assert isinstance(model, nn.Module)
     if isinstance(model, AdversarialModel):
         fake = model.generate(batch, 0)
@@ -187,7 +187,7 @@ def step_and_sample(cfg):
 def optimise(node):
     """One update of a small network by the optimiser of a node."""
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    optimizer = checkpoint.build(node)(net)
+    optimizer = build_typed(node)(net)
     net(torch.ones(1, 3)).sum().backward()
     set_lr(optimizer, 0)
     optimizer.step()
@@ -208,13 +208,13 @@ def built(name: str, script: str, cfg: DictConfig, key: str) -> None:
     elif head in ("optim", "discriminator_optim"):
         optimise(OmegaConf.to_container(cfg[head], resolve=True))
     elif head == "ema":
-        ema = checkpoint.build(config["ema"])(nn.Linear(2, 2))
+        ema = build_typed(config["ema"])(nn.Linear(2, 2))
         ema.update()
     elif head == "callbacks" and cfg.callbacks is not None:
         for node in OmegaConf.to_container(cfg, resolve=True)["callbacks"].values():
-            checkpoint.build(node) if node is not None else None
+            build_typed(node) if node is not None else None
     elif head in ("data", "extractor", "likelihood", "baseline"):
-        checkpoint.build(OmegaConf.to_container(cfg[head], resolve=True)) if cfg[head] is not None else None
+        build_typed(OmegaConf.to_container(cfg[head], resolve=True)) if cfg[head] is not None else None
 
 
 def tried(name, script, cfg, key, text):
@@ -379,7 +379,7 @@ def test_a_number_is_finite_and_a_whole_one_fits_a_tensor(value):
 
 
 def test_a_config_name_is_not_passed_over(refused):
-    assert "--config-name is not for this program" in refused("train.py", "--config-name", "nope")
+    assert "--config-name and --config-path change nothing here" in refused("train.py", "--config-name", "nope")
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 """The README's own text is run: its commands parse, and "add a model family" is this test."""
 
+import contextlib
 import re
 import shlex
 
 import numpy as np
 import pytest
 
-from genai import checkpoint
-from genai.cli import composed, resumed
+from genai import checkpoint, sweeps
+from genai.cli import composed, resumed, with_sampler
+from genai.core.errors import UserError
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -44,6 +46,35 @@ COMMANDS = sorted(set(re.findall(r"python train\.py[^|`\n#&]*", README)))
 def test_every_training_command_composes(line):
     arguments = [a for a in shlex.split(line)[2:] if a != "-m"]
     assert composed("train", arguments, resumed, sweep="-m" in line).max_steps > 0
+
+
+TEXTS = {path: path.read_text() for path in [*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "docs").glob("*.yaml")]}
+WRITTEN = sorted(
+    {
+        re.sub("<[^>]*>", "x", line).strip()
+        for text in [README, *TEXTS.values()]
+        for line in re.findall(r"python (?:\w+\.py|-m genai\.\w+)(?![\w:])[^|`\n#&;]*?(?=  |[|`\n#&;])", text)
+        if not re.search(r"my_lab|--help|=\]|\.\.\.", line)
+    }.difference(map(str.strip, COMMANDS))
+)
+
+
+@pytest.mark.parametrize("line", WRITTEN)
+def test_every_command_of_the_readme_and_the_configs_composes(line):
+    """Those of sample.py with the sampler of some model: which one, the run decides."""
+    words = shlex.split(line)
+    name = words[1].removesuffix(".py") if words[1] != "-m" else words[2].removeprefix("genai.")
+    arguments = [a for a in words[2 if words[1] != "-m" else 3 :] if a != "-m"]
+    if name == "compare":
+        assert all(not a.startswith("-") or a in ("--out", "--wandb", "--unranked") for a in arguments)
+    elif name == "sample" and not any(a.startswith("sampler=") for a in arguments):
+        for sampler in ("ddim", "generate", "gan"):
+            with contextlib.suppress(UserError):
+                return composed("sample", [*arguments, f"sampler={sampler}"], with_sampler)
+        pytest.fail("it fits no sampler")
+    elif not any(a.startswith("resume=") for a in arguments):
+        prepare = {"train": sweeps.prepare, "sample": with_sampler}.get(name)
+        composed(name, arguments, prepare, sweep=" -m " in line)
 
 
 def test_every_file_named_exists():

@@ -347,7 +347,7 @@ SAMPLE = {
     "sampler=speculative": "name the run or checkpoint of a smaller model",
     "sampler=ddim": "the sampler ddim is for a Diffusion, and this model is a GPT",
     "repetition_penalty=null": "sampler.repetition_penalty=null must be a number greater than 0",
-    "stop=[a,b]": "must be one text of one token",
+    "stop=[a,b]": "the character '['",
 }
 
 

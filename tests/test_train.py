@@ -19,7 +19,7 @@ from genai.train.ema import EMA, decay_at
 from genai.train.lit import LitModel, Player
 from genai.train.optim import adamw, lr_at
 from genai.train.record import Record
-from tests.conftest import ROOT
+from tests.conftest import CONFIG, ROOT
 
 
 def data(n=64, batch_size=8, dtype=np.float64):
@@ -83,7 +83,7 @@ def fit(
     arguments = {
         "max_steps": steps, "max_epochs": -1, "logger": False, "enable_checkpointing": False, "accelerator": "cpu",
         "enable_progress_bar": False, "enable_model_summary": False, "devices": 1, "precision": "64-true",
-        "plugins": [File({}, {})], "use_distributed_sampler": False, **trainer,
+        "plugins": [File(CONFIG, {})], "use_distributed_sampler": False, **trainer,
     }  # fmt: skip
     L.Trainer(callbacks=list(callbacks), **arguments).fit(lit)
     return lit

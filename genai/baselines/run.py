@@ -55,29 +55,37 @@ def run(cfg: Any) -> dict[str, Any]:
     """`python -m genai.baselines`: fit, score, print and write; returns what is written."""
     node: Any = OmegaConf.to_container(cfg.data, resolve=True)
     data, node = images_behind(build_typed(node), node)
+    out = Path(cfg.out or f"runs/baselines/{title(node)}.json")
+    files.check_folder(out.parent, "out")
+    if out.is_dir():
+        raise UserError(f"out={out} is a folder: name a file, such as {out / 'baselines.json'}")
+    repeats = at_least(cfg.repeats, 1, "repeats")
+    at_least(cfg.seed, 0, "seed")
     split = cfg.split or ("test" if "test" in data.splits else "val")
     if split not in data.splits:
         raise UserError(f"split={split} is none of {', '.join(data.splits)}")
     before = [name for name in ("train", "val", "test") if name in data.splits]
-    fit = list(cfg.fit) if cfg.fit is not None else before[: before.index(split)] or ["train"]
+    if not (cfg.fit is None or isinstance(cfg.fit, str) or OmegaConf.is_list(cfg.fit)):
+        raise UserError(f"fit={cfg.fit} must be a list of splits, such as [train,val]")
+    given = [cfg.fit] if isinstance(cfg.fit, str) else cfg.fit
+    fit = list(given) if given is not None else before[: before.index(split)] or ["train"]
     chosen = baselines(cfg, data)
     learned = known(data, fit)
     part = held(data, split)
     sampled = any(hasattr(baseline, "sample") for _, _, baseline in chosen)
     judged = sampled and data.classes is not None and cfg.judge is not None
     judge = ruler(cfg.judge, data, learned, fit, split) if judged else None
-    repeats, found = at_least(cfg.repeats, 1, "repeats"), []
+    found = []
     for name, arguments, baseline in chosen:
         if sys.stdout.isatty():
             print(f"\r{baseline.what:60}", end="", flush=True)
-        metrics = scored(baseline, learned, part, data, split, judge, repeats, at_least(cfg.seed, 0, "seed"))
+        metrics = scored(baseline, learned, part, data, split, judge, repeats, cfg.seed)
         found.append({"baseline": name, "arguments": arguments, "what": baseline.what, "metrics": metrics})
     found = measured(found, cfg.get("baseline"))
     result = {
         "data": {k: v for k, v in node.items() if k not in ("batch_size", "num_workers")}, "split": split, "fit": fit,
         "levels": data.levels, "seed": cfg.seed, "rows": found,
     }  # fmt: skip
-    out = Path(cfg.out or f"runs/baselines/{title(node)}.json")
     files.write_text(out, json.dumps(result, indent=2) + "\n", hint="name another file with out=")
     show(result, out)
     return result
@@ -112,7 +120,7 @@ def baselines(cfg: Any, data: Data) -> list[tuple[str, dict[str, Any], Baseline]
 
 def row_node(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """A row of the config, its baseline's file with the row's own keys on top."""
-    name = str(row.get("baseline"))
+    name = str(row.get("baseline")) if isinstance(row, dict) else str(row)
     names = choices_of("baseline", config_folders(None))
     if name not in names:
         raise UserError(f"rows: baseline={name} is none of {', '.join(names)}{nearest(name, names)}")

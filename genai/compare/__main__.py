@@ -26,6 +26,7 @@ ELSEWHERE = "name another folder with --out"
 def compare(folders: Sequence[Path], out: Path, unranked: bool = False) -> list[dict[str, Any]]:
     """Write report.html and report.csv to `out`; returns the table's rows, best first. Raises UserError for no runs, or cards
     that cannot be ranked."""
+    files.check_folder(out, "--out")
     runs = read_all(folders)
     if not runs:
         raise UserError("there are no runs to compare: name at least one run directory")
@@ -41,6 +42,8 @@ def compare(folders: Sequence[Path], out: Path, unranked: bool = False) -> list[
 def expanded(names: Sequence[str]) -> list[Path]:
     """Run directories: those named, and all below a folder that is none itself."""
     found: list[Path] = []
+    if "" in names:
+        raise UserError("a name of a run directory is empty: leave it out")
     for name in map(Path, names):
         below = sorted(path.parent for path in name.glob("**/config.yaml")) if name.is_dir() else []
         if not below:
@@ -51,12 +54,15 @@ def expanded(names: Sequence[str]) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m genai.compare", description="Finished runs side by side.")
+    parser.error = lambda message: fail(UserError(f"{message} (--help lists all)"))  # type: ignore[method-assign]
     parser.add_argument("runs", nargs="+", help="run directories, or folders of them")
     parser.add_argument("--out", default="runs/compare", help="where report.html and report.csv go")
     parser.add_argument("--unranked", action="store_true", help="show cards of different protocols, in the order given")
     parser.add_argument("--wandb", metavar="PROJECT", help="also log the table and the page to this W&B project")
     args = parser.parse_args()
     try:
+        if not args.out:
+            raise UserError("--out is empty: name a folder")
         rows = compare(expanded(args.runs), Path(args.out), args.unranked)
     except UserError as error:
         fail(error)

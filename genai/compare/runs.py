@@ -55,13 +55,14 @@ def read_all(folders: Sequence[Path]) -> list[Run]:
 
 def read(folder: Path) -> Run:
     """Raises UserError if the folder holds no run."""
-    from omegaconf import OmegaConf
+
+    from genai.cli import stored_config
 
     if not (folder / "config.yaml").is_file():
         raise UserError(
             f"{folder} is no run: there is no {folder / 'config.yaml'}; name run directories, such as runs/*/*"
         )
-    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    config: Any = stored_config(folder / "config.yaml", ("model", "data"))
     run = Run(folder, config, label=str(folder))
     for row in metrics_csv.rows(folder / "metrics.csv"):
         run.curves.setdefault(row.name, []).append((row.step, row.value))

@@ -61,11 +61,33 @@ def replace(path: Path, target: Path) -> None:
 
 def make_folder(folder: Path, within: Path | None = None) -> None:
     """Make a folder and those above it. Raises UserError if symbolic links lead it out of `within`."""
-    if within is not None and not folder.resolve().is_relative_to(within.resolve()):
-        raise UserError(
-            f"{folder} leads out of {within} by a symbolic link: delete the link, nothing is written through it"
-        )
+    if within is not None:
+        check_inside(folder, within)
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_inside(path: Path, within: Path) -> None:
+    """Raise UserError if symbolic links lead a path out of a folder that it seems to lie in."""
+    if not path.resolve().is_relative_to(within.resolve()):
+        raise UserError(
+            f"{path} leads out of {within} by a symbolic link: delete the link, nothing is written through it"
+        )
+
+
+def check_folder(folder: Path, key: str) -> None:
+    """Raise UserError unless a folder is there or could be made, such as below a file; nothing is made."""
+    above = folder
+    try:
+        while not os.path.lexists(above):
+            if len(os.fsencode(above.name)) > 255:
+                raise UserError(f"{key}={folder} has a name of {len(above.name)} characters: name a shorter one")
+            above = above.parent
+        if not above.is_dir():
+            raise UserError(f"{key}={folder} cannot be a folder, for {above} is none: name another")
+        if above != folder and not os.access(above, os.W_OK | os.X_OK):
+            raise UserError(f"{key}={folder} cannot be written: name another folder, or allow writing in {above}")
+    except OSError as error:
+        raise UserError(f"{key}={folder} cannot be a folder ({error.strerror}): name another") from error
 
 
 @contextlib.contextmanager

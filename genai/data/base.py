@@ -62,6 +62,8 @@ class Data:
     ):
         at_least(batch_size, 1, "data.batch_size")
         at_least(num_workers, 0, "data.num_workers")
+        if field in ("label", "caption", "seeds", "index"):
+            raise UserError(f"data.field={field} is a name that batches have for something else: choose another")
         self.field, self.shape, self.levels = field, list(found_shape), found_levels
         self.class_names = None if class_names is None else list(class_names)
         self.classes = None if class_names is None else len(class_names)

@@ -1,5 +1,6 @@
 """How good a checkpoint is on a split its training did not touch: `scores` of that split's items, cards of `samples`."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from genai import cards, checkpoint, sampling
 from genai.baselines.beside import COPIER, LIKELIHOODS, beside
 from genai.build import DATA, MODELS, build_stored, build_typed
 from genai.checkpoint import Loaded
+from genai.cli import stored_config
 from genai.core import files, rng
 from genai.core.errors import UserError, at_least
 from genai.data.base import Data
@@ -51,14 +53,10 @@ class Plan:
 def run(cfg: Any) -> dict[str, Any]:
     """`evaluate.py`: one JSON line of the pass over the split, also written beside the checkpoint, and one for each card, which
     go to the run's `cards/`. Returns the facts of the pass, and `cards`."""
-    trust = [cfg.trust] if isinstance(cfg.trust, str) else list(cfg.trust or [])
-    device = cfg.device if cfg.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device={device}, but torch sees no GPU here: use device=cpu or auto")
-    loaded = checkpoint.load(cfg.ckpt, cfg.weights, device, trust)
+    loaded = checkpoint.load(cfg.ckpt, cfg.weights, cfg.device, cfg.trust)
     method: Any = None if cfg.get("likelihood") is None else OmegaConf.to_container(cfg.likelihood)
     plan = Plan(
-        None if cfg.metrics is None else list(cfg.metrics), cfg.split, cfg.n, cfg.repeats, cfg.seed, cfg.batch_size,
+        names_in(cfg.metrics, "metrics"), cfg.split, cfg.n, cfg.repeats, cfg.seed, cfg.batch_size,
         build_typed(OmegaConf.to_container(cfg.extractor)), method, cfg.baselines,
     )  # fmt: skip
     with checkpoint.blamed(loaded):
@@ -76,6 +74,16 @@ def run(cfg: Any) -> dict[str, Any]:
     return {**facts, "cards": found}
 
 
+def names_in(value: Any, key: str) -> list[str] | None:
+    """A name or a list of them as a list, None as it is. Raises UserError for anything else, and for an empty list."""
+    names = [value] if isinstance(value, str) else value
+    if names is None:
+        return None
+    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{key}={value} must be names, such as {key}=[frechet,recall], or null")
+    return list(names)
+
+
 def folder_of(checkpoint: Path) -> Path:
     """The run of a checkpoint, or the folder that it lies in."""
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
@@ -85,8 +93,9 @@ def tracked(found: Sequence[dict[str, Any]]) -> Path | None:
     """The run that cards are of, if it was tracked by W&B."""
     for card in found[:1]:
         config = folder_of(Path(card["checkpoint"])) / "config.yaml"
-        if config.is_file() and OmegaConf.select(OmegaConf.load(config), "logger._target_") == WANDB:
-            return config.parent
+        with contextlib.suppress(UserError):  # a config.yaml that cannot be read says nothing
+            if config.is_file() and (stored_config(config).get("logger") or {}).get("_target_") == WANDB:
+                return config.parent
     return None
 
 

@@ -13,14 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.utils import get_args_parser
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
-from genai.cli import composed, fail, nearest, resumed
+from genai.cli import arguments, composed, fail, nearest, parsed_override, quoted, resumed
+from genai.core import files
 from genai.core.errors import UserError
 from genai.sweeps.compares import Comparison
 from genai.sweeps.jobs import Job, Runner, locked
@@ -55,7 +54,7 @@ def register() -> None:
     With -m Hydra sees its own overrides alone. All others are of the jobs, whose config, not this one, must have their keys.
     """
     Plugins.instance().class_name_to_class["hydra_plugins.genai.JournalSweeper"] = JournalSweeper
-    args = get_args_parser().parse_args()
+    args = arguments()
     if args.multirun and not (args.help or args.hydra_help or args.cfg or args.info):
         JournalSweeper.given = [o for o in args.overrides if not re.match(r"[+~]*hydra[./]", o)]
         sys.argv = [a for a in sys.argv if a not in JournalSweeper.given]
@@ -68,7 +67,7 @@ class JournalSweeper(Sweeper):
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
         self.context, self.options = hydra_context, config
-        self.config_dir = get_args_parser().parse_args().config_dir
+        self.config_dir = arguments().config_dir
 
     def sweep(self, arguments: list[str]) -> None:
         try:
@@ -76,16 +75,16 @@ class JournalSweeper(Sweeper):
         except UserError as error:
             fail(error)
 
-    def run(self, arguments: list[str]) -> None:
+    def run(self, given: list[str]) -> None:
         """All jobs and the summary. Raises UserError if the command is wrong or a job failed."""
-        cfg = composed("train", arguments, prepare, sweep=True, config_dir=self.config_dir)
-        given: Any = OmegaConf.to_container(cfg.sweep) if "sweep" in cfg else {"name": cfg.name}
-        settings = Settings(**given)
+        cfg = composed("train", given, prepare, sweep=True, config_dir=self.config_dir)
+        chosen: Any = OmegaConf.to_container(cfg.sweep) if "sweep" in cfg else {"name": cfg.name}
+        settings = Settings(**chosen)
         lines = [o for o in settings.overrides if o.partition("=")[0] not in settings.over]
-        lines += [a for a in arguments if not re.match(r"sweep[.=]", a)]  # the command line wins
+        lines += [quoted(a, True) for a in given if not re.match(r"sweep[.=]", a)]  # the command line wins
         if settings.search == "basic":
             lines = [*(f"{k}={','.join(map(literal, v))}" for k, v in settings.over.items()), *lines]
-        parsed = OverridesParser.create(self.context.config_loader).parse_overrides(lines)
+        parsed = [parsed_override(line) for line in lines]
         for override in parsed:
             if override.key_or_group in ("run_dir", "resume"):
                 raise UserError(f"{override.input_line}: a sweep names the folders of its runs itself")
@@ -95,8 +94,10 @@ class JournalSweeper(Sweeper):
             Optuna(settings, parsed, self.check) if settings.search == "optuna" else Basic(settings, parsed, self.check)
         )
         folder = RUNS / f"{clean(settings.name)}-{search.identity}"
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("w") as lock:
+        with files.writable(folder, "run it where runs/ can be written"):
+            files.make_folder(folder)
+            held = (folder / ".lock").open("ab")
+        with held as lock:
             try:
                 with locked(lock, None):
                     unfinished = search.run(folder, lambda jobs: self.launch(folder, settings.metric, jobs))

@@ -11,8 +11,9 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 
-from genai.cli import nearest
+from genai.cli import nearest, quote
 from genai.core.errors import UserError, at_least
 from genai.sweeps.jobs import Job, journal, last
 
@@ -55,6 +56,8 @@ def literal(value: Any) -> str:
     """A value as Hydra's command line writes it."""
     if isinstance(value, list):
         return f"[{','.join(map(literal, value))}]"
+    if isinstance(value, str):
+        return quote(value)
     return repr(value) if isinstance(value, float) else json.dumps(value)
 
 
@@ -81,7 +84,12 @@ class Basic:
     """Every combination of the axes. Raises UserError if a job's config cannot be composed."""
 
     def __init__(self, settings: Settings, parsed: Sequence[Override], check: Check):
-        combinations = BasicSweeper.split_arguments(list(parsed), None)[0]
+        try:
+            combinations = BasicSweeper.split_arguments(list(parsed), None)[0]
+        except HydraException as error:
+            raise UserError(f"the values of a sweep cannot be listed ({error}): write key=a,b,c") from error
+        if not combinations:
+            raise UserError("there is nothing to run: a key of the sweep has no values")
         swept = [o.get_key_element() for o in parsed if o.is_sweep_override() or o.key_or_group in settings.over]
         self.jobs = []
         for overrides in combinations:

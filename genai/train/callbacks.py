@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,6 @@ from rich.progress import BarColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from genai import checkpoint
-from genai.build import packages
 from genai.checkpoint import Loaded
 from genai.core import files, rng
 from genai.core.errors import at_least
@@ -24,7 +24,7 @@ from genai.core.protocols import Batch, OnStep, Sampler, check_sampler, with_ite
 from genai.evaluation import Plan, check, evaluate
 from genai.extractors import Extractor
 from genai.train.lit import LitModel
-from genai.train.strategy import Ranks
+from genai.train.strategy import TIMEOUT, Ranks
 
 Kind = TypeVar("Kind", bound=L.Callback)
 
@@ -126,8 +126,9 @@ class Cards(Between):
         self.every_steps = _every(every_steps, "cards.every_steps")
         self.plan = Plan(metrics, split, n, repeats, extractor=extractor, baselines=baselines)
 
-    def try_out(self, lit: LitModel, config: dict, assets: dict) -> None:
-        """Refuse now, and not after hours, what cannot be measured."""
+    def try_out(self, lit: LitModel, config: dict, assets: dict, trust: Sequence[str]) -> None:
+        """Refuse now, and not after hours, what cannot be measured; `trust` names what the config's sampler may build from."""
+        self.trust = tuple(trust)
         if self.every_steps is not None:
             with torch.random.fork_rng(devices=[]):
                 check(self.loaded(lit, config, assets), lit.data, self.plan)
@@ -135,7 +136,7 @@ class Cards(Between):
     def loaded(self, lit: LitModel, config: dict, assets: dict, step: int = 0) -> Loaded:
         """The averaged model, as from a checkpoint."""
         path = lit.record.folder / "checkpoints" / "last.ckpt"
-        return Loaded(lit.ema.module, config, assets, step, path, packages(config))
+        return Loaded(lit.ema.module, config, assets, step, path, self.trust)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
         if self.every_steps is not None and due(trainer, self.every_steps):
@@ -231,7 +232,7 @@ class Stop(Between):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, remember)
         if trainer.world_size > 1:
-            self.group = torch.distributed.new_group(backend="gloo")
+            self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
         number = self.signal if self.group is None else self.agreed()

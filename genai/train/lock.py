@@ -12,6 +12,7 @@ from genai.core import files
 from genai.core.errors import UserError
 
 ELSEWHERE = "make room, or name another folder with run_dir="
+FOLDERS = "checkpoints", "samples", "cards", "tensorboard", "wandb"  # of a run, in which training writes
 LEFT = (  # by a kill, of what only the process that trains writes
     "checkpoints/.*.ckpt.*.tmp", "samples/.samples_*.tmp", ".config.yaml*.tmp", ".metrics.csv.*.tmp", ".git.diff.*.tmp",
 )  # fmt: skip
@@ -35,6 +36,8 @@ def locked(run: Path) -> Iterator[None]:
     try:
         with files.writable(path, ELSEWHERE):
             path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+            for name in FOLDERS:
+                files.check_inside(run / name, run)
             for pattern in LEFT:
                 for temporary in run.glob(pattern):
                     temporary.unlink(missing_ok=True)

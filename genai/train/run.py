@@ -17,7 +17,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from omegaconf import DictConfig, OmegaConf
 
 from genai import checkpoint
-from genai.build import DATA, MODELS, RUN, build_stored, build_typed
+from genai.build import DATA, MODELS, RUN, build_stored, build_typed, named_packages
 from genai.cli import check_unchanged
 from genai.core import files, rng
 from genai.core.errors import UserError, at_least
@@ -50,7 +50,7 @@ def run(cfg: DictConfig) -> Path:
 
 def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     """See `run`; the run directory is `held` by the first rank as soon as there is one."""
-    trust = _packages(cfg.trust)
+    trust = checkpoint.packages(cfg.trust)
     build = (
         build_typed if cfg.resume is None else functools.partial(build_stored, trust=trust, kinds=(MODELS, DATA, RUN))
     )
@@ -59,6 +59,9 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     at_least(cfg.max_steps, 1, "max_steps")
     at_least(cfg.seed, 0, "seed")
     hardware = _hardware(cfg.trainer, ranks)
+    for key in ("codec.cache", "data.cache"):
+        if (cache := OmegaConf.select(cfg, key)) is not None:
+            files.check_folder(Path(cache), key)
     if ranks.first and cfg.resume is not None:
         held.enter_context(locked(Path(cfg.resume)))
     folder, resumed = _folder(cfg, ranks)
@@ -81,6 +84,7 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
         if resumed is None
         else checkpoint.build_model(config["model"], resumed[0]["model"], trust)
     )
+    _check_model(model, data, cfg)
     if weights is not None:
         codec.fill(model, weights, cfg.codec.ckpt)
     if resumed is None and hasattr(model, "measure"):
@@ -95,7 +99,7 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
         if isinstance(callback, Samples):
             callback.try_out(lit)
         elif isinstance(callback, Cards) and ranks.first:
-            callback.try_out(lit, config, data.assets())
+            callback.try_out(lit, config, data.assets(), named_packages(config) if cfg.resume is None else trust)
     tracker = trackers.none
     if config["logger"] is not None:  # before anything is written
         tracker = trackers.checked(build({**config["logger"], "_partial_": True}))
@@ -141,6 +145,15 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     return folder
 
 
+def _check_model(model: Any, data: Data, cfg: DictConfig) -> None:
+    """Raise UserError for what is no model, or one of other data."""
+    target = cfg.model.get("_target_")
+    if not isinstance(model, torch.nn.Module) or not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"model._target_={target} has nothing to train: choose another model=, or give it its networks")
+    if isinstance(field := getattr(model, "field", None), str) and field != data.field:
+        raise UserError(f"model.field={field}, but this data has {data.field}: leave model.field= out")
+
+
 def _lit(
     cfg: DictConfig, config: dict[str, Any], build: Any, model: torch.nn.Module, data: Data, record: Record,
     resumed: dict | None,
@@ -148,6 +161,8 @@ def _lit(
     """The loop with its optimisers, which say now what they refuse."""
     optim, ema = build(config["optim"]), build(config["ema"])
     loop = build({**config["loop"], "_partial_": True})
+    if not (isinstance(loop.func, type) and issubclass(loop.func, L.LightningModule)):
+        raise UserError(f"loop._target_={cfg.loop._target_} is no training loop: leave loop._target_= out")
     try:
         lit = loop(
             model, data, optim, ema, record,
@@ -191,12 +206,8 @@ def _shrink(cfg: DictConfig) -> None:
     """debug=true: five steps of eight samples, no tracker, everything that happens between steps at the end."""
     cfg.max_steps, cfg.log_every_steps, cfg.data.batch_size = 5, 1, 8
     cfg.logger = {"_target_": "genai.train.trackers.none"}
-    for callback in cfg.callbacks.values():
+    for callback in filter(None, cfg.callbacks.values()):
         callback.update({k: min(v, 8) for k, v in callback.items() if isinstance(v, int)})
-
-
-def _packages(trust: Any) -> tuple[str, ...]:
-    return (trust,) if isinstance(trust, str) else tuple(trust or ())
 
 
 def _hardware(trainer: DictConfig, ranks: Ranks) -> dict[str, Any]:
@@ -237,6 +248,7 @@ def _folder(cfg: DictConfig, ranks: Ranks) -> tuple[Path, tuple[dict, Path] | No
         if found is None:
             print(f"{folder} has no checkpoint yet: it starts again from step 0")
             return folder, None
+        _check_state(*found)
         check_unchanged(OmegaConf.to_container(cfg, resolve=True), found[0]["config"], folder)  # type: ignore[arg-type]
         if found[0]["step"] >= cfg.max_steps:
             raise UserError(
@@ -246,15 +258,34 @@ def _folder(cfg: DictConfig, ranks: Ranks) -> tuple[Path, tuple[dict, Path] | No
     return Path(ranks.agree(lambda: str(_new_folder(cfg)))), None
 
 
+STATE = {
+    "epoch": int, "global_step": int, "pytorch-lightning_version": str, "loops": dict, "callbacks": dict,
+    "optimizer_states": list, "lr_schedulers": list, "ema_updates": int, "means": dict,
+}  # fmt: skip
+
+
+def _check_state(content: dict, path: Path) -> None:
+    """Raise UserError unless a checkpoint has what going on from it needs."""
+    trainer = content["trainer"]
+    wrong = [key for key, kind in STATE.items() if type(trainer.get(key)) is not kind]
+    split = trainer.get("train_split")
+    if split is not None and not (type(split) is dict and split.keys() == {"items", "checksum"}):
+        wrong.append("train_split")
+    if wrong:
+        raise UserError(
+            f"{path} cannot be gone on from: its trainer has no {', '.join(wrong)}; it can be sampled, or init_from="
+        )
+
+
 def _new_folder(cfg: DictConfig) -> Path:
     """The run directory of a new run, which holds none yet."""
     if cfg.run_dir is None:
         stamp = Path("runs") / cfg.name / time.strftime("%Y-%m-%d_%H-%M-%S")
         twins = (stamp.with_name(f"{stamp.name}_{n}") for n in range(2, 1000))
+        files.check_folder(stamp, "run_dir")
         return next(path for path in (stamp, *twins) if not path.exists())
     folder = Path(cfg.run_dir)
-    if folder.is_file():
-        raise UserError(f"run_dir={folder} is a file: name a folder")
+    files.check_folder(folder, "run_dir")
     _check_unused(folder)
     return folder
 

@@ -1,7 +1,6 @@
 """Experiment trackers: functions of a run directory, a title and a config. None of them may prompt, hang or stop a run."""
 
 import contextlib
-import csv
 import functools
 import hashlib
 import inspect
@@ -18,6 +17,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from genai.cards import METRICS, table
+from genai.cli import stored_config
+from genai.core import metrics_csv
 from genai.core.errors import UserError, number
 from genai.core.files import write_text
 
@@ -86,10 +87,8 @@ class WandB(WandbLogger):
         super().__init__(experiment=run)
         self.run, self.folder, self.artifacts = run, folder, artifacts
         self.best: dict[str, float] = {}
-        if (path := folder / "metrics.csv").exists():  # a resumed run's
-            with path.open(newline="") as file, contextlib.suppress(ValueError):
-                for _, key, value in list(csv.reader(file))[1:]:
-                    self.keep_best({key: float(value)})
+        for row in metrics_csv.rows(folder / "metrics.csv"):  # a resumed run's
+            self.keep_best({row.name: row.value})
 
     def keep_best(self, metrics: Mapping[str, float]) -> None:
         """Note in the summary the values that are better than all before them; nan is never."""
@@ -111,7 +110,7 @@ class WandB(WandbLogger):
 
         for which in ("last", "best") if self.artifacts else ():
             path = self.folder / "checkpoints" / f"{which}.ckpt"
-            if path.exists():
+            if path.exists() and not path.is_symlink():
                 artifact = wandb.Artifact(f"{self.run.id}-{which}", type="model")
                 artifact.add_file(str(path))
                 self.run.log_artifact(artifact)
@@ -301,9 +300,7 @@ def finish(failed: bool, logger: Logger | None = None) -> None:
 
 def log_cards(folder: Path, found: Sequence[dict[str, Any]]) -> None:
     """Cards as a table of the W&B run of a run directory, which is opened again for it."""
-    from omegaconf import OmegaConf
-
-    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    config = stored_config(folder / "config.yaml")
     arguments = {key: value for key, value in config["logger"].items() if key != "_target_" and key != "_partial_"}
     logger = checked(functools.partial(wandb, **arguments))(folder, config["name"], config)
     if isinstance(logger, WandB):

@@ -140,8 +140,8 @@ def _watched(denoiser: Denoiser, steps: int) -> Denoiser:
         prediction, k = denoiser(x, t, cond), next(calls)
         if not prediction.out.isfinite().all():
             raise UserError(
-                f"the network's output is not finite at step {k} of {steps} (t = {t:g}): the checkpoint is broken, or "
-                "its numbers are too large for this dtype"
+                f"the network's output is not finite at step {k} of {steps} (t = {t:g}): training has diverged "
+                "(a lower optim.lr helps), or its numbers are too large for this dtype"
             )
         return prediction
 

@@ -55,8 +55,8 @@ def levels(path: Path, steps: int, spacing: Spacing = "trailing", rho: float = 7
     """
     low, high = path.level(path.t_min), path.level(path.t_max)
     T = int(path.t_max) + 1 if path.discrete else 10**6
-    if not 1 <= steps <= T:
-        raise UserError(f"sampler.steps={steps} must be between 1 and the model's T={T}")
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= T:
+        raise UserError(f"sampler.steps={steps} must be between 1 and the model's T={T}, a whole number")
     fractions = [k / (steps - 1) if steps > 1 else 0.0 for k in range(steps)]
     if spacing != "trailing" and not low.sigma:
         raise UserError(f"sampler.spacing={spacing} would visit clean data, where this path ends: use trailing")
