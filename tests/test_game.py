@@ -220,5 +220,6 @@ torch.save({{"model": lit.model.state_dict(), "ema": lit.ema.state_dict()}}, fol
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_with_the_doubled_batch(tmp_path):
     ranks(tmp_path, TWO_RANKS, 1e-8)

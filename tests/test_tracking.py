@@ -336,6 +336,7 @@ def test_an_old_run_is_given_the_keys_it_is_too_old_to_have(tmp_path):
     assert dict(cfg.logger) == {**stored.logger, "tags": ["a"]}
 
 
+@pytest.mark.slow
 def test_output_is_kept_and_a_bar_survives_it(tmp_path):
     """In a terminal, where the progress bar moves."""
     command = [sys.executable, str(ROOT / "train.py"), *RUN, f"run_dir={tmp_path / 'run'}"]

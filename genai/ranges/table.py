@@ -74,7 +74,7 @@ RANGES: dict[str, Any] = {
     "logger": Node(),
     "logger.project": WORD,
     **{f"logger.{key}": Text("a text", null=True) for key in ("entity", "name", "group", "notes")},
-    "logger.tags": Many(Text("a text of 1 to 64 characters", r".{1,64}"), 0, null=True),
+    "logger.tags": Many(Text("a text of 1 to 64 characters", r"(?=.*\S).{1,64}"), 0, null=True),
     "logger.artifacts": FLAG,
     "logger.timeout_seconds": Number(0, 600, "seconds", above=True),
     # optimisers
