@@ -46,7 +46,7 @@ def of_split(split: "Split", quick: bool = False) -> str:
 
     A split may answer itself, by a method `fingerprint(quick)`; of any other every item is read, or if `quick` 256 of them.
     `quick` is for what is asked at each start of a run: of image files it is their names and sizes. The whole of MNIST's
-    60,000 images takes 0.07 s, quick 0.02 s (one core of an AMD EPYC); image files are read once, at the speed of the disk,
+    60,000 images takes 0.07 s, quick 0.02 s (one core of an Intel Xeon); image files are read once, at the speed of the disk,
     and then only looked at for changes, 11 us each (there, from memory 41 us at first).
     """
     own = getattr(split, "fingerprint", None)
