@@ -306,10 +306,10 @@ WRONG_LOGGER = {
     "logger.tags=['']": "must be a list",
     "logger.entity=''": "logger.entity= must be a text",
     "logger.project=null": "logger.project=null must be a text",
-    "logger.project=a/b": "logger.project=a/b may not hold /",
+    "logger.project=a/b": "logger.project=a/b must be a text of 1 to 128 characters, none of / ",
     "logger.artifacts=3": "logger.artifacts=3 ",
     "logger.timeout_seconds=0": "logger.timeout_seconds=0 must be a number of seconds, greater than 0",
-    f"logger.name={'n' * 129}": "logger.name has 129 characters, and W&B takes 128",
+    f"logger.name={'n' * 129}": "must be a text of 1 to 128 characters",
 }
 
 

@@ -72,8 +72,12 @@ RANGES: dict[str, Any] = {
     "ema.decay": SHARE,
     "ema.power": Number(0, 100, null=True, above=True),
     "logger": Node(),
-    "logger.project": WORD,
-    **{f"logger.{key}": Text("a text", null=True) for key in ("entity", "name", "group", "notes")},
+    "logger.project": Text("a text of 1 to 128 characters, none of / \\ # ? % :", r"(?=.*\S)[^/\\#?%:]{1,128}"),
+    **{
+        f"logger.{key}": Text("a text of 1 to 128 characters", r"(?=.*\S).{1,128}", null=True)
+        for key in ("name", "group")
+    },
+    **{f"logger.{key}": Text("a text", null=True) for key in ("entity", "notes")},
     "logger.tags": Many(Text("a text of 1 to 64 characters", r"(?=.*\S).{1,64}"), 0, null=True),
     "logger.artifacts": FLAG,
     "logger.timeout_seconds": Number(0, 600, "seconds", above=True),

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from genai.cards import METRICS, table
 from genai.cli import stored_config
 from genai.core import metrics_csv
-from genai.core.errors import UserError, number
+from genai.core.errors import UserError
 from genai.core.files import write_text
 
 Tracker = Callable[[Path, str, dict], Logger | None]
@@ -116,11 +116,9 @@ class WandB(WandbLogger):
                 self.run.log_artifact(artifact)
 
 
-TEXTS = "project", "entity", "group", "name", "notes"
-
-
 def checked(tracker: Any) -> Tracker:
-    """A tracker, built but not yet started, whose keys and their values are right. Raises UserError for the first that is not."""
+    """A tracker, built but not yet started. Raises UserError for a key that it does not have; values have their ranges in
+    genai/ranges."""
     partial = tracker if isinstance(tracker, functools.partial) else functools.partial(tracker)
     keywords: dict[str, Any] = partial.keywords
     known = [p.name for p in inspect.signature(partial.func).parameters.values()][3:]
@@ -128,31 +126,6 @@ def checked(tracker: Any) -> Tracker:
         if key not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise UserError(f"the logger {getattr(partial.func, '__name__', partial.func)} has no key {key}: {has}")
-    if partial.func is wandb:
-        for key in TEXTS:
-            value = keywords.get(key)
-            if (
-                key in keywords
-                and not (isinstance(value, str) and value.strip())
-                and (value is not None or key == TEXTS[0])
-            ):
-                more = "" if key == "project" else ", or null for none"
-                raise UserError(f"logger.{key}={value} must be a text that is not empty{more}")
-        tags = keywords.get("tags")
-        if tags is not None and not (
-            isinstance(tags, list) and all(isinstance(t, str) and 1 <= len(t) <= 64 for t in tags)
-        ):
-            raise UserError(f"logger.tags={tags} must be a list of texts of 1 to 64 characters, such as [first,small]")
-        if not isinstance(keywords.get("artifacts", False), bool):
-            raise UserError(f"logger.artifacts={keywords['artifacts']} must be true or false")
-        number(keywords.get("timeout_seconds", 10), "logger.timeout_seconds", 0, 600, open_low=True)
-        if wrong := re.findall(r"[/\\#?%:]", keywords.get("project", "")):
-            raise UserError(
-                f"logger.project={keywords['project']} may not hold {wrong[0]}, in W&B none of / \\ # ? % : may"
-            )
-        for key, most in {"project": 128, "group": 128, "name": 128}.items():
-            if len(keywords.get(key) or "") > most:
-                raise UserError(f"logger.{key} has {len(keywords[key])} characters, and W&B takes {most}")
     return partial
 
 
