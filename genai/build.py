@@ -21,8 +21,8 @@ from genai.core.errors import UserError
 from genai.data.base import Data
 
 MODELS, DATA, RUN = "models", "data", "run"
-"""What a stored config may build: always models, with their networks, losses and samplers; data where the user asks to resume,
-to evaluate or to draw items; and what else a run is made of where the user asks to resume it."""
+"""The kinds of object that a stored config may build: models with their networks, losses and samplers always; data sets where the
+user asks to resume, to evaluate or to draw items; callbacks, loggers, optimisers and loops where the user asks to resume."""
 
 ROOMS = ("genai.models.", "genai.nn.", "genai.losses.")
 """Any public class or function that is defined there: nothing there writes, downloads or runs."""

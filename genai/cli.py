@@ -108,7 +108,7 @@ def arguments() -> argparse.Namespace:
 
 
 def refuse_flags(message: str) -> NoReturn:
-    """What argparse says of a command line, as one sentence, with the key=value that a --key=value should be."""
+    """Exit with one sentence instead of argparse's usage, with the key=value that a --key=value should be."""
     wrong = next((a for a in sys.argv[1:] if re.match(r"-{1,2}[a-z]\w*(-\w+)*=", a)), None)
     hint = f": write {wrong.lstrip('-').replace('-', '_')}" if wrong else ": keys are written key=value, without dashes"
     fail(UserError(f"the command line is not understood, {message}{hint} (--help lists all keys)"))

@@ -103,7 +103,7 @@ def samples(baseline: Any, data: Data, names: Sequence[str], n: int, real: Seen)
 
 
 def items(baseline: Any, data: Data, names: Sequence[str], split: str, n: int) -> dict[str, float]:
-    """Of n items of a split, those that a pass over it measures; of a text it is all of it."""
+    """Figures of a baseline on the n items of a split that a pass measures; on the whole split of a text."""
     scored = held(data, split) if data.field == "tokens" else next(batches(part(data, split, n), n))
     found: dict[str, float] = {}
     if any(name in LIKELIHOODS for name in names):

@@ -97,7 +97,7 @@ def metric_cards(metric: str, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def notes(card: Mapping[str, Any]) -> list[str]:
-    """What a card says in words: why it does not tell whether a model memorises, why a likelihood is poor."""
+    """The remarks of a card: why it does not tell whether a model memorises, why a likelihood is poor."""
     unknown = [f"whether it memorises: {card['memorised_reason']}"] if "memorised_reason" in card else []
     return unknown + ([str(card["why"])] if "why" in card else [])
 

@@ -154,7 +154,7 @@ def table(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def verdict(card: Mapping[str, Any]) -> bool | str:
-    """Whether samples are copies of training images, as a card says it."""
+    """A card's verdict on whether samples are copies of training images, as text."""
     return "too few to tell" if card["memorised"] is None else card["memorised"]
 
 

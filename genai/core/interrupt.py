@@ -24,8 +24,8 @@ def answer() -> None:
 
 @contextlib.contextmanager
 def answered() -> Iterator[None]:
-    """What runs in here is left by an exception, so that it can clean up, whatever is made of that on the way; while a
-    package loads it is left at once, because packages swallow exceptions then."""
+    """Turn a signal within the context into an exception, so that what runs can clean up, and exit with its code even where the
+    exception is swallowed; while a package is being imported, exit at once."""
     global _received
     _received = None
     _install(_raise)

@@ -1,4 +1,4 @@
-"""Whether what is being built is what a file says.
+"""A flag that is set while objects are built from a stored config.
 
 Such a thing reads what is there: it downloads nothing, and writes nothing where the file chooses.
 """
