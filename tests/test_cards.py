@@ -293,6 +293,7 @@ def test_the_same_cards_while_a_run_trains(runs, tmp_path):
     assert [step for step, _ in read(more).curves["card/recall"]] == [2, 4, 6]
 
 
+@pytest.mark.slow
 def test_an_offline_tracker_holds_the_cards(runs, command, tmp_path):
     """Config, metrics and pictures are read back in test_tracking; here the tables of cards, in the run and after it."""
     given = ["model=gan", "data=digits", *SMALL, "callbacks.cards.every_steps=3", "callbacks.cards.metrics=[recall]",

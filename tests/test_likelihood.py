@@ -86,7 +86,9 @@ def gaussian(path):
     return Exact(path, x0, (4,)).eval(), covariance
 
 
-@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=name, marks=[pytest.mark.slow] * (name != "DDPM")) for name, p in PATHS.items()]
+)
 def test_the_density_of_a_gaussian_is_found(path):
     """Against the closed form at the ODE's end: the mean over the noise of ln N(y; 0, C) less that of the noise."""
     model, covariance = gaussian(path)

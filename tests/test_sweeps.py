@@ -70,18 +70,18 @@ def killed_when(command, folder, ready):
 
 
 def test_a_killed_sweep_is_finished_by_the_same_command(sweep, tmp_path):
-    over = {"seed": [0, 1, 2], "optim.lr": [1e-3, 1e-2]}
+    over = {"seed": [0, 1], "optim.lr": [1e-3, 1e-2]}
     command = [*sweep(over=over), "logger=wandb", "callbacks.save.every_steps=5"]
-    killed_when(command, tmp_path, lambda: len([*tmp_path.glob("runs/sweeps/*/*/checkpoints/last.ckpt")]) == 3)
+    killed_when(command, tmp_path, lambda: len([*tmp_path.glob("runs/sweeps/*/*/checkpoints/last.ckpt")]) == 2)
     folder = the_folder(tmp_path)
     before = Counter(record["status"] for record in lines(folder))
-    assert before == {"started": 3, "finished": 2}
+    assert before == {"started": 2, "finished": 1}
     done = call(command, tmp_path)
     assert done.returncode == 0, done.stderr + done.stdout
-    assert "6 jobs, 2 of them finished before" in done.stdout
+    assert "4 jobs, 1 of them finished before" in done.stdout
     assert all(record["status"] == "finished" for record in journal(folder).values())
     started = Counter(record["job"] for record in lines(folder) if record["status"] == "started")
-    assert sorted(started.values()) == [1, 1, 1, 1, 1, 2]
+    assert sorted(started.values()) == [1, 1, 1, 2]
     assert Counter(record["job"] for record in lines(folder) if record["status"] == "finished") == dict.fromkeys(
         started, 1
     )
@@ -90,19 +90,19 @@ def test_a_killed_sweep_is_finished_by_the_same_command(sweep, tmp_path):
 
     runs = [record.run for path in folder.glob("*/wandb/offline-run-*/run-*.wandb") for record in records(path)]
     runs = {run.run_id: run for run in runs if run.run_id}
-    assert len(runs) == 6
+    assert len(runs) == 4
     assert {run.run_group for run in runs.values()} == {folder.name}
     assert {run.display_name for run in runs.values()} == set(started)
 
     rows = list(csv.DictReader((folder / "summary.csv").open()))
     losses = [float(row["val/loss"]) for row in rows]
-    assert len(rows) == 6 and losses == sorted(losses)
-    assert {(row["seed"], row["optim.lr"]) for row in rows} == {(s, lr) for s in "012" for lr in ("0.001", "0.01")}
+    assert len(rows) == 4 and losses == sorted(losses)
+    assert {(row["seed"], row["optim.lr"]) for row in rows} == {(s, lr) for s in "01" for lr in ("0.001", "0.01")}
     assert (folder / "summary.png").stat().st_size > 1000
     again = call(command, tmp_path)
     assert again.returncode == 0
     assert "nothing is left to run" in again.stdout
-    assert len(lines(folder)) == 13
+    assert len(lines(folder)) == 9
 
 
 def test_failed_jobs_are_named_and_the_rest_go_on(sweep, tmp_path):
@@ -189,6 +189,7 @@ def test_wrong_commands(sweep, refused, tmp_path):
     assert "did you mean ddpm_digits_lr?" in refused("train.py", "-m", "sweep=ddpm_digit_lr")
 
 
+@pytest.mark.slow
 def test_a_metric_that_no_run_has_is_named_and_costs_no_second_run(sweep, tmp_path):
     command = [*sweep(over={"seed": [0]}, metric="val/los"), "logger=none"]
     done = call(command, tmp_path)

@@ -356,6 +356,7 @@ def test_output_is_kept_and_a_bar_survives_it(tmp_path):
     assert "Traceback" not in shown.decode()
 
 
+@pytest.mark.slow
 def test_tensorboard_is_a_choice(command, tmp_path):
     done = command("train.py", *RUN, "logger=tensorboard", f"run_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
