@@ -1,8 +1,11 @@
 """Text: tokenizers, prepared streams, windows, and the way from a file on disk to samples and bits per character."""
 
+import itertools
 import json
 import math
 import multiprocessing
+import os
+import random
 import subprocess
 import sys
 
@@ -164,6 +167,177 @@ def test_pieces_are_cut_where_nothing_breaks(make, monkeypatch):
     pieces = text.Files([whole.splits["train"].path.parents[2] / "text.txt"], False)
     assert "".join(piece for piece, _ in pieces.pieces(0, 1)) == PROSE
     assert "".join(p for a, b in ((0, 0.313), (0.313, 0.77), (0.77, 1)) for p, _ in pieces.pieces(a, b)) == PROSE
+
+
+def test_a_cut_inside_a_character_of_any_length_moves(tmp_path):
+    """Files of emoji alone and of chat, 240 of them: none is refused, no character lost or doubled."""
+    draw, chat = random.Random(0), "okay so haha 😀👍🏽🎉 naïve 東京\n"
+    for i in range(240):
+        content = "".join(draw.choices("😀🎉🦀👍" if i < 40 else chat, k=draw.randrange(100, 200)))
+        (tmp_path / "a.txt").write_text(content)
+        cuts = [0.0, *sorted(draw.random() for _ in range(4)), 1.0]
+        source = text.Files([tmp_path / "a.txt"], documents=False)
+        parts = ["".join(piece for piece, _ in source.pieces(*ends)) for ends in itertools.pairwise(cuts)]
+        assert "".join(parts) == content
+        for part, last in zip(itertools.accumulate(parts), cuts[1:], strict=True):
+            assert 0 <= len(part.encode()) - int(len(content.encode()) * last) <= 3
+
+
+def test_a_file_that_shrinks_while_it_is_read_ends_in_a_sentence(tmp_path, monkeypatch):
+    path = tmp_path / "log.txt"
+    path.write_text("line\n" * 1000)
+    source = text.Files([path], documents=False)
+    monkeypatch.setattr(text, "PIECE_BYTES", 1000)
+    pieces = source.pieces(0, 1)
+    next(pieces)
+    path.write_text("line\n" * 300)
+    with pytest.raises(UserError, match=r"log.txt became shorter while it was read"):
+        [None for _, _ in zip(range(1000), pieces, strict=False)]
+    path.unlink()
+    with pytest.raises(UserError, match=r"log.txt cannot be read \(No such file"):
+        list(source.pieces(0, 1))
+
+
+@pytest.mark.parametrize("damage", ["cut", "cut with its end", "emptied", "meta", "gone"])
+def test_a_damaged_preparation_is_made_anew(make, damage, capsys):
+    before = make(PROSE, tokenizer="char")
+    path, folder = before.splits["train"].path, before.splits["train"].path.parent
+    whole = path.read_bytes()
+    if damage.startswith("cut"):
+        os.truncate(path, len(whole) // 2 + (damage == "cut"))
+    elif damage == "gone":
+        path.unlink()
+    else:
+        os.truncate(path if damage == "emptied" else folder / "meta.json", 0)
+    again = make(PROSE, tokenizer="char").splits["train"]
+    assert again.path.read_bytes() == whole and again.path.parent == folder
+    assert "is damaged: its text is prepared anew" in capsys.readouterr().err
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_preparation_of_before_its_size_was_noted_is_used_as_it_is(make, capsys):
+    split = make(PROSE).splits["train"]
+    meta = json.loads((split.path.parent / "meta.json").read_text())
+    del meta["bytes"]
+    (split.path.parent / "meta.json").write_text(json.dumps(meta))
+    before = split.path.stat().st_mtime_ns
+    assert make(PROSE).splits["train"].path.stat().st_mtime_ns == before and "damaged" not in capsys.readouterr().err
+
+
+def draw_after_a_cut(path, answers):
+    split = text.Windows(path, "uint8", 0, 16, 0, False)
+    fresh, last = text.Windows(path, "uint8", 0, 16, 0, False), torch.tensor([len(split) - 1])
+    split.batch(last, None)
+    os.truncate(path, 5000)
+    for part in (split, fresh):  # mapped before, and after
+        try:
+            answers.put(part.batch(last, None))
+        except UserError as error:
+            answers.put(str(error))
+
+
+def test_a_preparation_cut_short_while_it_is_in_use_ends_in_a_sentence(tmp_path):
+    """In a process of its own, which a memory map would kill."""
+    (tmp_path / "train.bin").write_bytes(b"x" * 100_000)
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    process = context.Process(target=draw_after_a_cut, args=(tmp_path / "train.bin", answers))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert all("train.bin was cut short while it was in use" in answers.get(timeout=60) for _ in range(2))
+
+
+def folder_of_texts(root):
+    """a.txt, b/c.txt, what tools leave beside them, and links: up, to a folder elsewhere, twice, and to a file."""
+    for name in ("a", "b/c", "b/._c", ".git/d", ".ipynb_checkpoints/a-checkpoint", "b/.e/f/g"):
+        path = root / "texts" / f"{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"this is {name} " * 30)
+    (root / "elsewhere" / "deep").mkdir(parents=True)
+    (root / "elsewhere" / "deep" / "h.txt").write_text("this is h " * 30)
+    for name, target in {
+        "b/up": "../../texts",
+        "x": "../elsewhere",
+        "y": "../elsewhere/deep",
+        ".z": "../elsewhere",
+    }.items():
+        (root / "texts" / name).symlink_to(target, target_is_directory=True)
+    (root / "texts" / "0.txt").symlink_to("b/c.txt")
+    return root / "texts"
+
+
+def words_of(data):
+    tokens = np.concatenate([np.fromfile(s.path, s.dtype) for s in data.splits.values()])
+    documents = bytes(np.where(tokens < 256, tokens, 0).astype(np.uint8)).decode().split("\0")
+    return [document.split()[2] for document in documents if document]
+
+
+def test_a_folder_gives_each_file_once_and_nothing_hidden(tmp_path, capsys):
+    root = folder_of_texts(tmp_path)
+    given = {"path": str(root), "pattern": "*.txt", "cache": str(tmp_path / "cache"), **FACTS}
+    data = text.text_folder(hidden=False, links=True, **given)
+    assert words_of(data) == ["a", "b/c", "h"]
+    assert "skipped 4 hidden files" in capsys.readouterr().err
+    assert sorted(words_of(text.text_folder(hidden=True, links=True, **given))) == sorted(
+        ["a", "b/c", "b/._c", ".git/d", ".ipynb_checkpoints/a-checkpoint", "b/.e/f/g", "h"]
+    )
+    # what a run says that was begun before there was the choice
+    assert sorted(words_of(text.text_folder(**given))) == sorted(
+        ["a", "b/c", "b/c", "b/._c", ".git/d", ".ipynb_checkpoints/a-checkpoint", "b/.e/f/g"]
+    )
+    conf = composed("baselines", ["data=text_folder"]).data
+    assert (conf.hidden, conf.links) == (False, True)
+    with pytest.raises(UserError, match=r"holds no text .* but 1 hidden files of .*, which data.hidden=true takes"):
+        text.text_folder(hidden=False, links=True, **{**given, "path": str(root / "b" / ".e" / ".."), "pattern": "._*"})
+
+
+def test_files_with_copies_in_other_splits_are_counted(tmp_path, capsys):
+    for i in range(20):
+        (tmp_path / f"{i:02d}.txt").write_text(f"{i % 11:02d} is the text " * 20)
+    given = {"pattern": "*.txt", "cache": str(tmp_path / "cache"), **FACTS}
+    text.text_folder(path=str(tmp_path), **given)
+    # train ends after 16 files, val after 18: 05 = 16, 06 = 17, 07 = 18, 08 = 19 lie apart, 00 = 11 and others do not
+    said = capsys.readouterr().err
+    assert (
+        said
+        == f"8 files of {tmp_path} have exact copies in other splits, such as {tmp_path}/05.txt and {tmp_path}/16.txt\n"
+    )
+    for i in range(11, 20):
+        (tmp_path / f"{i:02d}.txt").write_text(f"{i:02d} is the text " * 20)
+    text.text_folder(path=str(tmp_path), **given)
+    assert capsys.readouterr().err == ""
+
+
+ODD = {
+    "bom": (b"\xef\xbb\xbf" + PROSE.encode(), PROSE),
+    "crlf": (PROSE.replace("\n", "\r\n").encode(), PROSE.replace("\n", "\r\n")),
+    "latin-1": ("Straße\n".encode("latin-1") * 99, "is not UTF-8: byte 0xdf at offset 4"),
+    "utf-16": (PROSE.encode("utf-16"), "is not UTF-8: byte 0xff at offset 0"),
+    "utf-16 without its mark": ("ascii\n".encode("utf-16-le") * 99, "594 NUL bytes, as UTF-16 and binary files do"),
+    "continuation bytes": (b"x" + b"\x80" * 999, "is not UTF-8: byte 0x80 at offset 1"),
+    "a surrogate": (b"\xed\xa0\x80" * 99, "is not UTF-8: byte 0xed at offset 0"),
+    "half a character": ("東".encode() * 99 + b"\xe6\x9d", "is not UTF-8: byte 0xe6 at offset 297"),
+    "nothing": (b"", "is empty"),
+    "one byte": (b"x", "too few for one window"),
+    "one character": ("😀".encode(), "too few for one window"),
+    "one line break": (b"\n", "too few for one window"),
+}
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe"])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_files_are_read_or_refused_in_a_sentence(make, name, tokenizer, capsys):
+    content, expected = ODD[name]
+    facts = {"tokenizer": tokenizer, "vocab_size": 260 if tokenizer == "bpe" else None}
+    try:
+        data = make(content, **facts)
+    except UserError as error:
+        assert expected in str(error), error
+    else:
+        read = "".join(data.tokenizer.decode(np.fromfile(s.path, s.dtype).tolist()) for s in data.splits.values())
+        assert read.encode() == content
+        assert expected in (read, read[1:]) or expected in capsys.readouterr().err
 
 
 def test_a_learned_vocabulary_is_drawn_from_part_of_a_large_text(monkeypatch, capsys):

@@ -1,13 +1,17 @@
 """Text as streams of token ids: prepared once, memory-mapped, cut into windows."""
 
+import bisect
 import codecs
 import hashlib
 import http.client
+import itertools
 import json
 import os
 import random
 import shutil
+import sys
 import urllib.request
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,9 +60,31 @@ class Files:
     def fingerprint(self, digest: Any) -> None:
         for path, size in self.files:
             digest.update(f"{size}:".encode())
-            with path.open("rb") as file:
-                while chunk := file.read(PIECE_BYTES):
+            nul = 0
+            for chunk in _chunks(path, 0, size):
+                digest.update(chunk)
+                nul += chunk.count(0)
+            if nul:
+                print(f"{path} holds {nul} NUL bytes, as UTF-16 and binary files do, and no text", file=sys.stderr)
+
+    def copies(self, shares: dict[str, float]) -> list[list[Path]]:
+        """Files with the same content, those that do not lie in one split alone."""
+        cuts = [int(self.size_bytes * last) for _, last in bounds(shares).values()]
+        alike: dict[Any, list[tuple[Path, int, int]]] = {}
+        at = 0
+        for path, size in self.files:
+            alike.setdefault(size, []).append(
+                (path, bisect.bisect_right(cuts, at), bisect.bisect_left(cuts, at + size))
+            )
+            at += size
+        for size in [size for size, group in alike.items() if len(group) > 1]:
+            for entry in alike.pop(size):
+                digest = hashlib.sha256()
+                for chunk in _chunks(entry[0], 0, size):
                     digest.update(chunk)
+                alike.setdefault(digest.digest(), []).append(entry)
+        spread = [group for group in alike.values() if len(group) > 1 and len({i for e in group for i in e[1:]}) > 1]
+        return [[path for path, _, _ in group] for group in spread]
 
     def pieces(self, first: float, last: float) -> Iterator[Piece]:
         """A cut inside a character moves to its end."""
@@ -69,33 +95,44 @@ class Files:
             start, stop = start - size, stop - size
 
     def _part(self, path: Path, start: int, stop: int, size: int) -> Iterator[Piece]:
-        with path.open("rb") as file:
-            start, stop = (self._boundary(file, at) for at in (start, stop))
-            file.seek(start)
-            decoder, rest = codecs.getincrementaldecoder("utf-8")(), ""
-            while start < stop:
-                chunk = file.read(min(PIECE_BYTES, stop - start))
-                start += len(chunk)
-                try:
-                    rest += decoder.decode(chunk, final=start == stop)
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
-                        f"{start - len(error.object) + error.start} ({error.reason}); convert the file, for instance with iconv"
-                    ) from None
-                cut = rest.rfind("\n") + 1 or len(rest)  # words stay whole for a tokenizer of merges
-                whole, rest = rest[:cut], rest[cut:]
-                if start < stop and whole:
-                    yield whole, False
-                elif start == stop:
-                    yield whole + rest, stop == size
+        start, stop = (self._boundary(path, at, size) for at in (start, stop))
+        decoder, rest = codecs.getincrementaldecoder("utf-8")(), ""
+        for chunk in _chunks(path, start, stop):
+            start += len(chunk)
+            try:
+                rest += decoder.decode(chunk, final=start == stop)
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
+                    f"{start - len(error.object) + error.start} ({error.reason}); convert the file, for instance with iconv"
+                ) from None
+            cut = rest.rfind("\n") + 1 or len(rest)  # words stay whole for a tokenizer of merges
+            whole, rest = rest[:cut], rest[cut:]
+            if start < stop and whole:
+                yield whole, False
+            elif start == stop:
+                yield whole + rest, stop == size
 
     @staticmethod
-    def _boundary(file: Any, at: int) -> int:
-        """The first byte from `at` on that continues no character."""
-        file.seek(at)
-        tail = file.read(3)
-        return at + next((i for i, byte in enumerate(tail) if byte & 0xC0 != 0x80), len(tail) if len(tail) < 3 else 0)
+    def _boundary(path: Path, at: int, size: int) -> int:
+        """The first byte from `at` on that continues no character, of which at most three in a row do; `at` where more do."""
+        tail = b"".join(_chunks(path, at, min(at + 4, size)))
+        return at + next((i for i, byte in enumerate(tail) if byte & 0xC0 != 0x80), len(tail) % 4)
+
+
+def _chunks(path: Path, start: int, stop: int) -> Iterator[bytes]:
+    """The bytes of a file from start to stop, in order. Raises UserError if it cannot be read, or ends before."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            while start < stop:
+                chunk = file.read(min(PIECE_BYTES, stop - start))
+                if not chunk:
+                    raise UserError(f"{path} became shorter while it was read: start again once nothing writes to it")
+                start += len(chunk)
+                yield chunk
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): make it readable, or change data.path") from error
 
 
 class Embedded:
@@ -139,13 +176,15 @@ def prepare(
     digest = hashlib.sha256(repr(decides).encode())
     source.fingerprint(digest)
     name, own = digest.hexdigest()[:24], cache_folder("text")
-    if cache is not None and (cache / name / "meta.json").exists():
+    if cache is not None and _is_whole(cache / name):
         return cache / name
     cache = own if cache is None or stored.is_building() else cache
     folder = cache / name
-    if (folder / "meta.json").exists():
+    if _is_whole(folder):
         return folder
-    temporary = cache / f".{folder.name}.{os.getpid()}.tmp"
+    if folder.exists():
+        print(f"{folder} is damaged: its text is prepared anew", file=sys.stderr)
+    temporary, damaged = (cache / f".{folder.name}.{os.getpid()}.{kind}" for kind in ("tmp", "damaged"))
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         if source.size_bytes > 64 * 2**20:
@@ -153,26 +192,45 @@ def prepare(
         learn_from = 1.0 if tokenizer == "char" else shares["train"]
         pieces = (text for text, _ in source.pieces(0.0, learn_from))
         ids = learned(tokenizer, pieces, source.size_bytes, vocab_size, source.documents)
-        meta: dict[str, Any] = {"tokenizer": ids.state(), "dtype": smallest_dtype(ids.vocab_size), "characters": {}}
-        first = 0.0
-        for name, share in shares.items():
-            last = 1.0 if name == [*shares][-1] else round(first + share, 9)
-            parts = source.pieces(first, last)
-            meta["characters"][name] = _write(temporary / f"{name}.bin", parts, ids, meta["dtype"])
-            first = last
+        dtype = smallest_dtype(ids.vocab_size)
+        meta: dict[str, Any] = {"tokenizer": ids.state(), "dtype": dtype, "characters": {}, "bytes": {}}
+        for name, (first, last) in bounds(shares).items():
+            path = temporary / f"{name}.bin"
+            meta["characters"][name] = _write(path, source.pieces(first, last), ids, dtype)
+            meta["bytes"][name] = path.stat().st_size
         (temporary / "meta.json").write_text(json.dumps(meta))
         try:
             temporary.rename(folder)
         except OSError:
-            if not (folder / "meta.json").exists():
-                raise
+            if not _is_whole(folder):
+                folder.rename(damaged)
+                temporary.rename(folder)
     except OSError as error:
         raise UserError(
             f"data.cache={str(cache)!r} cannot be written ({error.strerror}): name another folder"
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in (temporary, damaged):
+            shutil.rmtree(left, ignore_errors=True)
     return folder
+
+
+def bounds(shares: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """From where to where in the text each split goes."""
+    lasts = [round(last, 9) for last in itertools.accumulate(shares.values(), lambda a, b: round(a + b, 9))]
+    lasts[-1] = 1.0
+    return dict(zip(shares, itertools.pairwise([0.0, *lasts]), strict=True))
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a prepared text is there, each file as long as it was written; texts of before that was noted, in whole ids."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        sizes = {name: (folder / f"{name}.bin").stat().st_size for name in meta["characters"]}
+        whole = all(size % np.dtype(meta["dtype"]).itemsize == 0 for size in sizes.values())
+        return whole and sizes == meta.get("bytes", sizes)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
 
 
 def _write(path: Path, pieces: Iterator[Piece], tokenizer: Tokenizer, dtype: str) -> int:
@@ -204,29 +262,39 @@ class Windows:
 
     def __init__(self, path: Path, dtype: str, characters: int, length: int, overlap: int, augments: bool):
         self.path, self.dtype, self.characters, self.augments = path, np.dtype(dtype), characters, augments
-        self.length, self.overlap, self.map = length, 0 if augments else overlap, None
+        self.length, self.overlap = length, 0 if augments else overlap
+        self.file = self.map = None
         self.tokens = path.stat().st_size // self.dtype.itemsize
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "map": None}  # another process maps the file itself
+        return {**self.__dict__, "file": None, "map": None}  # another process opens it itself
 
     def __len__(self) -> int:
         return max(-(-(self.tokens - 1 - self.overlap) // (self.length - self.overlap)), 1)
 
     def batch(self, index: Tensor, draws: Tensor | None) -> Batch:
-        if self.map is None:
-            self.map = np.memmap(self.path, self.dtype, "r")
         starts, stride = self.tokens - self.length, self.length - self.overlap  # how many windows begin somewhere
         if self.augments and draws is not None:
             first = (index * self.length + (draws[:, 0] * self.length).long()) % starts
         else:
             first = (index * stride).clamp_max(starts - 1)
         at = first[:, None] + torch.arange(self.length + 1)
-        batch = {"tokens": torch.from_numpy(self.map[at.numpy()].astype(np.int64))}
+        batch = {"tokens": torch.from_numpy(self._mapped()[at.numpy()].astype(np.int64))}
         if draws is None:
             fresh = index * stride + self.overlap * (index > 0)  # the last token that was a target before
             batch["mask"] = at > fresh[:, None]
         return batch
+
+    def _mapped(self) -> np.ndarray:
+        """The tokens. Raises UserError if the file was cut short, for a read of what is no more there kills the process."""
+        if self.file is None:
+            self.file = self.path.open("rb")
+            weakref.finalize(self, self.file.close)
+        if os.fstat(self.file.fileno()).st_size < self.tokens * self.dtype.itemsize:
+            raise UserError(f"{self.path} was cut short while it was in use: start again, and it is prepared anew")
+        if self.map is None:
+            self.map = np.memmap(self.file, self.dtype, "r")
+        return self.map
 
     def fingerprint(self, quick: bool) -> str:
         """Of the stream, whatever windows it is cut into; quick by the name of its folder, see `prepare`."""
@@ -264,6 +332,7 @@ class Text(Data):
                 f"data.val={val}, data.test={test}: shares above 0 (test may be 0) that leave some to train"
             )
         shares = {"train": round(1 - val - test, 9), "val": val, **({"test": test} if test else {})}
+        self.shares = shares
         folder = prepare(source, tokenizer, vocab_size, shares, Path(cache) if cache else None)
         meta = json.loads((folder / "meta.json").read_text())
         self.tokenizer = from_state(meta["tokenizer"])
@@ -404,15 +473,61 @@ def lines(path: str, url: str | None = None, **facts: Any) -> Text:
     return Text(Lines([_file(path, url)], documents=True), **facts)
 
 
-def text_folder(path: str, pattern: str, **facts: Any) -> Text:
-    """All UTF-8 files below a folder whose names match `pattern`, in the order of their paths; each is a document."""
+def text_folder(path: str, pattern: str, hidden: bool = True, links: bool = False, **facts: Any) -> Text:
+    """All UTF-8 files below a folder whose names match `pattern`, in the order of their paths; each is a document.
+
+    Args:
+        hidden: those whose names, or those of folders above them, begin with a dot are texts too.
+        links: linked folders are read too, and each file once, however many names lead to it.
+    """
+    root = Path(path)
     try:
-        files = sorted(p for p in Path(path).rglob(pattern) if p.is_file() and p.stat().st_size)
+        matches = {
+            p for at in _folders(root, hidden, links) for p in at.glob(pattern) if p.is_file() and p.stat().st_size
+        }
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"data.pattern={pattern!r} is no pattern of file names ({error}): try *.txt") from None
+    files = sorted(p for p in matches if hidden or not _is_hidden(p, root))
+    skipped = f"{len(matches) - len(files)} hidden files of {path}"
     if not files:
-        raise UserError(f"data.path={path!r} holds no text (data.pattern={pattern!r}): set one of them")
-    return Text(Files(files, documents=True), **facts)
+        but = f" but {skipped}, which data.hidden=true takes" if matches else ""
+        raise UserError(f"data.path={path!r} holds no text (data.pattern={pattern!r}){but}: set one of them")
+    if len(matches) > len(files):
+        print(f"skipped {skipped}, such as {min(matches - {*files})} (data.hidden)", file=sys.stderr)
+    if links:
+        real, once, here = {p: p.resolve() for p in files}, {}, root.resolve()
+        for p in sorted(files, key=lambda p: real[p] != here / p.relative_to(root)):  # its own name before its links'
+            once.setdefault(real[p], p)
+        files = sorted(once.values())
+    source = Files(files, documents=True)
+    data = Text(source, **facts)
+    if copies := source.copies(data.shares):
+        n, example = sum(map(len, copies)), " and ".join(str(p) for p in copies[0][:2])
+        print(f"{n} files of {path} have exact copies in other splits, such as {example}", file=sys.stderr)
+    return data
+
+
+def _folders(root: Path, hidden: bool, links: bool) -> Iterator[Path]:
+    """The folder and all below it, after them those that links lead to, each real one once; no link of a hidden one is
+    followed unless hidden ones are read."""
+    tops, seen = [root], set()
+    for top in tops:
+        for at, below, _ in os.walk(top):
+            folder = Path(at)
+            below.sort()
+            if links:
+                if (real := folder.resolve()) in seen:
+                    below.clear()
+                    continue
+                seen.add(real)
+                tops += [
+                    p for p in map(folder.joinpath, below) if p.is_symlink() and (hidden or not _is_hidden(p, root))
+                ]
+            yield folder
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def python_docs(**facts: Any) -> Text:

@@ -134,6 +134,8 @@ RANGES: dict[str, Any] = {
     "data.cache": PATH,
     "data.file": PATH,
     "data.pattern": WORD,
+    "data.hidden": FLAG,
+    "data.links": FLAG,
     "data.url": Text("an address such as https://...", null=True),
     "data.names": Many(WORD, null=True),
     "data.templates": Many(WORD, null=True),
