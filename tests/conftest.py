@@ -1,6 +1,7 @@
 """One thread and a cache of its own for every test, and the few things that tests share."""
 
 import atexit
+import contextlib
 import os
 import runpy
 import shutil
@@ -18,6 +19,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 torch.set_num_threads(1)
 
@@ -26,6 +30,26 @@ CONFIG = {
     part: {"_target_": f"genai.models.{part}"} for part in ("model", "data", "sampler")
 }  # the least of a checkpoint's
 SHARED = ROOT.parent / "shared" / "data"
+
+
+@contextlib.contextmanager
+def fake_device():
+    """Within, tensors on `cuda` exist on every machine, without numbers; yields what passed between a GPU and the host.
+
+    That is the operations with tensors on both sides, and those that wait to read a number.
+    """
+    traffic = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+            if len({t.device.type for t in tensors}) > 1 or func is torch.ops.aten._local_scalar_dense.default:
+                traffic.append(str(func))
+            return out
+
+    with FakeTensorMode(), Watch():
+        yield traffic
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from genai.core import rng
-from tests.conftest import ROOT
+from tests.conftest import ROOT, fake_device
 
 ONES = 0xFFFFFFFF
 
@@ -82,6 +82,17 @@ def test_moments_and_independence():
     assert (correlation - torch.eye(8)).abs().max() < 0.08
     rows = torch.stack([rng.normal(torch.tensor([0]), (4096,), row=r, stream=s)[0] for r in range(3) for s in range(3)])
     assert (torch.corrcoef(rows) - torch.eye(9)).abs().max() < 0.08
+
+
+def test_draws_on_a_gpu_neither_copy_from_the_host_nor_wait():
+    with fake_device() as traffic:
+        seeds = torch.empty(3, dtype=torch.int64, device="cuda")
+        row = torch.empty((), dtype=torch.int64, device="cuda")
+        blocks = torch.arange(5, device="cuda")
+        drawn = [rng.normal(seeds, (2, 3), 4), rng.normal(seeds, (2, 3), row), rng.uniform(seeds, (5,), 1, rng.TOKENS)]
+        drawn.append(rng.words(seeds, blocks, 7, rng.MODEL))
+    assert all(t.device.type == "cuda" for t in drawn)
+    assert not traffic
 
 
 def test_integers_and_uniforms_equal_tritons_and_normals_to_1e_6(tmp_path):

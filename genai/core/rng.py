@@ -26,30 +26,46 @@ _LOW = 0xFFFFFFFF
 
 def philox(key: Sequence[Tensor], counter: Sequence[Tensor | int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox 4x32: words w0 to w3, int64, for a key (k0, k1) and a counter (c0, c1, c2, c3) of words below
-    2^32 that broadcast.
+    2^32 that broadcast; tensors are int64 and on the key's device.
 
     A product wraps in int64 and so holds all 64 bits: its high word is shifted out, its low word cut only where the other
-    bits would show.
+    bits would show. Words that are plain numbers stay so as long as nothing else reaches them: made into tensors, a GPU
+    would wait for each to be copied, and a CPU compute the same word for every element.
     """
     k0, k1 = key
-    c0, c1, c2, c3 = (torch.as_tensor(c, dtype=torch.int64, device=k0.device) for c in counter)
+    c0, c1, c2, c3 = counter
     for _ in range(10):
-        p0, p1 = c0 * _M[0], c2 * _M[1]
-        c0, c2 = ((p1 >> 32) ^ c1 ^ k0) & _LOW, ((p0 >> 32) ^ c3 ^ k1) & _LOW
-        c1, c3 = p1, p0
+        (high0, low0), (high1, low1) = _product(c0, _M[0]), _product(c2, _M[1])
+        c0, c2 = (k0 ^ (high1 ^ c1)) & _LOW, (k1 ^ (high0 ^ c3)) & _LOW
+        c1, c3 = low1, low0
         k0, k1 = (k0 + _W[0]) & _LOW, (k1 + _W[1]) & _LOW
-    return c0, c1 & _LOW, c2, c3 & _LOW
+    return c0, c1 & _LOW, c2, c3 & _LOW  # pyright: ignore[reportReturnType]
 
 
-def _blocks(seeds: Tensor, blocks: Tensor, row: Tensor | int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox in the layout above: four words of each block, int64 (B, len(blocks)) each."""
+def _product(c: Tensor | int, m: int) -> tuple[Tensor | int, Tensor | int]:
+    """High and low word of c m; what lies above the 32 bits of a tensor's is not cut."""
+    p = c * m
+    return p >> 32, p if isinstance(p, Tensor) else p & _LOW
+
+
+def _blocks(
+    seeds: Tensor, low: Tensor, high: Tensor | int, row: Tensor | int, stream: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox in the layout above: four words of each block, int64 (B, blocks) each."""
     key = (seeds & _LOW)[:, None], ((seeds >> 32) & _LOW)[:, None]
-    return philox(key, (blocks & _LOW, blocks >> 32, row, stream))
+    return philox(key, (low, high, row, stream))
+
+
+def _of_elements(seeds: Tensor, n: int, row: Tensor | int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The words of each sample's first n elements."""
+    blocks = torch.arange((n + 3) // 4, device=seeds.device)
+    low, high = (blocks & _LOW, blocks >> 32) if n > 4 * _LOW else (blocks, 0)
+    return _blocks(seeds, low, high, row, stream)
 
 
 def words(seeds: Tensor, blocks: Tensor, row: int, stream: int) -> Tensor:
     """The four uint32 words of each block, as int64 (B, len(blocks), 4); seeds int64 (B,), all 64 bits used."""
-    return torch.stack(_blocks(seeds, blocks, row, stream), -1)
+    return torch.stack(_blocks(seeds, blocks & _LOW, blocks >> 32, row, stream), -1)
 
 
 def _unit(word: Tensor) -> Tensor:
@@ -61,8 +77,7 @@ def _unit(word: Tensor) -> Tensor:
 def uniform(seeds: Tensor, shape: Sequence[int], row: int = 0, stream: int = MODEL) -> Tensor:
     """float32 uniforms in [0, 1] of shape (B, *shape), one independent field per seed (int64, (B,))."""
     n = math.prod(shape)
-    blocks = torch.arange((n + 3) // 4, device=seeds.device)
-    return _unit(words(seeds, blocks, row, stream)).flatten(1)[:, :n].reshape(len(seeds), *shape)
+    return _unit(torch.stack(_of_elements(seeds, n, row, stream), -1)).flatten(1)[:, :n].reshape(len(seeds), *shape)
 
 
 def normal(seeds: Tensor, shape: Sequence[int], row: Tensor | int = 0, stream: int = STEP) -> Tensor:
@@ -71,7 +86,7 @@ def normal(seeds: Tensor, shape: Sequence[int], row: Tensor | int = 0, stream: i
     Box-Muller on consecutive pairs: sqrt(-2 ln u) cos(2 pi v), then the same with sin.
     """
     n = math.prod(shape)
-    u0, v0, u1, v1 = map(_unit, _blocks(seeds, torch.arange((n + 3) // 4, device=seeds.device), row, stream))
+    u0, v0, u1, v1 = map(_unit, _of_elements(seeds, n, row, stream))
     r0, r1 = ((-2 * u.clamp_min(1e-7).log()).sqrt() for u in (u0, u1))
     a0, a1 = 2 * math.pi * v0, 2 * math.pi * v1
     out = torch.stack([r0 * a0.cos(), r0 * a0.sin(), r1 * a1.cos(), r1 * a1.sin()], -1)  # (B, blocks, 4)
