@@ -1,6 +1,7 @@
 """The fused step: Triton against the formula, by its interpreter here and on a GPU where there is one; and what it
 compiles to, which needs no GPU."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -17,7 +18,7 @@ from genai.core.errors import UserError
 from genai.core.protocols import Prediction
 from genai.kernels import affine_step as kernels
 from genai.kernels.affine_step import Row, affine_step
-from tests.conftest import ROOT
+from tests.conftest import ROOT, fake_device
 
 SHAPES = [(3, 2, 5), (2, 3, 8, 8), (1, 1), (2, 1031), (2, 4, 520)]  # odd ones, one block and several
 ROWS = {
@@ -65,8 +66,8 @@ def formula(x, prediction, row, *, seeds, index, clip, keep_x0, x0_prev=None, x_
 
 def check(impl, device):
     """Every row kind, dtype, size and setting of one implementation."""
-    for dtype, shape, row in itertools.product(TOLERANCE, SHAPES, ROWS.values()):
-        for guided, clip, inpaint, keep in SETTINGS:
+    for k, (shape, row, dtype) in enumerate(itertools.product(SHAPES, ROWS.values(), TOLERANCE)):
+        for guided, clip, inpaint, keep in SETTINGS if dtype == torch.float32 else [SETTINGS[k % len(SETTINGS)]]:
             args, options = arguments(shape, dtype, row, guided, clip, inpaint, keep, device)
             kept = [t.clone() for t in (args[0], args[1].out)]
             y, x0 = affine_step(*args, impl=impl, **options)
@@ -78,6 +79,48 @@ def check(impl, device):
             for got, want in [(y, expected), (x0, expected_x0)][: 1 + keep]:
                 bound = TOLERANCE[dtype] * want.abs().clamp_min(1)
                 assert ((got.double() - want).abs() <= bound).all(), (about, (got.double() - want).abs().max())
+
+
+def layouts(t):
+    """The same numbers under other strides: channels last, every second element of a larger tensor, one not at its start."""
+    last = t.to(memory_format=torch.channels_last)
+    every_second = torch.stack([t, t], -1).flatten(-2)[..., ::2]
+    return [t, last, every_second, torch.cat([t[:1], t])[1:]]
+
+
+def check_layouts(impl, device):
+    """Neither the layout of a tensor nor that of the seeds changes a number, and what is returned is contiguous."""
+    (x, prediction, row), options = arguments((3, 2, 3, 3), torch.float32, ROWS["all"], True, 0.7, True, True, device)
+    want = formula(x, prediction, row, **options)
+    tensors = [x, prediction.out, prediction.out_uncond, *(options[k] for k in ("x0_prev", "x_base", "known", "mask"))]
+    for k in range(4):
+        x, out, uncond, *others = (layouts(t)[(k + i) % 4] for i, t in enumerate(tensors))  # mixed
+        given = {**options, **dict(zip(("x0_prev", "x_base", "known", "mask"), others, strict=True))}
+        got = affine_step(x, prediction._replace(out=out, out_uncond=uncond), row, impl=impl, **given)
+        assert all(t.is_contiguous() and (t - w).abs().max() < 1e-5 for t, w in zip(got, want, strict=True)), k
+    (x, prediction, row), options = arguments((3, 2, 3, 3), torch.float32, ROWS["all"], False, None, True, True, device)
+    many = torch.tensor([5, 6, 7, 8, 9, 10], device=device)
+    for seeds in (many[::2], many[1:4], many[:1].expand(3), torch.stack([many, many], 1)[:3, 1]):
+        want, _ = formula(x, prediction, row, **{**options, "seeds": seeds.clone()})
+        got, _ = affine_step(x, prediction, row, impl=impl, **{**options, "seeds": seeds})
+        assert (got - want).abs().max() < 1e-5, seeds
+
+
+def check_refusals(impl, device):
+    """One sentence for what no implementation may guess."""
+    x, seeds = torch.randn(2, 3, device=device), rng.seed_range(0, 2).to(device)
+    for message, row, given in (
+        ("mask was given without known", ROWS["last"], {"mask": x}),
+        ("known was given without mask", ROWS["last"], {"known": x}),
+        ("x0_prev was not given, but the row's factor of it is c=-0.1, not 0", ROWS["multistep"], {}),
+        ("x_base was not given", ROWS["two-stage"], {"x0_prev": x}),
+        ("seeds is int32", ROWS["last"], {"seeds": seeds.int()}),
+        (r"seeds is int64 \[1\].*one seed a sample is needed, int64 \[2\] on", ROWS["last"], {"seeds": seeds[:1]}),
+        (r"seeds is int64 \[2, 1\]", ROWS["last"], {"seeds": seeds[:, None]}),
+        ("seeds is int64 .* on meta", ROWS["last"], {"seeds": seeds.to("meta")}),
+    ):
+        with pytest.raises(UserError, match=message):
+            affine_step(x, Prediction(x), row, **{"seeds": seeds, "index": 0, "impl": impl, **given})
 
 
 def in_the_interpreter(script):
@@ -93,6 +136,8 @@ def in_the_interpreter(script):
 
 def test_torch_is_the_formula():
     check("torch", "cpu")
+    check_layouts("torch", "cpu")
+    check_refusals("torch", "cpu")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
@@ -136,13 +181,47 @@ assert [str(w.message) for w in said if "diffusion" in str(w.message)][0].starts
 
 def test_interpreted_triton_is_the_formula():
     in_the_interpreter(
-        "import torch; torch.set_num_threads(1); from tests.test_kernels import check; check('triton', 'cpu')"
+        "import torch; torch.set_num_threads(1); from tests import test_kernels as t; t.check('triton', 'cpu'); "
+        "t.check_layouts('triton', 'cpu'); t.check_refusals('triton', 'cpu'); t.check_triton_has_no_gradient('cpu')"
     )
 
 
 @pytest.mark.gpu
 def test_triton_is_the_formula():
     check("triton", "cuda")
+    check_layouts("triton", "cuda")
+    check_refusals("triton", "cuda")
+    check_triton_has_no_gradient("cuda")
+
+
+def check_triton_has_no_gradient(device):
+    x, seeds = torch.randn(2, 3, device=device), rng.seed_range(0, 2).to(device)
+    out = x.clone().requires_grad_()
+    with pytest.raises(UserError, match="impl=triton has no gradient"):
+        affine_step(x, Prediction(out), ROWS["last"], seeds=seeds, index=0, impl="triton")
+    with torch.no_grad():
+        affine_step(x, Prediction(out), ROWS["last"], seeds=seeds, index=0, impl="triton")
+    y, _ = affine_step(x, Prediction(out), Row(0.5, 0.3), seeds=seeds, index=0, impl="auto")
+    (gradient,) = torch.autograd.grad(y.sum(), out)
+    assert torch.allclose(gradient, torch.full_like(out, 0.3))
+
+
+def test_a_step_is_differentiated_right():
+    (x, prediction, row), options = arguments((2, 1, 3), torch.float64, ROWS["all"], True, 0.7, True, True, "cpu")
+    tensors = [x, prediction.out, prediction.out_uncond, *(options.pop(k) for k in ("x0_prev", "x_base", "known"))]
+
+    def step(x, out, uncond, x0_prev, x_base, known):
+        given = prediction._replace(out=out, out_uncond=uncond)
+        return affine_step(x, given, row, x0_prev=x0_prev, x_base=x_base, known=known, **options)
+
+    inputs = [t.clone().requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(step, inputs)
+
+    def last(out):
+        return affine_step(x, Prediction(out, p=1.3, q=-0.7), ROWS["last"], seeds=options["seeds"], index=0)[0].sum()
+
+    (gradient,) = torch.autograd.grad(torch.compile(last, backend="eager")(inputs[1]), inputs[1])
+    assert torch.allclose(gradient, torch.full_like(gradient, -0.7))
 
 
 NOISE = """
@@ -206,17 +285,23 @@ def test_offsets_pass_2_to_the_31(tmp_path):
 
 
 def test_the_operator_passes_torchs_own_checks_and_compiles_and_exports():
-    x, out, base = torch.randn(3, 2, 5).unbind(1)[0], torch.randn(3, 5), torch.randn(3, 5)
+    x, out = torch.randn(2, 3, 2, 3, 3)
     k = [1.0, 1.3, -0.7, 0.5, 0.3, 0.0, 0.4, 0.2, 1.0, 0.0]
-    given = (x.contiguous(), out, None, None, base, None, None, rng.seed_range(0, 3), 6, k, 1.0, True, True)
-    torch.library.opcheck(torch.ops.genai.affine_step.default, given, test_utils=("test_schema", "test_faketensor"))
+    many = rng.seed_range(0, 6)
+    for x_, out_, seeds in zip(
+        layouts(x), [out, out, *layouts(out)[1:3]], [many[:3], many[::2], many[:1].expand(3), many[3:]], strict=True
+    ):
+        given = (x_, out_, None, None, out, None, None, seeds, 6, k, 1.0, True, True)
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+        torch.library.opcheck(torch.ops.genai.affine_step.default, given, test_utils=tests)
 
     class Step(torch.nn.Module):
         def forward(self, x, out):
             prediction = Prediction(out, p=1.3, q=-0.7)
-            seeds = torch.arange(3)
+            seeds = torch.arange(6)[::2]
             return affine_step(x, prediction, ROWS["noisy"], seeds=seeds, index=2, clip=1.0, keep_x0=True)
 
+    x = x.to(memory_format=torch.channels_last)  # and out is not: the strides promised must be those that come
     expected = Step()(x, out)
     for run in (torch.compile(Step(), backend="eager", fullgraph=True), torch.export.export(Step(), (x, out)).module()):
         assert all(torch.equal(a, b) for a, b in zip(run(x, out), expected, strict=True))
@@ -253,6 +338,90 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     assert "float64" in kernels.why_not_triton(x.double())
 
 
+# On a GPU, without one
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What the kernel is launched with: (what is compiled for it, the current device) of each launch."""
+    kernel = pytest.importorskip("genai.kernels.triton_affine_step", reason="Triton exists for Linux only")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    jitted, device, seen = kernel.affine_step_kernel, [0], []
+    specialized = create_function_from_signature(
+        jitted.signature, jitted.params, make_backend(GPUTarget("cuda", 90, 32))
+    )
+
+    def exchange(index):
+        before, device[0] = device[0], index if index >= 0 else device[0]
+        return before
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *args, **options: seen.append((specialized(*args, **options)[1], device[0]))
+
+    monkeypatch.setattr(kernel, "affine_step_kernel", Recorder())
+    monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
+    return kernel.launch, seen
+
+
+K = [1.0, 1.3, -0.7, 0.5, 0.3, 0.0, 0.4, 0.2, 1.0, 0.0]
+
+
+def test_no_address_compiles_the_kernel_anew(launched):
+    """For a graph is captured with copies of the tensors, and what is compiled while it is captured ends that."""
+    launch, seen = launched
+    x, many = torch.zeros(4, 8), rng.seed_range(0, 9)
+    odd = torch.zeros(33)[1:].reshape(4, 8)
+    for given, seeds in itertools.product((x, odd), (many[:4], many[1:5])):
+        launch(x, given, None, None, None, given, given, seeds, 3, K, 1.0, True, False)
+    assert len({str(key) for key, _ in seen}) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_a_step_on_a_gpu_runs_on_the_device_of_its_tensors_and_never_waits(launched):
+    _, seen = launched
+    with fake_device() as traffic:
+        for index, impl in ((0, "triton"), (1, "triton"), (1, "torch"), (1, "auto")):
+            x = torch.empty(3, 2, 5, device=f"cuda:{index}")
+            seeds = torch.empty(6, dtype=torch.int64, device=x.device)[::2]
+            given = {"seeds": seeds, "index": 2, "x0_prev": x, "x_base": x, "known": x, "mask": x, "keep_x0": True}
+            y, x0 = affine_step(x, Prediction(x, x, 2.0, 1.3, -0.7), ROWS["all"], clip=1.0, impl=impl, **given)
+            assert y.device == x0.device == x.device
+    assert [device for _, device in seen] == [0, 1]  # the last goes through the operator
+    assert not traffic
+
+
+def test_a_graph_is_captured_on_the_device_of_its_inputs(launched, monkeypatch):
+    from genai.core import cuda_graph
+
+    captured = []
+
+    class Graph:
+        def replay(self): ...
+
+    @contextlib.contextmanager
+    def graph(_, stream, capture_error_mode):
+        captured.append((stream, torch.cuda._exchange_device(-1)))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
+    cuda_graph._stream.cache_clear()
+    with fake_device():
+        for index in (0, 1, 1):
+            x = torch.empty(2, device=f"cuda:{index}")
+            out = cuda_graph.capture(lambda inputs: inputs["x"] + 1, {"x": x})({"x": x})
+            assert out.device == x.device
+    cuda_graph._stream.cache_clear()
+    assert captured == [("stream of cuda:0", 0), ("stream of cuda:1", 1), ("stream of cuda:1", 1)]
+    assert torch.cuda._exchange_device(-1) == 0
+
+
 # What it compiles to
 
 COMPILE = """
@@ -276,7 +445,8 @@ def build(dtype, capability, size, features):
         else:
             signature[name] = "i32" if name in ("n_vectors", "chunks", "row") else "fp32"
     names = enumerate(kernel.arg_names)
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in names if name in tensors and name not in constants}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in names
+               if name in tensors and name not in constants and name != "SEEDS"}
     built = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", capability, 32))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])

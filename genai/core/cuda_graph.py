@@ -1,5 +1,6 @@
 """Steps of a sampler, network included, as one CUDA graph: the host launches once instead of once an operation."""
 
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Hashable
@@ -43,9 +44,12 @@ def replayed(model: nn.Module, kind: Hashable, trajectory: Trajectory, inputs: B
 def capture(trajectory: Trajectory, inputs: Batch) -> Trajectory:
     """The trajectory as a graph over copies of its inputs. Raises RuntimeError where something in it needs the host."""
     static = {name: t.clone() for name, t in inputs.items()}
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may copy data meanwhile
-        out = trajectory(static)
+    first = next(iter(static.values()))
+    with torch.cuda.device_of(first):  # which need not be the current one
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads may copy data meanwhile
+        with torch.cuda.graph(graph, stream=_stream(first.device), capture_error_mode="thread_local"):
+            out = trajectory(static)
 
     def replay(inputs: Batch) -> Tensor:
         for name, t in inputs.items():
@@ -54,6 +58,13 @@ def capture(trajectory: Trajectory, inputs: Batch) -> Trajectory:
         return out.clone()
 
     return replay
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that graphs of a device are captured on: `torch.cuda.graph` has one for all devices, and cuBLAS keeps
+    memory for each stream it has seen."""
+    return torch.cuda.Stream(device)
 
 
 def say(reason: str) -> None:

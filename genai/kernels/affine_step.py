@@ -58,31 +58,49 @@ def affine_step(
     Args:
         x: the state, (B, ...), of the same shape, dtype and device as all the others; none is changed.
         seeds: int64 (B,); z and z2 are the noise of streams 1 and 2, row `index`, of these seeds.
-        x0_prev, x_base: needed where c or d is not zero, ignored where they are None.
-        known, mask: a clean sample and how much of it (0 to 1) to keep.
+        x0_prev, x_base: needed where c or d is not zero.
+        known, mask: a clean sample and how much of it (0 to 1) to keep; one needs the other.
         noisy: whether the kernel has the noise in it, default s != 0; True lets one kernel serve a whole table.
         keep_x0: also return x0.
         impl: "triton" is refused where it cannot run, "auto" then takes torch and says so once; "compiled" is torch by
             Inductor, which takes seconds at first, see `prefer`.
 
     Returns:
-        x', and x0 or an empty tensor.
+        x', and x0 or an empty tensor; contiguous, whatever the layout of the tensors given.
 
-    Raises UserError where the tensors do not fit each other.
+    Raises UserError where the tensors do not fit each other, and for gradients asked of Triton.
     """
     out, out_uncond, w, p, q = prediction
     tensors = {"out": out, "out_uncond": out_uncond, "x0_prev": x0_prev, "x_base": x_base, "known": known, "mask": mask}
+    _check(x, tensors, seeds, row)
+    k = [float(v) for v in (w, p, q, row.a, row.b, row.c, row.d, row.s, row.alpha, row.sigma)]
+    call = {"auto": _auto, "torch": _torch, "triton": _triton, "compiled": _compiled}[impl]
+    noisy = row.s != 0 if noisy is None else noisy
+    return call(*_contiguous(x, *tensors.values(), seeds), index, k, clip, noisy, keep_x0)
+
+
+def _check(x: Tensor, tensors: dict[str, Tensor | None], seeds: Tensor, row: Row) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and (tensor.shape != x.shape or tensor.dtype != x.dtype or tensor.device != x.device):
             raise UserError(f"{name} is {_kind(tensor)}, but the state of the sampler is {_kind(x)}: they must agree")
-    k = [w, p, q, row.a, row.b, row.c, row.d, row.s, row.alpha, row.sigma]
-    call = {"auto": _auto, "torch": _torch, "triton": _triton, "compiled": _compiled}[impl]
-    noisy = row.s != 0 if noisy is None else noisy
-    return call(*(x, out, out_uncond, x0_prev, x_base, known, mask), seeds, index, k, clip, noisy, keep_x0)
+    if not x.ndim or seeds.shape != x.shape[:1] or seeds.dtype != torch.int64 or seeds.device != x.device:
+        wanted = f"int64 {list(x.shape[:1])} on {x.device}"
+        raise UserError(f"seeds is {_kind(seeds)}, but the state is {_kind(x)}: one seed a sample is needed, {wanted}")
+    for name, other in (("known", "mask"), ("mask", "known")):
+        if tensors[name] is not None and tensors[other] is None:
+            raise UserError(f"{name} was given without {other}: inpainting needs both, and a step without it neither")
+    for name, factor, value in (("x0_prev", "c", row.c), ("x_base", "d", row.d)):
+        if value and tensors[name] is None:
+            raise UserError(f"{name} was not given, but the row's factor of it is {factor}={value:g}, not 0")
 
 
 def _kind(x: Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
+
+
+def _contiguous(*args) -> list:
+    """The arguments with each tensor contiguous: noise is numbered in C order, and Triton's offsets count memory."""
+    return [a.contiguous() if isinstance(a, Tensor) else a for a in args]
 
 
 def reference(
@@ -189,9 +207,15 @@ def prefer(x: Tensor, steps: int, noisy: bool) -> Impl:
 def _triton(x: Tensor, *args) -> tuple[Tensor, Tensor]:
     if reason := why_not_triton(x):
         raise UserError(f"impl=triton cannot run here: {reason} (impl=auto or torch can)")
+    if _differentiated(x, *args):
+        raise UserError("impl=triton has no gradient, but a tensor of the step requires one (impl=auto or torch has)")
     from genai.kernels import triton_affine_step
 
     return triton_affine_step.launch(x, *args)
+
+
+def _differentiated(*args) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
 def why_not_triton(x: Tensor) -> str | None:
@@ -208,7 +232,9 @@ def why_not_triton(x: Tensor) -> str | None:
 
 
 def _auto(x: Tensor, *args) -> tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling():
+    if _differentiated(x, *args):
+        return _torch(x, *args)
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
         return torch.ops.genai.affine_step(x, *args)
     return (_on_gpu if x.is_cuda else _torch)(x, *args)  # without the dispatcher, which takes 20 us
 
@@ -226,7 +252,11 @@ def _say(sentence: str) -> None:
 
 
 def _fake(x: Tensor, *args) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x) if args[-1] else x.new_empty(0)
+    return x.new_empty(x.shape), x.new_empty(x.shape if args[-1] else 0)
+
+
+def _no_gradient(*_):
+    raise UserError("torch.ops.genai.affine_step has no gradient; genai.kernels.affine_step.affine_step has")
 
 
 torch.library.define(
@@ -234,6 +264,7 @@ torch.library.define(
     "(Tensor x, Tensor out, Tensor? out_uncond, Tensor? x0_prev, Tensor? x_base, Tensor? known, Tensor? mask, "
     "Tensor seeds, int row, float[] k, float? clip, bool noisy, bool keep_x0) -> (Tensor, Tensor)",
 )
-torch.library.impl("genai::affine_step", "cpu", _torch)
-torch.library.impl("genai::affine_step", "cuda", _on_gpu)
+torch.library.impl("genai::affine_step", "cpu", lambda *args: _torch(*_contiguous(*args)))
+torch.library.impl("genai::affine_step", "cuda", lambda *args: _on_gpu(*_contiguous(*args)))
 torch.library.register_fake("genai::affine_step", _fake)
+torch.library.register_autograd("genai::affine_step", _no_gradient)

@@ -2,7 +2,7 @@
 
 Arithmetic is float32 whatever the tensors are; offsets are int64. Imported by `affine_step` where it is needed.
 """
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from collections.abc import Sequence
 
@@ -61,7 +61,7 @@ def first_element(sample, n):
     return sample.to(tl.int64) * n
 
 
-@triton.jit(do_not_specialize=["row"])
+@triton.jit(do_not_specialize=["row"], do_not_specialize_on_alignment=["SEEDS"])
 def affine_step_kernel(
     X, OUT, OUT_UNCOND, X0_PREV, X_BASE, KNOWN, MASK, SEEDS, Y, X0,
     n_vectors, chunks, w, p, q, clip, a, b, c, d, s, alpha, sigma, row,
@@ -108,6 +108,14 @@ def vector(n: int, itemsize: int) -> int:
     return 16 // itemsize if n * itemsize % 16 == 0 else 1
 
 
+def aligned(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, copied where their first element is not at a multiple of 16 bytes.
+
+    Triton compiles anew for such an address, also while a graph is captured, which must not happen then.
+    """
+    return [t if t is None or t.data_ptr() % 16 == 0 else t.clone() for t in tensors]
+
+
 def launch(
     x: Tensor,
     out: Tensor,
@@ -123,21 +131,18 @@ def launch(
     noisy: bool,
     keep_x0: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `affine_step.reference`; tensors are float32, float16 or bfloat16, contiguous or copied so."""
-    x, out = x.contiguous(), out.contiguous()
-    out_uncond, x0_prev, x_base, known, mask = (
-        t if t is None else t.contiguous() for t in (out_uncond, x0_prev, x_base, known, mask)
-    )
+    """See `affine_step.reference`; tensors are float32, float16 or bfloat16, and contiguous."""
     y, x0 = torch.empty_like(x), torch.empty_like(x) if keep_x0 else x.new_empty(0)
     if x.numel() == 0:
         return y, x0
     n = x[0].numel()
     chunks, size = triton.cdiv(n, BLOCK), vector(n, x.element_size())
     w, p, q, a, b, c, d, s, alpha, sigma = k
-    affine_step_kernel[(len(x) * chunks,)](
-        x, out, out_uncond, x0_prev, x_base, known, mask, seeds, y, x0,
-        n // size, chunks, w, p, q, clip or 0.0, a, b, c, d, s, alpha, sigma, row,
-        VECTOR=size, BLOCK=BLOCK, GUIDED=out_uncond is not None, CLIPPED=clip is not None, PREV=x0_prev is not None,
-        BASE=x_base is not None, NOISY=noisy, INPAINT=mask is not None, KEEP=keep_x0,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be that of x
+        affine_step_kernel[(len(x) * chunks,)](
+            *aligned(x, out, out_uncond, x0_prev, x_base, known, mask), seeds, y, x0,
+            n // size, chunks, w, p, q, clip or 0.0, a, b, c, d, s, alpha, sigma, row,
+            VECTOR=size, BLOCK=BLOCK, GUIDED=out_uncond is not None, CLIPPED=clip is not None,
+            PREV=x0_prev is not None, BASE=x_base is not None, NOISY=noisy, INPAINT=mask is not None, KEEP=keep_x0,
+        )  # fmt: skip
     return y, x0
