@@ -243,6 +243,21 @@ def test_decay_warms_up_by_a_power():
     assert mean == pytest.approx(49 / 2)
 
 
+def test_decay_warms_up_by_a_half_life_that_grows():
+    """Karras et al. (2020): after N images 0.5^(batch / min(half-life, 0.05 N))."""
+    for n in (1, 2, 21, 1000, 156_250, 156_251, 10**6):
+        expected = 0.5 ** (64 / max(min(500_000, 0.05 * 64 * (n - 1)), 1e-8))
+        assert decay_at(n, 0.5 ** (64 / 500_000), None, ramp=0.05) == pytest.approx(expected, abs=1e-12)
+    assert decay_at(41, 0.9, 0.1, ramp=0.05) == 1 - 42**-0.1  # the least of the three
+    model = Masked()
+    ema = EMA(model, decay=0.9, power=None, ramp=0.05)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 1
+    ema.update()
+    assert torch.equal(flat(ema.module), flat(model))
+
+
 def test_frozen_parameters_are_not_averaged():
     model = Masked()
     model.net[0].requires_grad_(False)

@@ -159,7 +159,7 @@ def _schedule(cfg: DictConfig, typed: set[str]) -> None:
 
 
 def _average(cfg: DictConfig, typed: set[str]) -> None:
-    if OmegaConf.select(cfg, "ema.decay") == 1 and cfg.ema.get("power", 1) is None:
+    if OmegaConf.select(cfg, "ema.decay") == 1 and cfg.ema.get("power", 1) is None and cfg.ema.get("ramp") is None:
         raise UserError("ema.decay=1 with ema.power=null never moves from the first weights: give ema.decay below 1")
 
 

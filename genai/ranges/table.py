@@ -71,6 +71,7 @@ RANGES: dict[str, Any] = {
     "ema": Node(),
     "ema.decay": SHARE,
     "ema.power": Number(0, 100, null=True, above=True),
+    "ema.ramp": Number(0, 1, "of the updates so far", null=True, above=True),
     "logger": Node(),
     "logger.project": Text("a text of 1 to 128 characters, none of / \\ # ? % :", r"(?=.*\S)[^/\\#?%:]{1,128}"),
     **{
@@ -262,6 +263,7 @@ RANGES: dict[str, Any] = {
     "model.augment.augment": Node(),
     "model.**.style": SIZE,
     "model.**.group": whole(1, 10**6, "samples"),
+    "model.**.residual": FLAG,
     # samplers
     "sampler": Node(),
     "shown": Node(),

@@ -9,12 +9,18 @@ from torch import Tensor, nn
 from genai.core.errors import UserError
 
 
-def decay_at(n: int, decay: float, power: float | None) -> float:
-    """Decay of update n = 1, 2, ...: min(decay, 1 - (1 + n)^-power), or `decay` where power is None.
+def decay_at(n: int, decay: float, power: float | None, ramp: float | None = None) -> float:
+    """Decay of update n = 1, 2, ...: at most `decay`, 1 - (1 + n)^-power and, with a half-life of `ramp` (n - 1) updates,
+    2^(-1 / (ramp (n - 1))); None leaves that bound out.
 
-    power = 1 averages all weights since the start equally until `decay` is reached.
+    power = 1 averages all weights since the start equally until `decay` is reached. A ramp is that of Karras et al.,
+    "Training Generative Adversarial Networks with Limited Data", 2020, whose code has 0.05.
     """
-    return decay if power is None else min(decay, 1 - (1 + n) ** -power)
+    if power is not None:
+        decay = min(decay, 1 - (1 + n) ** -power)
+    if ramp is not None:
+        decay = min(decay, 2 ** (-1 / (ramp * (n - 1))) if n > 1 else 0.0)
+    return decay
 
 
 class EMA:
@@ -23,17 +29,17 @@ class EMA:
     Args:
         model: the live model.
         decay: the largest decay, in [0, 1].
-        power: of the warm-up of the decay, None for a constant one; see `decay_at`.
+        power, ramp: of the warm-up of the decay, both None for a constant one; see `decay_at`.
         named: the parameters to average, None for all that are trained; `module` shares the others with the live model.
     """
 
     def __init__(
         self, model: nn.Module, decay: float = 0.999, power: float | None = 0.75,
-        named: Iterable[tuple[str, nn.Parameter]] | None = None,
+        named: Iterable[tuple[str, nn.Parameter]] | None = None, ramp: float | None = None,
     ):  # fmt: skip
         if not 0 <= decay <= 1:
             raise UserError(f"ema.decay={decay} must be between 0 (the live weights) and 1")
-        self.decay, self.power, self.updates = decay, power, 0
+        self.decay, self.power, self.ramp, self.updates = decay, power, ramp, 0
         self.names = [name for name, p in (model.named_parameters() if named is None else named) if p.requires_grad]
         mine = set(self.names)
         shared = {id(p): p for name, p in model.named_parameters() if name not in mine}
@@ -54,7 +60,7 @@ class EMA:
         """Move the average towards the live weights; once per optimiser step."""
         self.updates += 1
         if self.average and self.decay > 0:
-            torch._foreach_lerp_(self.average, self.live, 1 - decay_at(self.updates, self.decay, self.power))
+            torch._foreach_lerp_(self.average, self.live, 1 - decay_at(self.updates, self.decay, self.power, self.ramp))
         for mine, live in self.buffers:
             mine.copy_(live)
 
