@@ -5,9 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from scipy.signal import upfirdn
 from torch.nn import functional as F
 
+from genai.build import build_typed
+from genai.cli import composed
 from genai.core import rng
 from genai.core.errors import UserError
 from genai.models.gan import samplers
@@ -154,6 +157,72 @@ def test_any_size_that_halves(shape, widths):
     fake = model.generate(batch, 0)
     assert fake["fake"].shape == batch["image"].shape and fake["w"].shape == (4, 2 * len(widths), 6)
     assert model.discriminator(fake["fake"]).shape == (4,)
+
+
+def test_a_plain_discriminator_is_that_of_stylegan():
+    """Two activated convolutions a block, the second after the filter at every other pixel, nothing around them."""
+    torch.manual_seed(0)
+    net, x = Discriminator((3, 8, 8), (6, 4), residual=False).double(), torch.randn(4, 3, 8, 8).double()
+    for _, p in net.named_parameters():
+        torch.nn.init.normal_(p)
+    taps = torch.from_numpy(np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64).expand(4, 1, 4, 4)
+
+    def activated(x, layer, **options):
+        scaled = layer.weight / math.sqrt(layer.weight[0].numel())
+        y = F.linear(x, scaled) if x.ndim == 2 else F.conv2d(x, scaled, **options)
+        return math.sqrt(2) * F.leaky_relu(y + layer.bias.view(1, -1, *[1] * (y.ndim - 2)), 0.2)
+
+    (block,) = net.blocks
+    assert sum(p.numel() for p in block.parameters()) == 4 * 4 * 9 + 4 + 6 * 4 * 9 + 6
+    y = activated(activated(x, net.image), block.conv, padding=1)
+    y = activated(F.conv2d(y, taps, padding=2, groups=4), block.down, stride=2)
+    y = activated(activated(minibatch_std(y, 4), net.conv, padding=1).flatten(1), net.linear)
+    assert torch.allclose(net(x), (y @ net.logit.weight.T / math.sqrt(6) + net.logit.bias)[:, 0])
+
+
+def test_the_recipe_of_cifar10_is_the_published_one():
+    """Karras et al., "Training Generative Adversarial Networks with Limited Data", 2020, appendix D, and, in
+    NVlabs/stylegan2-ada-pytorch, `cifar` of train.py, the defaults of training/training_loop.py and `bgc` of augmentations."""
+    cfg = OmegaConf.to_container(composed("train", ["experiment=stylegan2_cifar10"]), resolve=True)
+    model, ema, data = cfg["model"], cfg["ema"], cfg["data"]
+    ada, generator, discriminator = model["augment"], model["generator"], model["discriminator"]
+    assert data["batch_size"] * cfg["accumulate"] * cfg["trainer"]["devices"] == 64 and data["flip"] is False
+    half_life = 64 * math.log(0.5) / math.log(ema["decay"])
+    assert half_life == pytest.approx(500_000, rel=1e-4) and (ema["power"], ema["ramp"]) == (None, 0.05)
+    widths = [min(32768 // side, 512) for side in (4, 8, 16, 32)]
+    assert generator["widths"] == discriminator["widths"] == widths
+    assert (model["latents"], generator["style"], generator["layers"]) == (512, 512, 2)
+    assert (discriminator["residual"], discriminator["group"]) == (False, 32)
+    assert (model["classes"], model["gamma"], model["path_weight"], model["mixing"]) == (None, 0.01, 0, 0)
+    assert (model["r1_every_steps"], model["path_every_steps"], model["share_fake"]) == (16, 4, False)
+    assert cfg["clip_norm"] is None
+
+    built = build_typed(model)
+    assert built.augment.augment.factors == dict.fromkeys(NAMES, 1.0)
+    assert (built.augment.p, ada["target"], built.augment.interval_steps, built.augment.ramp_images) == (
+        0,
+        0.6,
+        4,
+        500_000,
+    )
+    squares = 512 * 512
+    sizes = {
+        "from RGB": 3 * 512,
+        "convolutions": 9 * 7 * squares,
+        "deviation": 9 * 512,
+        "full": 16 * squares,
+        "logit": 512,
+    }
+    assert (
+        sum(p.numel() for _, p in built.discriminator_parameters()) == sum(sizes.values()) + 9 * 512 + 1
+    )  # and biases
+    for player, every in (("optim", 4), ("discriminator_optim", 16)):
+        group, c = (
+            build_typed(cfg[player])([("w", torch.nn.Parameter(torch.zeros(2, 2)))]).param_groups[0],
+            every / (every + 1),
+        )
+        assert group["lr_max"] == pytest.approx(0.0025 * c) and group["decay_steps"] is None and group["eps"] == 1e-8
+        assert group["betas"] == pytest.approx((0, 0.99**c)) and group["weight_decay"] == group["warmup_steps"] == 0
 
 
 # The game

@@ -183,19 +183,29 @@ class Generator(nn.Module):
         return self.synthesis(w, noise), w
 
 
-class ResidualHalf(nn.Module):
-    """A residual block to half the size (figure 7c): (B, I, 2H, 2W) -> (B, O, H, W)."""
+class Half(nn.Module):
+    """Two convolutions to half the size: (B, I, 2H, 2W) -> (B, O, H, W)."""
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, inputs: int, outputs: int, gain: float = GAIN):
         super().__init__()
         self.conv = EqualizedConv(inputs, inputs, 3, padding=1, gain=GAIN)
         self.filter = FIR(padding=2)
-        self.down = EqualizedConv(inputs, outputs, 3, stride=2)  # its gains sqrt(2) and 1 / sqrt(2) are 1
+        self.down = EqualizedConv(inputs, outputs, 3, stride=2, gain=gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return leaky(self.down(self.filter(leaky(self.conv(x)))))
+
+
+class ResidualHalf(Half):
+    """The same and, round it, a 1x1 convolution of the halved maps, their sum at 1 / sqrt(2) (figure 7c)."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, gain=1.0)  # sqrt(2) and 1 / sqrt(2)
         self.halve = halve()
         self.skip = EqualizedConv(inputs, outputs, 1, gain=1 / GAIN, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return leaky(self.down(self.filter(leaky(self.conv(x))))) + self.skip(self.halve(x))
+        return super().forward(x) + self.skip(self.halve(x))
 
 
 def minibatch_std(x: Tensor, group: int) -> Tensor:
@@ -213,24 +223,29 @@ def minibatch_std(x: Tensor, group: int) -> Tensor:
 
 
 class Discriminator(nn.Module):
-    """Images (B, *shape) -> logits (B,): the residual discriminator (figure 7c); with labels, plus the inner product of
-    features and the label's embedding (Miyato and Koyama, "cGANs with Projection Discriminator", 2018, eq. 5).
+    """Images (B, *shape) -> logits (B,): the residual discriminator (figure 7c) or the plain one of StyleGAN; with labels,
+    plus the inner product of features and the label's embedding (Miyato and Koyama, "cGANs with Projection Discriminator",
+    2018, eq. 5).
 
     Args:
         shape, widths: as the generator's, widths in the same order.
         classes: number of labels, None for none.
         group: samples whose standard deviation it sees.
+        residual: whether its blocks are.
 
     Raises UserError if it cannot take the size.
     """
 
-    def __init__(self, shape: Sequence[int], widths: Sequence[int], classes: int | None = None, group: int = 4):
+    def __init__(
+        self, shape: Sequence[int], widths: Sequence[int], classes: int | None = None, group: int = 4, residual: bool = True
+    ):  # fmt: skip
         super().__init__()
         size = start_size(shape, widths, "model.discriminator.widths")
         self.group = at_least(group, 1, "model.discriminator.group")
         last = widths[0]
         self.image = EqualizedConv(shape[0], widths[-1], 1, gain=GAIN)
-        self.blocks = nn.Sequential(*(ResidualHalf(a, b) for a, b in zip(widths[:0:-1], widths[-2::-1], strict=True)))
+        block = ResidualHalf if residual else Half
+        self.blocks = nn.Sequential(*(block(a, b) for a, b in zip(widths[:0:-1], widths[-2::-1], strict=True)))
         self.conv = EqualizedConv(last + 1, last, 3, padding=1, gain=GAIN)
         self.linear = EqualizedLinear(last * math.prod(size), last, gain=GAIN)
         self.logit = EqualizedLinear(last, 1)
