@@ -1,6 +1,7 @@
 """Every file in conf/model and conf/experiment is a case: build, learn, save, load, sample, and the twin of a kill."""
 
 import functools
+import re
 
 import lightning as L
 import numpy as np
@@ -123,6 +124,18 @@ def test_builds_learns_saves_loads_samples_and_resumes(case, tmp_path):
 def test_experiments_open_with_their_command(case):
     text = (ROOT / "conf" / "experiment" / f"{case.removeprefix('experiment=')}.yaml").read_text()
     assert f"python train.py {case}" in text
+
+
+FIGURE = r"\d ?(%|dB|nats|bits)|bits/dim|distance|loss \d|perplexity|recall"
+SPLIT = r"\b(test|val|validation)\b"
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.startswith("experiment=")])
+def test_an_experiments_figures_name_their_split(case):
+    """What a recipe was chosen on is not what it is to be measured on."""
+    text = (ROOT / "conf" / "experiment" / f"{case.removeprefix('experiment=')}.yaml").read_text()
+    header = " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+    assert not re.search(FIGURE, header) or re.search(SPLIT, header)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.startswith("experiment=")])

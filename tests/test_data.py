@@ -163,6 +163,15 @@ def test_samples_are_written_whole(tmp_path):
 # MNIST and its kin
 
 
+def test_validation_images_are_held_out_of_the_training_images():
+    values, labels = np.arange(60, dtype=np.uint8)[:, None, None, None], np.arange(60) % 10
+    splits = images.in_memory("image", (values, labels), (values[:7] + 100, labels[:7]), flip=False)
+    seen = {name: ((split.batch(torch.arange(len(split)), None)["image"] + 1) * 127.5).round().flatten().tolist()
+            for name, split in splits.items()}  # fmt: skip
+    assert sorted(seen["train"] + seen["val"]) == list(range(60)) and len(seen["val"]) == 5
+    assert seen["test"] == list(range(100, 107))
+
+
 def test_mnist_reads_gzipped_files(shared):
     data = images.MNIST(str(shared("MNIST").parent), "image", [1, 28, 28], 10, 256, 8)
     assert {k: len(s) for k, s in data.splits.items()} == {"train": 55_000, "val": 5_000, "test": 10_000}

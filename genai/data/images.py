@@ -44,7 +44,8 @@ class Digits(Data):
 def in_memory(
     field: str, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], flip: bool
 ) -> dict[str, Split]:
-    """Splits of (images, labels) pairs; the last 1/12 of the training images in a fixed random order validate."""
+    """Splits of (images, labels) pairs: test as it is published, val the last 1/12 of the training images in a fixed random
+    order, train the others."""
     images, labels = train
     kept, val = held_out(len(images), 1 / 12)
     return {
