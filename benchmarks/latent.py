@@ -111,8 +111,8 @@ def main() -> None:
     )
     net = [f"model.net.channels={args.channels}", "model.net.multipliers=[1,2,2]", "model.net.blocks=2", "data=cifar10"]
     cifar = (
-        composed("train", ["model=ddpm", *net, "model.net.attention=[16]"]),
-        over("autoencoder_cifar10", "model=latent", *net, "model.net.attention=[8]", *told),
+        composed("train", ["model=ddpm", *net, "model.net.attention_depths=[1]"]),
+        over("autoencoder_cifar10", "model=latent", *net, "model.net.attention_depths=[1]", *told),
     )
     rows = [*compare(*mnist, 32, args.rounds, device), *compare(*cifar, 16, args.rounds, device)]
     report("latent", device, rows, rounds=args.rounds, channels=args.channels)

@@ -359,7 +359,7 @@ def stages(tmp_path_factory):
     first = train("model=autoencoder", "data=digits", f"run_dir={root / 'first'}", "model.kl_weight=0", *SMALL)
     second = train(
         "model=latent", "data=digits_text", f"codec.ckpt={first}", "model.net.multipliers=[1]", f"run_dir={root / 'second'}",
-        "model.net.attention=[2]", "sampler.steps=2", *TEXT, *SMALL,
+        "sampler.steps=2", *TEXT, *SMALL,
     )  # fmt: skip
     return first, second
 
@@ -420,7 +420,7 @@ def test_a_changed_first_stage_is_refused(stages, tmp_path):
 def test_latents_from_disk_are_those_of_the_first_stage(stages, tmp_path):
     first, second = stages
     arguments = [
-        "model=latent", "data=digits_text", f"codec.ckpt={first}", "model.net.multipliers=[1]", "model.net.attention=[2]",
+        "model=latent", "data=digits_text", f"codec.ckpt={first}", "model.net.multipliers=[1]",
         "sampler.steps=2", f"codec.cache={tmp_path / 'cache'}", *TEXT, *SMALL,
     ]  # fmt: skip
     for name in ("a", "b"):  # the second reads what the first wrote
@@ -448,7 +448,7 @@ def test_old_weights_do_not_bring_their_first_stage_along(stages, tmp_path):
     _, second = stages
     other = train("model=autoencoder", "data=digits", "seed=5", f"run_dir={tmp_path / 'other'}", *SMALL)
     run = train(
-        "model=latent", "data=digits_text", f"codec.ckpt={other}", "model.net.multipliers=[1]", "model.net.attention=[2]",
+        "model=latent", "data=digits_text", f"codec.ckpt={other}", "model.net.multipliers=[1]",
         "sampler.steps=2", f"init_from={second}", f"run_dir={tmp_path / 'run'}", *TEXT, *SMALL,
     )  # fmt: skip
     codec, own = genai.load(other).model.state_dict(), genai.load(run).model.codec.state_dict()

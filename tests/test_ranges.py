@@ -321,7 +321,14 @@ RIGHT = (
         "clip_norm=null",
         "ema.decay=1",
     ),
-    *("callbacks.save=null", "+model.net.depth=3", "model.net.attention=[]", "max_steps=1e12", "++seed=1", "+seed=1"),
+    *(
+        "callbacks.save=null",
+        "+model.net.depth=3",
+        "model.net.attention_depths=[]",
+        "max_steps=1e12",
+        "++seed=1",
+        "+seed=1",
+    ),
     "+callbacks.mine={_target_: my_lab.Mine, width: 0.5}",
 )
 

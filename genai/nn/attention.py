@@ -3,13 +3,14 @@
 Tenants to come beside the autoregressive family: masked language models, text conditions of diffusion.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genai.core import stored
 from genai.core.errors import UserError, at_least, number
 
 Rotation = tuple[Tensor, Tensor]
@@ -164,3 +165,37 @@ class Learned(nn.Module):
 
     def forward(self, positions: Tensor, head_dim: int) -> tuple[Tensor | None, Rotation | None]:
         return self.table(positions), None
+
+
+def attending(
+    heights: Mapping[int, int], depths: Sequence[int] | None, attention: Sequence[int] | None, key: str
+) -> set[int]:
+    """The depths at which a network of maps of several sizes attends; a depth counts halvings of its images.
+
+    Args:
+        heights: of the maps at each depth where it could, from the images' side on.
+        depths: those asked for; negative ones count from the deepest, as in a list.
+        attention: instead, heights, as configs of before have them: a stored one may name some that there are not.
+        key: of the network in a config.
+
+    Raises UserError for a depth that there is not, and for heights of which none is there.
+    """
+    if depths is not None and attention is not None:
+        raise UserError(
+            f"{key}.attention={list(attention)} says in heights what attention_depths says: give attention_depths alone"
+        )
+    first, n = min(heights, default=0), len(heights)
+    if depths is not None:
+        if any(not first <= d < first + n and not -n <= d < 0 for d in depths):
+            raise UserError(
+                f"{key}.attention_depths={list(depths)} must each be a depth of this network, {first} to {first + n - 1}, or "
+                f"{-n} to -1 counted from the deepest"
+            )
+        return {d if d >= 0 else first + n + d for d in depths}
+    found = {depth for depth, height in heights.items() if height in (attention or ())}
+    if attention and not found and not stored.is_building():
+        raise UserError(
+            f"{key}.attention={list(attention)} is none of this network's heights {list(heights.values())}, so that it would not "
+            f"attend at all: give {key}.attention_depths, such as [-1] for the deepest"
+        )
+    return found

@@ -179,6 +179,7 @@ RANGES: dict[str, Any] = {
     "model.**.multipliers": Many(whole(1, 1024), 1, 16),
     "Transformer:attention": Node(),
     "model.**.attention": Many(whole(1, 65536, "pixels"), 0),
+    "model.**.attention_depths": Many(whole(-16, 15, "halvings"), 0),
     "model.**.heads": whole(1, 4096, "heads"),
     "model.**.kv_heads": whole(1, 4096, "heads", null=True),
     "model.**.ratio": RATE,

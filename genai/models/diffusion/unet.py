@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from genai.core import stored
 from genai.core.errors import UserError
 from genai.models.diffusion.text import Context, TextEncoder, conditioned
-from genai.nn.attention import CrossAttention
+from genai.nn.attention import CrossAttention, attending
 
 
 def time_embedding(time: Tensor, dim: int) -> Tensor:
@@ -120,14 +121,16 @@ class UNet(nn.Module):
         channels: width of the first resolution.
         multipliers: width of each resolution as a multiple of `channels`.
         blocks: residual blocks per resolution on the way down (one more on the way up).
-        attention: heights at which each block is followed by self-attention.
+        attention: heights at which each block attends, in configs of before; None with `attention_depths` None is (16,).
         classes: number of labels, None for none; the embedding has one more row, the null.
         dropout: probability inside residual blocks.
         gradient_checkpointing: recompute stages in the backward pass instead of keeping their activations.
         out_channels: channels of the output, None for those of the images.
         text: encodes captions, None for none.
+        attention_depths: halvings after which each block is followed by self-attention: 0 at the size of the images, -1 at
+            the least size.
 
-    Raises UserError if the net cannot take the size.
+    Raises UserError if the net cannot take the size, or has no such depth.
     """
 
     def __init__(
@@ -136,15 +139,24 @@ class UNet(nn.Module):
         channels: int = 64,
         multipliers: Sequence[int] = (1, 2, 2),
         blocks: int = 2,
-        attention: Sequence[int] = (16,),
+        attention: Sequence[int] | None = None,
         classes: int | None = None,
         dropout: float = 0.0,
         gradient_checkpointing: bool = False,
         out_channels: int | None = None,
         text: TextEncoder | None = None,
+        attention_depths: Sequence[int] | None = None,
     ):
         super().__init__()
         c_image, height, _ = _checked(shape, len(multipliers))
+        if attention_depths is None and attention is None:
+            attention = (16,)
+        heights = {depth: height >> depth for depth in range(len(multipliers))}
+        depths = attending(heights, attention_depths, attention, "model.net")
+        if text is not None and not depths and not stored.is_building():
+            raise UserError(
+                "model.net.attention_depths=[] leaves no place that reads a caption: give one, such as [-1]"
+            )
         self.channels, self.gradient_checkpointing = channels, gradient_checkpointing
         c_emb = 4 * channels
         self.time = nn.Sequential(nn.Linear(channels, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
@@ -153,32 +165,32 @@ class UNet(nn.Module):
         self.text = text
         self.summary = None if text is None else nn.Linear(text.width, c_emb)
 
-        def attend(c: int, h: int) -> list[nn.Module]:
+        def attend(c: int, depth: int) -> list[nn.Module]:
             cross = [] if text is None else [CrossAttentionBlock(c, text.width)]
-            return [AttentionBlock(c), *cross] if h in attention else []
+            return [AttentionBlock(c), *cross] if depth in depths else []
 
-        def stage(c_in: int, c_out: int, h: int) -> Stage:
-            return Stage([ResBlock(c_in, c_out, c_emb, dropout), *attend(c_out, h)])
+        def stage(c_in: int, c_out: int, depth: int) -> Stage:
+            return Stage([ResBlock(c_in, c_out, c_emb, dropout), *attend(c_out, depth)])
 
         c = channels
         self.stem = nn.Conv2d(c_image, c, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips = [c]
-        for level, multiplier in enumerate(multipliers):
+        deepest = len(multipliers) - 1
+        for depth, multiplier in enumerate(multipliers):
             for _ in range(blocks):
-                self.down.append(stage(c, channels * multiplier, height >> level))
+                self.down.append(stage(c, channels * multiplier, depth))
                 c = channels * multiplier
                 skips.append(c)
-            if level < len(multipliers) - 1:
+            if depth < deepest:
                 self.down.append(Stage([Downsample(c)]))
                 skips.append(c)
-        deepest = height >> (len(multipliers) - 1)
         self.middle = Stage([ResBlock(c, c, c_emb, dropout), *attend(c, deepest), ResBlock(c, c, c_emb, dropout)])
-        for level, multiplier in reversed(list(enumerate(multipliers))):
+        for depth, multiplier in reversed(list(enumerate(multipliers))):
             for i in range(blocks + 1):
-                up = stage(c + skips.pop(), channels * multiplier, height >> level)
+                up = stage(c + skips.pop(), channels * multiplier, depth)
                 c = channels * multiplier
-                if level > 0 and i == blocks:
+                if depth > 0 and i == blocks:
                     up.append(Upsample(c))
                 self.up.append(up)
         self.head = nn.Sequential(group_norm(c), nn.SiLU(), zero(nn.Conv2d(c, out_channels or c_image, 3, padding=1)))

@@ -14,6 +14,7 @@ from genai.losses.adversarial import Adversarial
 from genai.models.gan.gan import GAN
 from genai.models.gan.nets import Projection, halved
 from genai.models.gan.spectral import SpectralConv2d, SpectralEmbedding, SpectralLinear
+from genai.nn.attention import attending
 
 
 class BigGAN(GAN):
@@ -139,15 +140,17 @@ class Generator(nn.Module):
         classes: number of labels, None for none.
         channels: width of the largest maps.
         multipliers: of `channels`, from the largest maps to the smallest.
-        attention: heights that self-attention follows.
+        attention: heights at which blocks are followed by self-attention, in configs of before.
         label_width: numbers in a label's embedding.
+        attention_depths: halvings of the images' size at which blocks are followed by self-attention; -1 at the least size.
 
-    Raises UserError for what does not come out even.
+    Raises UserError for what does not come out even, and for a depth that there is not.
     """
 
     def __init__(
         self, shape: Sequence[int], latents: int, classes: int | None = None, channels: int = 64,
-        multipliers: Sequence[int] = (1, 2, 4), attention: Sequence[int] = (), label_width: int = 128,
+        multipliers: Sequence[int] = (1, 2, 4), attention: Sequence[int] | None = None, label_width: int = 128,
+        attention_depths: Sequence[int] | None = None,
     ):  # fmt: skip
         super().__init__()
         widths = [channels * m for m in reversed(multipliers)]
@@ -162,9 +165,12 @@ class Generator(nn.Module):
         condition = latents // len(widths) + (0 if classes is None else label_width)
         self.flat = SpectralLinear(latents // len(widths), math.prod(self.start))
         self.blocks, self.attention = nn.ModuleList(), nn.ModuleDict()
+        last = len(widths) - 1
+        heights = {depth: shape[1] >> depth for depth in range(last)}
+        depths = attending(heights, attention_depths, attention, "model.generator")
         for k, (a, b) in enumerate(itertools.pairwise(widths)):
             self.blocks.append(UpBlock(a, b, condition))
-            if height << (k + 1) in attention:
+            if last - 1 - k in depths:
                 self.attention[str(k)] = SelfAttention(b)
         self.norm, self.out = nn.BatchNorm2d(widths[-1]), SpectralConv2d(widths[-1], shape[0], 3)
         self.apply(initialise)
@@ -192,23 +198,25 @@ class Discriminator(nn.Module):
         classes: number of labels, None for none.
         channels: width of the largest maps.
         multipliers: of `channels`, for each block; all blocks but the last halve the size.
-        attention: heights that self-attention follows.
+        attention, attention_depths: as of the generator.
 
-    Raises UserError if the sizes do not come out even.
+    Raises UserError if the sizes do not come out even, or there is no such depth.
     """
 
     def __init__(
         self, shape: Sequence[int], classes: int | None = None, channels: int = 64, multipliers: Sequence[int] = (1, 2, 4),
-        attention: Sequence[int] = (),
+        attention: Sequence[int] | None = None, attention_depths: Sequence[int] | None = None,
     ):  # fmt: skip
         super().__init__()
         halved(shape, len(multipliers) - 1)
         widths = [shape[0], *(channels * m for m in multipliers)]
         net: list[nn.Module] = []
+        last = len(multipliers) - 1
+        heights = {depth: shape[1] >> depth for depth in range(min(1, last), last + 1)}
+        depths = attending(heights, attention_depths, attention, "model.discriminator")
         for k, (a, b) in enumerate(itertools.pairwise(widths)):
-            halve = k < len(multipliers) - 1
-            net.append(DownBlock(a, b, halve, first=k == 0))
-            if shape[1] >> (k + halve) in attention:
+            net.append(DownBlock(a, b, k < last, first=k == 0))
+            if min(k + 1, last) in depths:
                 net.append(SelfAttention(b))
         self.net = nn.Sequential(*net)
         embed = None if classes is None else SpectralEmbedding(classes, widths[-1])
