@@ -1,6 +1,8 @@
 """Quantisers: the nearest code, what the book learns, the gradient that is published, codes that decode to what was said."""
 
 import itertools
+import math
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -98,10 +100,43 @@ def test_each_residual_stage_brings_it_closer():
     assert all(later < 0.75 * earlier for earlier, later in itertools.pairwise(errors))
 
 
+@pytest.mark.parametrize("level", range(2, 10))
+def test_shares_of_finite_scalars_are_those_of_the_published_bound(level):
+    """Of z ~ N(0, 1): P(k) = P(e_k < z < e_(k+1)), where tanh(e_k + s) h - o is half-way between two levels."""
+    torch.manual_seed(level)
+    half, offset = (level - 1) * 0.999 / 2, 0.0 if level % 2 else 0.5
+    shift, normal = math.tan(offset / half), NormalDist()
+    between = [k + 0.5 - level // 2 for k in range(level - 1)]
+    below = [0.0, *(normal.cdf(math.atanh((b + offset) / half) - shift) for b in between), 1.0]
+    expected = torch.tensor([high - low for low, high in itertools.pairwise(below)])
+    z = torch.randn(100_000, 1, requires_grad=True)
+    quantized = FiniteScalarQuantizer([level])(z)
+    shares = torch.bincount(quantized.index.flatten(), minlength=level) / len(z)
+    assert shares.min() > 0.01  # none is dead
+    assert ((shares - expected).abs() < 5 * (expected / len(z)).sqrt()).all()
+    (grad,) = torch.autograd.grad(quantized.z.sum(), z)  # straight through the rounding
+    slope = half / (level // 2) / torch.cosh(z.detach().double() + shift) ** 2
+    assert torch.allclose(grad, slope.float(), rtol=1e-3, atol=1e-6)
+
+
+def test_finite_scalars_of_an_older_state_keep_their_meaning():
+    """Before their bound was part of the state it was tanh(z + artanh(o / h)) h - o with h = (L - 1) 1.001 / 2."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"quantizer": FiniteScalarQuantizer([2, 5, 8])})
+    model.load_state_dict({})
+    z = torch.randn(1000, 3)
+    h, o = torch.tensor([1, 4, 7]) * 1.001 / 2, torch.tensor([0.5, 0, 0.5])
+    bounded = torch.tanh(z + torch.atanh(o / h)) * h - o
+    assert torch.equal(model["quantizer"](z).z, bounded.round() / torch.tensor([1, 2, 4]))
+    again = torch.nn.ModuleDict({"quantizer": FiniteScalarQuantizer([2, 5, 8])})
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again["quantizer"](z).z, model["quantizer"](z).z)
+
+
 @pytest.mark.parametrize("levels", [[8, 5, 5], [2, 3], [7]])
 def test_finite_scalars_use_every_level_and_no_other(levels):
     quantizer = FiniteScalarQuantizer(levels)
-    z = 4 * torch.randn(200_000, len(levels))
+    z = 2 * torch.randn(50_000, len(levels))
     quantized = quantizer(z)
     assert len(quantized.index.unique()) == quantizer.codes
     for k, level in enumerate(levels):
@@ -114,7 +149,8 @@ def test_finite_scalars_use_every_level_and_no_other(levels):
 def test_what_cannot_be_is_refused():
     with pytest.raises(UserError, match="neither straight_through nor rotation"):
         VectorQuantizer(4, 2, gradient="magic")
-    for stages in ([VectorQuantizer(4, 2), VectorQuantizer(8, 2)], [VectorQuantizer(4, 2, gradient="rotation")]):
+    other = [VectorQuantizer(8, 2)], [VectorQuantizer(4, 3)], [VectorQuantizer(4, 2, gradient="rotation")]
+    for stages in ([], *([VectorQuantizer(4, 2), *stages] for stages in other)):
         with pytest.raises(UserError, match="stages of a residual quantiser"):
             ResidualQuantizer(stages)
     with pytest.raises(UserError, match="codes=1"):

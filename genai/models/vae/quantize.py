@@ -1,7 +1,8 @@
 """Quantisers: continuous latents (B, D, ...) to codes and back, with a gradient that passes through."""
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ class Quantizer(nn.Module):
     """How many there are to choose from."""
     depth: int = 1
     """How many are chosen at each place."""
+    dim: int
+    """D."""
 
     def forward(self, z: Tensor) -> Quantized:
         raise NotImplementedError
@@ -61,7 +64,7 @@ class VectorQuantizer(Quantizer):
         number(restart, "restart", 0)
         if gradient not in ("straight_through", "rotation"):
             raise UserError(f"gradient={gradient} is neither straight_through nor rotation")
-        self.codes, self.decay, self.restart, self.gradient = codes, decay, restart, gradient
+        self.codes, self.dim, self.decay, self.restart, self.gradient = codes, dim, decay, restart, gradient
         book = torch.randn(codes, dim) / dim**0.5
         self.register_buffer("book", book)
         self.register_buffer("counts", torch.ones(codes))
@@ -108,15 +111,18 @@ class VectorQuantizer(Quantizer):
 class ResidualQuantizer(Quantizer):
     """Each stage quantises what those before left over (Zeghidour et al., 2021, algorithm 1); the gradient is straight through.
 
-    Raises UserError for stages with different numbers of codes, or another gradient.
+    Raises UserError for no stages, or such with different numbers of codes, of another dim or another gradient.
     """
 
     def __init__(self, stages: Sequence[VectorQuantizer]):
         super().__init__()
-        if len({stage.codes for stage in stages}) != 1 or any(s.gradient != "straight_through" for s in stages):
-            raise UserError("stages of a residual quantiser need as many codes each, and gradient=straight_through")
+        same = len({(stage.codes, stage.dim) for stage in stages}) == 1
+        if not same or any(s.gradient != "straight_through" for s in stages):
+            raise UserError(
+                "stages of a residual quantiser need as many codes and the same dim each, and gradient=straight_through"
+            )
         self.stages = nn.ModuleList(stages)
-        self.codes, self.depth = stages[0].codes, len(stages)
+        self.codes, self.dim, self.depth = stages[0].codes, stages[0].dim, len(stages)
 
     def forward(self, z: Tensor) -> Quantized:
         rest, total, index, commitment = z, torch.zeros_like(z), [], []
@@ -135,18 +141,38 @@ class ResidualQuantizer(Quantizer):
 class FiniteScalarQuantizer(Quantizer):
     """Each of D numbers is bounded and rounded to one of its few levels; no book to learn (Mentzer et al., 2023, eq. 1).
 
+    As the paper's appendix A.1 bounds them: tanh(z + s) h - o with h = (L - 1) (1 - 1e-3) / 2, and for an even L, whose
+    levels lie half a step off, o = 1/2 and s = tan(o / h). h and s are in the state; one without them is of a time at
+    which they were (L - 1) (1 + 1e-3) / 2 and artanh(o / h), and keeps that meaning.
+
     Args:
         levels: of each number, odd or even, at least 2; the codes are their product.
     """
 
     count: Tensor
+    height: Tensor
+    shift: Tensor
 
     def __init__(self, levels: Sequence[int]):
         super().__init__()
         for level in levels:
             at_least(level, 2, "levels")
-        self.levels, self.codes = list(levels), int(torch.tensor(levels).prod())
-        self.register_buffer("count", torch.tensor(levels, dtype=torch.float32), persistent=False)
+        self.levels, self.codes, self.dim = list(levels), math.prod(levels), len(levels)
+        count = torch.tensor(levels, dtype=torch.float32)
+        half = (count - 1) * (1 - 1e-3) / 2
+        self.register_buffer("count", count, persistent=False)
+        self.register_buffer("height", half)
+        self.register_buffer("shift", torch.tan(self.offset / half))
+
+    @property
+    def offset(self) -> Tensor:
+        return torch.where(self.count % 2 == 0, 0.5, 0.0)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}height" not in state_dict and f"{prefix}shift" not in state_dict:
+            half = (self.count - 1) * (1 + 1e-3) / 2
+            state_dict |= {f"{prefix}height": half, f"{prefix}shift": torch.atanh(self.offset / half)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, z: Tensor) -> Quantized:
         x = z.movedim(1, -1)
@@ -160,9 +186,7 @@ class FiniteScalarQuantizer(Quantizer):
 
     def bounded(self, x: Tensor) -> Tensor:
         """Numbers between the outer levels; even counts are shifted by half a level, so that rounding has as many."""
-        half = (self.count - 1) * (1 + 1e-3) / 2
-        offset = torch.where(self.count % 2 == 0, 0.5, 0.0)
-        return torch.tanh(x + torch.atanh(offset / half)) * half - offset
+        return torch.tanh(x + self.shift) * self.height - self.offset
 
     def decode(self, index: Tensor) -> Tensor:
         rest, digits = index[..., 0], []

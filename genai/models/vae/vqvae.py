@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from genai.core.errors import number
+from genai.core.errors import UserError, number
 from genai.core.protocols import Batch, Losses, weighted
 from genai.models.vae.quantize import Quantizer
 
@@ -30,6 +30,11 @@ class VQVAE(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.field, self.shape, self.commitment = field, tuple(shape), number(commitment, "model.commitment", 0)
+        if quantizer.dim != map_shape[0]:
+            raise UserError(
+                f"model.quantizer quantises vectors of {quantizer.dim} numbers, and those of model.map_shape={list(map_shape)} "
+                f"have {map_shape[0]}: give both the same"
+            )
         self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
         self.grid = (*map_shape[1:], quantizer.depth)
         self.latent_shape = (math.prod(self.grid),)
