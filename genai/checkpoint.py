@@ -304,11 +304,12 @@ def load_weights(model: nn.Module, state: dict, path: Path, strict: bool = True)
     Raises UserError if strict and some did not, or if none did.
     """
     own = model.state_dict()
-    wrong = [k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape]
+    other = {k for k in own.keys() & state.keys() if own[k].shape != state[k].shape}
+    misfit = model.load_state_dict({k: v for k, v in state.items() if k not in other}, strict=False)
+    wrong = other.union(misfit.missing_keys, misfit.unexpected_keys)  # modules know what older states of theirs mean
     if wrong and (strict or len(wrong) >= len(own.keys() | state.keys())):
         raise UserError(
             f"{path} does not fit this model: {len(wrong)} weights differ, the first is {min(wrong)} "
             "(give the model= it was trained with, or init_strict=false to skip what differs)"
         )
-    model.load_state_dict({k: v for k, v in state.items() if k not in wrong}, strict=False)
     return sorted(wrong)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from genai.core.protocols import Codec, Reconstructing
 from genai.data import captions
 from genai.data.image_folder import ImageFolder
 from genai.data.images import Digits
-from genai.losses.perceptual import RandomFeatures
+from genai.losses.perceptual import LPIPS, RandomFeatures
 from genai.models.diffusion import samplers
 from genai.models.diffusion.dit import DiT
 from genai.models.diffusion.flow import Flow
@@ -32,6 +34,7 @@ from genai.models.vae.nets import MapDecoder, MapEncoder
 from genai.models.vae.quantize import ResidualQuantizer, VectorQuantizer
 from genai.models.vae.vqvae import VQVAE
 from genai.train.codec import digest
+from genai.train.ema import EMA
 from genai.train.run import run
 
 DDIM = {"_target_": "genai.models.diffusion.samplers.ddim", "_partial_": True, "steps": 2, "guidance": None}
@@ -106,6 +109,58 @@ def test_the_loss_of_an_autoencoder_is_error_kl_and_what_the_eye_sees():
     assert losses.total.item() == pytest.approx(expected.item(), rel=1e-5)
     assert torch.equal(model.encode(x), mean)
     assert isinstance(model, Codec) and isinstance(model, Reconstructing)
+
+
+class PublishedDistance(nn.Module):
+    """What the package lpips has: features, and dropout before the last layer."""
+
+    def __init__(self, net, verbose):
+        super().__init__()
+        self.features, self.last = nn.Conv2d(3, 8, 3), nn.Sequential(nn.Dropout(), nn.Conv2d(8, 1, 1))
+
+    def forward(self, x, y):
+        return self.last((self.features(x) - self.features(y)).square()).mean((1, 2, 3), keepdim=True)
+
+
+@pytest.fixture
+def lpips(monkeypatch):
+    package = types.ModuleType("lpips")
+    package.LPIPS = PublishedDistance
+    monkeypatch.setitem(sys.modules, "lpips", package)
+
+
+def test_lpips_stays_in_evaluation_mode_and_out_of_every_state(lpips):
+    torch.manual_seed(0)
+    plain, model = autoencoder(), autoencoder(perceptual=LPIPS(), perceptual_weight=0.3)
+    x, y = torch.rand(2, 4, 1, 8, 8)
+    model.train()
+    assert torch.equal(model.perceptual(x, y), model.perceptual(x, y)) and model.perceptual(x, y).gt(0).all()
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    names = [name for name, _ in plain.named_parameters()]
+    assert [name for name, _ in model.named_parameters()] == names
+    assert EMA(model).module.perceptual is model.perceptual  # 14 million numbers of VGG, once
+    y.requires_grad_()
+    model.perceptual(x, y).sum().backward()
+    assert y.grad.abs().sum() > 0
+    model.double()
+    assert model.perceptual(x.double(), y.double()).dtype == torch.float64
+
+
+def test_a_run_with_lpips_goes_on_and_samples_where_the_package_is_absent(tmp_path, monkeypatch, lpips):
+    changes = ["model=autoencoder", f"run_dir={tmp_path / 'run'}", *SMALL]
+    run(composed("train", [*changes, "model.perceptual={_target_: genai.losses.perceptual.LPIPS, net: vgg}"]))
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    content = checkpoint.read(path)
+    assert not [k for part in ("model", "ema") for k in content[part] if "perceptual" in k]
+    sampled = genai.sample(genai.load(path), n=2, seed=1)["image"]
+    content["model"]["perceptual.distance.features.weight"] = torch.ones(8, 3, 3, 3)  # as older files have them
+    checkpoint.save(content, path)
+    run(composed("train", [f"resume={tmp_path / 'run'}", "max_steps=6"], resumed))
+    monkeypatch.delitem(sys.modules, "lpips")
+    checkpoint.save(content, tmp_path / "old.ckpt")
+    assert torch.equal(genai.sample(genai.load(tmp_path / "old.ckpt"), n=2, seed=1)["image"], sampled)
+    with pytest.raises(UserError, match="needs the package lpips"):
+        LPIPS()
 
 
 def test_random_features_are_a_distance_that_is_always_the_same():

@@ -4,7 +4,8 @@ A distance of features is the squared difference of their vectors at each place,
 and layers (Zhang et al., "The Unreasonable Effectiveness of Deep Features", 2018, eq. 1, its weights w all equal).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 
 from genai.core import rng, stored
 from genai.core.errors import UserError, at_least
+
+NETS = ("vgg", "alex", "squeeze")
 
 
 class RandomFeatures(nn.Module):
@@ -44,28 +47,55 @@ class RandomFeatures(nn.Module):
 class LPIPS(nn.Module):
     """The learned distance of the package `lpips`, on images of any channel count.
 
+    Its network is published and never trained: it stays in evaluation mode, is among nobody's parameters and in no state,
+    and copies of a model share it. A model from a file gets it at its first use, so where the package is absent too it
+    samples and encodes.
+
     Args:
-        net: "vgg", "alex" or "squeeze", whose weights torchvision finds or downloads; those of a checkpoint are in it.
+        net: "vgg", "alex" or "squeeze", whose weights torchvision finds or downloads.
 
     Raises UserError if package or weights are not there.
     """
 
     def __init__(self, net: str = "vgg"):
         super().__init__()
+        if net not in NETS:
+            raise UserError(f"model.perceptual.net={net} is none of {', '.join(NETS)}")
+        self.net = net
+        self.held: list[nn.Module] = []  # which nn.Module does not look into
+        if not stored.is_building():
+            self.held.append(self.load())
+
+    def load(self) -> nn.Module:
+        """The published network."""
         try:
             import lpips  # type: ignore[import-not-found]
 
-            self.distance = lpips.LPIPS(net=net, verbose=False, pnet_rand=stored.is_building()).requires_grad_(False)
+            with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+                return lpips.LPIPS(net=self.net, verbose=False).requires_grad_(False).eval()
         except ModuleNotFoundError:
             raise UserError(
                 "model.perceptual=LPIPS needs the package lpips: pip install lpips, or choose RandomFeatures"
             ) from None
         except OSError as error:  # a download that failed
             raise UserError(
-                f"the weights of {net} for model.perceptual=LPIPS cannot be had ({error}): choose RandomFeatures"
+                f"the weights of {self.net} for model.perceptual=LPIPS cannot be had ({error}): choose RandomFeatures"
             ) from None
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if x.shape[1] == 1:
             x, y = x.expand(-1, 3, -1, -1), y.expand(-1, 3, -1, -1)
-        return self.distance(x, y).flatten()
+        if not self.held:
+            self.held.append(self.load().to(x.device))
+        return self.held[0](x, y).flatten()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "LPIPS":
+        for net in self.held:
+            net._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Nothing: files of a time at which its numbers were in them hold some."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LPIPS":
+        return self

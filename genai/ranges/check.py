@@ -196,7 +196,7 @@ def agree(cfg: DictConfig, typed: Iterable[str] = ()) -> None:
     for leaf in leaves(cfg, "train"):
         if not leaf.key.startswith(("model.", "codec.")):
             continue
-        sources = first(TIED, leaf.key) or ()
+        sources = first(TIED, *leaf.names) or ()
         source = next((s for s in sources if OmegaConf.select(cfg, s.partition("[")[0]) is not None), None)
         if leaf.key == "model.classes" and leaf.value is None:
             continue

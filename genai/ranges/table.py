@@ -158,6 +158,8 @@ RANGES: dict[str, Any] = {
     "codec.model.factor": SIZE,
     # models of any family
     "model": Node(),
+    "LPIPS:net": Choice(("vgg", "alex", "squeeze")),
+    "FiniteScalarQuantizer:levels": Many(whole(2, 1000, "levels"), 1, 64),
     "model.**.field": WORD,
     "codec.model.field": WORD,
     "model.**.shape": SHAPE,
@@ -349,6 +351,7 @@ RANGES: dict[str, Any] = {
 }
 
 TIES = {
+    "FiniteScalarQuantizer:levels": (),
     "model.field": ("data.field",),
     "codec.model.field": ("data.field",),
     "codec.model.shape": ("data.shape",),
