@@ -13,7 +13,8 @@ from genai.core.protocols import AdversarialModel, Losses
 from genai.losses.adversarial import logistic, non_saturating
 from genai.train.callbacks import Evaluate, File, Save
 from genai.train.ema import EMA
-from genai.train.lit_adversarial import LitAdversarial
+from genai.train.lit import Player
+from genai.train.lit_adversarial import LitAdversarial, still
 from genai.train.optim import adamw
 from genai.train.record import Record
 from tests.conftest import CONFIG
@@ -223,3 +224,11 @@ torch.save({{"model": lit.model.state_dict(), "ema": lit.ema.state_dict()}}, fol
 @pytest.mark.slow
 def test_two_ranks_equal_one_with_the_doubled_batch(tmp_path):
     ranks(tmp_path, TWO_RANKS, 1e-8)
+
+
+def test_what_is_frozen_for_an_update_learns_again_after_a_loss_that_raises():
+    net = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="of the loss"), still(Player(net.named_parameters(), "")):
+        assert not any(p.requires_grad for p in net.parameters())
+        raise ValueError("of the loss")
+    assert all(p.requires_grad for p in net.parameters())

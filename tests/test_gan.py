@@ -327,6 +327,13 @@ class Normed(nn.Module):
         return self.norm(z)
 
 
+def test_standing_statistics_leave_the_mode_of_norms_as_it_was_where_the_generator_raises():
+    net = nn.Sequential(nn.BatchNorm1d(3)).eval()
+    with pytest.raises(TypeError):  # it takes no label
+        standing_statistics(net, [(torch.randn(8, 3), None)])
+    assert not net[0].training and net[0].momentum == 0.1
+
+
 def test_standing_statistics_are_the_means_over_batches():
     net, batches = Normed().eval(), [2 * torch.randn(4, 3, 5, 5) + k for k in range(6)]
     net.norm.running_mean += 9

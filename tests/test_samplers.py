@@ -1,8 +1,10 @@
 """Samplers: their levels, their rows against formulas and public ones, exact propagation, order of convergence, editing."""
 
 import functools
+import gc
 import itertools
 import math
+import weakref
 
 import diffusers
 import pytest
@@ -610,6 +612,30 @@ def test_a_capture_that_fails_falls_back_by_name(monkeypatch):
     cuda_graph.replayed(model, "a", lambda inputs: inputs["x"] + 1, {"x": x})
     with pytest.warns(UserWarning, match="not as a CUDA graph: operation not permitted when stream is capturing$"):
         assert torch.equal(cuda_graph.replayed(model, "a", lambda inputs: inputs["x"] + 1, {"x": x}), x + 1)
+
+
+def test_a_model_whose_capture_failed_is_freed(monkeypatch):
+    def capture(trajectory, inputs):
+        raise RuntimeError("not permitted")
+
+    monkeypatch.setattr(cuda_graph, "capture", capture)
+
+    def sample():
+        model, calls = nn.Linear(1, 1), []
+
+        def trajectory(inputs):
+            calls.append("walk")
+            return model(inputs["x"]).detach()
+
+        for _ in range(4):
+            cuda_graph.replayed(model, "a", trajectory, {"x": torch.ones(2, 1)})
+        assert len(calls) == 4
+        return weakref.ref(model)
+
+    with pytest.warns(UserWarning, match="not as a CUDA graph"):
+        alive = sample()
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Hashable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,9 @@ from genai.core.protocols import Batch
 
 Trajectory = Callable[[Batch], Tensor]
 
-_latest: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, Trajectory | None]] = weakref.WeakKeyDictionary()
+_latest: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, Trajectory | Literal["first", "failed"]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def replayed(model: nn.Module, kind: Hashable, trajectory: Trajectory, inputs: Batch) -> Tensor:
@@ -27,18 +30,18 @@ def replayed(model: nn.Module, kind: Hashable, trajectory: Trajectory, inputs: B
     """
     weights = tuple(p.data_ptr() for p in model.parameters())
     key = kind, weights, tuple((name, t.shape, t.dtype) for name, t in inputs.items())
-    seen, graph = _latest.get(model, (None, None))
+    seen, graph = _latest.get(model, (None, "first"))
     if seen != key:
-        _latest[model] = key, None
+        _latest[model] = key, "first"
         return trajectory(inputs)
-    if graph is None:
+    if graph == "first":
         try:
             graph = capture(trajectory, inputs)
         except RuntimeError as error:
             say(str(error).strip().splitlines()[0])
-            graph = trajectory
+            graph = "failed"  # and not the trajectory, which holds the model that its entry here is to end with
         _latest[model] = key, graph
-    return graph(inputs)
+    return trajectory(inputs) if isinstance(graph, str) else graph(inputs)
 
 
 def capture(trajectory: Trajectory, inputs: Batch) -> Trajectory:

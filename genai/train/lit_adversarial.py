@@ -149,6 +149,8 @@ def still(player: Player):
     """No gradients for a player's parameters meanwhile."""
     for _, p in player.named:
         p.requires_grad_(False)
-    yield
-    for _, p in player.named:
-        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for _, p in player.named:
+            p.requires_grad_(True)

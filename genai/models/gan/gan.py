@@ -197,15 +197,17 @@ def standing_statistics(generator: nn.Module, inputs: Iterable[tuple[Tensor, Ten
     """
     norms = batch_norms(generator)
     before = [(norm.training, norm.momentum) for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.train()
-        norm.momentum = None  # a cumulative mean
-    for z, label in inputs:
-        generator(z, label)
-    for norm, (training, momentum) in zip(norms, before, strict=True):
-        norm.train(training)
-        norm.momentum = momentum
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train()
+            norm.momentum = None  # a cumulative mean
+        for z, label in inputs:
+            generator(z, label)
+    finally:
+        for norm, (training, momentum) in zip(norms, before, strict=True):
+            norm.train(training)
+            norm.momentum = momentum
 
 
 def truncated(z: Tensor, threshold: float) -> Tensor:
