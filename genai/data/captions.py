@@ -90,6 +90,8 @@ class CaptionedSplit:
     def batch(self, index: Tensor, draws: Tensor | None) -> Batch:
         """Items `index` (B,); the last of the draws (B, 4) chooses the caption."""
         batch = self.split.batch(index, draws)
+        if isinstance(self.split, Images):
+            index = self.split.actual(index)
         row = batch["label"] if self.by_label else index
         which = 0 if draws is None else (draws[:, 3] * self.count[row]).long()
         return {**batch, "caption": self.captions[self.first[row] + which].long()}

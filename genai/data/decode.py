@@ -1,0 +1,158 @@
+"""The bytes of an image file to upright 8-bit pixels, with no more work and memory than the wanted size needs."""
+
+import contextlib
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from genai.core.errors import UserError
+
+FLAT_PIXELS, FLAT = (
+    10_000_000,
+    200,
+)  # of an image whose pixels' bytes are over 200 times its file's: no picture compresses so
+LARGEST = 2**28  # pixels of one image that are decoded, 0.8 GB in RGB
+ORIENTATION = 0x0112  # the EXIF tag that says how the camera was held; 5 to 8 swap height and width
+GAP = (
+    2.0  # how many times the wanted size a JPEG is decoded to at least, so that the filter after it decides the pixels
+)
+
+
+class Reading(NamedTuple):
+    """How a file becomes pixels of 8 bits.
+
+    channels: 1 or 3.
+    value_range: values that become black and white where a file has more than 8 bits; None takes the upper 8 of 16 bits.
+    background: RGB that transparent pixels lie on; None takes the colour that is stored under them.
+    draft: decode a JPEG at 1/2, 1/4 or 1/8 of its size where that is enough, ten times as fast.
+    """
+
+    channels: int
+    value_range: tuple[float, float] | None = None
+    background: tuple[int, int, int] | None = None
+    draft: bool = False
+
+
+@contextlib.contextmanager
+def opened(file: IO[bytes], where: Path | str, size: int) -> Iterator[Any]:
+    """Open an image file of `size` bytes with Pillow, its pixels not decoded yet.
+
+    Raises UserError for one that would unpack to far more than pictures do, ValueError for one of over `LARGEST` pixels.
+    """
+    from PIL import Image
+
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # a scan of a poster is no attack: see check_pixels
+    try:
+        image = Image.open(file)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    with image:
+        check_pixels(image, where, size)
+        yield image
+
+
+def check_pixels(image: Any, where: Path | str, size: int) -> None:
+    """Raises as `opened` does."""
+    pixels = image.width * image.height
+    if pixels > FLAT_PIXELS and pixels * len(image.getbands()) > FLAT * size:
+        raise UserError(
+            f"{where} has {image.width} x {image.height} pixels in a file of {size:,} bytes, as no picture does: "
+            "delete or replace it, or change data.root"
+        )
+    if pixels > LARGEST:
+        raise ValueError(f"has {image.width} x {image.height} pixels, and at most {LARGEST:,} are decoded")
+
+
+def sideways(image: Any) -> bool:
+    """Whether EXIF says that height and width change places."""
+    return "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= 5
+
+
+def is_deep(image: Any) -> bool:
+    """Whether a file's values have more than 8 bits."""
+    return image.mode.startswith(("I", "F")) or is_deep_colour(image)
+
+
+def is_deep_colour(image: Any) -> bool:
+    """Whether a file not yet decoded has 16 bits for each of several channels, of which Pillow reads the upper 8."""
+    return len(image.getbands()) > 1 and any(";16" in str(tile[3]) for tile in getattr(image, "tile", []))
+
+
+def is_transparent(image: Any) -> bool:
+    """Whether a file says which of its pixels are transparent."""
+    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or (
+        "transparency" in image.info and image.mode in ("1", "L", "P", "RGB")
+    )
+
+
+def extremes(image: Any) -> tuple[float, float]:
+    """The least and the largest finite value of an image of more than 8 bits, as its file states them."""
+    unit = 257 if is_deep_colour(image) else 1
+    x = np.asarray(image.convert("RGB") if unit > 1 else image)
+    x = x[np.isfinite(x)] if x.dtype.kind == "f" else x
+    return (float(x.min()) * unit, float(x.max()) * unit) if x.size else (0.0, 0.0)
+
+
+def decode(
+    content: bytes, where: Path | str, reading: Reading, size: tuple[int, int], crop: bool
+) -> tuple[Any, tuple[int, int]]:
+    """An upright Pillow image, L for 1 channel, RGB for 3, from the bytes of a file, for the largest part with the proportions
+    of `size` (H, W), or without `crop` all of it, to be resized to that; and how large (W, H) the file says it is.
+
+    Raises UserError for what no picture is, and whatever Pillow raises on a damaged file.
+    """
+    from PIL import Image, ImageOps
+
+    with opened(BytesIO(content), where, len(content)) as image:
+        w, h = (image.height, image.width) if sideways(image) else image.size
+        if reading.draft:
+            box = crop_box(w, h, size[1] / size[0], 0, 0) if crop else (0, 0, w, h)
+            _reduce(image, reading.channels, min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]))
+        deep_colour, transparent = is_deep_colour(image), is_transparent(image)  # which decoding forgets
+        if "exif" in image.info:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):  # which Pillow would clip
+            image = Image.fromarray(_eight_bits(np.asarray(image), reading.value_range))
+        elif deep_colour and reading.value_range is not None:
+            table = _eight_bits(257 * np.arange(256), reading.value_range).tolist()
+            image = image.point([i for band in image.getbands() for i in (range(256) if band == "A" else table)])
+        if transparent and reading.background is not None:
+            image = _composite(image, reading.background)
+        return image.convert("L" if reading.channels == 1 else "RGB"), (w, h)
+
+
+def _eight_bits(x: np.ndarray, value_range: tuple[float, float] | None) -> np.ndarray:
+    """uint8 of values in a range, rounded and clipped; without one the upper 8 of 16 bits."""
+    if value_range is None:
+        if x.dtype.kind == "f":
+            raise ValueError("its pixels are floating point numbers, and data.value_range is not set")
+        return (x >> 8).astype(np.uint8)
+    low, high = value_range
+    scaled = (np.nan_to_num(x.astype(np.float64), nan=low) - low) / (high - low) * 255
+    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+def _composite(image: Any, background: tuple[int, int, int]) -> Any:
+    """An image with transparency over one colour, in RGB."""
+    from PIL import Image
+
+    image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    if image.getchannel("A").getextrema() == (255, 255):
+        return image.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image).convert("RGB")
+
+
+def _reduce(image: Any, channels: int, scale: float) -> None:
+    """Let a JPEG that will be made `scale` times smaller be decoded at the smallest of its sizes that leaves a gap to that."""
+    if scale >= 2 * GAP:
+        image.draft("L" if channels == 1 else None, (int(image.width * GAP / scale), int(image.height * GAP / scale)))
+
+
+def crop_box(w: int, h: int, ratio: float, u: float, v: float) -> tuple[int, int, int, int]:
+    """The largest box (left, top, right, bottom) of width / height = ratio in w x h, at fractions u, v of its leeway."""
+    cw, ch = max(min(w, round(h * ratio)), 1), max(min(h, round(w / ratio)), 1)
+    left, top = min(int(u * (w - cw + 1)), w - cw), min(int(v * (h - ch + 1)), h - ch)
+    return left, top, left + cw, top + ch
