@@ -5,11 +5,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from genai.core import stored
 from genai.core.protocols import Batch, Losses, Prediction
 from genai.core.shapes import expand_like, mean_flat
 from genai.models.diffusion import vlb, weightings
 from genai.models.diffusion.base import Diffusion
 from genai.models.diffusion.latent import Latent
+from genai.models.diffusion.levels import LevelPosterior
 from genai.models.diffusion.paths import Parameterization, combination, to_x0
 from genai.models.diffusion.schedules import Schedule
 
@@ -50,6 +52,8 @@ class DDPM(Diffusion):
         super().__init__(net, shape, field, classes, label_dropout, guidance, clip, latent)
         self.path = self.schedule = schedule
         self.parameterization: Parameterization = parameterization
+        if isinstance(net, LevelPosterior) and not stored.is_building():
+            net.check(parameterization, schedule)
         self.levels = levels
         if getattr(weighting, "func", weighting) is weightings.vlb:
             self.objective = None

@@ -51,7 +51,7 @@ class DiT(nn.Module):
         classes: number of labels, None for none; the embedding has one more row, the null.
         text: encodes captions, None for none; its summary enters with the time, its states by cross-attention.
         gradient_checkpointing: compute activations twice instead of keeping them.
-        out_channels: channels of the output, None for those of the images.
+        out_channels, out_per_channel: of the output, as of a UNet.
 
     Raises UserError if the net cannot take the shape.
     """
@@ -59,7 +59,7 @@ class DiT(nn.Module):
     def __init__(
         self, shape: Sequence[int], patch: int = 2, width: int = 128, layers: int = 6, heads: int = 4, ratio: float = 4.0,
         classes: int | None = None, text: TextEncoder | None = None, gradient_checkpointing: bool = False,
-        out_channels: int | None = None,
+        out_channels: int | None = None, out_per_channel: int = 1,
     ):  # fmt: skip
         super().__init__()
         if len(shape) != 3 or shape[1] % at_least(patch, 1, "model.net.patch") or shape[2] % patch:
@@ -77,7 +77,7 @@ class DiT(nn.Module):
         context_width = None if text is None else text.width
         self.blocks = nn.ModuleList(DiTBlock(width, heads, ratio, context_width) for _ in range(layers))
         self.modulation = zero(nn.Linear(width, 2 * width))
-        self.head = zero(nn.Linear(width, (out_channels or c) * patch**2))
+        self.head = zero(nn.Linear(width, (out_channels or c * out_per_channel) * patch**2))
 
     def forward(
         self, x: Tensor, time: Tensor, label: Tensor | None = None, states: Tensor | None = None,

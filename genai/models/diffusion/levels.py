@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from genai.core import stored
+from genai.core.errors import UserError
 from genai.models.diffusion.schedules import Schedule
+from genai.models.diffusion.text import TextEncoder
 
 
 class LevelPosterior(nn.Module):
@@ -19,7 +22,7 @@ class LevelPosterior(nn.Module):
 
     Args:
         net: `net(x, time, label) -> logits`, x (B, C, H, W), logits (B, C * levels, H, W) with the level as the faster
-            of the two.
+            of the two; it may take captions too.
         levels: number of grey levels.
         schedule: that of the DDPM around it, whose parameterization is x0.
     """
@@ -27,19 +30,55 @@ class LevelPosterior(nn.Module):
     level: Tensor
     alpha: Tensor
     precision: Tensor
+    log_ratio: Tensor
 
     def __init__(self, net: nn.Module, levels: int, schedule: Schedule):
         super().__init__()
         self.net, self.levels, self.steps = net, levels, len(schedule)
+        self.shares = stored.is_building()  # one distribution for all channels, as configs of before may say
         self.register_buffer("level", torch.linspace(-1, 1, levels)[:, None, None], persistent=False)
         self.register_buffer("alpha", schedule.alpha.float(), persistent=False)
         self.register_buffer("precision", (schedule.sigma**-2).float(), persistent=False)
+        self.register_buffer("log_ratio", (schedule.sigma / schedule.alpha).log().float(), persistent=False)
 
-    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,) -> x0_hat (B, C, H, W)."""
-        logits = self.net(x, time) if label is None else self.net(x, time, label)
-        t = (time * (self.steps / 1000)).round().long()
-        alpha, precision = (s[t].view(-1, 1, 1, 1, 1) for s in (self.alpha, self.precision))
+    @property
+    def text(self) -> TextEncoder | None:
+        return getattr(self.net, "text", None)
+
+    def check(self, parameterization: str, schedule: Schedule) -> None:
+        """Raise UserError for another parameterization than x0, or a longer or shorter schedule than its own."""
+        if parameterization != "x0":
+            raise UserError(
+                f"model.parameterization={parameterization}, but a LevelPosterior (model.net) predicts the data: give x0"
+            )
+        if len(schedule) != self.steps:
+            raise UserError(f"model.net.schedule.steps={self.steps} must be model.schedule.steps={len(schedule)}")
+
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, **context: Tensor) -> Tensor:
+        """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,) -> x0_hat (B, C, H, W).
+
+        Raises UserError if the network makes logits of another shape.
+        """
+        logits = self.net(x, time, **({} if label is None else {"label": label}), **context)
+        channels = logits.shape[1] / self.levels
+        if channels != x.shape[1] and not (self.shares and channels == 1):
+            raise UserError(
+                f"the network makes {logits.shape[1]} logits a pixel, but {x.shape[1]} channels of {self.levels} grey levels "
+                f"take {x.shape[1] * self.levels}: give model.net.net.out_per_channel={self.levels}"
+            )
+        alpha, precision = (s.view(-1, 1, 1, 1, 1) for s in self.at(time * (self.steps / 1000)))
         logits = logits.float().unflatten(1, (-1, self.levels))  # (B, C, K, H, W)
         logits = logits - precision / 2 * (x.float().unsqueeze(2) - alpha * self.level) ** 2
         return (logits.softmax(2) * self.level).sum(2).to(x.dtype)
+
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and 1 / sigma^2 (B,) at times of the schedule; see `Schedule.at` for what lies between whole ones."""
+        t = t.float().clamp(0, self.steps - 1)
+        whole, early = t.round(), t.floor()
+        i = early.long()
+        j, share = (i + 1).clamp_max(self.steps - 1), t - early
+        low, high = self.log_ratio[i], self.log_ratio[j]
+        log = torch.where(high.isinf(), low - torch.log1p(-share), low + share * (high - low))
+        on, k = (t - whole).abs() <= 1e-6 * self.steps, whole.long()
+        alpha = torch.where(on, self.alpha[k], torch.sigmoid(-2 * log).sqrt())
+        return alpha, torch.where(on, self.precision[k], 1 + torch.exp(-2 * log))

@@ -33,13 +33,15 @@ class Schedule:
         return len(self) - 1
 
     def at(self, t: float) -> tuple[float, float]:
-        """(alpha_t, sigma_t); t = -1 is clean data, (1, 0). Between whole times log(sigma / alpha) is linear."""
+        """(alpha_t, sigma_t); t = -1 is clean data, (1, 0). Between whole times log(sigma / alpha) is linear, or alpha / sigma
+        where the later one is pure noise."""
         if t < 0:
             return 1.0, 0.0
         if t == int(t):
             return self._pairs[int(t)]
         low, high = self._log_ratios[int(t)], self._log_ratios[int(t) + 1]
-        return _preserving(math.exp(low + (t - int(t)) * (high - low)))
+        share = t - int(t)
+        return _preserving(math.exp(low) / (1 - share) if math.isinf(high) else math.exp(low + share * (high - low)))
 
     def level(self, t: float) -> Level:
         return Level(t, *self.at(t))
@@ -48,7 +50,12 @@ class Schedule:
         """The level at a time, in general not a whole one, where sigma / alpha is `ratio`."""
         logs, log = self._log_ratios, math.log(ratio)
         i = min(max(bisect.bisect_right(logs, log) - 1, 0), max(len(logs) - 2, 0))
-        t = i if len(logs) == 1 else i + (log - logs[i]) / (logs[i + 1] - logs[i])
+        if len(logs) == 1:
+            t = i
+        elif math.isinf(logs[i + 1]):
+            t = i + 1 - math.exp(logs[i] - log)
+        else:
+            t = i + (log - logs[i]) / (logs[i + 1] - logs[i])
         return Level(min(max(t, 0), self.t_max), *_preserving(ratio))
 
     @functools.cached_property
@@ -110,6 +117,13 @@ def log_snr(steps: int = 1000, log_snr_max: float = 9.0, log_snr_min: float = -9
 
 
 def zero_terminal_snr(schedule: Schedule) -> Schedule:
-    """The schedule with sqrt(abar) shifted and scaled so that the last t is pure noise (Lin et al. 2024, algorithm 1)."""
+    """The schedule with sqrt(abar) shifted and scaled so that the last t is pure noise (Lin et al. 2024, algorithm 1).
+
+    Raises UserError for a schedule of one time, which that alone would leave.
+    """
+    if len(schedule) < 2:
+        raise UserError(
+            f"a schedule that ends in pure noise needs at least 2 steps, got {len(schedule)} (steps of its schedule)"
+        )
     first, last = schedule.alpha[0], schedule.alpha[-1]
     return from_alpha_bar(((schedule.alpha - last) * first / (first - last)) ** 2)
