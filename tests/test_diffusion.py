@@ -4,15 +4,24 @@ import math
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
+from genai.build import build_stored, build_typed
+from genai.cli import composed
+from genai.core import stored
 from genai.core.errors import UserError
-from genai.models.diffusion import schedules, vlb, weightings
+from genai.data.captions import encode
+from genai.models.diffusion import samplers, schedules, vlb, weightings
 from genai.models.diffusion.ddpm import DDPM
 from genai.models.diffusion.edm import EDM
 from genai.models.diffusion.flow import Flow
+from genai.models.diffusion.levels import LevelPosterior
+from genai.models.diffusion.mlp import MLP
+from genai.models.diffusion.ode import probability_flow
 from genai.models.diffusion.paths import combination, to_x0
-from genai.models.diffusion.unet import UNet
+from genai.models.diffusion.text import TextEncoder
+from genai.models.diffusion.unet import UNet, time_embedding
 
 SCHEDULES = {
     "linear": schedules.linear,
@@ -397,3 +406,172 @@ def test_dropout_acts_in_training_only():
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3.0, 4.0])
     assert not torch.equal(net.train()(x, t), net(x, t))
     assert torch.equal(net.eval()(x, t), net(x, t))
+
+
+# Grey levels in colour
+
+
+def level_posterior(*overrides):
+    """The config of model=ddpm_levels over CIFAR-10."""
+    given = ["model=ddpm_levels", "data=cifar10", "model.net.net.channels=8", *overrides]
+    return OmegaConf.to_container(composed("train", given), resolve=True)["model"]
+
+
+def test_the_bound_of_a_colour_source_is_its_entropy():
+    """Pixels whose channels have distributions of their own, which the network's last biases say: from above, within 0.1."""
+    torch.manual_seed(0)
+    p = (2 * torch.randn(3, 4)).softmax(1)
+    index = torch.distributions.Categorical(p).sample((64, 2, 2)).movedim(-1, 1)  # (B, C, H, W)
+    given = [
+        "model.net.net.multipliers=[1]",
+        "data.shape=[3,2,2]",
+        "data.levels=4",
+        "data.classes=null",
+        "model.schedule.steps=150",
+    ]
+    model = build_typed(level_posterior(*given, "model.schedule.log_snr_max=9", "model.schedule.log_snr_min=-7")).eval()
+    with torch.no_grad():  # its weights are zero
+        model.net.net.head[-1].bias.copy_(p.log().flatten())
+    bits = -model.log_prob({"image": index / 1.5 - 1}, 0).mean() / (12 * math.log(2))
+
+    def entropy(p):
+        return -p.log2()[torch.arange(3)[:, None, None], index].mean()
+
+    assert entropy(p) - 0.002 < bits < entropy(p) + 0.1  # of the same images
+    assert entropy(p.mean(0).expand(3, 4)) > entropy(p) + 0.3  # as one distribution for all channels would have it
+
+
+def test_a_level_posterior_of_colour_has_a_distribution_for_each_channel():
+    model = build_typed(level_posterior())
+    x, time, label = torch.zeros(2, 3, 32, 32), torch.full((2,), 300.0), torch.zeros(2, dtype=torch.int64)
+    assert model.net.net(x, time, label).shape == (2, 3 * 256, 32, 32)
+    head = model.net.net.head[-1]
+    with torch.no_grad():  # red alone is moved
+        head.bias[:256] += torch.arange(256)
+    moved = model.net(x, time, label)
+    assert (moved[:, 0] > moved[:, 1] + 0.01).all() and torch.equal(moved[:, 1], moved[:, 2])
+    head.out_channels, head.bias = 256, nn.Parameter(head.bias[:256])
+    head.weight = nn.Parameter(head.weight[:256])
+    with pytest.raises(UserError, match=r"256 logits a pixel, but 3 channels of 256 grey levels take 768"):
+        model.net(x, time, label)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+def test_a_level_posterior_predicts_the_data_alone(kind):
+    with pytest.raises(UserError, match=f"parameterization={kind}, but a LevelPosterior .* predicts the data: give x0"):
+        build_typed(level_posterior(f"model.parameterization={kind}"))
+
+
+def test_a_stored_level_posterior_means_what_it_meant():
+    node = level_posterior()
+    del node["net"]["net"]["out_per_channel"], node["net"]["net"]["attention_depths"]
+    node["net"]["net"] |= {"out_channels": 256, "attention": [4]}
+    old = build_stored({**node, "parameterization": "eps"}).eval()
+    x, time, label = torch.randn(1, 3, 32, 32), torch.full((1,), 300.0), torch.zeros(1, dtype=torch.int64)
+    assert old.net.net(x, time, label).shape == (1, 256, 32, 32)
+    assert old.net(x, time, label).shape == x.shape
+
+
+@pytest.mark.parametrize("make", [*SCHEDULES.values(), lambda T: schedules.zero_terminal_snr(schedules.linear(T))])
+@pytest.mark.parametrize("T", [2, 200, 1000])
+def test_times_between_whole_ones_are_levels_of_their_own(make, T):
+    """A time's level is one level's time, in the schedule and where a LevelPosterior looks it up."""
+    s = make(T)
+    net = LevelPosterior(nn.Linear(1, 1), 4, s)
+    times = [0.0, 0.3, T - 1.75, T - 1.25, T - 1.0]
+    for t in times:
+        alpha, sigma = s.at(t)
+        level = s.level_of(sigma / alpha) if alpha else s.level(t)
+        assert level.t == pytest.approx(t, abs=1e-6 * T)
+        assert (level.alpha, level.sigma) == pytest.approx((alpha, sigma))
+    alpha, precision = net.at(torch.tensor(times))
+    expected = torch.tensor([s.at(t) for t in times])
+    assert torch.allclose(alpha, expected[:, 0], atol=1e-5, rtol=1e-3)
+    assert torch.allclose(precision, expected[:, 1] ** -2, rtol=2e-3)
+    whole = torch.arange(T)
+    alpha, precision = net.at((whole * (1000 / T)).float() * (T / 1000))
+    assert torch.equal(alpha, net.alpha) and torch.equal(precision, net.precision)
+
+
+# One step, odd widths, conditions
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_a_bound_of_one_step_is_a_bound(variance):
+    s = schedules.cosine(1)
+    model = gaussian_model("x0", s, levels=3, variance=variance)
+    x0 = torch.randint(0, 3, (500, 3)).double() - 1
+    terms = vlb.terms(model, {"vector": x0}, 0)
+    assert terms.kl.shape == (500, 0)
+    assert terms.total().mean() > 3 * math.log(3)
+    assert vlb.reverse_variance(s, 0, variance) == pytest.approx(s.sigma[0].item() ** 2)
+
+
+def test_what_one_step_cannot_be_is_refused():
+    with pytest.raises(UserError, match="ends in pure noise needs at least 2 steps, got 1"):
+        schedules.zero_terminal_snr(schedules.linear(1))
+    with pytest.raises(UserError, match=r"model.weighting=vlb .* model.schedule.steps=1 must be at least 2"):
+        gaussian_model("x0", schedules.linear(1), weighting=weightings.vlb)
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 33])
+def test_any_width_is_told_the_time(width):
+    times = torch.tensor([0.0, 1.0, 30.0, 999.0])
+    emb = time_embedding(times, width)
+    assert emb.shape == (4, width)
+    assert len(emb.unique(dim=0)) == 4
+    if width % 2 == 0:
+        frequency = torch.exp(torch.arange(width // 2) * (-math.log(1e4) / (width // 2)))
+        assert torch.equal(emb, torch.cat([(times[:, None] * frequency).cos(), (times[:, None] * frequency).sin()], 1))
+    nets = [MLP(2, width), UNet([1, 4, 4], width, [1], 1, attention_depths=[0])]
+    for net, x in zip(nets, (torch.randn(4, 2), torch.randn(4, 1, 4, 4)), strict=True):
+        assert net(x, times).shape == x.shape
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_guidance_needs_both_of_its_answers_trained(rate):
+    net = UNet([1, 8, 8], 8, [1], 1, attention_depths=[], classes=10)
+    node = {"label_dropout": rate, "schedule": schedules.cosine(10), "shape": [1, 8, 8], "classes": 10}
+    with pytest.raises(
+        UserError, match=rf"model.guidance=1.1 leads .* model.label_dropout={rate} .* model.guidance=1,"
+    ):
+        DDPM(net, guidance=1.1, **node)
+    with stored.building():  # as it was trained and sampled
+        assert DDPM(net, guidance=1.1, **node).guidance == 1.1
+    model = DDPM(net, **node).eval()
+    cond = {"label": torch.tensor([3])}
+    for plain in (None, 1.0):
+        samplers.ddim(model, torch.arange(1), cond, steps=1, guidance=plain)
+    with pytest.raises(UserError, match=r"^guidance=2.0 leads from .*: give guidance=1"):
+        samplers.ddim(model, torch.arange(1), cond, steps=1, guidance=2.0)
+    assert DDPM(UNet([1, 8, 8], 8, [1], 1, attention_depths=[]), guidance=2.0, **{**node, "classes": None}).null() == {}
+
+
+def captioned(**arguments):
+    torch.manual_seed(0)
+    net = UNet([1, 4, 4], 8, [1], 1, attention_depths=[0], text=TextEncoder(6, 8, 1, 2), classes=3)
+    for p in net.parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p, std=0.2)
+    s = schedules.cosine(4)
+    return DDPM(net, s, [1, 4, 4], classes=3, levels=3, clip=None, **arguments).eval()
+
+
+@pytest.mark.parametrize("score", ["bound", "flow"])
+def test_likelihoods_are_given_what_the_batch_says_and_null_for_the_rest(score):
+    model, n = captioned(), 3
+    batch = {"image": torch.randint(0, 3, (n, 1, 4, 4)).float() - 1}
+    batch |= {"caption": encode(["one", "two", "six"], 6, "length"), "label": torch.arange(n)}
+    null = model.nulls(n)
+
+    def nats(**given):
+        given = {"image": batch["image"], **given}
+        return model.log_prob(given, 0) if score == "bound" else probability_flow(model, given, 0, 3, steps=2)
+
+    alone, caption, both = nats(), nats(caption=batch["caption"]), nats(caption=batch["caption"], label=batch["label"])
+    assert torch.allclose(alone, nats(**null)) and torch.allclose(
+        caption, nats(caption=batch["caption"], label=null["label"])
+    )
+    assert not torch.allclose(alone, caption, atol=1e-3) and not torch.allclose(caption, both, atol=1e-3)
+    with pytest.raises(UserError, match=r"label is int64 \[1\], but 3 samples of this model are told int64 \[3\]"):
+        nats(label=batch["label"][:1])

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import inspect
 import itertools
 import math
 import weakref
@@ -56,7 +57,7 @@ def test_levels_fall_from_the_noisiest_to_clean_data(T, steps, spacing):
     assert len(levels) == steps + 1
     assert levels[-1] == CLEAN
     assert all(t.ratio > s.ratio for t, s in itertools.pairwise(levels))
-    assert spacing == "leading" or levels[0].t == T - 1
+    assert levels[0].t == T - 1
     assert all(level.alpha**2 + level.sigma**2 == pytest.approx(1) for level in levels)
     if spacing in ("linspace", "karras", "log_snr") and steps > 1:
         assert levels[-2].t == pytest.approx(0, abs=1e-9)
@@ -66,7 +67,7 @@ def test_spacings_are_those_of_their_papers():
     path = schedules.linear(1000)
     times = {s: [level.t for level in tables.levels(path, 4, s)[:-1]] for s in SPACINGS}
     assert times["trailing"] == [999, 749, 499, 249]
-    assert times["leading"] == [750, 500, 250, 0]
+    assert times["leading"] == [999, 500, 250, 0]
     assert times["linspace"] == [999, 666, 333, 0]
     ratios = [level.ratio for level in tables.levels(path, 4, "karras")[:-1]]
     roots = [r ** (1 / 7) for r in ratios]
@@ -649,3 +650,77 @@ def test_a_graph_gives_the_samples_of_the_steps(sampler):
         assert (graphed - walked).abs().max() < 1e-5
         label = label + 1
     assert cuda_graph._latest[model][1] is not None
+
+
+# Where they start, and what they are told
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("kind", ["ddpm", "edm", "flow"])
+def test_every_sampler_starts_at_the_state_its_first_level_says(kind, sampler, spacing):
+    """Noise alone is the state of the noisiest level, and of no other."""
+    model, seen = gaussian_model() if kind == "ddpm" else continuous(kind), []
+    denoise = model.denoise
+    model.denoise = lambda x, t, cond=None: seen.append((t, x)) or denoise(x, t, cond)
+    seeds = rng.seed_range(5, 3)
+    for steps in (1, 4):
+        seen.clear()
+        space = {"space": "flow"} if "space" in inspect.signature(sampler).parameters else {}
+        if kind == "flow" and spacing != "trailing":
+            with pytest.raises(UserError, match="use trailing"):
+                sampler(model, seeds, steps=steps, spacing=spacing, **space)
+            continue
+        sampler(model, seeds, steps=steps, spacing=spacing, **space)
+        t, x = seen[0]
+        assert t == pytest.approx(model.path.t_max)
+        level = model.path.level(t)
+        assert torch.allclose(x, level.sigma * rng.normal(seeds, (3,), stream=rng.INITIAL).to(x))
+
+
+def test_a_table_that_starts_at_less_noise_needs_an_image():
+    model, seeds = gaussian_model(), rng.seed_range(0, 3)
+    rest = table_of("ddim", model.path, 25).after(0.5)
+    with pytest.raises(UserError, match=r"the table starts at t = \d+, where there is data in the state: give image="):
+        samplers.run(model, rest, seeds)
+    for wrong in (torch.zeros(1, 3), torch.zeros(3), torch.zeros(3, 1)):
+        with pytest.raises(UserError, match=r"image is \[.*\], but 3 samples of this model start from \[3, 3\]"):
+            samplers.run(model, rest, seeds, image=wrong.double())
+        with pytest.raises(UserError, match=r"known|mask"):
+            samplers.run(
+                model, rest, seeds, image=torch.zeros(3, 3).double(), known=wrong.double(), mask=wrong.double()
+            )
+    with pytest.raises(UserError, match=r"image is \[3, 4\], but samples of this model are \[3\] each"):
+        samplers.invert(model, torch.zeros(3, 4))
+    with pytest.raises(UserError, match="steps=1 must be a whole number, at least 2"):
+        samplers.invert(model, torch.zeros(3, 3), steps=1)
+
+
+@pytest.mark.parametrize(
+    ("cond", "sentence"),
+    [
+        ({"lable": torch.tensor([1, 2])}, "cond has lable, but this model takes label"),
+        (
+            {"label": torch.tensor([1, 2]), "negative": torch.tensor([1, 2])},
+            "cond has negative, but this model takes label",
+        ),
+        ({"label": torch.tensor([1])}, r"label is int64 \[1\], but 2 samples of this model are told int64 \[2\]"),
+        ({"label": torch.tensor(1)}, r"label is int64 \[\], but 2 samples"),
+        ({"label": torch.tensor([1.0, 2.0])}, r"label is float32 \[2\], but 2 samples"),
+    ],
+)
+def test_conditions_that_a_model_does_not_take_are_refused(cond, sentence):
+    model = tiny_unet()
+    for call in (
+        *(functools.partial(sampler, model, torch.arange(2), cond, steps=1) for sampler in SAMPLERS),
+        functools.partial(samplers.invert, model, torch.zeros(2, 1, 8, 8), cond, steps=2),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            call()
+
+
+def test_what_data_say_beside_the_conditions_is_left_out():
+    model, seeds = tiny_unet(classes=None), torch.arange(2)
+    model.classes = None
+    plain = samplers.ddim(model, seeds, None, steps=2)["image"]
+    assert torch.equal(samplers.ddim(model, seeds, {"label": torch.tensor([1, 2])}, steps=2)["image"], plain)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from genai.core import stored
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, Losses, Prediction
 from genai.models.diffusion.latent import Latent
@@ -53,6 +54,8 @@ class Diffusion(nn.Module):
         self.net, self.shape, self.field = net, tuple(shape), field
         self.classes, self.label_dropout, self.guidance, self.clip = classes, label_dropout, guidance, clip
         self.latent = latent
+        if (classes is not None or self.text is not None) and not stored.is_building():
+            self.check_guidance(guidance, "model.guidance")
         if latent is not None and latent.shape != self.shape:
             raise UserError(f"model.shape={list(shape)}, but the first stage's latents are {list(latent.shape)}")
 
@@ -122,6 +125,27 @@ class Diffusion(nn.Module):
     def nulls(self, n: int) -> Batch:
         """`null` of n samples."""
         return {name: null.expand(n, *null.shape) for name, null in self.null().items()}
+
+    def check_guidance(self, w: float, key: str) -> None:
+        """Raise UserError for a weight other than 1 where training saw only one of the two answers that guidance compares."""
+        if w != 1 and not 0 < self.label_dropout < 1:
+            raise UserError(
+                f"{key}={w} leads from what the network says without its conditions to what it says with them, and "
+                f"model.label_dropout={self.label_dropout} trains one of the two only: give {key}=1, which is none"
+            )
+
+    def given(self, cond: Batch | None, n: int) -> Batch:
+        """What of `cond` n samples are told, on the model's device, null where it is not given; nothing if none is.
+
+        Raises UserError for what is not one whole number, or one caption, for each of them.
+        """
+        nulls = self.nulls(n)
+        found = {name: c.to(self.device) for name, c in (cond or {}).items() if name in nulls}
+        for name, c in found.items():
+            if c.shape != nulls[name].shape or c.is_floating_point():
+                kind, wanted = f"{str(c.dtype).removeprefix('torch.')} {list(c.shape)}", list(nulls[name].shape)
+                raise UserError(f"{name} is {kind}, but {n} samples of this model are told int64 {wanted}")
+        return {**nulls, **found} if found else {}
 
     def conditions(self, batch: Batch) -> Batch:
         """The network's keyword arguments; in training some samples get the null, as all do that come without."""

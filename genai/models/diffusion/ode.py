@@ -52,8 +52,8 @@ def probability_flow(
     u_0, u_1 = ratio / (1 + ratio), high.sigma / (high.alpha + high.sigma)
     x = batch[model.field]
     seeds = rng.seed_range(seed, len(x)).to(x.device)
-    cond = {name: batch[name] for name in model.null()}
     with torch.no_grad():
+        cond = model.encoded(model.given(batch, len(x)))
         eps = rng.normal(seeds, model.shape, row=0, stream=rng.MODEL)
         y = (1 - u_0) * x + u_0 * eps
         gain = _decoder(y, x, u_0, levels) + _flat(0.5 * (eps**2 + LOG_2PI)) + x[0].numel() * math.log(u_0)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from genai.core import rng
 from genai.core.cuda_graph import replayed, say
-from genai.core.errors import UserError
+from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch, Denoiser, OnStep, Prediction
 from genai.kernels.affine_step import Impl, affine_step, prefer
 from genai.models.diffusion.base import Diffusion
@@ -81,12 +81,18 @@ def run(
         image: start from this, (B, *shape), noised to the table's first level, instead of from noise alone; see `Table.after`.
         known, mask: inpainting, see `walk`.
     """
+    n, shape = len(seeds), [len(seeds), *model.shape]
     if guidance is not None and not model.null():
         raise UserError(f"guidance={guidance} was given, but this model is unconditional: leave guidance= out")
-    seeds = seeds.to(model.device)
-    takes = {*model.null(), "negative"}
-    cond = {k: c.to(model.device) for k, c in (cond or {}).items() if k in takes}
-    cond = {**model.nulls(len(seeds)), **cond} if cond else {}
+    if image is None and table.start.ratio < 0.99 * model.path.level(model.path.t_max).ratio:
+        raise UserError(
+            f"the table starts at t = {table.start.t:g}, where there is data in the state: give image=, or a table from noise"
+        )
+    if image is not None and list(image.shape) != shape:
+        raise UserError(f"image is {list(image.shape)}, but {n} samples of this model start from {shape}")
+    cond, seeds = _told(model, cond, n), seeds.to(model.device)
+    if guidance is not None and ("negative" not in cond or model.classes is not None):
+        model.check_guidance(guidance, "guidance")
     x = table.start.sigma * rng.normal(seeds, model.shape, stream=rng.INITIAL).to(model.dtype)
     if image is not None:
         x = x + table.start.alpha * image.to(x)
@@ -118,6 +124,20 @@ def run(
     if not out.isfinite().all():  # the same again, with the host looking at every step
         trajectory(inputs, watch=True)
     return {model.field: model.shown(out)}
+
+
+def _told(model: Diffusion, cond: Batch | None, n: int) -> Batch:
+    """The conditions of n samples that the model takes, and `negative`; a label or a caption that it does not take, as data come
+    with, is left out. Raises UserError for any other name."""
+    cond, takes = cond or {}, [*model.null(), *(["negative"] if model.text is not None else [])]
+    if unknown := set(cond) - {"label", "caption", *takes}:
+        raise UserError(
+            f"cond has {', '.join(sorted(unknown))}, but this model takes {', '.join(takes) or 'no conditions'}"
+        )
+    given = model.given(cond, n)
+    if "negative" in cond and "negative" in takes:
+        given = {**(given or model.nulls(n)), "negative": model.given({"caption": cond["negative"]}, n)["caption"]}
+    return given
 
 
 def _graphed(asked: bool | None, model: Diffusion, denoiser: Denoiser | None, on_step: OnStep | None) -> bool:
@@ -234,9 +254,14 @@ def dpmpp_2m(
 
 def invert(model: Diffusion, image: Tensor, cond: Batch | None = None, *, steps: int = 50) -> Tensor:
     """DDIM inversion: clean samples (B, *shape) -> the noise that `ddim` with as many steps leads back to them (Song et al.
-    2021, section 4.3); exact as steps grow. The data count as the state at the least noisy level."""
-    up = levels(model.path, steps)[-2::-1]
+    2021, section 4.3); exact as steps grow. The data count as the state at the least noisy level.
+
+    Raises UserError for less than 2 steps, and for images of another shape.
+    """
+    up = levels(model.path, at_least(steps, 2, "steps"))[-2::-1]
+    if image.shape[1:] != model.shape:
+        raise UserError(f"image is {list(image.shape)}, but samples of this model are {list(model.shape)} each")
     with torch.inference_mode():
         x = image.to(model.device, model.dtype)
-        seeds = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        seeds, cond = torch.zeros(len(x), dtype=torch.int64, device=x.device), _told(model, cond, len(x))
         return walk(model.denoise, ddim_table(up), x, seeds, cond, clip=None) / up[-1].sigma

@@ -47,9 +47,9 @@ class Table:
 def levels(path: Path, steps: int, spacing: Spacing = "trailing", rho: float = 7.0) -> list[Level]:
     """`steps` levels from much noise to little, and clean data.
 
-    trailing (from t_max down in equal strides), leading (strides up from t_min, without t_max) and linspace (both ends) are
-    spaced in time (Lin et al. 2024, table 2); karras in the rho-th root of sigma / alpha (Karras et al. 2022, eq. 5),
-    log_snr in its logarithm.
+    trailing (from t_max down in equal strides), leading (equal strides up from t_min) and linspace (both ends) are spaced in
+    time (Lin et al. 2024, table 2); karras in the rho-th root of sigma / alpha (Karras et al. 2022, eq. 5), log_snr in its
+    logarithm. The first level is that of t_max always, leading's too: nowhere else is noise alone the state.
 
     Raises UserError for a number of steps or a spacing that the path does not have.
     """
@@ -85,7 +85,7 @@ def levels(path: Path, steps: int, spacing: Spacing = "trailing", rho: float = 7
             }
         if spacing not in times:
             raise UserError(f"sampler.spacing={spacing!r} is none of trailing, leading, linspace, karras, log_snr")
-        visited = [path.level(t) for t in times[spacing]]
+        visited = [high, *(path.level(t) for t in times[spacing][1:])]
     return [*visited, CLEAN]
 
 

@@ -15,10 +15,11 @@ from genai.nn.attention import CrossAttention, attending
 
 
 def time_embedding(time: Tensor, dim: int) -> Tensor:
-    """Sinusoids of time (B,) at dim / 2 geometric frequencies from 1 to 1e-4 -> (B, dim)."""
-    frequency = torch.exp(torch.arange(dim // 2, device=time.device) * (-math.log(1e4) / (dim // 2)))
+    """Sinusoids of time (B,) at dim / 2 geometric frequencies from 1 to 1e-4 -> (B, dim); of an odd dim the last has no sine."""
+    half = (dim + 1) // 2
+    frequency = torch.exp(torch.arange(half, device=time.device) * (-math.log(1e4) / half))
     angle = time[:, None] * frequency.to(time.dtype)
-    return torch.cat([angle.cos(), angle.sin()], 1)
+    return torch.cat([angle.cos(), angle.sin()], 1)[:, :dim]
 
 
 def zero(module: nn.Module) -> nn.Module:
@@ -125,10 +126,11 @@ class UNet(nn.Module):
         classes: number of labels, None for none; the embedding has one more row, the null.
         dropout: probability inside residual blocks.
         gradient_checkpointing: recompute stages in the backward pass instead of keeping their activations.
-        out_channels: channels of the output, None for those of the images.
+        out_channels: channels of the output, None for those of the images times `out_per_channel`.
         text: encodes captions, None for none.
         attention_depths: halvings after which each block is followed by self-attention: 0 at the size of the images, -1 at
             the least size.
+        out_per_channel: outputs for each channel of the images, such as a logit for each grey level.
 
     Raises UserError if the net cannot take the size, or has no such depth.
     """
@@ -146,6 +148,7 @@ class UNet(nn.Module):
         out_channels: int | None = None,
         text: TextEncoder | None = None,
         attention_depths: Sequence[int] | None = None,
+        out_per_channel: int = 1,
     ):
         super().__init__()
         c_image, height, _ = _checked(shape, len(multipliers))
@@ -193,7 +196,8 @@ class UNet(nn.Module):
                 if depth > 0 and i == blocks:
                     up.append(Upsample(c))
                 self.up.append(up)
-        self.head = nn.Sequential(group_norm(c), nn.SiLU(), zero(nn.Conv2d(c, out_channels or c_image, 3, padding=1)))
+        outputs = out_channels or c_image * out_per_channel
+        self.head = nn.Sequential(group_norm(c), nn.SiLU(), zero(nn.Conv2d(c, outputs, 3, padding=1)))
         self.to(memory_format=torch.channels_last)
 
     def forward(

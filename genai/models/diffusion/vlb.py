@@ -45,8 +45,9 @@ def posterior(schedule: Schedule, t: int) -> tuple[float, float, float]:
 
 
 def reverse_variance(schedule: Schedule, t: int, variance: Variance) -> float:
-    """Variance of p(x_{t-1} | x_t): "small" the posterior's, where that of t = 0 is that of t = 1, "large" beta_t."""
-    if variance == "small":
+    """Variance of p(x_{t-1} | x_t): "small" the posterior's, where that of t = 0 is that of t = 1, "large" beta_t, as is that of
+    the only step of a schedule."""
+    if variance == "small" and len(schedule) > 1:
         return posterior(schedule, max(t, 1))[2]
     (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t), schedule.at(t - 1)
     return sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
@@ -83,7 +84,7 @@ def terms(model: DDPM, batch: Batch, seed: int) -> Terms:
     """
     levels = model.grey_levels(model.levels)
     x0 = batch[model.field].double()
-    cond = {k: batch[k] for k in model.null()}
+    cond = model.encoded(model.given(batch, len(x0)))
     seeds = rng.seed_range(seed, len(x0)).to(x0.device)
     kl, decoder = [], x0.new_zeros(len(x0))
     for t in reversed(range(len(model.schedule))):
@@ -96,4 +97,4 @@ def terms(model: DDPM, batch: Batch, seed: int) -> Terms:
         else:
             std = reverse_variance(model.schedule, 0, model.variance) ** 0.5
             decoder = discretized_gaussian(x0, x0_hat, std, levels)
-    return Terms(prior_kl(model.schedule, x0), torch.stack(kl, 1), decoder)
+    return Terms(prior_kl(model.schedule, x0), torch.stack(kl, 1) if kl else x0.new_zeros(len(x0), 0), decoder)

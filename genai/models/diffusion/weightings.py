@@ -7,6 +7,7 @@ weight stated for x0 is multiplied by q^2 and serves eps, x0 and v alike.
 import torch
 from torch import Tensor
 
+from genai.core.errors import UserError
 from genai.models.diffusion.schedules import Schedule
 
 
@@ -22,7 +23,14 @@ def min_snr(schedule: Schedule, q: Tensor, gamma: float = 5.0) -> Tensor:
 
 def vlb(schedule: Schedule, q: Tensor) -> Tensor:
     """T/2 (SNR(s) - SNR(t)) in x0 for the step from t to s = t - 1: the loss is the T-1 KL terms of the variational
-    bound in nats per dimension (Kingma et al. 2021, eq. 13). The decoder's term t = 0 takes the weight of t = 1."""
+    bound in nats per dimension (Kingma et al. 2021, eq. 13). The decoder's term t = 0 takes the weight of t = 1.
+
+    Raises UserError for a schedule of one time.
+    """
+    if len(schedule) < 2:
+        raise UserError(
+            f"model.weighting=vlb weighs steps between times: model.schedule.steps={len(schedule)} must be at least 2"
+        )
     snr = schedule.snr()
     weight = len(schedule) / 2 * (snr[:-1] - snr[1:])
     return torch.cat([weight[:1], weight]) * q**2
