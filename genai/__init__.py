@@ -19,12 +19,17 @@ __version__ = "0.1.0"
 
 
 def load(
-    ckpt: Any = None, weights: str = "ema", device: str = "cpu", trust: str | Sequence[str] | None = None
+    ckpt: Any = None,
+    weights: str = "ema",
+    device: str = "cpu",
+    trust: str | Sequence[str] | None = None,
+    precision: str = "32-true",
+    compile: bool = False,
 ) -> Loaded:
-    """The model of a run directory or checkpoint file (default: the newest run), ready to sample."""
+    """The model of a run directory or checkpoint file (default: the newest run), ready to sample; see `genai.checkpoint.load`."""
     from genai import checkpoint
 
-    return checkpoint.load(ckpt, weights, device, trust)
+    return checkpoint.load(ckpt, weights, device, trust, precision, compile)
 
 
 def sample(loaded: Loaded, n: int = 16, seed: int = 0, label: Any = None, **arguments: Any) -> Batch:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from genai.build import build_stored, reason
 from genai.core import archive, files
+from genai.core import precision as precisions
 from genai.core.errors import UserError
 from genai.core.rng import RNG_VERSION
 
@@ -218,6 +219,21 @@ class Loaded:
     step: int
     path: Path
     trust: tuple[str, ...] = ()
+    precision: str = "32-true"
+    """What its networks compute in; see `core.precision`."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> str:
+        """What a card says its networks computed in."""
+        return "float32" if self.precision == "32-true" else self.precision
+
+    def computing(self) -> contextlib.AbstractContextManager:
+        """What its model is called in."""
+        return precisions.computing(self.precision, self.device)
 
 
 def device_of(name: Any) -> str:
@@ -252,18 +268,31 @@ def packages(trust: Any) -> tuple[str, ...]:
 
 def load(
     ckpt: str | Path | None = None, weights: str = "ema", device: str = "cpu",
-    trust: str | Sequence[str] | None = None,
+    trust: str | Sequence[str] | None = None, precision: str = "32-true", compile: bool = False,
 ) -> Loaded:  # fmt: skip
-    """Build the model of a run or checkpoint file and load its weights, "ema" or "raw"; see `locate` for `ckpt`."""
+    """Build the model of a run or checkpoint file and load its weights, "ema" or "raw"; see `locate` for `ckpt`.
+
+    Args:
+        precision: of its networks, one of core.precision.PRECISIONS.
+        compile: let torch.compile have each network at its first call, which takes a while.
+    """
     if weights not in ("ema", "raw"):
         raise UserError(f"weights={weights} is none of ema, raw")
     device, trust = device_of(device), packages(trust)
+    precision = precisions.precision_of(precision, device)
+    if not isinstance(compile, bool):
+        raise UserError(f"compile={compile} must be true or false")
     content, path = locate(None if ckpt is None else str(ckpt))
     state = content["model"] if weights == "raw" else {**content["model"], **content["ema"]}
     model = build_model(content["config"]["model"], state, trust)
     load_weights(model, state, path)
-    model.eval().requires_grad_(False).to(device)
-    return Loaded(model, content["config"], content["assets"], content["step"], path, tuple(trust))
+    precisions.halved(model, precision).eval().requires_grad_(False).to(device)
+    if sentence := precisions.allow_tf32(torch.device(device), precision):
+        precisions.say(sentence)
+    if compile:
+        for net in model.nets().values():  # type: ignore[operator]
+            net.compile()
+    return Loaded(model, content["config"], content["assets"], content["step"], path, tuple(trust), precision)
 
 
 def build_model(node: Any, state: dict[str, Tensor], trust: Sequence[str] = ()) -> nn.Module:

@@ -77,7 +77,8 @@ def sample(
             part = slice(start, start + batch_size)
             progress = None if on_step is None else _shifted(on_step, k, len(starts))
             given = {name: value[part] for name, value in cond.items()}
-            chunks.append(run(loaded.model, seeds[part], given or None, progress))
+            with loaded.computing():
+                chunks.append(run(loaded.model, seeds[part], given or None, progress))
         batch = {name: torch.cat([chunk[name].cpu() for chunk in chunks]) for name in chunks[0]}
         if "pixels" in loaded.assets:
             from genai.data.pixels import to_images
@@ -100,7 +101,7 @@ def bind(loaded: Loaded, node: dict, arguments: dict[str, Any]) -> Callable[...,
     extras: dict[str, Any] = {}
     if isinstance(node.get("draft"), str):
         other = checkpoint.load(
-            node.pop("draft"), device=str(next(loaded.model.parameters()).device), trust=loaded.trust
+            node.pop("draft"), device=str(loaded.device), trust=loaded.trust, precision=loaded.precision
         )
         if other.assets.get("tokenizer") != loaded.assets.get("tokenizer"):
             raise UserError(f"sampler.draft={other.path} has another tokenizer than {loaded.path}: they must share one")
@@ -202,7 +203,7 @@ def run(cfg: Any) -> Path:
 
     if cfg.out is not None:
         files.check_folder(Path(cfg.out), "out")
-    loaded = checkpoint.load(cfg.ckpt, cfg.weights, cfg.device, cfg.trust)
+    loaded = checkpoint.load(cfg.ckpt, cfg.weights, cfg.device, cfg.trust, cfg.precision, cfg.compile)
     if isinstance(cfg.guidance, bool) or not isinstance(cfg.guidance, int | float | None):
         raise UserError(f"guidance={cfg.guidance} must be a number")
     node: dict[str, Any] = OmegaConf.to_container(cfg.sampler, resolve=True)  # type: ignore[assignment]

@@ -13,6 +13,7 @@ import genai
 from genai import checkpoint
 from genai.build import build_typed
 from genai.cli import composed
+from genai.core.precision import halved
 from genai.data.base import Data, example
 from genai.train.callbacks import File
 from genai.train.ema import EMA
@@ -66,7 +67,7 @@ def config_of(case):
     return OmegaConf.to_container(cfg, resolve=True)
 
 
-def train(config, folder, steps, resume=None):
+def train(config, folder, steps, resume=None, precision="32-true", accumulate=1):
     facts = config["data"]
     names = None if facts["classes"] is None else [str(i) for i in range(facts["classes"])]
     data = Data(
@@ -76,12 +77,18 @@ def train(config, folder, steps, resume=None):
     data.splits = {"train": Synthetic(data), "val": Synthetic(data)}
     torch.manual_seed(0)
     model = build_typed(config["model"])
+    if precision.endswith("-true"):  # as train.py does
+        model, precision = halved(model, precision), "32-true"
     record = Record(folder)
     record.cut(None)
     loop = build_typed({**config["loop"], "_partial_": True})
-    lit = loop(model, data, build_typed(config["optim"]), functools.partial(EMA, decay=0.9), record, log_every_steps=1)
+    lit = loop(
+        model, data, build_typed(config["optim"]), functools.partial(EMA, decay=0.9), record, accumulate=accumulate,
+        log_every_steps=1,
+    )  # fmt: skip
     trainer = L.Trainer(
         max_steps=steps, max_epochs=-1, logger=False, accelerator="cpu", plugins=[File(config, data.assets())],
+        precision=precision,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, devices=1,
     )  # fmt: skip
     trainer.fit(lit, ckpt_path=resume)
@@ -118,6 +125,39 @@ def test_builds_learns_saves_loads_samples_and_resumes(case, tmp_path):
     for one, two in zip(*states, strict=True):
         for a, b in zip(one["state"].values(), two["state"].values(), strict=True):
             assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+HALF = [
+    pytest.param(
+        case, precision, marks=[pytest.mark.slow] if precision == "bf16-true" and case.startswith("experiment=") else []
+    )
+    for case in CASES for precision in ("bf16-mixed", "bf16-true")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "precision"), HALF)
+def test_learns_and_samples_in_half_precision(case, precision, tmp_path):
+    """Two steps of two micro-batches, an evaluation, and samples; weights that were float64 or float32 for a reason stay so."""
+    config = config_of(case)
+    lit = train(config, tmp_path, 2, precision=precision, accumulate=2)
+    assert lit.trainer.global_step == 2
+    values = lit.evaluate()
+    assert values and np.isfinite(list(values.values())).all()
+    with open(tmp_path / "metrics.csv") as file:
+        assert "nan" not in file.read()
+    halves = {p.dtype for p in lit.model.parameters() if p.requires_grad}
+    assert (torch.bfloat16 in halves) == (precision == "bf16-true")
+    assert {p.dtype for p in lit.ema.average} == {torch.float32}
+    plain = build_typed(config["model"])
+    for (name, ours), theirs in zip(lit.model.named_buffers(), plain.buffers(), strict=True):
+        assert ours.dtype == theirs.dtype or name.split(".")[-1] in ("kernel", "positions"), name  # of the network
+
+    field = config["data"]["field"]
+    label = None if config["model"].get("classes") is None else 1
+    batch = genai.sample(genai.load(tmp_path / "2.ckpt", precision=precision), n=2, seed=5, label=label)
+    assert batch[field].shape == (2, *config["data"]["shape"])
+    assert torch.isfinite(batch[field]).all()
+    assert batch[field].dtype == (torch.int64 if field == "tokens" else torch.float32)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.startswith("experiment=")])

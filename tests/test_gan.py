@@ -36,7 +36,7 @@ def test_a_spectral_weight_has_largest_singular_value_1(build, x):
     assert torch.allclose(weight, layer.weight / sigma, rtol=1e-4)
     plain = build()
     plain.load_state_dict({**layer.state_dict(), "weight": layer.weight / sigma})
-    base = type(plain).__mro__[1]
+    base = next(kind for kind in type(plain).__mro__ if kind.__module__.startswith("torch."))
     assert torch.allclose(layer.eval()(x), base.forward(plain, x), atol=1e-5)
 
 

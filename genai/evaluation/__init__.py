@@ -53,7 +53,7 @@ class Plan:
 def run(cfg: Any) -> dict[str, Any]:
     """`evaluate.py`: one JSON line of the pass over the split, also written beside the checkpoint, and one for each card, which
     go to the run's `cards/`. Returns the facts of the pass, and `cards`."""
-    loaded = checkpoint.load(cfg.ckpt, cfg.weights, cfg.device, cfg.trust)
+    loaded = checkpoint.load(cfg.ckpt, cfg.weights, cfg.device, cfg.trust, cfg.precision, cfg.compile)
     method: Any = None if cfg.get("likelihood") is None else OmegaConf.to_container(cfg.likelihood)
     plan = Plan(
         names_in(cfg.metrics, "metrics"), cfg.split, cfg.n, cfg.repeats, cfg.seed, cfg.batch_size,
@@ -147,7 +147,7 @@ def check(loaded: Loaded, data: Data, plan: Plan) -> Checked:
         sampling.bind(loaded, loaded.config["sampler"], {})
     if names and not text:
         at_least(n, 2, "n")
-        extractor = plan.extractor(images, node, str(next(loaded.model.parameters()).device))
+        extractor = plan.extractor(images, node, str(loaded.device))
         samples.check_extractor(extractor, images, plan.split, names)
     return Checked(images, node, n, wanted, named, names, extractor)
 
@@ -190,7 +190,7 @@ def _pass(
     if plan.baselines and whole and levels == data.values:
         others = beside(images, names, plan.split, n, numbers=latents)
     protocol = {"n": n, "split": plan.split, **cards.data_facts(images, node, plan.split), "levels": levels}
-    protocol["dtype"] = "float32"
+    protocol["dtype"] = loaded.dtype
     protocol |= {key: facts[key] for key in ("context", "context_overlap", "given", "likelihood") if key in facts}
     own = {"protocol": protocol, **({"bound": facts["bound"]} if "bound" in facts else {})}
     found = [cards.card(name, *means[name], None, others.get(name, {}), COPIER, own) for name in names]

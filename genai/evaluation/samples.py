@@ -82,7 +82,7 @@ def of_images(
     facts = {
         "protocol": {
             "n": n, "split": split, "real": real.moments.n, "repeats": repeats, **data_facts(data, node, split),
-            "levels": data.levels, **extractor.facts, "dtype": "float32",
+            "levels": data.levels, **extractor.facts, "dtype": loaded.dtype,
         },
         "floor_of": floor, "sampler": loaded.config["sampler"], **_copies(data, torch.cat(first)[:LOOKED_AT], folder),
     }  # fmt: skip

@@ -42,20 +42,23 @@ def run(
     """The facts of one pass, and the mean of each metric with its bootstrap interval."""
     model: Any = loaded.model
     reconstructs = isinstance(loaded.model, Reconstructing)
-    score, device = scorer(loaded, data, method), next(model.parameters()).device
+    score, device = scorer(loaded, data, method), loaded.device
     codes = torch.zeros(getattr(model, "vocabulary", None) or 0, dtype=torch.int64)
     nats, decibels, likeness, targets, clock = [], [], [], [], Clock(n, "items")
     for batch in batches(part(data, split, n), batch_size):
         batch = {name: value.to(device) for name, value in batch.items()}
         if score is not None:
-            nats.append(-score(batch, seed + clock.done).cpu())
+            with loaded.computing():
+                nats.append(-score(batch, seed + clock.done).cpu())
         if reconstructs:
-            again = model.reconstruct(batch)
+            with loaded.computing():
+                again = model.reconstruct(batch)
             decibels.append(psnr(again, batch[model.field]).cpu())
             if again.ndim == 4 and min(again.shape[2:]) >= WINDOW:
                 likeness.append(ssim(again, batch[model.field]).cpu())
         if len(codes):
-            codes += model.encode(batch[data.field]).flatten().bincount(minlength=len(codes)).cpu()
+            with loaded.computing():
+                codes += model.encode(batch[data.field]).flatten().bincount(minlength=len(codes)).cpu()
         if "mask" in batch:
             targets.append(batch["mask"][:, 1:].sum(1).cpu())
         clock.add(len(next(iter(batch.values()))))

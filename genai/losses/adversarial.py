@@ -75,7 +75,7 @@ def gradient_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, fa
 
     One uniform u (B,) for each pair; the norm is over all that a sample is made of.
     """
-    x = torch.lerp(real.detach(), fake.detach(), u.view(-1, *[1] * (real.ndim - 1))).requires_grad_()
+    x = torch.lerp(real.detach(), fake.detach().to(real.dtype), u.view(-1, *[1] * (real.ndim - 1))).requires_grad_()
     return (torch.linalg.vector_norm(_gradient(discriminator(x), x).flatten(1), dim=1) - 1).square()
 
 

@@ -13,11 +13,12 @@ from torch.nn import functional as F
 
 from genai.core import rng, stored
 from genai.core.errors import UserError, at_least
+from genai.core.precision import Wide, kept
 
 NETS = ("vgg", "alex", "squeeze")
 
 
-class RandomFeatures(nn.Module):
+class RandomFeatures(Wide):
     """Features of a small convolutional pyramid with random filters, always the same ones: nothing to download.
 
     Args:
@@ -44,7 +45,7 @@ class RandomFeatures(nn.Module):
         return total / self.layers
 
 
-class LPIPS(nn.Module):
+class LPIPS(Wide):
     """The learned distance of the package `lpips`, on images of any channel count.
 
     Its network is published and never trained: it stays in evaluation mode, is among nobody's parameters and in no state,
@@ -91,7 +92,7 @@ class LPIPS(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "LPIPS":
         for net in self.held:
-            net._apply(fn, recurse)
+            net._apply(lambda t: kept(t, fn(t)), recurse)
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any) -> None:

@@ -32,7 +32,7 @@ class Rows(NamedTuple):
         if self.new.is_floating_point():
             self.new.copy_(x)
         else:
-            self.seen.index_copy_(-2, self.new, x)
+            self.seen.index_copy_(-2, self.new, x.to(self.seen.dtype))
         return self.seen
 
 
@@ -130,9 +130,10 @@ class CrossAttention(nn.Module):
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn each pair (i, i + D/2) of the last dimension by its position's angle (Su et al., 2021, eq. 34)."""
+    """Turn each pair (i, i + D/2) of the last dimension by its position's angle (Su et al., 2021, eq. 34), in the precision of
+    the angles -> as x."""
     cos, sin = rotation
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Rotary(nn.Module):
@@ -152,7 +153,7 @@ class Rotary(nn.Module):
         angles = positions.to(torch.float64)[..., None] * self.base ** (-half / head_dim)
         cos, sin = angles.cos(), angles.sin()
         pair = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-        cos, sin = (t.to(torch.get_default_dtype())[..., None, :] for t in pair)
+        cos, sin = (t.to(torch.promote_types(torch.get_default_dtype(), torch.float32))[..., None, :] for t in pair)
         return None, (cos, sin)
 
 

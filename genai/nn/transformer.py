@@ -55,9 +55,11 @@ class Cache:
     """
 
     def __init__(self, net: "Transformer", batch: int, capacity: int, total: int, pad: Tensor | None = None):
-        weight, n = next(net.parameters()), len(net.blocks)
+        block, n = net.blocks[0], len(net.blocks)
+        weight: Tensor = block.attention.qkv.weight  # type: ignore[union-attr,assignment]
         self.kv = [weight.new_zeros(n, batch, net.kv_heads, capacity, net.head_dim) for _ in range(2)]
-        self.shifted = [weight.new_zeros(n, batch, capacity, net.width) for _ in range(2 if net.shifts else 0)]
+        shift: Tensor = block.shift1.mix if net.shifts else weight  # type: ignore[union-attr,assignment]
+        self.shifted = [shift.new_zeros(n, batch, capacity, net.width) for _ in range(2 if net.shifts else 0)]
         self.capacity, self.pad, self.length = capacity, pad, 0
         self.positions = at = torch.arange(total, device=weight.device)
         self.at: Tensor | None = None
@@ -124,7 +126,7 @@ class Shift(nn.Module):
         else:
             before = past.before if x.shape[1] == 1 else torch.cat([past.before, x[:, :-1]], 1)
             past.put(x)
-        return torch.lerp(x, before, self.mix)
+        return torch.lerp(x, before.to(x.dtype), self.mix.to(x.dtype))
 
 
 class MLP(nn.Module):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError
+from genai.core.precision import wide
 
 
 def decay_at(n: int, decay: float, power: float | None, ramp: float | None = None) -> float:
@@ -24,7 +25,8 @@ def decay_at(n: int, decay: float, power: float | None, ramp: float | None = Non
 
 
 class EMA:
-    """`module` holds the average: equal to the live weights until the first update, buffers copied, never trained.
+    """`module` holds the average: equal to the live weights until the first update, buffers copied, never trained. In float32 or
+    wider: a half-precision weight is further from the next one than an update moves its average.
 
     Args:
         model: the live model.
@@ -50,6 +52,10 @@ class EMA:
         average, trained = dict(self.module.named_parameters()), dict(model.named_parameters())
         self.live: list[Tensor] = [trained[name] for name in self.names]
         self.average: list[Tensor] = [average[name].requires_grad_(False) for name in self.names]
+        self.narrow = False
+        for mine, live in zip(self.average, self.live, strict=True):
+            mine.data = wide(mine.data)
+            self.narrow |= mine.dtype != live.dtype
         self.buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
         if self.decay == 0:  # the live weights: share their memory
             for mine, live in zip(self.average, self.live, strict=True):
@@ -60,15 +66,20 @@ class EMA:
         """Move the average towards the live weights; once per optimiser step."""
         self.updates += 1
         if self.average and self.decay > 0:
-            torch._foreach_lerp_(self.average, self.live, 1 - decay_at(self.updates, self.decay, self.power, self.ramp))
+            decay = decay_at(self.updates, self.decay, self.power, self.ramp)
+            torch._foreach_lerp_(self.average, self.wide_live(), 1 - decay)
         for mine, live in self.buffers:
             mine.copy_(live)
+
+    def wide_live(self) -> list[Tensor]:
+        """The live weights as wide as their average."""
+        return [wide(live) for live in self.live] if self.narrow else self.live
 
     def distance(self) -> Tensor:
         """Euclidean distance between average and live weights, a scalar on their device."""
         if not self.average:
             return torch.zeros(())
-        return torch.stack(torch._foreach_norm(torch._foreach_sub(self.average, self.live))).norm()
+        return torch.stack(torch._foreach_norm(torch._foreach_sub(self.average, self.wide_live()))).norm()
 
     def to(self, device: torch.device, model: nn.Module) -> None:
         """Follow the live model to its device."""

@@ -66,7 +66,8 @@ class Player:
     def clip(self, losses: list[Losses], clip_norm: float | None, step: int) -> tuple[Tensor, Tensor]:
         """Scale gradients so that their norm is at most clip_norm; (norm before, whether something was not finite)."""
         grads = [p.grad for _, p in self.named if p.grad is not None]
-        norms, total = iter(torch._foreach_norm(grads)) if grads else iter(()), losses[0].total
+        wide = torch.promote_types(grads[0].dtype, torch.float32) if grads else None
+        norms, total = iter(torch._foreach_norm(grads, 2, wide)) if grads else iter(()), losses[0].total
         total = sum((loss.total for loss in losses[1:]), total)
         each = [total.new_zeros(()) if p.grad is None else next(norms) for _, p in self.named]
         values = torch.stack([total, *each]).float()

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from genai.core.precision import exact, wide
+
 COEFFICIENTS = 3.4445, -4.775, 2.0315  # a, b, c: steep at 0, and 0.7 to 1.2 after five steps
 
 
@@ -15,9 +17,10 @@ def orthogonalised(g: Tensor, steps: int = 5) -> Tensor:
     a, b, c = COEFFICIENTS
     x = (g / (g.norm() + 1e-7)).to(torch.bfloat16 if g.is_cuda else g.dtype)
     x = x.mT if g.shape[0] > g.shape[1] else x
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    with exact(x.device):
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if g.shape[0] > g.shape[1] else x).to(g.dtype)
 
 
@@ -40,6 +43,6 @@ class Muon(Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
                 average = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalised(p.grad.lerp(average, group["momentum"]))
+                update = orthogonalised(wide(p.grad.lerp(average, group["momentum"])))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)

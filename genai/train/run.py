@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from genai import checkpoint
 from genai.build import DATA, MODELS, RUN, build_stored, build_typed, named_packages
 from genai.cli import check_unchanged
-from genai.core import files, rng
+from genai.core import files, precision, rng
 from genai.core.errors import UserError, at_least
 from genai.data.base import Data, some, std
 from genai.data.fingerprint import of_split
@@ -33,7 +33,7 @@ from genai.train.optim import idle_from
 from genai.train.record import Record
 from genai.train.strategy import Ranks, launched
 
-PRECISIONS = ("auto", "32-true", "bf16-mixed")
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true")  # fp16 would need its loss scaled
 
 
 def run(cfg: DictConfig) -> Path:
@@ -59,6 +59,11 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     at_least(cfg.max_steps, 1, "max_steps")
     at_least(cfg.seed, 0, "seed")
     hardware = _hardware(cfg.trainer, ranks)
+    tf32 = precision.allow_tf32(
+        torch.device("cuda" if hardware["accelerator"] == "gpu" else "cpu"), hardware["precision"]
+    )
+    if tf32 and ranks.first:
+        precision.say(tf32)
     for key in ("codec.cache", "data.cache"):
         if (cache := OmegaConf.select(cfg, key)) is not None:
             files.check_folder(Path(cache), key)
@@ -92,6 +97,7 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     if cfg.init_from is not None:
         unused = () if config["model"].get("classes") else ("class_names",)
         _init_from(model, data.assets(), cfg.init_from, cfg.init_strict, unused)
+    model = precision.halved(model, hardware["precision"]) if hardware["precision"] == "bf16-true" else model
     record = Record(folder, writes=ranks.first)
     lit = _lit(cfg, config, build, model, data, record, resumed[0] if resumed else None)
     callbacks = [build(node) for node in config["callbacks"].values() if node is not None]
@@ -114,7 +120,8 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     ranks.start(hardware["accelerator"] == "gpu")
     stop = Stop()
     trainer = L.Trainer(
-        **hardware, max_steps=cfg.max_steps, max_epochs=-1, logger=False, default_root_dir=folder,
+        **{**hardware, "precision": hardware["precision"].replace("bf16-true", "32-true")},  # the model is in it already
+        max_steps=cfg.max_steps, max_epochs=-1, logger=False, default_root_dir=folder,
         callbacks=[*callbacks, Progress(), stop], plugins=[File(config, data.assets(), train_split, resumed), ranks],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
         limit_val_batches=0, use_distributed_sampler=False, profiler=Unprofiled(),
@@ -212,9 +219,9 @@ def _shrink(cfg: DictConfig) -> None:
 
 def _hardware(trainer: DictConfig, ranks: Ranks) -> dict[str, Any]:
     """Lightning's arguments for accelerator, devices, nodes, precision and how ranks share a step."""
-    accelerator, precision = trainer.accelerator, trainer.precision
-    if precision not in PRECISIONS:
-        raise UserError(f"trainer.precision={precision} is none of {', '.join(PRECISIONS)}")
+    accelerator = trainer.accelerator
+    if trainer.precision not in PRECISIONS:
+        raise UserError(f"trainer.precision={trainer.precision} is none of {', '.join(PRECISIONS)}")
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(
             f"trainer.accelerator={accelerator}, but torch sees no GPU here: use trainer.accelerator=cpu or auto"
@@ -229,13 +236,11 @@ def _hardware(trainer: DictConfig, ranks: Ranks) -> dict[str, Any]:
         raise UserError(
             f"trainer.devices={ranks.here} would be as many processes on a CPU of {most} cores: use at most {most}"
         )
-    if precision == "auto":
-        precision = "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
     return {
         "accelerator": "gpu" if gpu else "cpu",
         "devices": ranks.here,
         "num_nodes": ranks.world // ranks.here,
-        "precision": precision,
+        "precision": precision.precision_of(trainer.precision, "cuda" if gpu else "cpu", "trainer.precision"),
         "strategy": "ddp" if ranks.world > 1 else "auto",
     }
 

@@ -8,19 +8,21 @@ from torch import Tensor, nn
 
 from genai.core import stored
 from genai.core.errors import UserError
+from genai.core.precision import WideBuffers, exact, wide
 from genai.core.protocols import Batch, Losses, Prediction
 from genai.models.diffusion.latent import Latent
 from genai.models.diffusion.paths import Path
 from genai.models.diffusion.text import TextEncoder
 
 
-class Diffusion(nn.Module):
+class Diffusion(WideBuffers):
     """A network that denoises one field of the batch along a path; subclasses say which, and how they train.
 
     Args:
         net: `net(x, time, label) -> out`, x and out (B, *shape), time (B,) in [0, 1000], label int64 (B,) where the
-            index `classes` is the learned null; an unconditional model calls `net(x, time)`. One whose `net.text` is a
-            TextEncoder is called `net(x, time, states=, real=)` with its Context of `caption` int64 (B, length).
+            index `classes` is the learned null; an unconditional model calls `net(x, time)`. x and time are float32 or wider
+            whatever the network computes in. One whose `net.text` is a TextEncoder is called `net(x, time, states=, real=)`
+            with its Context of `caption` int64 (B, length).
         shape: of one sample, (C, H, W) or (D,).
         field: the batch's tensor to model, scaled to [-1, 1] if `clip` is 1.
         classes: number of labels, None for an unconditional model.
@@ -75,7 +77,8 @@ class Diffusion(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.net.parameters()).dtype
+        """Of a sampler's state: that of the network, but never half."""
+        return torch.promote_types(next(self.net.parameters()).dtype, torch.float32)
 
     @property
     def text(self) -> TextEncoder | None:
@@ -100,7 +103,7 @@ class Diffusion(nn.Module):
 
     def clean(self, batch: Batch) -> Tensor:
         """x0 of a batch, (B, *shape)."""
-        return batch[self.field] if self.latent is None else self.latent.encode(batch)
+        return wide(batch[self.field] if self.latent is None else self.latent.encode(batch))
 
     def shown(self, x0: Tensor) -> Tensor:
         """x0 as the field it is of."""
@@ -168,6 +171,7 @@ class Diffusion(nn.Module):
     def call(self, x: Tensor, time: float, cond: Batch | None) -> Tensor:
         """The network at one time for the whole batch, which it is told; null where there are no conditions."""
         cond = self.encoded(cond or self.nulls(len(x)))
+        x = wide(x)
         return self.net(x, x.new_full(x.shape[:1], time), **cond).to(x.dtype)
 
     def uniforms(self, n: int) -> Tensor:
@@ -183,6 +187,7 @@ class Diffusion(nn.Module):
             each = per_sample.detach()
             member = ((noise * 4).long() == torch.arange(4, device=each.device)[:, None]).to(each)  # (4, B)
             count = member.sum(1)
-            mean = member @ each / count.clamp_min(1)
+            with exact(each.device):
+                mean = member @ each / count.clamp_min(1)
             logs = {f"loss_q{i + 1}": (mean[i], count[i]) for i in range(4)}
         return Losses(per_sample.mean(), len(per_sample), logs)

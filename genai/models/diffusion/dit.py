@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from genai.core.errors import UserError, at_least
+from genai.core.precision import fitted
 from genai.models.diffusion.text import Context, TextEncoder, conditioned
 from genai.models.diffusion.unet import time_embedding, zero
 from genai.nn.attention import Attention, CrossAttention
@@ -84,10 +85,12 @@ class DiT(nn.Module):
         real: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,), `Context` of a caption -> (B, out_channels, H, W)."""
-        emb = self.time(time_embedding(time, self.width))
+        emb = self.time(fitted(time_embedding(time, self.width), self.time))
         emb, context = conditioned(emb, self.label, label, self.summary, states, real)
         height = x.shape[2] // self.patch
-        h = self.stem(F.pixel_unshuffle(x, self.patch).flatten(2).mT) + self.positions  # (B, T, width)
+        h = (
+            self.stem(F.pixel_unshuffle(fitted(x, self.stem), self.patch).flatten(2).mT) + self.positions
+        )  # (B, T, width)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
                 h = checkpoint(block, h, emb, context, use_reentrant=False)

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError
+from genai.core.precision import Wide, exact, wide
 from genai.core.protocols import Batch, Codec
 
 
-class Latent(nn.Module):
-    """The latents of a Codec, each channel moved to mean 0 and standard deviation 1; never trained.
+class Latent(Wide):
+    """The latents of a Codec, each channel moved to mean 0 and standard deviation 1; never trained, and never in half
+    precision, so that latents are the same wherever they are computed.
 
     What a channel's mean and deviation are is measured on the training split before the first step (section 4.3.2 of the
     paper rescales by a measured deviation alone), and part of the weights.
@@ -41,11 +43,13 @@ class Latent(nn.Module):
 
     def encode(self, batch: Batch) -> Tensor:
         """Latents (B, *shape) of a batch's images, or those that it brings along as `latent`."""
-        z = batch["latent"] if "latent" in batch else self.codec.encode(batch[self.field])  # type: ignore[operator]
-        return (z - self.mean) / self.std
+        with exact(self.mean.device):
+            z = batch["latent"] if "latent" in batch else self.codec.encode(wide(batch[self.field]))  # type: ignore[operator]
+            return (z - self.mean) / self.std
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.codec.decode(z * self.std + self.mean)  # type: ignore[operator]
+        with exact(self.mean.device):
+            return self.codec.decode(wide(z) * self.std + self.mean)  # type: ignore[operator]
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Batch]) -> None:

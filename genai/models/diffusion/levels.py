@@ -5,11 +5,12 @@ from torch import Tensor, nn
 
 from genai.core import stored
 from genai.core.errors import UserError
+from genai.core.precision import WideBuffers
 from genai.models.diffusion.schedules import Schedule
 from genai.models.diffusion.text import TextEncoder
 
 
-class LevelPosterior(nn.Module):
+class LevelPosterior(WideBuffers):
     """The posterior mean of x0 under a categorical prior per pixel that the network predicts from the whole of x_t.
 
         x0_hat = sum_k l_k w_k,   w = softmax_k(logits_k(x_t, t) + log N(x_t; alpha_t l_k, sigma_t^2)),

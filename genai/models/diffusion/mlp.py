@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from genai.core.precision import fitted
 from genai.models.diffusion.unet import time_embedding, zero
 
 
@@ -30,10 +31,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
         """x (B, dim), time (B,) in [0, 1000), label int64 (B,) -> (B, dim)."""
-        emb = self.time(time_embedding(time, self.width))
+        emb = self.time(fitted(time_embedding(time, self.width), self.time))
         if self.label is not None:
             emb = emb + self.label(label)
-        h = self.stem(x)
+        h = self.stem(fitted(x, self.stem))
         for block in self.blocks:
             h = h + block(h + emb)
         return self.head(torch.nn.functional.silu(h))

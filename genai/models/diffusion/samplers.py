@@ -8,6 +8,7 @@ from torch import Tensor
 from genai.core import rng
 from genai.core.cuda_graph import replayed, say
 from genai.core.errors import UserError, at_least
+from genai.core.precision import wide
 from genai.core.protocols import Batch, Denoiser, OnStep, Prediction
 from genai.kernels.affine_step import Impl, affine_step, prefer
 from genai.models.diffusion.base import Diffusion
@@ -39,15 +40,22 @@ def walk(
 ) -> Tensor:
     """Carry x (B, ...) from the table's start to its end, one network call and one affine step a row.
 
-    With `known` and `mask` (as x), what the mask covers is replaced after each step by known data as noisy as the state.
+    With `known` and `mask` (as x), what the mask covers is replaced after each step by known data as noisy as the state. The
+    state is float32 or wider, whatever the denoiser answers in.
     """
+    x = wide(x)
+    known, mask = (None if t is None else t.to(x.dtype) for t in (known, mask))
     noisy = any(row.s for row in table.rows)
     impl = prefer(x, len(table.rows), noisy or mask is not None) if impl == "auto" else impl
     x_base = x0_prev = None
     for k, (t, row) in enumerate(zip(table.times, table.rows, strict=True)):
         keep = k + 1 < len(table.rows) and table.rows[k + 1].c != 0
+        prediction = denoiser(x, t, cond)
+        if prediction.out.dtype != x.dtype:
+            out, uncond = prediction.out.to(x.dtype), prediction.out_uncond
+            prediction = prediction._replace(out=out, out_uncond=None if uncond is None else uncond.to(x.dtype))
         x_new, x0 = affine_step(
-            x, denoiser(x, t, cond), row, seeds=seeds, index=k, clip=clip, x0_prev=x0_prev if row.c else None,
+            x, prediction, row, seeds=seeds, index=k, clip=clip, x0_prev=x0_prev if row.c else None,
             x_base=x_base if row.d else None, known=known, mask=mask, noisy=noisy, keep_x0=keep, impl=impl,
         )  # fmt: skip
         x_base, x0_prev, x = x, x0, x_new
@@ -115,7 +123,8 @@ def run(
         )  # fmt: skip
 
     if _graphed(cuda_graph, model, denoiser, on_step):
-        kind = table.start, tuple(table.times), tuple(table.rows), w, model.clip, impl
+        half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        kind = table.start, tuple(table.times), tuple(table.rows), w, model.clip, impl, half
         out = replayed(model, kind, trajectory, inputs)
         if on_step is not None:
             on_step(len(table.rows) - 1, len(table.rows), {"x": out})
@@ -123,6 +132,9 @@ def run(
         out = trajectory(inputs, on_step)
     if not out.isfinite().all():  # the same again, with the host looking at every step
         trajectory(inputs, watch=True)
+        raise UserError(
+            "samples are not finite, though the network's outputs are: its numbers are too large, sample with clip"
+        )
     return {model.field: model.shown(out)}
 
 

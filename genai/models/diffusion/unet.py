@@ -10,13 +10,15 @@ from torch.utils.checkpoint import checkpoint
 
 from genai.core import stored
 from genai.core.errors import UserError
+from genai.core.precision import fitted, wide
 from genai.models.diffusion.text import Context, TextEncoder, conditioned
 from genai.nn.attention import CrossAttention, attending
 
 
 def time_embedding(time: Tensor, dim: int) -> Tensor:
-    """Sinusoids of time (B,) at dim / 2 geometric frequencies from 1 to 1e-4 -> (B, dim); of an odd dim the last has no sine."""
-    half = (dim + 1) // 2
+    """Sinusoids of time (B,) at dim / 2 geometric frequencies from 1 to 1e-4 -> (B, dim), float32 or wider; of an odd dim the
+    last has no sine."""
+    time, half = wide(time), (dim + 1) // 2
     frequency = torch.exp(torch.arange(half, device=time.device) * (-math.log(1e4) / half))
     angle = time[:, None] * frequency.to(time.dtype)
     return torch.cat([angle.cos(), angle.sin()], 1)[:, :dim]
@@ -205,9 +207,9 @@ class UNet(nn.Module):
         real: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,), `Context` of a caption -> (B, out_channels, H, W)."""
-        emb = self.time(time_embedding(time, self.channels))
+        emb = self.time(fitted(time_embedding(time, self.channels), self.time))
         emb, context = conditioned(emb, self.label, label, self.summary, states, real)
-        h = self.stem(x.contiguous(memory_format=torch.channels_last))
+        h = self.stem(fitted(x, self.stem).contiguous(memory_format=torch.channels_last))
         skips = [h]
         for stage in self.down:
             h = self._run(stage, h, emb, context)

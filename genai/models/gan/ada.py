@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError, at_least, number
+from genai.core.precision import WideBuffers, exact, wide
 
 
 class Augment(nn.Module):
@@ -49,7 +50,8 @@ class Augment(nn.Module):
     def forward(self, x: Tensor, p: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] not in (1, 3):
             raise UserError(f"model.augment takes images of 1 or 3 channels, got shape {list(x.shape[1:])}")
-        with torch.autocast(x.device.type, enabled=False):  # places need more than eight bits
+        with exact(x.device):  # places need more than eight bits
+            x = wide(x)
             x = warp(x, self.movement(x, p))
             matrix, offset = self.colour(x, p)
             return (matrix @ x.flatten(2) + offset).view_as(x)
@@ -157,7 +159,7 @@ def neighbours(place: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     return low.long(), (low + 1).clamp_max(last).long(), (place - low)[:, None]
 
 
-class ADA(nn.Module):
+class ADA(WideBuffers):
     """Augmentation whose p rises while the discriminator overfits, and falls while it does not (section 3).
 
     Args:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genai.core.errors import UserError, number
+from genai.core.precision import exact, fitted, wide
 from genai.core.protocols import Batch, Losses
 from genai.losses.adversarial import Adversarial
 from genai.models.gan.gan import GAN
-from genai.models.gan.nets import Projection, halved
+from genai.models.gan.nets import BatchNorm, Projection, halved
 from genai.models.gan.spectral import SpectralConv2d, SpectralEmbedding, SpectralLinear
 from genai.nn.attention import attending
 
@@ -48,8 +49,9 @@ def orthogonal_penalty(net: nn.Module) -> Tensor:
     """Sum over weights, rows of W being filters, of ||W W^T * (1 - I)||_F^2 (eq. 3): their products, not their lengths.
     Embeddings are no filters and are left out."""
     layers = [m for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    products = [m.weight.flatten(1) @ m.weight.flatten(1).T for m in layers]
-    return torch.stack([(p - p.diag().diag()).square().sum() for p in products]).sum()
+    with exact(layers[0].weight.device):
+        weights = [wide(m.weight).flatten(1) for m in layers]
+        return torch.stack([(p - p.diag().diag()).square().sum() for p in (w @ w.T for w in weights)]).sum()
 
 
 class ConditionalBatchNorm(nn.Module):
@@ -62,7 +64,7 @@ class ConditionalBatchNorm(nn.Module):
 
     def __init__(self, channels: int, width: int):
         super().__init__()
-        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.norm = BatchNorm(channels, affine=False)
         self.gain, self.bias = (SpectralLinear(width, channels, bias=False) for _ in range(2))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -172,11 +174,11 @@ class Generator(nn.Module):
             self.blocks.append(UpBlock(a, b, condition))
             if last - 1 - k in depths:
                 self.attention[str(k)] = SelfAttention(b)
-        self.norm, self.out = nn.BatchNorm2d(widths[-1]), SpectralConv2d(widths[-1], shape[0], 3)
+        self.norm, self.out = BatchNorm(widths[-1]), SpectralConv2d(widths[-1], shape[0], 3)
         self.apply(initialise)
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        first, *rest = z.chunk(self.chunks, 1)
+        first, *rest = fitted(z, self).chunk(self.chunks, 1)
         h = self.flat(first).view(-1, *self.start)
         shared = []
         if self.embed is not None:
@@ -224,7 +226,7 @@ class Discriminator(nn.Module):
         self.apply(initialise)
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.head(F.relu(self.net(x)).sum((2, 3)), label)
+        return self.head(F.relu(self.net(fitted(x, self))).sum((2, 3)), label)
 
 
 def initialise(module: nn.Module) -> None:

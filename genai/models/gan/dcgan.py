@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from genai.models.gan.nets import LabelledLatents, halved, projection
+from genai.core.precision import fitted
+from genai.models.gan.nets import BatchNorm, LabelledLatents, halved, projection
 
 
 class Generator(nn.Module):
@@ -34,14 +35,14 @@ class Generator(nn.Module):
         self.start = (widths[0], *halved(shape, len(widths)))
         self.inputs = LabelledLatents(latents, classes, label_width)
         self.flat = nn.Linear(self.inputs.outputs, math.prod(self.start), bias=False)
-        net: list[nn.Module] = [nn.BatchNorm2d(widths[0]), nn.ReLU()]
+        net: list[nn.Module] = [BatchNorm(widths[0]), nn.ReLU()]
         for a, b in itertools.pairwise(widths):
-            net += [nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+            net += [nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False), BatchNorm(b), nn.ReLU()]
         self.net = nn.Sequential(*net, nn.ConvTranspose2d(widths[-1], shape[0], 4, 2, 1), nn.Tanh())
         self.apply(initialise)
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.net(self.flat(self.inputs(z, label)).view(-1, *self.start))
+        return self.net(self.flat(fitted(self.inputs(z, label), self.flat)).view(-1, *self.start))
 
 
 class Discriminator(nn.Module):
@@ -60,7 +61,7 @@ class Discriminator(nn.Module):
 
     def __init__(
         self, shape: Sequence[int], classes: int | None = None, channels: int = 64, multipliers: Sequence[int] = (1, 2),
-        norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
+        norm: Callable[[int], nn.Module] | None = BatchNorm,
     ):  # fmt: skip
         super().__init__()
         widths = [channels * m for m in multipliers]
@@ -77,12 +78,12 @@ class Discriminator(nn.Module):
         self.apply(initialise)
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.head(self.net(x), label)
+        return self.head(self.net(fitted(x, self)), label)
 
 
 def batch_norm(channels: int) -> nn.Module:
-    """Over batch, height and width: nn.BatchNorm2d, under a name that a config may give."""
-    return nn.BatchNorm2d(channels)
+    """Over batch, height and width: under a name that a config may give."""
+    return BatchNorm(channels)
 
 
 def layer_norm(channels: int) -> nn.Module:

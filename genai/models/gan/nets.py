@@ -10,6 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError, at_least
+from genai.core.precision import Wide, fitted
+
+
+class BatchNorm(Wide, nn.BatchNorm2d):
+    """Batch norm whose statistics and gains stay float32 in a half-precision network."""
 
 
 class Projection(nn.Module):
@@ -76,7 +81,7 @@ class MLPGenerator(nn.Module):
         self.net = nn.Sequential(*hidden(self.inputs.outputs, width, layers), out, nn.Tanh())
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.net(self.inputs(z, label)).view(-1, *self.shape)
+        return self.net(fitted(self.inputs(z, label), self)).view(-1, *self.shape)
 
 
 class MLPDiscriminator(nn.Module):
@@ -88,7 +93,7 @@ class MLPDiscriminator(nn.Module):
         self.head = projection(width, classes)
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.head(self.net(x), label)
+        return self.head(self.net(fitted(x, self)), label)
 
 
 def hidden(inputs: int, width: int, layers: int) -> list[nn.Module]:

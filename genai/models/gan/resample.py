@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from genai.core.precision import exact
+
 
 class Filtered(Function):
     """A symmetric kernel (1, 1, k, k) over each channel of x, or, `spread`, the transpose of that: each is the other's
@@ -17,7 +19,7 @@ class Filtered(Function):
     def forward(x: Tensor, kernel: Tensor, stride: int, padding: int, spread: bool) -> Tensor:
         convolve = F.conv_transpose2d if spread else F.conv2d
         each = kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1)
-        with torch.autocast(x.device.type, enabled=False):  # in x's own precision
+        with exact(x.device):
             return convolve(x, each, None, stride, padding, groups=x.shape[1])
 
     @staticmethod

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genai.core.precision import WideBuffers, exact, wide
+
 
 def normalised(weight: Tensor, u: Tensor, keep: bool) -> Tensor:
     """weight (rows, ...) / sigma; u (rows,) is moved if `keep`.
@@ -16,14 +18,14 @@ def normalised(weight: Tensor, u: Tensor, keep: bool) -> Tensor:
     Gradients take u and v as constants (eq. 12). What they need is a copy, so that u may move again before the backward
     pass.
     """
-    with torch.autocast(weight.device.type, enabled=False):
-        matrix = weight.flatten(1)
+    with exact(weight.device):
+        matrix = wide(weight).flatten(1)
         with torch.no_grad():
             v = F.normalize(matrix.T @ u, dim=0)
             left = F.normalize(matrix @ v, dim=0)
             if keep:
                 u.copy_(left)
-        return weight / (left @ (matrix @ v)).clamp_min(1e-12)
+        return (weight / (left @ (matrix @ v)).clamp_min(1e-12)).to(weight.dtype)
 
 
 def start(weight: Tensor) -> Tensor:
@@ -31,7 +33,7 @@ def start(weight: Tensor) -> Tensor:
     return F.normalize(torch.randn(len(weight), dtype=weight.dtype), dim=0)
 
 
-class SpectralLinear(nn.Linear):
+class SpectralLinear(WideBuffers, nn.Linear):
     """x (..., inputs) -> (..., outputs)."""
 
     u: Tensor
@@ -44,7 +46,7 @@ class SpectralLinear(nn.Linear):
         return F.linear(x, normalised(self.weight, self.u, self.training), self.bias)
 
 
-class SpectralConv2d(nn.Conv2d):
+class SpectralConv2d(WideBuffers, nn.Conv2d):
     """Maps (B, inputs, H, W) -> (B, outputs, H, W), an odd kernel; the matrix is (outputs, inputs kernel^2)."""
 
     u: Tensor
@@ -57,7 +59,7 @@ class SpectralConv2d(nn.Conv2d):
         return self._conv_forward(x, normalised(self.weight, self.u, self.training), self.bias)
 
 
-class SpectralEmbedding(nn.Embedding):
+class SpectralEmbedding(WideBuffers, nn.Embedding):
     """Labels int64 (B,) -> (B, width), the whole table normalised."""
 
     u: Tensor

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from genai.core import rng
 from genai.core.errors import UserError, at_least, number
+from genai.core.precision import WideBuffers
 from genai.core.protocols import Batch, Losses, weighted
 from genai.losses.adversarial import logistic, non_saturating, path_length, r1
 from genai.models.gan.ada import ADA
 from genai.models.gan.stylegan2_nets import Discriminator, Generator, seeded
 
 
-class StyleGAN2(nn.Module):
+class StyleGAN2(WideBuffers):
     """A style-based generator and a residual discriminator, each regularised every few steps only.
 
     Args:
@@ -59,7 +60,9 @@ class StyleGAN2(nn.Module):
         self.register_buffer("path_mean", torch.zeros(()))
 
     def nets(self) -> Mapping[str, nn.Module]:
-        return {"generator": self.generator, "discriminator": self.discriminator}
+        """The parts of the generator, for samplers call those."""
+        parts = {"mapping": self.generator.mapping, "synthesis": self.generator.synthesis}
+        return {**parts, "discriminator": self.discriminator}
 
     def measure(self, batches: Iterable[Batch]) -> None:
         """Raises UserError if a batch of the data is not made of whole groups of the discriminator."""

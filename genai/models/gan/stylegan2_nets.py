@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from genai.core import rng
 from genai.core.errors import UserError, at_least
+from genai.core.precision import WideBuffers, fitted, wide
 from genai.models.gan.equalized import GAIN, EqualizedConv, EqualizedLinear, leaky, unit
 from genai.models.gan.resample import FIR, enlarge, halve
 
@@ -75,7 +76,7 @@ class ToImage(nn.Module):
         return self.conv(x * self.affine(w)[:, :, None, None])
 
 
-class Mapping(nn.Module):
+class Mapping(WideBuffers):
     """z (B, latents) -> w (B, style), by way of `layers` layers that learn at a hundredth of the rate.
 
     `average` follows the mean of w in training (StyleGAN, 2019, appendix B: decay 0.995), by `track`.
@@ -92,7 +93,7 @@ class Mapping(nn.Module):
         self.register_buffer("average", torch.zeros(style))
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        x = unit(z)
+        x = unit(fitted(z, self))
         if self.label is not None:
             assert label is not None, "a conditional generator needs labels"
             x = torch.cat([x, unit(self.label(label))], 1)
@@ -129,12 +130,13 @@ class Synthesis(nn.Module):
 
     def forward(self, w: Tensor, noise: Noise | None = None) -> Tensor:
         """`noise` None draws anew."""
+        w = fitted(w, self)
         x = self.start.expand(len(w), -1, -1, -1).contiguous(memory_format=torch.channels_last)
         image = None
         for i, conv in enumerate(self.convs):
             x = conv(x, w[:, i], self.noise_of(i, noise, w))
             if i % 2 == 0:
-                rgb = self.images[i // 2](x, w[:, i + 1]).to(self.start)  # mixed precision sums in full
+                rgb = wide(self.images[i // 2](x, w[:, i + 1]))
                 image = rgb if image is None else self.enlarge(image) + rgb
         assert image is not None
         return image.contiguous()
@@ -253,7 +255,7 @@ class Discriminator(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        x = self.blocks(leaky(self.image(x.contiguous(memory_format=torch.channels_last))))
+        x = self.blocks(leaky(self.image(fitted(x, self).contiguous(memory_format=torch.channels_last))))
         group = self.group if self.training else math.gcd(len(x), self.group)  # a last batch may be short
         x = leaky(self.conv(minibatch_std(x, group)))
         x = leaky(self.linear(x.flatten(1)))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError, at_least, number
+from genai.core.precision import fitted, wide
 from genai.core.protocols import Batch, Losses, weighted
 from genai.losses.adversarial import Adversarial
 from genai.models.vae.autoencoder import Autoencoder
@@ -78,7 +79,7 @@ class AdversarialAutoencoder(Autoencoder):
 
 def balance(loss: Tensor, adversarial: Tensor, layer: Tensor) -> Tensor:
     """||d loss / d layer|| / (||d adversarial / d layer|| + 1e-4), at most 1e4, held constant."""
-    ours, theirs = (torch.autograd.grad(t, layer, retain_graph=True)[0].norm() for t in (loss, adversarial))
+    ours, theirs = (wide(torch.autograd.grad(t, layer, retain_graph=True)[0]).norm() for t in (loss, adversarial))
     return (ours / (theirs + 1e-4)).clamp_max(1e4).detach()
 
 
@@ -110,4 +111,4 @@ class PatchDiscriminator(nn.Module):
         self.net = nn.Sequential(*net, norm_act(last), nn.Conv2d(last, 1, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        return self.net(fitted(x, self))

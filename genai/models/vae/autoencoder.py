@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError, number
+from genai.core.precision import exact, wide
 from genai.core.protocols import Batch, Losses, weighted
 from genai.models.vae.vae import gaussian_kl
 
@@ -51,7 +52,7 @@ class Autoencoder(nn.Module):
     def through(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What a draw of the latents gives back of x (B, *shape), and their means and log variances."""
         mean, log_variance = self.posterior(x)
-        return self.decoder(mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)), mean, log_variance
+        return wide(self.decoder(mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))), mean, log_variance
 
     def terms(self, x: Tensor, y: Tensor, mean: Tensor, log_variance: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of y for x, and its terms."""
@@ -59,7 +60,8 @@ class Autoencoder(nn.Module):
         error = (y - x).abs().pow(self.power).mean()
         logs, total = {"error": error, "kl": kl}, error + self.kl_weight * kl / math.prod(self.shape)
         if self.perceptual is not None:
-            logs["perceptual"] = self.perceptual(x, y).mean()
+            with exact(x.device):  # a frozen network
+                logs["perceptual"] = self.perceptual(x, y).mean()
             total = total + self.perceptual_weight * logs["perceptual"]
         return total, logs
 
@@ -73,7 +75,7 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        return self.decoder(z).clamp(-1, 1)
+        return wide(self.decoder(z)).clamp(-1, 1)
 
     def reconstruct(self, batch: Batch) -> Tensor:
         return self.decode(self.encode(batch[self.field]))

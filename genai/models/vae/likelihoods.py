@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genai.core.errors import UserError, at_least
+from genai.core.precision import Wide, exact, wide
 
 
-class Likelihood(nn.Module):
+class Likelihood(Wide):
     """What all share. `outputs` numbers describe each number of the data; `levels` is how many values that can take, None
     for a density."""
 
@@ -37,7 +38,7 @@ class Likelihood(nn.Module):
 
     def parts(self, out: Tensor) -> Tensor:
         """(B, outputs * C, ...) -> (outputs, B, C, ...)"""
-        return out.float().unflatten(1, (self.outputs, -1)).transpose(0, 1)
+        return wide(out).unflatten(1, (self.outputs, -1)).transpose(0, 1)
 
 
 class LogSigmoid(torch.autograd.Function):
@@ -67,7 +68,8 @@ class Categorical(Likelihood):
         return -F.cross_entropy(self.parts(out).transpose(0, 1), index, reduction="none").flatten(1).sum(1)
 
     def mean(self, out: Tensor) -> Tensor:
-        return torch.einsum("l...,l->...", self.parts(out).softmax(0), self.values)
+        with exact(out.device):
+            return torch.einsum("l...,l->...", self.parts(out).softmax(0), self.values)
 
     def draw(self, out: Tensor, u: Tensor) -> Tensor:
         below = self.parts(out).softmax(0).cumsum(0)[:-1] <= u
@@ -90,13 +92,13 @@ class Bernoulli(Likelihood):
         return ((u if self.stochastic else 0.5) < (x + 1) / 2) * 2.0 - 1
 
     def log_prob(self, out: Tensor, x: Tensor) -> Tensor:
-        return LogSigmoid.apply(out.float() * x).flatten(1).sum(1)
+        return LogSigmoid.apply(wide(out) * x).flatten(1).sum(1)
 
     def mean(self, out: Tensor) -> Tensor:
-        return 2 * out.float().sigmoid() - 1
+        return 2 * wide(out).sigmoid() - 1
 
     def draw(self, out: Tensor, u: Tensor) -> Tensor:
-        return (u < out.float().sigmoid()) * 2.0 - 1
+        return (u < wide(out).sigmoid()) * 2.0 - 1
 
 
 class DiscretizedLogistic(Likelihood):

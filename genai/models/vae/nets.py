@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from genai.core.errors import UserError
+from genai.core.precision import fitted
 
 
 class MLPEncoder(nn.Module):
@@ -17,7 +18,7 @@ class MLPEncoder(nn.Module):
         self.net = mlp(math.prod(shape), width, layers, 2 * latents, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x.flatten(1))
+        return self.net(fitted(x, self).flatten(1))
 
 
 class MLPDecoder(nn.Module):
@@ -31,7 +32,7 @@ class MLPDecoder(nn.Module):
         self.net = mlp(latents, width, layers, math.prod(self.shape), dropout)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.net(z).view(-1, *self.shape)
+        return self.net(fitted(z, self)).view(-1, *self.shape)
 
 
 def mlp(inputs: int, width: int, layers: int, outputs: int, dropout: float = 0.0) -> nn.Sequential:
@@ -53,7 +54,7 @@ class ConvEncoder(nn.Module):
         self.net = nn.Sequential(*down(shape[0], widths), norm_act(widths[-1]), nn.Flatten(), flat)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        return self.net(fitted(x, self))
 
 
 class ConvDecoder(nn.Module):
@@ -69,7 +70,7 @@ class ConvDecoder(nn.Module):
         self.net = nn.Sequential(*up(outputs * shape[0], widths, sizes))
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.net(self.flat(z).view(-1, *self.start))
+        return self.net(self.flat(fitted(z, self)).view(-1, *self.start))
 
 
 class MapEncoder(nn.Module):
@@ -88,7 +89,7 @@ class MapEncoder(nn.Module):
         self.net = nn.Sequential(*down(shape[0], widths, blocks), norm_act(widths[-1]), head)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        return self.net(fitted(x, self))
 
 
 class MapDecoder(nn.Module):
@@ -104,7 +105,7 @@ class MapDecoder(nn.Module):
         self.net = nn.Sequential(*(ResBlock(widths[-1]) for _ in range(blocks)), *up(shape[0], widths, sizes, blocks))
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.net(self.stem(z))
+        return self.net(self.stem(fitted(z, self)))
 
 
 class ResBlock(nn.Module):

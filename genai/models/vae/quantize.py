@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError, at_least, number
+from genai.core.precision import WideBuffers, exact
 
 
 class Quantized(NamedTuple):
@@ -21,7 +22,7 @@ class Quantized(NamedTuple):
     """Squared distance of the encoder's answer to its code, mean over all numbers: a loss of the encoder alone."""
 
 
-class Quantizer(nn.Module):
+class Quantizer(WideBuffers):
     """What all are: z (B, D, ...) -> Quantized, and codes (B, ..., depth) back to (B, D, ...)."""
 
     codes: int
@@ -83,7 +84,7 @@ class VectorQuantizer(Quantizer):
 
     def nearest(self, x: Tensor) -> Tensor:
         """(N, D) -> the index of the closest code (N,), in the book's own precision."""
-        with torch.autocast(x.device.type, enabled=False):
+        with exact(x.device):
             return (self.book.square().sum(1) - 2 * x.to(self.book) @ self.book.T).argmin(1)
 
     def decode(self, index: Tensor) -> Tensor:

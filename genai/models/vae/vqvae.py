@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError, number
+from genai.core.precision import wide
 from genai.core.protocols import Batch, Losses, weighted
 from genai.models.vae.quantize import Quantizer
 
@@ -47,7 +48,7 @@ class VQVAE(nn.Module):
         """Squared error of a number, and the commitment (eq. 3)."""
         x = batch[self.field]
         quantized = self.quantizer(self.encoder(x).float())
-        error = (self.decoder(quantized.z) - x).square().mean()
+        error = (wide(self.decoder(quantized.z)) - x).square().mean()
         logs = {"error": error, "commitment": quantized.commitment, "perplexity": self.perplexity(quantized.index)}
         return weighted(error + self.commitment * quantized.commitment, logs, len(x))
 
@@ -63,7 +64,7 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        return self.decoder(self.quantizer.decode(z.view(-1, *self.grid)))
+        return wide(self.decoder(self.quantizer.decode(z.view(-1, *self.grid))))
 
     def reconstruct(self, batch: Batch) -> Tensor:
         return self.decode(self.encode(batch[self.field])).clamp(-1, 1)

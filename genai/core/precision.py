@@ -1,0 +1,113 @@
+"""In which precision networks compute: theirs may be half, and everything around them stays float32 or wider.
+
+Around a network are the state of a sampler, times, schedules, latents of a frozen first stage, moving averages and losses.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from genai.core.errors import UserError
+
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true")
+"""As Lightning spells them: weights and network in float32; weights in float32, matrix products and convolutions in half; weights
+and network in half. "auto" is bf16-mixed on a GPU that can, else 32-true."""
+
+HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16-true": torch.bfloat16}
+PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def precision_of(name: object, device: str | torch.device, key: str = "precision") -> str:
+    """The precision that `name` means on a device. Raises UserError for what is none."""
+    if not isinstance(name, str) or name not in PRECISIONS:
+        raise UserError(f"{key}={name} is none of {', '.join(PRECISIONS)}")
+    if name != "auto":
+        return name
+    return "bf16-mixed" if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def computing(precision: str, device: torch.device) -> AbstractContextManager:
+    """What a model prepared by `halved` is called in."""
+    if not precision.endswith("-mixed"):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, HALVES[precision])
+
+
+def exact(device: torch.device) -> AbstractContextManager:
+    """Inside, everything is computed in the precision of its tensors, whatever is around."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def halved(model: nn.Module, precision: str) -> nn.Module:
+    """The model for inference in a precision, changed in place.
+
+    In mixed precision weights of products are rounded here once, where autocast would round them at every call; those of an
+    embedding, which it leaves alone, stay.
+    """
+    if precision == "bf16-true":
+        return model.to(torch.bfloat16)
+    if precision in HALVES:
+        _round(model, HALVES[precision], {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)})
+    return model
+
+
+def _round(module: nn.Module, dtype: torch.dtype, kept: set[int]) -> None:
+    if isinstance(module, Wide):
+        return
+    if type(module) in PRODUCTS and id(module.weight) not in kept:
+        module.to(dtype)
+    for child in module.children():
+        _round(child, dtype, kept)
+
+
+def allow_tf32(device: torch.device, precision: str) -> str | None:
+    """Let float32 networks on a GPU multiply in TF32, with 10 bits of mantissa; the sentence that says so, None where nothing
+    changes."""
+    if device.type != "cuda" or precision != "32-true" or torch.cuda.get_device_capability(device)[0] < 8:
+        return None
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return f"float32 networks multiply in TF32 on {torch.cuda.get_device_name(device)}"
+
+
+@functools.cache
+def say(sentence: str) -> None:
+    """Print a sentence once."""
+    print(sentence, flush=True)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or as wide as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def fitted(x: Tensor, net: nn.Module) -> Tensor:
+    """x as a network of narrower weights takes it."""
+    dtype = next(net.parameters()).dtype
+    return x.to(dtype) if dtype.itemsize < x.dtype.itemsize else x
+
+
+def kept(t: Tensor, converted: Tensor) -> Tensor:
+    """What t becomes in a conversion of modules, which may move it but not make its numbers narrower."""
+    return t.to(converted.device) if converted.dtype.itemsize < t.dtype.itemsize else converted
+
+
+class Wide(nn.Module):
+    """A module whose parameters and buffers, with those of its parts, stay as wide as they are when a model is converted."""
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        return super()._apply(lambda t: kept(t, fn(t)), recurse)
+
+
+class WideBuffers(nn.Module):
+    """A module whose own buffers stay as wide as they are when it is converted."""
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        own = {name: t for name, t in self._buffers.items() if t is not None}
+        super()._apply(fn, recurse)
+        for name, t in own.items():
+            self._buffers[name] = kept(t, self._buffers[name])  # type: ignore[arg-type]
+        return self
