@@ -108,7 +108,7 @@ def vector(n: int, itemsize: int) -> int:
     return 16 // itemsize if n * itemsize % 16 == 0 else 1
 
 
-def aligned(*tensors: Tensor | None) -> list[Tensor | None]:
+def aligned(*tensors: Tensor | None) -> list:
     """The tensors, copied where their first element is not at a multiple of 16 bytes.
 
     Triton compiles anew for such an address, also while a graph is captured, which must not happen then.

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from genai.core import stored
 from genai.core.errors import UserError
 from genai.core.precision import fitted, wide
+from genai.kernels.norm import normalize
 from genai.models.diffusion.text import Context, TextEncoder, conditioned
 from genai.nn.attention import CrossAttention, attending
 
@@ -49,10 +50,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
         """x (B, c_in, H, W), emb (B, c_emb) already activated -> (B, c_out, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, 1)
-        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+        h = self.conv1(normalize(self.norm1, x, silu=True))
+        h = normalize(self.norm2, h, self.emb(emb), silu=True)
+        return self.skip(x) + self.conv2(self.dropout(h))
 
 
 class AttentionBlock(nn.Module):
@@ -65,7 +65,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W); nothing else is used."""
-        qkv = self.qkv(self.norm(x)).flatten(2).mT  # (B, HW, 3C)
+        qkv = self.qkv(normalize(self.norm, x)).flatten(2).mT  # (B, HW, 3C)
         h = F.scaled_dot_product_attention(*qkv[:, None].chunk(3, -1))[:, 0]  # (B, HW, C)
         return x + self.out(h.mT.unflatten(2, x.shape[2:]))
 
@@ -81,7 +81,7 @@ class CrossAttentionBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W); emb is not used."""
         assert context is not None
-        h = self.attention(self.norm(x).flatten(2).mT, *context)
+        h = self.attention(normalize(self.norm, x).flatten(2).mT, *context)
         return x + h.mT.unflatten(2, x.shape[2:])
 
 
@@ -217,7 +217,9 @@ class UNet(nn.Module):
         h = self._run(self.middle, h, emb, context)
         for stage in self.up:
             h = self._run(stage, torch.cat([h, skips.pop()], 1), emb, context)
-        return self.head(h).contiguous()
+        norm, _, conv = self.head
+        assert isinstance(norm, nn.GroupNorm)
+        return conv(normalize(norm, h, silu=True)).contiguous()
 
     def _run(self, stage: nn.Module, h: Tensor, emb: Tensor, context: Context | None) -> Tensor:
         if self.gradient_checkpointing and self.training:

@@ -1,0 +1,41 @@
+"""Group normalisation with what a U-Net does after it: scale and shift by an embedding, and SiLU."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from genai.kernels.affine_step import why_not_triton
+
+
+def normalize(norm: nn.GroupNorm, x: Tensor, scale_shift: Tensor | None = None, silu: bool = False) -> Tensor:
+    """v or v sigmoid(v) of v = norm(x) (1 + scale) + shift, in one function of x (B, C, ...).
+
+    On a GPU it is a few kernels that keep the layout of x, where torch 2.14 copies a channels-last tensor to be contiguous,
+    and its dtype under autocast too, computing in float32. Elsewhere, and where it is traced, it is torch's own operations:
+    Inductor fuses those with the convolution's bias before and the cast after, and no operator is in its way.
+
+    Args:
+        norm: its groups, eps, weight and bias.
+        scale_shift: (B, 2C), the scale of each channel, then the shift; None for neither.
+    """
+    if _fused(norm, x):
+        from genai.kernels.triton_norm import FusedNorm
+
+        return FusedNorm.apply(x, norm.weight, norm.bias, scale_shift, norm.num_groups, norm.eps, silu)
+    return reference(norm, x, scale_shift, silu)
+
+
+def reference(norm: nn.GroupNorm, x: Tensor, scale_shift: Tensor | None = None, silu: bool = False) -> Tensor:
+    """The formula in torch's operations."""
+    h = norm(x)
+    if scale_shift is not None:
+        scale, shift = scale_shift[(...,) + (None,) * (x.ndim - 2)].chunk(2, 1)
+        h = torch.addcmul(shift, h, 1 + scale)
+    return F.silu(h) if silu else h
+
+
+def _fused(norm: nn.GroupNorm, x: Tensor) -> bool:
+    """Whether the kernels can take x: a tensor with numbers, with as many elements a sample as 32 bits count."""
+    if not x.is_cuda or torch.compiler.is_compiling() or type(x) is not Tensor or not x.numel() or not norm.affine:
+        return False
+    return why_not_triton(x) is None and x[0].numel() < 2**31
