@@ -1,13 +1,16 @@
 """Optimisers: Muon's orthogonal updates, and several optimisers as one."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from genai.core.errors import UserError
 from genai.train.ema import EMA
+from genai.train.lit import LitModel, sum_over_ranks
 from genai.train.muon import Muon, orthogonalised
 from genai.train.optim import adamw, idle_from, lr_at, muon, reschedule, set_lr
 
@@ -49,6 +52,56 @@ def test_muon_is_torchs_up_to_its_precision():
         b.step()
     moved = (ours.weight - start).norm()
     assert (ours.weight - theirs.weight).norm() < 0.02 * moved
+
+
+def chained(found_inf, grads, device="cpu"):
+    """A network after one step of muon on each of the gradients, and the optimiser."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        net = Net()
+    optimizer = muon(net, lr=0.02, adamw_lr=1e-3, weight_decay=0.1)
+    for k, found in enumerate(found_inf):
+        for i, p in enumerate(net.parameters()):
+            p.grad = grads(k, i, p)
+        if found is not None:
+            optimizer.found_inf = found
+        optimizer.step()
+    return net, optimizer
+
+
+def test_muon_skips_a_step_on_the_device_and_changes_no_other():
+    def grads(k, i, p):
+        return torch.full_like(p, torch.nan) if k == 2 else torch.randn(p.shape, generator=torch.manual_seed(9 * k + i))
+
+    good, bad = torch.zeros(()), torch.ones(())
+    (skipped, a), (twice, b) = chained([good, good, bad], grads), chained([None, None], grads)
+    assert all(torch.equal(x, y) for x, y in zip(skipped.parameters(), twice.parameters(), strict=True))
+    for x, y in zip(a.state.values(), b.state.values(), strict=True):
+        assert all(torch.equal(x[key], y[key]) for key in x)
+
+
+def test_muon_never_waits_for_the_device():
+    """Tensors that only pretend to be on a GPU have no values to wait for."""
+    with FakeTensorMode():
+        found, player = torch.zeros((), device="cuda"), SimpleNamespace(guard=SimpleNamespace(stop_if_bad=pytest.fail))
+        net, optimizer = chained([found], lambda k, i, p: torch.ones_like(p), "cuda")
+        LitModel.skip(None, optimizer, player, found)  # type: ignore[arg-type]
+        assert optimizer.found_inf is found and net.inner.weight.is_cuda
+
+
+def test_gradients_of_all_ranks_are_summed_at_once(monkeypatch):
+    """Bit by bit as one by one, whatever their layout."""
+    calls = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: calls.append(t.mul_(3)))
+    shapes = [(3,), (2, 3, 4, 4), (), (5, 7)]
+    grads = [torch.randn(s) for s in shapes]
+    grads[1] = grads[1].to(memory_format=torch.channels_last)
+    grads[3] = torch.randn(7, 5).T
+    expected = [3 * grad for grad in grads]
+    sum_over_ranks(grads)
+    assert len(calls) == 1 and all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+    sum_over_ranks([])
+    assert len(calls) == 1
 
 
 def test_each_parameter_has_one_optimiser():

@@ -3,12 +3,15 @@
 import itertools
 import math
 from statistics import NormalDist
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from genai.core.errors import UserError
-from genai.models.vae.quantize import FiniteScalarQuantizer, ResidualQuantizer, VectorQuantizer, rotated
+from genai.models.vae.quantize import FiniteScalarQuantizer, ResidualQuantizer, VectorQuantizer, occurrences, rotated
+from genai.models.vae.vqvae import VQVAE
 
 
 def quantizers():
@@ -27,6 +30,17 @@ def test_codes_decode_to_what_was_said(quantizer, shape):
     assert quantized.z.shape == z.shape and quantized.index.shape[:-1] == (shape[0], *shape[2:])
     assert quantized.index.min() >= 0 and quantized.index.max() < quantizer.codes
     assert torch.allclose(quantizer.decode(quantized.index), quantized.z, atol=1e-5)
+
+
+def test_learning_never_waits_for_the_device():
+    """Tensors that only pretend to be on a GPU have no values to wait for; the counts are torch's."""
+    with FakeTensorMode(), torch.device("cuda"):
+        quantizer = VectorQuantizer(16, 3).train()
+        assert quantizer(torch.randn(4, 3, 5)).z.is_cuda
+        model = SimpleNamespace(quantizer=quantizer)
+        assert VQVAE.perplexity(model, torch.zeros(4, 5, dtype=torch.int64)).is_cuda  # type: ignore[arg-type]
+    index = torch.randint(0, 16, (400, 3))
+    assert torch.equal(occurrences(index, 20), torch.bincount(index.flatten(), minlength=20).float())
 
 
 def test_the_nearest_code_is_the_nearest():

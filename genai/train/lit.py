@@ -77,6 +77,15 @@ class Player:
         return norm, self.guard.check(values, step)
 
 
+def sum_over_ranks(grads: Sequence[Tensor]) -> None:
+    """Sum gradients over all ranks, in place and in one collective."""
+    if grads:
+        flat = torch.cat([grad.flatten() for grad in grads])
+        torch.distributed.all_reduce(flat)
+        parts = flat.split([grad.numel() for grad in grads])
+        torch._foreach_copy_(list(grads), [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
+
+
 class LitModel(L.LightningModule):
     """Trains any Model.
 
@@ -198,10 +207,12 @@ class LitModel(L.LightningModule):
             if self.trainer.world_size > 1:
                 torch.distributed.all_reduce(weight)
                 ranks = self.trainer.world_size if self.overlaps else 1  # DDP has averaged
-                for grad in [] if self.overlaps else grads:
-                    torch.distributed.all_reduce(grad)
+                if not self.overlaps:
+                    sum_over_ranks(grads)
             if grads:
-                torch._foreach_mul_(grads, ranks / weight)
+                torch._foreach_mul_(
+                    grads, ranks / torch.where(weight > 0, weight, 1)
+                )  # of no targets the gradient is 0
         return losses
 
     def no_sync(self) -> contextlib.AbstractContextManager:

@@ -27,14 +27,19 @@ def orthogonalised(g: Tensor, steps: int = 5) -> Tensor:
 class Muon(Optimizer):
     """W <- (1 - lr decay) W - lr sqrt(max(1, m/n)) orthogonalised(Nesterov momentum of the gradient), W (m, n).
 
-    torch.optim.Muon differs in its precision on a CPU only, where it takes 2.5 times as long.
+    torch.optim.Muon differs in its precision on a CPU only, where it takes 2.5 times as long. A step does nothing where the
+    scalar tensor `found_inf`, if it is set, is not 0, which the host need not know.
     """
+
+    _step_supports_amp_scaling = True
+    found_inf: Tensor | None = None
 
     def __init__(self, params: list, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        bad = None if self.found_inf is None else self.found_inf > 0
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -42,7 +47,12 @@ class Muon(Optimizer):
                 state = self.state[p]
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
-                average = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalised(wide(p.grad.lerp(average, group["momentum"])))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
+                # where it is bad the average takes itself, which leaves it as it is
+                grad = p.grad if bad is None else torch.where(bad, state["momentum"], p.grad)
+                average = state["momentum"].lerp_(grad, 1 - group["momentum"])
+                update = orthogonalised(wide(grad.lerp(average, group["momentum"])))
+                kept = 1 - group["lr"] * group["weight_decay"]
+                if bad is not None:
+                    update, kept = update.masked_fill(bad, 0), torch.where(bad, 1.0, kept)
+                p.mul_(kept)
                 p.add_(update, alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)

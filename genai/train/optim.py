@@ -76,6 +76,8 @@ class Chain(Optimizer):
     def __init__(self, optimizers: Sequence[Optimizer]):
         self.optimizers = list(optimizers)
         super().__init__([group for part in optimizers for group in part.param_groups], {})
+        self.found_inf: Any = None
+        self._step_supports_amp_scaling = all(getattr(p, "_step_supports_amp_scaling", False) for p in optimizers)
         self._share()
 
     def _share(self) -> None:
@@ -92,6 +94,7 @@ class Chain(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None if closure is None else closure()
         for part in self.optimizers:
+            part.found_inf = self.found_inf  # type: ignore[attr-defined]
             part.step()
         return loss
 

@@ -94,7 +94,7 @@ class VectorQuantizer(Quantizer):
     @torch.no_grad()
     def learn(self, x: Tensor, index: Tensor) -> None:
         """Move counts, sums and their quotients, the codes, towards this batch of all ranks; restart the dead."""
-        chosen = torch.bincount(index, minlength=self.codes).to(x)
+        chosen = occurrences(index, self.codes).to(self.counts)
         total = torch.zeros_like(self.sums).index_add_(0, index, x.to(self.sums))
         fresh = x[torch.randint(len(x), (self.codes,), device=x.device)].contiguous()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -107,6 +107,12 @@ class VectorQuantizer(Quantizer):
         self.counts.masked_fill_(dead, max(self.restart, 1.0))
         self.sums.copy_(torch.where(dead[:, None], fresh * max(self.restart, 1.0), self.sums))
         self.book.copy_(self.sums / self.counts.clamp_min(1e-5)[:, None])
+
+
+def occurrences(index: Tensor, codes: int) -> Tensor:
+    """How often each code occurs in `index`, float32 (codes,), exact below 2^24; torch.bincount waits for the device."""
+    flat = index.flatten()
+    return torch.zeros(codes, device=flat.device).index_add_(0, flat, torch.ones(flat.shape, device=flat.device))
 
 
 class ResidualQuantizer(Quantizer):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from genai.core.errors import UserError, number
 from genai.core.precision import wide
 from genai.core.protocols import Batch, Losses, weighted
-from genai.models.vae.quantize import Quantizer
+from genai.models.vae.quantize import Quantizer, occurrences
 
 
 class VQVAE(nn.Module):
@@ -54,7 +54,7 @@ class VQVAE(nn.Module):
 
     def perplexity(self, index: Tensor) -> Tensor:
         """e to the entropy of how often each code is chosen: how many codes these are worth."""
-        p = torch.bincount(index.flatten(), minlength=self.quantizer.codes) / index.numel()
+        p = occurrences(index, self.quantizer.codes) / index.numel()
         return torch.special.entr(p).sum().exp()
 
     @torch.no_grad()
