@@ -724,3 +724,12 @@ def test_what_data_say_beside_the_conditions_is_left_out():
     model.classes = None
     plain = samplers.ddim(model, seeds, None, steps=2)["image"]
     assert torch.equal(samplers.ddim(model, seeds, {"label": torch.tensor([1, 2])}, steps=2)["image"], plain)
+
+
+def test_samples_are_ordinary_tensors():
+    """What a sampler returns or shows can be used where gradients are computed."""
+    model, seen = gaussian_model(), []
+    batch = samplers.ddim(model, torch.arange(2), None, lambda i, n, state: seen.append(state["x"]), steps=2)
+    noise = samplers.invert(model, batch["vector"], steps=2)
+    assert not any(x.is_inference() for x in (*batch.values(), noise, *seen))
+    (batch["vector"].requires_grad_() * noise).sum().backward()

@@ -64,7 +64,7 @@ def walk(
     return x
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run(
     model: Diffusion,
     table: Table,
@@ -273,7 +273,7 @@ def invert(model: Diffusion, image: Tensor, cond: Batch | None = None, *, steps:
     up = levels(model.path, at_least(steps, 2, "steps"))[-2::-1]
     if image.shape[1:] != model.shape:
         raise UserError(f"image is {list(image.shape)}, but samples of this model are {list(model.shape)} each")
-    with torch.inference_mode():
+    with torch.no_grad():
         x = image.to(model.device, model.dtype)
         seeds, cond = torch.zeros(len(x), dtype=torch.int64, device=x.device), _told(model, cond, len(x))
         return walk(model.denoise, ddim_table(up), x, seeds, cond, clip=None) / up[-1].sigma
