@@ -384,27 +384,30 @@ def from_state(node: dict[str, Any]) -> Tokenizer:
 
 def prompts(tokenizer: Tokenizer, given: Sequence[str]) -> Batch:
     """Conditions of a text sampler: tokens int64 (B, T), prompts of different length padded on the left, `pad` (B,)
-    how much, and, where documents end, `stop` (B,), the id that ends a sample.
+    how much, `lead` (B,) how many ids before the prompt's own begin a text, and, where documents end, `stop` (B,), the id that
+    ends a sample.
 
-    An empty prompt is the end of the document before, or else a line break, or else the first id.
+    A text begins with the end of the document before; without ends, an empty prompt with a line break, or else the first id.
     """
-    rows = [_begin(tokenizer, text) for text in given]
+    own = [torch.from_numpy(tokenizer.encode(text).astype(np.int64)) for text in given]
+    rows = [torch.cat([_lead(tokenizer, text), row]) for text, row in zip(given, own, strict=True)]
     longest = max(map(len, rows))
     tokens = torch.stack([torch.cat([row.new_zeros(longest - len(row)), row]) for row in rows])
     cond = {"tokens": tokens, "pad": torch.tensor([longest - len(row) for row in rows])}
+    cond["lead"] = torch.tensor([len(row) - len(text) for row, text in zip(rows, own, strict=True)])
     if tokenizer.end is not None:
         cond["stop"] = torch.full((len(rows),), tokenizer.end)
     return cond
 
 
-def _begin(tokenizer: Tokenizer, text: str) -> Tensor:
+def _lead(tokenizer: Tokenizer, text: str) -> Tensor:
     start = [] if tokenizer.end is None else [tokenizer.end]
     if not text and not start:
         try:
             start = tokenizer.encode("\n").tolist()
         except UserError:
             start = [0]
-    return torch.tensor([*start, *tokenizer.encode(text).tolist()], dtype=torch.int64)
+    return torch.tensor(start, dtype=torch.int64)
 
 
 def texts(tokenizer: Tokenizer, batch: Batch) -> list[str]:

@@ -49,18 +49,23 @@ class Cache:
     Args:
         net: whose it is.
         batch: B.
-        capacity: positions that a new one can see, itself included.
+        capacity: positions that are kept.
         total: positions there will be at most; beyond `capacity` they come one at a time.
         pad: (B,) how many positions on the left of each text are padding, fewer than capacity; None for none.
+        window: positions that a new one can see, itself included; None: all that are kept.
     """
 
-    def __init__(self, net: "Transformer", batch: int, capacity: int, total: int, pad: Tensor | None = None):
+    def __init__(
+        self, net: "Transformer", batch: int, capacity: int, total: int, pad: Tensor | None = None,
+        window: int | None = None,
+    ):  # fmt: skip
         block, n = net.blocks[0], len(net.blocks)
         weight: Tensor = block.attention.qkv.weight  # type: ignore[union-attr,assignment]
         self.kv = [weight.new_zeros(n, batch, net.kv_heads, capacity, net.head_dim) for _ in range(2)]
         shift: Tensor = block.shift1.mix if net.shifts else weight  # type: ignore[union-attr,assignment]
         self.shifted = [shift.new_zeros(n, batch, capacity, net.width) for _ in range(2 if net.shifts else 0)]
         self.capacity, self.pad, self.length = capacity, pad, 0
+        self.window = capacity if window is None else window
         self.positions = at = torch.arange(total, device=weight.device)
         self.at: Tensor | None = None
         if pad is not None:
@@ -71,6 +76,15 @@ class Cache:
     def cut(self, length: int) -> None:
         """Forget all but the first `length` positions, at least 1; only while none has been overwritten."""
         self.length = length
+
+    def slide(self) -> None:
+        """Keep only the `window` positions seen last, and from here on the new ones over the oldest."""
+        n, first = self.window, self.length - self.window
+        order = first + (torch.arange(n, device=self.positions.device) - first) % n  # position p in row p % n
+        self.kv, self.shifted = ([data.index_select(-2, order) for data in part] for part in (self.kv, self.shifted))
+        if self.pad is not None:
+            self.real = self.real.index_select(1, order)
+        self.capacity = n
 
     def fix(self) -> None:
         """From here on each take(1) is the same work whatever the position, as a CUDA graph needs: a tensor says which it
@@ -86,8 +100,10 @@ class Cache:
             at, row, seen = self.at.clone(), self.at % self.capacity, self.capacity
             self.at.add_(1)
         mask = real = None
-        if self.at is not None or (t > 1 and (start > 0 or self.pad is not None)):
+        narrow = self.window < min(self.length, self.capacity)  # than what is kept
+        if narrow or self.at is not None or (t > 1 and (start > 0 or self.pad is not None)):
             mask = (self.positions[:seen] <= at[:, None])[None, None]
+            mask = mask & (self.positions[:seen] > at[:, None] - self.window) if narrow else mask
         if self.pad is not None:
             if t == 1:
                 self.real.index_fill_(1, at % self.capacity, True)  # where padding may have been

@@ -1,7 +1,8 @@
 """Writing with an autoregressive model: a cache filled once with the prompt, then one token after the other.
 
 Sampler functions `(model, seeds, cond, on_step, ...) -> Batch`. `cond` holds tokens int64 (B, T), prompts padded on
-the left, and may hold `pad` (B,), how much, and `stop` (B,), the id that ends a sample. The Batch holds
+the left, and may hold `pad` (B,), how much, `lead` (B,), how many tokens after the padding only begin a text and are none of
+the prompt's, and `stop` (B,), the id that ends a sample. The Batch holds
 
     tokens    int64 (B, max_new_tokens), `stop` after the end
     length    (B,) tokens before the end
@@ -44,24 +45,25 @@ def generate(
 
     Args:
         max_new_tokens: None: as many as the model's context is long.
-        repetition_penalty: divides positive logits of tokens that occur already (Keskar et al., 2019, section 4.1), and
-            multiplies negative ones, which dividing would favour.
+        repetition_penalty: divides positive logits of tokens that occur in the prompt or were written (Keskar et al., 2019,
+            section 4.1), and multiplies negative ones, which dividing would favour.
         cuda_graph: replay reading and drawing a token as one CUDA graph; None does on a GPU.
 
-    Raises UserError for an argument out of range, or a prompt longer than the context.
+    A prompt longer than the context is read as what is written past it is, see `_Reader`. Raises UserError for an argument out
+    of range.
     """
     check(temperature, top_k, top_p, min_p)
     number(repetition_penalty, "sampler.repetition_penalty", 0, open_low=True)
     if cuda_graph not in (None, True, False):
         raise UserError(f"sampler.cuda_graph={cuda_graph} must be true, false or null")
     n = model.length if max_new_tokens is None else at_least(max_new_tokens, 1, "sampler.max_new_tokens")
+    tokens, pad, stop = begin(model, seeds, cond)
+    given = tokens.shape[1]
+    text = torch.cat([tokens, tokens.new_zeros(len(tokens), n)], 1)
+    logs = torch.zeros(len(tokens), n, device=text.device)  # made here, for what inference mode makes autograd refuses
     with torch.inference_mode(), _small_kernels(model.net.head.weight):
-        tokens, pad, stop = begin(model, seeds, cond)
-        given = tokens.shape[1]
-        text = torch.cat([tokens, tokens.new_zeros(len(tokens), n)], 1)
-        logs = torch.zeros(len(tokens), n, device=text.device)
         u = rng.uniform(seeds.to(text.device), (n,), stream=rng.TOKENS)
-        seen = None if repetition_penalty == 1 else _seen(tokens, pad, model.vocab_size)
+        seen = None if repetition_penalty == 1 else _seen(tokens, pad, cond, model.vocab_size)
         at = torch.zeros(1, dtype=torch.int64, device=text.device)  # which new token, where a graph can see it
         reader = _Reader(model, text, given, pad)
 
@@ -92,7 +94,7 @@ def generate(
                 on_step(i, n, {"tokens": written})
             if stop is not None and i % LOOK_EVERY == LOOK_EVERY - 1 and (written == stop[:, None]).any(1).all():
                 break
-        return finished(text[:, given:], logs, stop)
+    return finished(text[:, given:], logs, stop)
 
 
 def distribution(
@@ -130,8 +132,9 @@ def draw(p: Tensor, u: Tensor) -> Tensor:
 class _Reader:
     """Logits (B, V) of the next token, with the cheapest memory that is exact.
 
-    Within the context a cache holds it all. Past it, positions that only know distances go on with the last `length`
-    of them in a ring; learned ones have none to go on with, so the last `length` tokens are read anew each time.
+    Within the context a cache holds it all. Past it, be it in the prompt, each position sees the last `length`: positions that
+    only know distances go on with a ring of these; learned ones have none to go on with, so the last `length` tokens are read
+    anew each time.
     """
 
     def __init__(self, model: GPT, text: Tensor, given: int, pad: Tensor | None):
@@ -142,19 +145,30 @@ class _Reader:
             how = "reading it anew for each token" if self.anew else "by a sliding cache"
             sentence = f"past the {length} tokens the model was trained on, each new one sees the last {length}, {how}"
             print(sentence, file=sys.stderr)
-        capacity = min(total, length)
-        self.cache = Cache(model.net.transformer, len(text), capacity, capacity if self.anew else total, pad)
+        window = min(total, length)
+        kept, most = (window, window) if self.anew else (max(window, given), total)
+        self.cache = Cache(model.net.transformer, len(text), kept, most, pad, window)
 
     def first(self) -> Tensor:
-        return self.model.net(self.text[:, : self.at], self.cache)[:, -1].float()
+        if self.anew and self.at > self.model.length:
+            return self._last()
+        for part in self.text[:, : self.at].split(self.model.length, 1):
+            logits = self.model.net(part, self.cache)[:, -1].float()
+        if self.at > self.model.length:
+            self.cache.slide()
+        return logits
 
     def next(self, token: Tensor) -> Tensor:
         self.at += 1
-        if not self.anew or self.cache.length < self.cache.capacity:
-            return self.model.net(token, self.cache)[:, -1].float()
+        if self.anew and self.at > self.model.length:
+            return self._last()
+        return self.model.net(token, self.cache)[:, -1].float()
+
+    def _last(self) -> Tensor:
+        """Of the last `length` tokens alone."""
         first = self.at - self.model.length
         pad = None if self.pad is None else (self.pad - first).clamp_min(0)
-        cache = Cache(self.model.net.transformer, len(token), self.model.length, self.model.length, pad)
+        cache = Cache(self.model.net.transformer, len(self.text), self.model.length, self.model.length, pad)
         return self.model.net(self.text[:, first : self.at], cache)[:, -1].float()
 
 
@@ -213,20 +227,16 @@ def begin(model: GPT, seeds: Tensor, cond: Batch | None) -> tuple[Tensor, Tensor
     if cond is None:
         return torch.zeros(len(seeds), 1, dtype=torch.int64, device=device), None, None
     tokens, pad, stop = cond["tokens"], cond.get("pad"), cond.get("stop")
-    if tokens.shape[1] > model.length:
-        raise UserError(
-            f"prompt has {tokens.shape[1]} tokens, more than the {model.length} this model was trained to read: shorten prompt="
-        )
     pad = None if pad is None or not pad.any() else pad.to(device)
     return tokens.to(device), pad, None if stop is None else stop.to(device)
 
 
-def _seen(tokens: Tensor, pad: Tensor | None, vocab_size: int) -> Tensor:
-    """Which ids occur in each prompt (B, V)."""
-    if pad is not None:  # the last one of a prompt is real
-        real = torch.arange(tokens.shape[1], device=tokens.device) >= pad[:, None]
-        tokens = torch.where(real, tokens, tokens[:, -1:])
-    return torch.zeros(len(tokens), vocab_size, dtype=torch.bool, device=tokens.device).scatter_(1, tokens, True)
+def _seen(tokens: Tensor, pad: Tensor | None, cond: Batch | None, vocab_size: int) -> Tensor:
+    """Which ids occur in each prompt (B, V), of which padding and what begins a text, such as token 0 alone, are no part."""
+    lead = torch.tensor(1) if cond is None else cond.get("lead", torch.tensor(0))
+    before = lead.to(tokens.device) + (0 if pad is None else pad)
+    real = torch.arange(tokens.shape[1], device=tokens.device) >= before.view(-1, 1)
+    return tokens.new_zeros(len(tokens), vocab_size).scatter_add_(1, tokens, real.expand_as(tokens).long()) > 0
 
 
 def _penalised(logits: Tensor, penalty: float) -> Tensor:

@@ -69,10 +69,12 @@ class GPT(nn.Module):
         return nats * batch["mask"][:, 1:] if "mask" in batch else nats
 
     def forward(self, batch: Batch, step: int) -> Losses:
-        """The mean over all targets; their number is the weight."""
+        """The mean over all targets, 0 of none; their number is the weight."""
         nats = self.nats(batch)
-        weight = batch["mask"][:, 1:].sum() if "mask" in batch else nats.numel()
-        return Losses(nats.sum() / weight, weight)
+        if "mask" not in batch:
+            return Losses(nats.sum() / nats.numel(), nats.numel())
+        weight = batch["mask"][:, 1:].sum()
+        return Losses(nats.sum() / weight.clamp_min(1), weight)
 
     def log_prob(self, batch: Batch, seed: int) -> Tensor:
         """ln p(tokens after the first | first) in nats (B,), of those in `mask`; exact, the seed is not used."""

@@ -29,7 +29,8 @@ def speculative(
     (Leviathan et al., 2023, algorithm 1). Samples are written one by one, since each keeps another number of tokens.
 
     Uniforms of token i come from Philox stream 3, rows 1 (proposal), 2 (judgement) and 3 (correction), element i.
-    Raises UserError for a draft of another vocabulary, or a text longer than either context.
+    Past the context each position sees the last `length` of its own model, as in `generate`. Raises UserError for a draft of
+    another vocabulary, or a text longer than either context where positions are learned.
     """
     check(temperature, top_k, top_p, min_p)
     at_least(ahead, 1, "sampler.ahead")
@@ -44,30 +45,28 @@ def speculative(
             f"sampler.draft has {draft.vocab_size} tokens, this model {model.vocab_size}: they must share one tokenizer"
         )
     length = min(model.length, draft.length)
+    tokens, pad, stop = begin(model, seeds, cond)
+    room = length - tokens.shape[1] + 1
+    free = room if room > 0 else length
+    n = free if max_new_tokens is None else at_least(max_new_tokens, 1, "sampler.max_new_tokens")
+    if n > room and any(m.net.transformer.positions is not None for m in (model, draft)):
+        raise UserError(
+            f"prompt and sampler.max_new_tokens={n} are longer than the {length} learned positions both models have: shorten "
+            "them, or use sampler=generate"
+        )
+    written, logs = tokens.new_zeros(len(tokens), n), torch.zeros(len(tokens), n, device=tokens.device)
     with torch.inference_mode():
-        tokens, pad, stop = begin(model, seeds, cond)
-        room = length - tokens.shape[1] + 1
-        if room < 1:
-            raise UserError(
-                f"prompt has {tokens.shape[1]} tokens, more than the {length} both models read: shorten prompt="
-            )
-        n = room if max_new_tokens is None else at_least(max_new_tokens, 1, "sampler.max_new_tokens")
-        if n > room:
-            raise UserError(
-                f"prompt and sampler.max_new_tokens={n} are longer than the {length} tokens both models read"
-            )
         uniforms = [rng.uniform(seeds.to(tokens.device), (n,), row, rng.TOKENS) for row in (1, 2, 3)]
         shape = temperature, top_k, top_p, min_p
-        rows, logs = [], []
         for b in range(len(tokens)):
             prompt = tokens[b : b + 1] if pad is None else tokens[b : b + 1, int(pad[b]) :]
             until = None if stop is None else int(stop[b])
-            text, log = _speculate(model, draft, prompt, n, ahead, [u[b : b + 1] for u in uniforms], shape, until)
-            rows.append(text)
-            logs.append(log)
+            parts = _speculate(model, draft, prompt, n, ahead, [u[b : b + 1] for u in uniforms], shape, until)
+            for whole, part in zip((written, logs), parts, strict=True):
+                whole[b].copy_(part)
             if on_step is not None:
-                on_step(b, len(tokens), {"tokens": text[None]})
-        return finished(torch.stack(rows), torch.stack(logs), stop)
+                on_step(b, len(tokens), {"tokens": written[b : b + 1]})
+    return finished(written, logs, stop)
 
 
 def _speculate(
@@ -75,7 +74,8 @@ def _speculate(
 ) -> tuple[Tensor, Tensor]:
     """n new tokens of one prompt (1, T), and their ln p by the model."""
     given, known = prompt.shape[1], prompt
-    caches = [Cache(m.net.transformer, 1, given + n - 1, given + n - 1) for m in (model, draft)]
+    total = given + n - 1
+    caches = [Cache(m.net.transformer, 1, total, total, window=m.length) for m in (model, draft)]
     logs: list[Tensor] = []
     while (at := known.shape[1] - given) < n:
         g = min(ahead, n - at - 1)
