@@ -6,6 +6,7 @@ Ids run from 0; with `end` the last one ends a document and stands before the fi
 import itertools
 import json
 import random
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -14,6 +15,7 @@ import numpy as np
 from genai.core.errors import UserError
 
 SAMPLE_BYTES = 64 * 2**20  # of text, at most, that a vocabulary of merges is learned from
+LEARNED_WORD_BYTES = 1024  # each merge goes through every word it occurs in, and a text without spaces is one word
 
 
 class Tokenizer(Protocol):
@@ -116,16 +118,22 @@ class BPE:
 
     @classmethod
     def learned(cls, chunks: Iterable[str], vocab_size: int, end: bool = False) -> "BPE":
-        """Merges of the most frequent pairs until there are vocab_size ids, the end included; see `sampled`."""
+        """Merges of the most frequent pairs until there are vocab_size ids, the end included; see `sampled`.
+
+        Longer words than LEARNED_WORD_BYTES count in parts, so that the time grows as the text does; they are encoded whole.
+        """
         library = _library()
         bpe = library.Tokenizer(library.models.BPE())
-        bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        words = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        parts = library.pre_tokenizers.Split(library.Regex(f".{{1,{LEARNED_WORD_BYTES}}}"), "isolated")
+        bpe.pre_tokenizer = library.pre_tokenizers.Sequence([words, parts])
         bpe.decoder = library.decoders.ByteLevel()
         trainer = library.trainers.BpeTrainer(
-            vocab_size=vocab_size - end, show_progress=False, special_tokens=[],
+            vocab_size=vocab_size - end, show_progress=sys.stderr.isatty(), special_tokens=[],
             initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
         )  # fmt: skip
         bpe.train_from_iterator(chunks, trainer)
+        bpe.pre_tokenizer = words
         return cls(bpe.to_str(), end)
 
     def encode(self, text: str) -> np.ndarray:
