@@ -209,11 +209,12 @@ def run(cfg: Any) -> Path:
     node: dict[str, Any] = OmegaConf.to_container(cfg.sampler, resolve=True)  # type: ignore[assignment]
     if cfg.guidance is not None:
         node["guidance"] = cfg.guidance
+    stop = unescaped(cfg.stop)
     given = cfg.label, cfg.prompt, cfg.negative_prompt
     label, prompt, negative_prompt = (OmegaConf.to_container(v) if OmegaConf.is_list(v) else v for v in given)
     is_text = "tokenizer" in loaded.assets
-    with streamed(loaded, prompt, cfg.stop) if is_text else bar() as on_step:
-        batch = sample(loaded, cfg.n, cfg.seed, label, prompt, negative_prompt, cfg.stop, node, cfg.batch_size, on_step)
+    with streamed(loaded, prompt, stop) if is_text else bar() as on_step:
+        batch = sample(loaded, cfg.n, cfg.seed, label, prompt, negative_prompt, stop, node, cfg.batch_size, on_step)
     home = loaded.path.parent.parent if loaded.path.parent.name == "checkpoints" else loaded.path.parent
     out = Path(cfg.out) if cfg.out is not None else _unused(home)
     with files.writable(out, "name another folder with out="):
@@ -223,12 +224,21 @@ def run(cfg: Any) -> Path:
     return out
 
 
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+def unescaped(stop: Any) -> Any:
+    r"""What was typed, with a line break for \n, a tab for \t, a carriage return for \r and one backslash for two: a shell passes
+    these on as they are."""
+    return re.sub(r"\\([ntr\\])", lambda m: ESCAPES[m[1]], stop) if isinstance(stop, str) else stop
+
+
 def _write(out: Path, cfg: Any, loaded: Loaded, batch: Batch, prompt: Any, node: dict[str, Any]) -> str:
     """Files of the samples, to a folder that is there; returns their names."""
     from genai.data import captions, io, text
 
     if "tokenizer" in loaded.assets:
-        given = resolve_prompts(prompt, cfg.stop, cfg.n, loaded) or {}
+        given = resolve_prompts(prompt, None, cfg.n, loaded) or {}
         text.write_samples(out, text.from_state(loaded.assets["tokenizer"]), given, batch, rng.RNG_VERSION)
         return f"{out}/samples.txt, samples.jsonl"
     field = "image" if "image" in batch else loaded.config["data"].get("field")

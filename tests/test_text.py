@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,11 +16,12 @@ import torch
 
 import genai
 from genai import evaluation
-from genai.cli import composed, quoted
+from genai.cli import composed, quoted, with_sampler
 from genai.core.errors import UserError
 from genai.data import text, tokenizers
 from genai.data.stream import batches, train_loader
-from genai.sampling import streamed
+from genai.sampling import run as sampled
+from genai.sampling import streamed, unescaped
 from tests.conftest import ROOT
 
 PROSE = "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich; 東京 🙂\n" * 40
@@ -65,6 +67,44 @@ def test_tokenizers_round_trip_and_are_plain_values(kind, end):
         assert made.vocab_size == 300 and len(made.encode(PROSE)) < len(PROSE.encode()) * 0.6
     if kind != "char":
         assert made.decode(made.encode("Ωmega").tolist()) == "Ωmega"  # bytes lack nothing
+
+
+def test_merges_of_unbroken_text_take_time_as_it_grows():
+    """Of DNA and of Chinese without punctuation 8 s for 200 KB once; encoding likewise."""
+    draw = random.Random(0)
+    for unbroken in (
+        "".join(draw.choices("ACGT", k=200_000)),
+        "".join(chr(0x4E00 + draw.randrange(900)) for _ in range(60_000)),
+    ):
+        start = time.process_time()
+        tokenizer = tokenizers.BPE.learned([unbroken], 600)
+        ids = tokenizer.encode(unbroken)
+        assert time.process_time() - start < 5
+        assert tokenizer.decode(ids.tolist()) == unbroken and len(ids) < len(unbroken.encode()) * 0.6
+        assert json.loads(tokenizer.spec)["pre_tokenizer"]["type"] == "ByteLevel"
+
+
+def test_merges_of_ordinary_text_are_the_librarys():
+    """Of text with words, as byte-level BPE of the library itself learns them."""
+    from pydoc_data.topics import topics
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    prose = "".join(topics.values())[:60_000]
+    theirs = Tokenizer(models.BPE())
+    theirs.pre_tokenizer, theirs.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    theirs.train_from_iterator(
+        [prose], trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    )
+    assert tokenizers.BPE.learned([prose], 500).spec == theirs.to_str()
+
+
+def test_a_prompts_lead_is_what_nobody_wrote():
+    ends, none = tokenizers.Byte(end=True), tokenizers.Byte()
+    assert text.prompts(ends, ["", "ab"])["lead"].tolist() == [1, 1]
+    assert text.prompts(none, ["", "ab"])["lead"].tolist() == [1, 0]
+    assert text.prompts(tokenizers.Char("ab"), [""])["lead"].tolist() == [1]
 
 
 def test_a_character_that_is_lacking_is_named():
@@ -477,6 +517,20 @@ def test_prompts_in_turn_stop_tokens_and_drafts(runs, capsys):
         genai.sample(genai.load(runs / "lines"), n=1, sampler=node)
 
 
+def test_a_stop_is_what_its_escapes_say(runs, tmp_path):
+    """A line break as a shell passes it on, and a prompt longer than the context of 24."""
+    cases = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\", r"\\n": r"\n", "a": "a", "\n": "\n", r"\x": r"\x"}
+    for typed, meant in cases.items():
+        assert unescaped(composed("sample", [f"stop={typed}"]).stop) == meant
+    assert unescaped(None) is None and unescaped(1) == 1
+    given = [f"ckpt={runs / 'chars'}", r"stop=\n", f"prompt={'the cat ' * 9}", "n=3", "max_new_tokens=40"]
+    sampled(composed("sample", [*given, f"out={tmp_path / 'out'}"], with_sampler))
+    shown = [json.loads(line)["text"] for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    loaded = genai.load(runs / "chars")
+    batch = genai.sample(loaded, n=3, stop="\n", prompt="the cat " * 9, max_new_tokens=40)
+    assert genai.texts(loaded, batch) == shown and not any("\n" in t for t in shown)
+
+
 def test_evaluation_is_of_the_whole_split(runs, capsys):
     cfg = composed("evaluate", [f"ckpt={runs / 'chars'}", "split=val", "batch_size=7"])
     result = evaluation.run(cfg)
@@ -511,7 +565,6 @@ def test_a_resumed_run_wants_its_own_vocabulary(runs, tmp_path, refused):
 
 SAMPLE = {
     "prompt=thé": "the character 'é' (U+00E9) is not among",
-    f"prompt={'the cat ' * 9}": "prompt has 72 tokens, more than the 24 this model was trained to read",
     "stop=at": "stop='at' is 2 tokens",
     "prompt=[]": "prompt=[] must be a value or a list that is not empty",
     "top_p=1.5": "sampler.top_p=1.5 must be a number greater than 0 and at most 1",
