@@ -159,7 +159,8 @@ def test_damaged_files_are_found_by_the_scan_and_skipped_by_their_names(tmp_path
     assert "skipped 3 of 302 files: cat/000.png is cut short (and 1 more), dog/empty.png is empty" in printed
     (tmp_path / "dog" / "a.doc").write_bytes(b"words")
     with pytest.raises(
-        UserError, match=r"4 of the 303 files .* more than 1 %: .*dog/a\.doc is no image.*mend or remove"
+        UserError,
+        match=r"4 of the 303 files .* more than 1 %: .*dog/a\.doc is no image that Pillow reads.*mend or remove",
     ):
         data_of(tmp_path, size=[8, 8])
 
@@ -247,6 +248,7 @@ def test_a_large_image_is_read_and_one_that_is_too_large_is_called_so(tmp_path, 
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # of which Pillow refuses the double
     assert "cat/poster.png" in all_names(data_of(tmp_path, size=[8, 8]))
     assert Image.MAX_IMAGE_PIXELS == 500
+    assert "cat/poster.png" not in all_names(data_of(tmp_path, size=[8, 8], version=1))  # as runs from before did
     monkeypatch.setattr(decode, "LARGEST", 4000)
     assert "cat/poster.png" not in all_names(data_of(tmp_path, size=[8, 8]))
     assert "cat/poster.png has 64 x 64 pixels, and at most 4,000 are decoded" in capsys.readouterr().err
@@ -480,7 +482,9 @@ def test_headers_are_read_once_and_again_where_a_file_has_changed(tmp_path, sett
     save(root / "dog" / "film.gif", 1)
     rot(root / "dog" / "001.png")
     monkeypatch.setattr(
-        decode, "opened", lambda file, where, size: opened.append(str(where)) or reads(file, where, size)
+        decode,
+        "opened",
+        lambda file, where, *more, **how: opened.append(str(where)) or reads(file, where, *more, **how),
     )
 
     def scanned():

@@ -37,14 +37,15 @@ class Reading(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(file: IO[bytes], where: Path | str, size: int) -> Iterator[Any]:
-    """Open an image file of `size` bytes with Pillow, its pixels not decoded yet.
+def opened(file: IO[bytes], where: Path | str, size: int, large: bool = True) -> Iterator[Any]:
+    """Open an image file of `size` bytes with Pillow, its pixels not decoded yet; `large` lifts Pillow's own limit.
 
     Raises UserError for one that would unpack to far more than pictures do, ValueError for one of over `LARGEST` pixels.
     """
     from PIL import Image
 
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # a scan of a poster is no attack: see check_pixels
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None if large else limit  # a scan of a poster is no attack: see check_pixels
     try:
         image = Image.open(file)
     finally:
@@ -57,13 +58,13 @@ def opened(file: IO[bytes], where: Path | str, size: int) -> Iterator[Any]:
 def check_pixels(image: Any, where: Path | str, size: int) -> None:
     """Raises as `opened` does."""
     pixels = image.width * image.height
+    if pixels > LARGEST:
+        raise ValueError(f"has {image.width} x {image.height} pixels, and at most {LARGEST:,} are decoded")
     if pixels > FLAT_PIXELS and pixels * len(image.getbands()) > FLAT * size:
         raise UserError(
             f"{where} has {image.width} x {image.height} pixels in a file of {size:,} bytes, as no picture does: "
             "delete or replace it, or change data.root"
         )
-    if pixels > LARGEST:
-        raise ValueError(f"has {image.width} x {image.height} pixels, and at most {LARGEST:,} are decoded")
 
 
 def sideways(image: Any) -> bool:

@@ -249,7 +249,9 @@ class Scan:
             if not facts.measured:
                 self.changed = facts.measured = True
                 try:
-                    with decode.opened(BytesIO(self.files.read(name)), name, self.files.stamps[name][0]) as image:
+                    with decode.opened(
+                        BytesIO(self.files.read(name)), self.files.root / name, self.files.stamps[name][0]
+                    ) as image:
                         facts.low, facts.high = decode.extremes(image)
                 except (UserError, MemoryError):
                     raise
@@ -294,6 +296,8 @@ class Scan:
                 write_text(self.path, json.dumps(settled))
 
     def _is_litter(self, name: str) -> bool:
+        if self.files.version == 1:
+            return name.endswith(".jsonl")  # captions
         base = posixpath.basename(name).lower()
         what = "texts" if base.endswith(TEXTS) else "of the system" if base in LITTER else None
         if what:
@@ -317,7 +321,7 @@ class Scan:
             if size <= READ_WHOLE:
                 content = file.read()
                 file, digest = BytesIO(content), _digest(content)
-            with decode.opened(file, files.root / name, size) as image:
+            with decode.opened(file, files.root / name, size, large=files.version > 1) as image:
                 swapped = decode.sideways(image)
                 facts = Facts(
                     height=image.width if swapped else image.height, width=image.height if swapped else image.width,
@@ -376,7 +380,7 @@ def reason(error: BaseException) -> str:
 
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, UnidentifiedImageError):
-        return "is no image"
+        return "is no image that Pillow reads"
     if isinstance(error, OSError) and error.errno:
         return f"cannot be read ({os.strerror(error.errno)})"
     if any(word in text.lower() for word in ("truncated", "unexpected end")) or isinstance(error, EOFError):
