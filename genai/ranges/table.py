@@ -174,7 +174,6 @@ RANGES: dict[str, Any] = {
     "model.**.latent_shape": MAP,
     "model.map_shape": MAP,
     "model.**.outputs": SIZE,
-    "model.**.out_channels": SIZE,
     "model.**.out_per_channel": SIZE,
     "model.**.channels": whole(1, 65536, "channels"),
     "model.**.width": SIZE,
