@@ -413,3 +413,8 @@ def test_the_great_circle_keeps_length_and_angle():
     assert all(torch.allclose(p.norm(dim=-1), torch.ones(50).double(), atol=1e-5) for p in way)
     assert all(torch.allclose(angle, angles[0], atol=1e-5) for angle in angles)
     assert torch.allclose(slerp(a, 2 * a, 0.25), 1.25 * a, atol=1e-4)
+
+
+def test_a_misspelt_label_is_refused():
+    with pytest.raises(UserError, match="this model takes label, one of 3 classes, and was given lable"):
+        samplers.gan(game(), torch.arange(2), {"lable": torch.tensor([1, 2])})

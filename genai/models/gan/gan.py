@@ -18,6 +18,7 @@ from genai.core.precision import wide
 from genai.core.protocols import Batch, Losses, weighted
 from genai.losses import adversarial
 from genai.losses.adversarial import Adversarial
+from genai.models.gan.nets import labels
 
 STANDING = 11  # what the seeds of standing statistics are mixed for
 
@@ -77,7 +78,7 @@ class GAN(nn.Module):
 
     def label(self, batch: Batch | None) -> Tensor | None:
         """int64 (B,) where the networks are, None for an unconditional model."""
-        return None if self.classes is None or batch is None else batch["label"].to(self.device)
+        return labels(batch, self.classes, self.device)
 
     # The game
 

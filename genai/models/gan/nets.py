@@ -11,6 +11,18 @@ from torch import Tensor, nn
 
 from genai.core.errors import UserError, at_least
 from genai.core.precision import Wide, fitted
+from genai.core.protocols import Batch
+
+
+def labels(batch: Batch | None, classes: int | None, device: torch.device) -> Tensor | None:
+    """The labels int64 (B,) of a batch, None for an unconditional model. Raises UserError for a batch without them."""
+    if classes is None or batch is None:
+        return None
+    if "label" not in batch:
+        raise UserError(
+            f"this model takes label, one of {classes} classes, and was given {', '.join(batch) or 'nothing'}"
+        )
+    return batch["label"].to(device)
 
 
 class BatchNorm(Wide, nn.BatchNorm2d):

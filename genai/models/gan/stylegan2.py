@@ -12,6 +12,7 @@ from genai.core.precision import WideBuffers
 from genai.core.protocols import Batch, Losses, weighted
 from genai.losses.adversarial import logistic, non_saturating, path_length, r1
 from genai.models.gan.ada import ADA
+from genai.models.gan.nets import labels
 from genai.models.gan.stylegan2_nets import Discriminator, Generator, seeded
 
 
@@ -97,7 +98,7 @@ class StyleGAN2(WideBuffers):
 
     def label(self, batch: Batch | None) -> Tensor | None:
         """int64 (B,) where the networks are, None for an unconditional model."""
-        return None if self.classes is None or batch is None else batch["label"].to(self.path_mean.device)
+        return labels(batch, self.classes, self.path_mean.device)
 
     def discriminator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
         """softplus(-D(x)) + softplus(D(G(z))), and every so often R1 on the images as they were before augmentation."""
