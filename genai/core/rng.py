@@ -32,14 +32,28 @@ def philox(key: Sequence[Tensor], counter: Sequence[Tensor | int]) -> tuple[Tens
     bits would show. Words that are plain numbers stay so as long as nothing else reaches them: made into tensors, a GPU
     would wait for each to be copied, and a CPU compute the same word for every element.
     """
+    c0, c1, c2, c3 = _rounds(key, counter)
+    return c0, c1 & _LOW, c2, c3 & _LOW
+
+
+def _rounds(key: Sequence[Tensor], counter: Sequence[Tensor | int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`philox`, with bits left above the 32 of w1 and w3."""
     k0, k1 = key
     c0, c1, c2, c3 = counter
+    shape = torch.broadcast_shapes(*(c.shape for c in (*key, *counter) if isinstance(c, Tensor)))
     for _ in range(10):
         (high0, low0), (high1, low1) = _product(c0, _M[0]), _product(c2, _M[1])
-        c0, c2 = (k0 ^ (high1 ^ c1)) & _LOW, (k1 ^ (high0 ^ c3)) & _LOW
+        c0, c2 = _mixed(high1, c1, k0, shape), _mixed(high0, c3, k1, shape)
         c1, c3 = low1, low0
         k0, k1 = (k0 + _W[0]) & _LOW, (k1 + _W[1]) & _LOW
-    return c0, c1 & _LOW, c2, c3 & _LOW  # pyright: ignore[reportReturnType]
+    return c0, c1, c2, c3  # pyright: ignore[reportReturnType]
+
+
+def _mixed(high: Tensor | int, word: Tensor | int, key: Tensor, shape: torch.Size) -> Tensor:
+    """high ^ word ^ key, cut to 32 bits; in the memory of `high` where that has all elements, for nobody else holds it."""
+    if isinstance(high, Tensor) and high.shape == shape:
+        return high.bitwise_xor_(word).bitwise_xor_(key).bitwise_and_(_LOW)
+    return (key ^ (high ^ word)) & _LOW
 
 
 def _product(c: Tensor | int, m: int) -> tuple[Tensor | int, Tensor | int]:
@@ -51,9 +65,9 @@ def _product(c: Tensor | int, m: int) -> tuple[Tensor | int, Tensor | int]:
 def _blocks(
     seeds: Tensor, low: Tensor, high: Tensor | int, row: Tensor | int, stream: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox in the layout above: four words of each block, int64 (B, blocks) each."""
+    """Philox in the layout above: four words of each block, int64 (B, blocks) each, in their 32 low bits."""
     key = (seeds & _LOW)[:, None], ((seeds >> 32) & _LOW)[:, None]
-    return philox(key, (low, high, row, stream))
+    return _rounds(key, (low, high, row, stream))
 
 
 def _of_elements(seeds: Tensor, n: int, row: Tensor | int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -65,13 +79,13 @@ def _of_elements(seeds: Tensor, n: int, row: Tensor | int, stream: int) -> tuple
 
 def words(seeds: Tensor, blocks: Tensor, row: int, stream: int) -> Tensor:
     """The four uint32 words of each block, as int64 (B, len(blocks), 4); seeds int64 (B,), all 64 bits used."""
-    return torch.stack(_blocks(seeds, blocks & _LOW, blocks >> 32, row, stream), -1)
+    return torch.stack(_blocks(seeds, blocks & _LOW, blocks >> 32, row, stream), -1) & _LOW
 
 
 def _unit(word: Tensor) -> Tensor:
-    """uint32 word -> float32 in [0, 1], the formula of Triton's `uint_to_uniform_float`."""
+    """uint32 word (higher bits do not count) -> float32 in [0, 1], the formula of Triton's `uint_to_uniform_float`."""
     signed = word.to(torch.int32)
-    return (signed ^ (signed >> 31)).float() * 4.6566127342e-10
+    return signed.bitwise_xor_(signed >> 31).float().mul_(4.6566127342e-10)
 
 
 def uniform(seeds: Tensor, shape: Sequence[int], row: int = 0, stream: int = MODEL) -> Tensor:
@@ -87,9 +101,10 @@ def normal(seeds: Tensor, shape: Sequence[int], row: Tensor | int = 0, stream: i
     """
     n = math.prod(shape)
     u0, v0, u1, v1 = map(_unit, _of_elements(seeds, n, row, stream))
-    r0, r1 = ((-2 * u.clamp_min(1e-7).log()).sqrt() for u in (u0, u1))
-    a0, a1 = 2 * math.pi * v0, 2 * math.pi * v1
-    out = torch.stack([r0 * a0.cos(), r0 * a0.sin(), r1 * a1.cos(), r1 * a1.sin()], -1)  # (B, blocks, 4)
+    r0, r1 = (u.clamp_min_(1e-7).log_().mul_(-2).sqrt_() for u in (u0, u1))
+    a0, a1 = v0.mul_(2 * math.pi), v1.mul_(2 * math.pi)
+    pairs = [a0.cos().mul_(r0), a0.sin_().mul_(r0), a1.cos().mul_(r1), a1.sin_().mul_(r1)]
+    out = torch.stack(pairs, -1)  # (B, blocks, 4)
     return out.flatten(1)[:, :n].reshape(len(seeds), *shape)
 
 
