@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -104,12 +105,14 @@ class Cached:
 
 
 def precompute(model: nn.Module, data: Data, cfg: DictConfig) -> None:
-    """Let every split of data bring its latents along, from memory-mapped files in codec.cache, made where absent.
+    """Let every split of data bring its latents along, from memory-mapped files in codec.cache, made where absent, on the
+    device that the first stage is on.
 
     Their name holds checksums of the first stage and of all its images; a run that is resumed makes them in the user's own cache.
     Raises UserError where images are augmented.
     """
     codec: Any = model.codec
+    device = next(chain(codec.parameters(), codec.buffers(), model.parameters())).device
     first_stage = json.dumps([cfg.codec.sha256, OmegaConf.to_container(cfg.codec.model, resolve=True)], sort_keys=True)
     for name, split in data.splits.items():
         images = uncaptioned(split)
@@ -130,7 +133,8 @@ def precompute(model: nn.Module, data: Data, cfg: DictConfig) -> None:
                 header = {"descr": "<f4", "fortran_order": False, "shape": (len(split), *codec.latent_shape)}
                 np.lib.format.write_array_header_2_0(file, header)
                 for batch in batches(split, 256, None):
-                    file.write(codec.encode(batch[data.field]).float().contiguous().numpy().tobytes())
+                    z = codec.encode(batch[data.field].to(device)).float()
+                    file.write(z.contiguous().cpu().numpy().tobytes())
 
             files.write(path, save, hint="make room, or name another folder with codec.cache=")
             print(f"latents of {len(split)} {name} samples: {path}")

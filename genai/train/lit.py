@@ -46,9 +46,9 @@ class Guard:
         if not seen:
             return
         values = torch.stack([values for _, values in seen])  # (steps, names)
-        bad = ~values.sum(1).isfinite()
-        if bad.any():
-            first = int(bad.int().argmax())
+        finite = values.sum(1).isfinite()
+        if not finite.all():
+            first = int(finite.int().argmin())
             name = self.names[int(values[first].nan_to_num(nan=math.inf).argmax())]
             raise UserError(
                 f"{name} was not finite at step {seen[first][0]}: that update was skipped and training stopped, the last "
@@ -202,7 +202,9 @@ class LitModel(L.LightningModule):
                 self.manual_backward(loss.total if alone else loss.total * loss.weight)
             losses.append(loss._replace(total=loss.total.detach()))
         if not alone:
-            weight = torch.as_tensor(sum(loss.weight for loss in losses), device=self.device)
+            weight = sum(loss.weight for loss in losses)
+            if not isinstance(weight, Tensor):  # filled on the device: a copy would wait for it
+                weight = torch.full((), weight, device=self.device)
             grads, ranks = [p.grad for _, p in player.named if p.grad is not None], 1
             if self.trainer.world_size > 1:
                 torch.distributed.all_reduce(weight)

@@ -92,7 +92,7 @@ class Means:
         self.sums: dict[str, tuple[Tensor, Tensor | float]] = {}  # name -> sums of value * weight (float64), of weight
 
     def to(self, device: torch.device) -> "Means":
-        self.nothing = self.nothing.to(device)
+        self.nothing = torch.zeros((), device=device)
         self.sums = {name: (total.to(device), weight) for name, (total, weight) in self.sums.items()}
         return self
 
@@ -126,6 +126,14 @@ class Means:
         return self
 
     def read(self) -> dict[str, float]:
-        """The means so far, without names that have no weight; starts again from nothing."""
+        """The means so far, without names that have no weight; starts again from nothing. Waits for the device once."""
         sums, self.sums = self.sums, {}
-        return {name: (total / weight).item() for name, (total, weight) in sums.items() if weight > 0}
+        if not sums:
+            return {}
+        totals, weights = zip(*sums.values(), strict=True)
+        weights = [
+            w.to(t) if isinstance(w, Tensor) else torch.full_like(t, w) for t, w in zip(totals, weights, strict=True)
+        ]
+        read = torch.stack([*totals, *weights]).cpu().tolist()
+        pairs = zip(sums, read, read[len(sums) :], strict=False)
+        return {name: total / weight for name, total, weight in pairs if weight > 0}

@@ -92,8 +92,12 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     _check_model(model, data, cfg)
     if weights is not None:
         codec.fill(model, weights, cfg.codec.ckpt)
+    device = _device(hardware, ranks)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    model.to(device)
     if resumed is None and hasattr(model, "measure"):
-        model.measure(batches(some(data.splits["train"], codec.MEASURED), data.batch_size))
+        _measure(model, data, device)
     if cfg.init_from is not None:
         unused = () if config["model"].get("classes") else ("class_names",)
         _init_from(model, data.assets(), cfg.init_from, cfg.init_strict, unused)
@@ -243,6 +247,17 @@ def _hardware(trainer: DictConfig, ranks: Ranks) -> dict[str, Any]:
         "precision": precision.precision_of(trainer.precision, "cuda" if gpu else "cpu", "trainer.precision"),
         "strategy": "ddp" if ranks.world > 1 else "auto",
     }
+
+
+def _device(hardware: dict[str, Any], ranks: Ranks) -> torch.device:
+    """Where this rank trains, and what comes before the first step is computed."""
+    return torch.device("cuda", ranks.local) if hardware["accelerator"] == "gpu" else torch.device("cpu")
+
+
+def _measure(model: Any, data: Data, device: torch.device) -> None:
+    """Let a model on `device` look at the first of its training data."""
+    measured = batches(some(data.splits["train"], codec.MEASURED), data.batch_size)
+    model.measure({name: value.to(device) for name, value in batch.items()} for batch in measured)
 
 
 def _folder(cfg: DictConfig, ranks: Ranks) -> tuple[Path, tuple[dict, Path] | None]:

@@ -58,9 +58,10 @@ def speculative(
     with torch.inference_mode():
         uniforms = [rng.uniform(seeds.to(tokens.device), (n,), row, rng.TOKENS) for row in (1, 2, 3)]
         shape = temperature, top_k, top_p, min_p
+        ends, starts = (None if t is None else t.cpu().tolist() for t in (stop, pad))
         for b in range(len(tokens)):
-            prompt = tokens[b : b + 1] if pad is None else tokens[b : b + 1, int(pad[b]) :]
-            until = None if stop is None else int(stop[b])
+            prompt = tokens[b : b + 1, 0 if starts is None else starts[b] :]
+            until = None if ends is None else ends[b]
             parts = _speculate(model, draft, prompt, n, ahead, [u[b : b + 1] for u in uniforms], shape, until)
             for whole, part in zip((written, logs), parts, strict=True):
                 whole[b].copy_(part)
@@ -88,13 +89,14 @@ def _speculate(
         p = distribution(raw, *shape)
         q = torch.stack(qs, 1) if qs else p[:, :0]
         kept, token = judge(p, q, text[:, given + at :], *(u[:, at : at + g + 1] for u in uniforms[1:]))
-        text = torch.cat([text[:, : given + at + int(kept)], token], 1)
-        fresh = text[0, given + at :]
+        read = torch.cat([kept, text[0, given + at :], token[0]])
+        keep, *read = read.cpu().tolist()  # the one wait of a round
+        known = torch.cat([text[:, : given + at + keep], token], 1)
+        fresh = known[0, given + at :]
         logs.append(raw[0, : len(fresh)].log_softmax(-1).gather(1, fresh[:, None])[:, 0])
-        known = text
         for cache in caches:
             cache.cut(min(cache.length, known.shape[1] - 1))
-        if stop is not None and (fresh == stop).any():
+        if stop in (*read[:keep], read[-1]):
             break
     tokens, log = known[0, given:], torch.cat(logs)
     missing = n - len(tokens)

@@ -59,7 +59,7 @@ class Augment(nn.Module):
     def movement(self, x: Tensor, p: Tensor) -> Tensor:
         """From where each sample takes its pixels: (B, 3, 3), homogeneous (x, y, 1) in pixels about the centre."""
         n, (height, width) = len(x), x.shape[2:]
-        side = x.new_tensor([width, height])
+        side = torch.stack([x.new_full((), n) for n in (width, height)])  # a tensor of a list would come from the host
         one = x.new_ones(n)
         where = torch.eye(3, device=x.device, dtype=x.dtype)
 
