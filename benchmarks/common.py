@@ -1,6 +1,9 @@
 """What the benchmarks share: interleaved rounds, ratios within a round, a table, JSON beside the hardware's name."""
 
+import argparse
+import importlib.util
 import json
+import os
 import platform
 import statistics
 import time
@@ -11,6 +14,24 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+PART = "BENCHMARK_PART"  # variable that names the file which benchmarks.gpu reads a part's figures from
+
+
+def parse(parser: argparse.ArgumentParser, **toy: Any) -> argparse.Namespace:
+    """The command line's arguments; --toy, which this adds, gives them the values `toy`."""
+    parser.add_argument("--toy", action="store_true", help="the least of everything, to see that it runs")
+    args = parser.parse_args()
+    if args.toy:
+        vars(args).update(toy)
+    return args
+
+
+def installed(*packages: str) -> bool:
+    """Whether peers are there to compare with; those that are not are said, and left out."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    for package in missing:
+        print(f"left out: {package} is not installed (pip install -e .[bench])")
+    return not missing
 
 
 def setup() -> torch.device:
@@ -71,7 +92,7 @@ def hardware(device: torch.device) -> dict[str, str]:
 
 
 def report(name: str, device: torch.device, rows: list[dict[str, Any]], **facts: Any) -> None:
-    """Print the rows as a table and write results/<name>_<cpu or gpu>.json."""
+    """Print the rows as a table and write results/<name>_<cpu or cuda>.json, or the file that benchmarks.gpu asked for."""
     about = {"benchmark": name, "hardware": hardware(device), **facts}
     columns = list(rows[0])
     cells = [
@@ -83,5 +104,5 @@ def report(name: str, device: torch.device, rows: list[dict[str, Any]], **facts:
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}_{'gpu' if device.type == 'cuda' else 'cpu'}.json"
+    path = Path(os.environ.get(PART, RESULTS / f"{name}_{device.type}.json"))
     path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks import gpt
-from benchmarks.common import interleave, ratio, report, setup, spread
+from benchmarks.common import installed, interleave, parse, ratio, report, setup, spread
 from genai.models.autoregressive import decode
 
 LENGTH, PROMPT, TEMPERATURE, TOP_K = 320, 8, 0.8, 50
@@ -23,21 +23,23 @@ def cases(batch: int, new: int, device: torch.device) -> dict[str, Callable[[], 
     prompt = torch.randint(0, gpt.VOCAB, (batch, PROMPT), device=device)
     seeds = torch.arange(batch)
     ours = gpt.ours(LENGTH).to(device).eval()
-    hf = gpt.hugging_face(LENGTH).to(device).eval()
     made: dict[str, Callable[[], object]] = {
-        "ours": lambda: decode.generate(ours, seeds, {"tokens": prompt}, None, new, TEMPERATURE, TOP_K),
-        "Hugging Face": lambda: hf.generate(  # type: ignore[operator]
+        "ours": lambda: decode.generate(ours, seeds, {"tokens": prompt}, None, new, TEMPERATURE, TOP_K)
+    }
+    if installed("transformers"):
+        hf = gpt.hugging_face(LENGTH).to(device).eval()
+        made["Hugging Face"] = lambda: hf.generate(  # type: ignore[operator]
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=True, temperature=TEMPERATURE,
             top_k=TOP_K, use_cache=True, pad_token_id=0,
-        ),
-    }  # fmt: skip
-    from x_transformers import AutoregressiveWrapper
+        )  # fmt: skip
+    if installed("x_transformers"):
+        from x_transformers import AutoregressiveWrapper
 
-    xt = AutoregressiveWrapper(gpt.x_transformers(LENGTH)).to(device).eval()
-    made["x-transformers"] = lambda: xt.generate(
-        prompt, new, temperature=TEMPERATURE, filter_kwargs={"k": TOP_K}, filter_logits_fn="top_k", cache_kv=True
-    )
-    if batch == 1:
+        xt = AutoregressiveWrapper(gpt.x_transformers(LENGTH)).to(device).eval()
+        made["x-transformers"] = lambda: xt.generate(
+            prompt, new, temperature=TEMPERATURE, filter_kwargs={"k": TOP_K}, filter_logits_fn="top_k", cache_kv=True
+        )
+    if batch == 1 and installed("litgpt"):
         from litgpt.generate.base import generate
 
         lit = gpt.litgpt(LENGTH).to(device).eval()
@@ -54,25 +56,29 @@ def cases(batch: int, new: int, device: torch.device) -> dict[str, Callable[[], 
     return made
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new", type=int, default=256)
-    arguments = parser.parse_args()
+    return parse(parser, rounds=1, new=2)
+
+
+def main() -> None:
+    args = arguments()
     device, rows = setup(), []
     for batch in (1, 32):
-        seconds = interleave(cases(batch, arguments.new, device), arguments.rounds, 1, device)
+        seconds = interleave(cases(batch, args.new, device), args.rounds, 1, device)
         for name, times in seconds.items():
             rows.append(
                 {
                     "batch": batch,
                     "system": name,
-                    "us a token": spread(times, 1e6 / arguments.new, 0),
-                    "tokens/s": round(batch * arguments.new / statistics.median(times)),
+                    "us a token": spread(times, 1e6 / args.new, 0),
+                    "tokens/s": round(batch * args.new / statistics.median(times)),
                     "ours is faster": round(ratio(times, seconds["ours"]), 2),
                 }
             )
-    report("gpt_generate", device, rows, new_tokens=arguments.new)
+    report("gpt_generate", device, rows, new_tokens=args.new)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import gpt
-from benchmarks.common import interleave, ratio, report, setup, spread
+from benchmarks.common import installed, interleave, parse, ratio, report, setup, spread
 from genai.build import build_typed
 
 BATCH, LENGTH = 12, 64
@@ -115,20 +115,27 @@ def plain_loop() -> None:
     print(statistics.median(rates[2:]))
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--through", action="store_true")
-    arguments = parser.parse_args()
+    return parse(parser, rounds=1, through=False)
+
+
+def main() -> None:
+    args = arguments()
     device = setup()
     cases = {
         "ours (gpt_nano)": ours(device),
         "plain, as nanoGPT": theirs(gpt.Plain(LENGTH), device),
-        "Hugging Face GPT-2": theirs(gpt.hugging_face(LENGTH), device, lambda out: out.logits),
-        "litgpt": theirs(gpt.litgpt(LENGTH), device),
-        "x-transformers": theirs(gpt.x_transformers(LENGTH), device),
     }
-    seconds = interleave(cases, arguments.rounds, 10, device, warmup=3)
+    if installed("transformers"):
+        cases["Hugging Face GPT-2"] = theirs(gpt.hugging_face(LENGTH), device, lambda out: out.logits)
+    if installed("litgpt"):
+        cases["litgpt"] = theirs(gpt.litgpt(LENGTH), device)
+    if installed("x_transformers"):
+        cases["x-transformers"] = theirs(gpt.x_transformers(LENGTH), device)
+    seconds = interleave(cases, args.rounds, 10, device, warmup=3)
     floor = seconds["plain, as nanoGPT"]
     rows = [
         {
@@ -140,7 +147,7 @@ def main() -> None:
         for name, times in seconds.items()
     ]
     facts: dict[str, Any] = {"shape": f"{BATCH} x {LENGTH} tokens"}
-    if arguments.through:
+    if args.through:
         whole, a, b = through(3)
         facts["train.py over the plain loop, wall"] = (
             f"{whole:.3f} ({[round(x) for x in a]} over {[round(x) for x in b]} tokens/s)"

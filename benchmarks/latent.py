@@ -21,7 +21,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from benchmarks.common import interleave, ratio, report, setup, spread
+from benchmarks.common import interleave, parse, ratio, report, setup, spread
 from genai.build import build_typed
 from genai.cli import composed
 from genai.core import rng
@@ -98,11 +98,15 @@ def compare(pixels: Any, latents: Any, n: int, rounds: int, device: torch.device
     return rows
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--channels", type=int, default=32)
-    args = parser.parse_args()
+    return parse(parser, rounds=1, channels=8)
+
+
+def main() -> None:
+    args = arguments()
     device = setup()
     told = ["model.classes=10", "model.net.text=null"]
     mnist = (

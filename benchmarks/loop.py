@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import lightning as L
 
-from benchmarks.common import clock, ratio, report, setup, spread
+from benchmarks.common import clock, parse, ratio, report, setup, spread
 from genai.cli import composed
 from genai.train.lit import LitModel
 from genai.train.run import run
@@ -87,11 +87,15 @@ def trained(turns: type[Turns], rounds: int, window: int, *overrides: str) -> di
     return Turns.seconds
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--window", type=int, default=50)
-    args = parser.parse_args()
+    return parse(parser, rounds=2, window=2)
+
+
+def main() -> None:
+    args = arguments()
     os.environ.update(WANDB_SILENT="true", WANDB_MODE="offline")
     device = setup()
     rows = []

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import interleave, ratio, report, setup, spread
+from benchmarks.common import interleave, parse, ratio, report, setup, spread
 from benchmarks.unet import MULTIPLIERS, SHAPE, Diffusers, forward_gflop
 from genai.core import rng
 from genai.models.diffusion.ddpm import DDPM
@@ -125,14 +125,20 @@ def end_to_end(channels: int, dtype: torch.dtype, args: argparse.Namespace, devi
     report("sample_network", device, rows, **facts)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--network", type=int, help="channels of a real network instead of a constant")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
-    args = parser.parse_args()
+    args = parse(parser, rounds=1, batch=1, steps=5)
+    args.network = 8 if args.toy and args.network else args.network
+    return args
+
+
+def main() -> None:
+    args = arguments()
     logging.disable(logging.WARNING)
     device = setup()
     if args.network:

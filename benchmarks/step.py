@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from benchmarks.common import interleave, ratio, report, setup, spread
+from benchmarks.common import installed, interleave, parse, ratio, report, setup, spread
 from genai.core import rng
 from genai.core.protocols import Prediction
 from genai.kernels.affine_step import Row, affine_step
@@ -24,8 +24,6 @@ ROWS = {"deterministic": Row(0.5, 0.4), "stochastic": Row(0.5, 0.4, 0.2)}
 
 
 def cases(shape: list[int], device: torch.device) -> dict[str, Callable[[], object]]:
-    from diffusers import DDIMScheduler, DDPMScheduler
-
     x, eps = torch.randn(2, *shape, device=device)
     y, seeds = torch.empty_like(x), rng.seed_range(0, shape[0]).to(device)
     prediction = Prediction(eps, p=1.3, q=-0.7)
@@ -40,12 +38,15 @@ def cases(shape: list[int], device: torch.device) -> dict[str, Callable[[], obje
             found[f"{kind}, ours in {impl}"] = lambda row=row, impl=impl: affine_step(
                 x, prediction, row, seeds=seeds, index=3, clip=1.0, impl=impl
             )
-    ddim, ddpm = DDIMScheduler(), DDPMScheduler()
-    ddim.set_timesteps(50)
-    ddpm.set_timesteps(1000)
-    found["deterministic, diffusers DDIM"] = lambda: ddim.step(eps, 500, x)
-    found["stochastic, diffusers DDPM"] = lambda: ddpm.step(eps, 500, x)
-    if shape[1:2] == [3]:
+    if installed("diffusers"):
+        from diffusers import DDIMScheduler, DDPMScheduler
+
+        ddim, ddpm = DDIMScheduler(), DDPMScheduler()
+        ddim.set_timesteps(50)
+        ddpm.set_timesteps(1000)
+        found["deterministic, diffusers DDIM"] = lambda: ddim.step(eps, 500, x)
+        found["stochastic, diffusers DDPM"] = lambda: ddpm.step(eps, 500, x)
+    if shape[1:2] == [3] and installed("denoising_diffusion_pytorch"):
         lucid = lucidrains(eps)
         found["stochastic, denoising-diffusion-pytorch"] = lambda: lucid(x, 500)
     return found
@@ -65,11 +66,15 @@ def lucidrains(eps: torch.Tensor) -> Callable[[torch.Tensor, int], object]:
     return GaussianDiffusion(Stub(), image_size=tuple(eps.shape[2:]), objective="pred_noise").to(eps.device).p_sample
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--shapes", nargs="+", default=["64,3,32,32", "8,3,256,256"])
-    args = parser.parse_args()
+    return parse(parser, rounds=1, shapes=["2,3,8,8"])
+
+
+def main() -> None:
+    args = arguments()
     device, rows = setup(), []
     for text in args.shapes:
         shape = [int(n) for n in text.split(",")]

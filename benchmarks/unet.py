@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import interleave, ratio, report, setup, spread
+from benchmarks.common import installed, interleave, parse, ratio, report, setup, spread
 from genai.models.diffusion.unet import UNet
 
 SHAPE = (3, 32, 32)
@@ -78,20 +78,24 @@ def trainer(net: nn.Module, batch: int, device: torch.device) -> Callable[[], No
     return step
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--channels", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
+    return parse(parser, rounds=1, channels=8, batch=1)
+
+
+def main() -> None:
+    args = arguments()
     logging.disable(logging.WARNING)
     device = setup()
 
-    nets: dict[str, nn.Module] = {
-        "ours": UNet(SHAPE, args.channels, MULTIPLIERS),
-        "diffusers": Diffusers(args.channels),
-    }
-    nets["lucidrains"] = lucidrains(forward_gflop(nets["ours"]))
+    nets: dict[str, nn.Module] = {"ours": UNet(SHAPE, args.channels, MULTIPLIERS)}
+    if installed("diffusers"):
+        nets["diffusers"] = Diffusers(args.channels)
+    if installed("denoising_diffusion_pytorch"):
+        nets["lucidrains"] = lucidrains(forward_gflop(nets["ours"]))
     gflop = {name: forward_gflop(net) for name, net in nets.items()}
     steps = {name: trainer(net, args.batch, device) for name, net in nets.items()}
     seconds = interleave(steps, args.rounds, 10 if device.type == "cuda" else 1, device)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import loop
-from benchmarks.common import ratio, report, setup, spread
+from benchmarks.common import installed, parse, ratio, report, setup, spread
 from genai.data.base import Arrays
 from genai.data.io import from_uint8
 from genai.train.lit import LitModel
@@ -136,7 +136,9 @@ def train_split(lit: LitModel) -> Arrays:
 
 
 class Turns(loop.Turns):
-    peers: ClassVar = {"plain loop": Plain, "pythae": Pythae, "pythae, fused": partial(Pythae, fused=True)}
+    peers: ClassVar = {"plain loop": Plain}
+    if installed("pythae"):
+        peers |= {"pythae": Pythae, "pythae, fused": partial(Pythae, fused=True)}
 
 
 def random_images(root: str) -> None:
@@ -150,12 +152,16 @@ def random_images(root: str) -> None:
             (raw / f"{part}-{kind}-ubyte").write_bytes(head.tobytes() + array.astype(np.uint8).tobytes())
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--window", type=int, default=50)
     parser.add_argument("--root", default="../shared/data", help="folder that holds MNIST/raw")
-    args = parser.parse_args()
+    return parse(parser, rounds=2, window=2)
+
+
+def main() -> None:
+    args = arguments()
     logging.disable(logging.WARNING)
     device, batch = setup(), 64
     with tempfile.TemporaryDirectory() as folder:
