@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from genai import judge as judges
 from genai.core.errors import UserError
+from genai.core.precision import full
 from genai.data.base import Data
 from genai.data.io import to_uint8
 
@@ -37,7 +38,8 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        seen = [self.see(part.to(self.device)) for part in images.split(self.batch)]
+        with full(torch.device(self.device)):
+            seen = [self.see(part.to(self.device)) for part in images.split(self.batch)]
         features = torch.cat([part.flatten(1).cpu() for part, _ in seen])
         logits = [part.cpu() for _, part in seen if part is not None]
         return features, torch.cat(logits) if logits else None

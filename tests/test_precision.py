@@ -15,6 +15,7 @@ import genai
 from genai.core import precision
 from genai.core.errors import UserError
 from genai.core.protocols import Prediction
+from genai.extractors import Extractor
 from genai.losses import adversarial
 from genai.models.diffusion import ode, samplers, schedules, tables, vlb
 from genai.models.diffusion.ddpm import DDPM
@@ -37,6 +38,17 @@ from tests.test_latent import autoencoder
 from tests.test_old_runs import unpack
 
 HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def flags(monkeypatch):
+    """What torch.backends says of TF32, without a GPU that would listen."""
+    found = types.SimpleNamespace(
+        cuda=types.SimpleNamespace(matmul=types.SimpleNamespace(allow_tf32=False)),
+        cudnn=types.SimpleNamespace(allow_tf32=False),
+    )
+    monkeypatch.setattr(torch, "backends", found)
+    return found
 
 
 def mlp(shape=(2,), classes=None, **arguments):
@@ -214,6 +226,22 @@ def test_a_perceptual_distance_is_exact_under_autocast():
     assert torch.equal(seen[0], nn.Conv2d.forward(model.perceptual, x))
 
 
+def test_features_are_exact_under_autocast():
+    torch.manual_seed(0)
+    see, images = Extractor(net := nn.Conv2d(1, 4, 3), lambda x: (net(x), None), False, "cpu"), torch.rand(2, 1, 8, 8)
+    exact, _ = see(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(see(images)[0], exact)
+
+
+def test_frozen_networks_do_not_multiply_in_tf32(flags):
+    flags.cuda.matmul.allow_tf32 = flags.cudnn.allow_tf32 = True
+    with pytest.raises(ZeroDivisionError), precision.full(torch.device("cuda")):
+        assert not flags.cuda.matmul.allow_tf32 and not flags.cudnn.allow_tf32
+        _ = 1 / 0
+    assert flags.cuda.matmul.allow_tf32 and flags.cudnn.allow_tf32
+
+
 def test_a_gradient_penalty_takes_fakes_in_half():
     real, fake, u = torch.randn(4, 3), torch.randn(4, 3), torch.rand(4)
     net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
@@ -319,12 +347,7 @@ def test_auto_is_float32_on_a_cpu():
 
 @pytest.mark.parametrize(("capability", "name", "says"), [((8, 0), "32-true", True), ((7, 5), "32-true", False),
                                                           ((9, 0), "bf16-mixed", False)])  # fmt: skip
-def test_tf32_is_allowed_for_float32_on_a_gpu_and_said(monkeypatch, capability, name, says):
-    flags = types.SimpleNamespace(
-        cuda=types.SimpleNamespace(matmul=types.SimpleNamespace(allow_tf32=False)),
-        cudnn=types.SimpleNamespace(allow_tf32=False),
-    )
-    monkeypatch.setattr(torch, "backends", flags)
+def test_tf32_is_allowed_for_float32_on_a_gpu_and_said(monkeypatch, flags, capability, name, says):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     assert precision.allow_tf32(torch.device("cpu"), name) is None

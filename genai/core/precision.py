@@ -5,8 +5,9 @@ Around a network are the state of a sampler, times, schedules, latents of a froz
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,23 @@ def computing(precision: str, device: torch.device) -> AbstractContextManager:
 
 
 def exact(device: torch.device) -> AbstractContextManager:
-    """Inside, everything is computed in the precision of its tensors, whatever is around."""
+    """Inside, no autocast: everything is computed in the type of its tensors. For what may be compiled."""
     return torch.autocast(device.type, enabled=False)
+
+
+@contextlib.contextmanager
+def full(device: torch.device) -> Iterator[None]:
+    """Inside, no autocast and no TF32: for frozen networks, whose answers are compared with those of other runs."""
+    kinds: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn) if device.type == "cuda" else ()
+    before = [kind.allow_tf32 for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.allow_tf32 = False
+        with exact(device):
+            yield
+    finally:
+        for kind, allowed in zip(kinds, before, strict=True):
+            kind.allow_tf32 = allowed
 
 
 def halved(model: nn.Module, precision: str) -> nn.Module:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError
-from genai.core.precision import Wide, exact, wide
+from genai.core.precision import Wide, full, wide
 from genai.core.protocols import Batch, Codec
 
 
@@ -43,12 +43,12 @@ class Latent(Wide):
 
     def encode(self, batch: Batch) -> Tensor:
         """Latents (B, *shape) of a batch's images, or those that it brings along as `latent`."""
-        with exact(self.mean.device):
+        with full(self.mean.device):
             z = batch["latent"] if "latent" in batch else self.codec.encode(wide(batch[self.field]))  # type: ignore[operator]
             return (z - self.mean) / self.std
 
     def decode(self, z: Tensor) -> Tensor:
-        with exact(self.mean.device):
+        with full(self.mean.device):
             return self.codec.decode(wide(z) * self.std + self.mean)  # type: ignore[operator]
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError, at_least, number
-from genai.core.precision import WideBuffers, exact, wide
+from genai.core.precision import WideBuffers, full, wide
 
 
 class Augment(nn.Module):
@@ -50,7 +50,7 @@ class Augment(nn.Module):
     def forward(self, x: Tensor, p: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] not in (1, 3):
             raise UserError(f"model.augment takes images of 1 or 3 channels, got shape {list(x.shape[1:])}")
-        with exact(x.device):  # places need more than eight bits
+        with full(x.device):  # places need more than eight bits
             x = wide(x)
             x = warp(x, self.movement(x, p))
             matrix, offset = self.colour(x, p)

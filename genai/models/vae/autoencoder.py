@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError, number
-from genai.core.precision import exact, wide
+from genai.core.precision import full, wide
 from genai.core.protocols import Batch, Losses, weighted
 from genai.models.vae.vae import gaussian_kl
 
@@ -60,7 +60,7 @@ class Autoencoder(nn.Module):
         error = (y - x).abs().pow(self.power).mean()
         logs, total = {"error": error, "kl": kl}, error + self.kl_weight * kl / math.prod(self.shape)
         if self.perceptual is not None:
-            with exact(x.device):  # a frozen network
+            with full(x.device):  # a frozen network
                 logs["perceptual"] = self.perceptual(x, y).mean()
             total = total + self.perceptual_weight * logs["perceptual"]
         return total, logs
