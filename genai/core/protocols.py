@@ -2,9 +2,8 @@
 
 import functools
 import inspect
-import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -136,26 +135,40 @@ class Denoiser(Protocol):
 
 
 class Sampler(Protocol):
-    """`(model, seeds, cond, on_step) -> Batch`; sample i depends on seeds[i] alone."""
+    """`(model, seeds, cond, on_step) -> Batch`; sample i depends on seeds[i] alone. See `for_models`."""
 
     def __call__(
         self, model: nn.Module, seeds: Tensor, cond: Batch | None = None, on_step: OnStep | None = None
     ) -> Batch: ...
 
 
+Called = TypeVar("Called", bound=Callable)
+
+
+def for_models(*kinds: type) -> Callable[[Called], Called]:
+    """Mark a sampler, or a likelihood, with the models it is for: classes, or protocols that can be checked at run time.
+
+    The mark is the attribute `model_types`, of a function or of a class of callables; without one it is for any model.
+    """
+
+    def mark(function: Called) -> Called:
+        function.model_types = kinds  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
 def check_sampler(sampler: Callable, model: nn.Module, key: str = "sampler") -> None:
-    """Raises UserError where a sampler names the kind of model it is for, a class or a protocol, and this is another;
-    `key` is what chose it."""
+    """Raises UserError where a sampler is marked `for_models` of which this is none; `key` is what chose it."""
     function = sampler
     while isinstance(function, functools.partial):
         function = function.func
-    kind = next(iter(typing.get_type_hints(function).values()), None)
-    kinds = [k for k in (typing.get_args(kind) or (kind,)) if isinstance(k, type) and k not in (object, nn.Module)]
-    if kinds and not any(isinstance(model, k) for k in kinds):
+    kinds = getattr(function, "model_types", ())
+    if kinds and not isinstance(model, kinds):
+        name = getattr(function, "__name__", type(function).__name__)
         wanted = " or a ".join(k.__name__ for k in kinds)
         raise UserError(
-            f"the {key} {function.__name__} is for a {wanted}, and this model is a {type(model).__name__}: choose another with "
-            f"{key}="
+            f"the {key} {name} is for a {wanted}, and this model is a {type(model).__name__}: choose another with {key}="
         )
 
 

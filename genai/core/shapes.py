@@ -1,6 +1,19 @@
-"""The one helper that lets a per-sample scalar meet a tensor; silent broadcasting of `t` is a known way to be wrong."""
+"""Helpers for what would otherwise broadcast in silence: a scalar of each sample, an answer of another shape."""
+
+from collections.abc import Sequence
 
 from torch import Tensor
+
+from genai.core.errors import UserError
+
+
+def check_shape(x: Tensor, shape: Sequence[int], key: str) -> Tensor:
+    """Return x, which must be (B, *shape). Raises UserError that names the config key of the network whose answer it is."""
+    if tuple(x.shape[1:]) != tuple(shape):
+        raise UserError(
+            f"{key} makes {list(x.shape[1:])} of an item, and the model needs {list(shape)}: choose another, or other sizes"
+        )
+    return x
 
 
 def expand_like(t: Tensor, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from genai.core.errors import UserError, at_least
-from genai.core.protocols import Batch, OnStep
+from genai.core.protocols import Batch, OnStep, for_models
 
 Items = Callable[[str, Tensor], Tensor]
 
@@ -45,6 +45,7 @@ class Inferring(Protocol):
         ...
 
 
+@for_models(LatentGenerator)
 @torch.no_grad()
 def interpolate(
     model: LatentGenerator,

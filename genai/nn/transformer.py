@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from genai.core.errors import at_least, number
+from genai.core.errors import UserError, at_least, number
 from genai.nn.attention import Attention, Rotation, Rows
 
 
@@ -292,5 +292,10 @@ def zero_init(net: nn.Module) -> None:
 
 def _outs(net: nn.Module) -> list[nn.Linear]:
     """The last linear maps of attention and MLP of every block below net."""
-    blocks = [module for module in net.modules() if isinstance(module, Block)]
-    return [part.out for block in blocks for part in (block.attention, block.mlp)]  # type: ignore[misc]
+    parts = [part for block in net.modules() if isinstance(block, Block) for part in (block.attention, block.mlp)]
+    for part in parts:
+        if not hasattr(part, "out"):
+            raise UserError(
+                f"{type(part).__name__} has no last linear map `out`, which init= sets: choose another mlp="
+            )
+    return [part.out for part in parts]  # type: ignore[misc]

@@ -21,13 +21,14 @@ from torch import Tensor
 from genai.core import rng
 from genai.core.cuda_graph import capture, say
 from genai.core.errors import UserError, at_least, number
-from genai.core.protocols import Batch, OnStep
+from genai.core.protocols import Batch, OnStep, for_models
 from genai.models.autoregressive.gpt import GPT
 from genai.nn.transformer import Cache
 
 LOOK_EVERY = 32  # tokens between two questions to the device whether all have stopped
 
 
+@for_models(GPT)
 def generate(
     model: GPT,
     seeds: Tensor,

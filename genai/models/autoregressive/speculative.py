@@ -6,12 +6,13 @@ from torch.nn import functional as F
 
 from genai.core import rng
 from genai.core.errors import UserError, at_least
-from genai.core.protocols import Batch, OnStep
+from genai.core.protocols import Batch, OnStep, for_models
 from genai.models.autoregressive.decode import begin, check, distribution, draw, finished
 from genai.models.autoregressive.gpt import GPT
 from genai.nn.transformer import Cache
 
 
+@for_models(GPT)
 def speculative(
     model: GPT,
     seeds: Tensor,

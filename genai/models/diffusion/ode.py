@@ -21,12 +21,13 @@ from torch import Tensor
 
 from genai.core import rng
 from genai.core.errors import at_least, number
-from genai.core.protocols import Batch
+from genai.core.protocols import Batch, for_models
 from genai.models.diffusion.base import Diffusion
 
 LOG_2PI = math.log(2 * math.pi)
 
 
+@for_models(Diffusion)
 def probability_flow(
     model: Diffusion, batch: Batch, seed: int, levels: int | None, steps: int = 100, probes: int | None = 1,
     noise: float | None = None,

@@ -9,7 +9,7 @@ from genai.core import rng
 from genai.core.cuda_graph import replayed, say
 from genai.core.errors import UserError, at_least
 from genai.core.precision import wide
-from genai.core.protocols import Batch, Denoiser, OnStep, Prediction
+from genai.core.protocols import Batch, Denoiser, OnStep, Prediction, for_models
 from genai.kernels.affine_step import Impl, affine_step, prefer
 from genai.models.diffusion.base import Diffusion
 from genai.models.diffusion.guidance import classifier_free
@@ -180,6 +180,7 @@ def _watched(denoiser: Denoiser, steps: int) -> Denoiser:
     return watched
 
 
+@for_models(Diffusion)
 def ddpm(
     model: Diffusion,
     seeds: Tensor,
@@ -197,6 +198,7 @@ def ddpm(
     return run(model, ddpm_table(visited, variance), seeds, cond, on_step, guidance, cuda_graph)
 
 
+@for_models(Diffusion)
 def ddim(
     model: Diffusion,
     seeds: Tensor,
@@ -213,6 +215,7 @@ def ddim(
     return run(model, ddim_table(levels(model.path, steps, spacing), eta), seeds, cond, on_step, guidance, cuda_graph)
 
 
+@for_models(Diffusion)
 def heun(
     model: Diffusion,
     seeds: Tensor,
@@ -229,6 +232,7 @@ def heun(
     return run(model, heun_table(levels(model.path, steps, spacing), space), seeds, cond, on_step, guidance, cuda_graph)
 
 
+@for_models(Diffusion)
 def midpoint(
     model: Diffusion,
     seeds: Tensor,
@@ -246,6 +250,7 @@ def midpoint(
     return run(model, table, seeds, cond, on_step, guidance, cuda_graph)
 
 
+@for_models(Diffusion)
 def dpmpp_2m(
     model: Diffusion,
     seeds: Tensor,

@@ -16,6 +16,7 @@ from genai.core import rng
 from genai.core.errors import UserError, at_least, number
 from genai.core.precision import wide
 from genai.core.protocols import Batch, Losses, weighted
+from genai.core.shapes import check_shape
 from genai.losses import adversarial
 from genai.losses.adversarial import Adversarial
 from genai.models.gan.nets import labels
@@ -85,7 +86,8 @@ class GAN(nn.Module):
     def generate(self, batch: Batch, step: int) -> Batch:
         """`fake` (B, *shape): one for each item of the batch, with its label."""
         x = batch[self.field]
-        return {"fake": wide(self.generator(torch.randn(len(x), self.latents, device=x.device), self.label(batch)))}
+        fake = self.generator(torch.randn(len(x), self.latents, device=x.device), self.label(batch))
+        return {"fake": wide(check_shape(fake, self.shape, "model.generator"))}
 
     def discriminator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
         """One pass over real items and one over fakes, which the penalties share. Without gradients, as in evaluation,
@@ -135,7 +137,7 @@ class GAN(nn.Module):
     def decode(self, latent: Tensor, label: Tensor | None, seeds: Tensor) -> Tensor:
         """(B, *shape); the seeds are for generators that add noise of their own."""
         with torch.no_grad():
-            return wide(self.generator(latent, label))
+            return wide(check_shape(self.generator(latent, label), self.shape, "model.generator"))
 
     def between(self, a: Tensor, b: Tensor, share: Tensor) -> Tensor:
         """Latents (B, latents) on the great circle from a (share 0) to b (share 1), share (B,)."""

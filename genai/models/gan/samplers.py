@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from genai.core.errors import UserError, at_least
-from genai.core.protocols import Batch, OnStep
+from genai.core.protocols import Batch, OnStep, for_models
 from genai.models.gan.gan import GAN
 from genai.models.gan.stylegan2 import StyleGAN2
 from genai.nn.latents import reported
 
 
+@for_models(GAN, StyleGAN2)
 def gan(
     model: GAN | StyleGAN2,
     seeds: Tensor,
@@ -33,6 +34,7 @@ def gan(
     return reported({model.field: samples}, on_step)
 
 
+@for_models(StyleGAN2)
 def style_mix(
     model: StyleGAN2,
     seeds: Tensor,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from genai.core.errors import UserError, number
 from genai.core.precision import full, wide
 from genai.core.protocols import Batch, Losses, weighted
+from genai.core.shapes import check_shape
 from genai.models.vae.vae import gaussian_kl
 
 
@@ -46,13 +47,16 @@ class Autoencoder(nn.Module):
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Means and log variances (B, *latent_shape) of the latents."""
-        mean, log_variance = self.encoder(x).float().chunk(2, 1)
+        channels, *rest = self.latent_shape
+        both = check_shape(self.encoder(x), (2 * channels, *rest), "model.encoder")
+        mean, log_variance = both.float().chunk(2, 1)
         return mean, log_variance.clamp(-14, 14)
 
     def through(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What a draw of the latents gives back of x (B, *shape), and their means and log variances."""
         mean, log_variance = self.posterior(x)
-        return wide(self.decoder(mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))), mean, log_variance
+        y = self.decoder(mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))
+        return wide(check_shape(y, self.shape, "model.decoder")), mean, log_variance
 
     def terms(self, x: Tensor, y: Tensor, mean: Tensor, log_variance: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of y for x, and its terms."""
@@ -75,7 +79,7 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        return wide(self.decoder(z)).clamp(-1, 1)
+        return wide(check_shape(self.decoder(z), self.shape, "model.decoder")).clamp(-1, 1)
 
     def reconstruct(self, batch: Batch) -> Tensor:
         return self.decode(self.encode(batch[self.field]))

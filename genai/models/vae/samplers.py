@@ -12,11 +12,12 @@ from torch import Tensor
 
 from genai.core import rng
 from genai.core.errors import UserError, at_least
-from genai.core.protocols import Batch, Codec, OnStep, Reconstructing
+from genai.core.protocols import Batch, Codec, OnStep, Reconstructing, for_models
 from genai.models.vae.vae import VAE
 from genai.nn.latents import Items, given, reported
 
 
+@for_models(VAE)
 def prior(
     model: VAE,
     seeds: Tensor,
@@ -30,6 +31,7 @@ def prior(
     return _shown(model, z, seeds, on_step, pixels)
 
 
+@for_models(Reconstructing)
 def reconstruct(
     model: Reconstructing,
     seeds: Tensor,
@@ -46,6 +48,7 @@ def reconstruct(
     return reported({model.field: torch.where(original, x, model.reconstruct({model.field: x}))}, on_step)
 
 
+@for_models(Codec)
 def random_latents(
     model: Codec, seeds: Tensor, cond: Batch | None = None, on_step: OnStep | None = None, temperature: float = 1.0
 ) -> Batch:
@@ -59,6 +62,7 @@ def random_latents(
     return reported({model.field: model.decode(z)}, on_step)
 
 
+@for_models(VAE)
 def traverse(
     model: VAE,
     seeds: Tensor,
@@ -91,7 +95,7 @@ def _shown(model: VAE, z: Tensor, seeds: Tensor, on_step: OnStep | None, pixels:
     if pixels not in ("mean", "draw"):
         raise UserError(f"sampler.pixels={pixels} is neither mean nor draw")
     with torch.no_grad():
-        out = model.decoder(z)
+        out = model.out(z)
         if pixels == "mean":
             x = model.likelihood.mean(out)
         else:

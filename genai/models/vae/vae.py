@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from genai.core import rng
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch, Losses, weighted
+from genai.core.shapes import check_shape
 from genai.models.vae.likelihoods import Likelihood
 
 
@@ -72,8 +73,13 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Means and log variances (B, latents) of q(z | x)."""
-        mean, log_variance = self.encoder(x).float().chunk(2, 1)
+        mean, log_variance = check_shape(self.encoder(x), (2 * self.latents,), "model.encoder").float().chunk(2, 1)
         return mean, log_variance.clamp(-14, 14)
+
+    def out(self, z: Tensor) -> Tensor:
+        """What the likelihood reads of latents (B, latents): its `outputs` for each number of x."""
+        channels, *rest = self.shape
+        return check_shape(self.decoder(z), (self.likelihood.outputs * channels, *rest), "model.decoder")
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """-E_q[ln p(x | z)] + beta KL(q || p), nats of a sample (eq. 10, the Gaussian KL in closed form)."""
@@ -82,7 +88,7 @@ class VAE(nn.Module):
             x = self.likelihood.prepare(x, torch.rand_like(x))
         mean, log_variance = self.encode(x)
         z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
-        distortion = -self.likelihood.log_prob(self.decoder(z), x).mean()
+        distortion = -self.likelihood.log_prob(self.out(z), x).mean()
         kl = gaussian_kl(mean, log_variance).mean(0)  # of each latent
         warm = self.training and step + 1 < self.kl_warmup_steps
         beta = self.beta * (step + 1) / self.kl_warmup_steps if warm else self.beta
@@ -100,7 +106,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def decode(self, latent: Tensor, label: Tensor | None = None, seeds: Tensor | None = None) -> Tensor:
         """E[x | z] (B, *shape)."""
-        return self.likelihood.mean(self.decoder(latent))
+        return self.likelihood.mean(self.out(latent))
 
     def reconstruct(self, batch: Batch) -> Tensor:
         """E[x | z] at the mean latents of the data."""
@@ -135,7 +141,7 @@ class VAE(nn.Module):
             for e in eps.unbind(1):
                 z = mean + torch.exp(0.5 * log_variance) * e
                 prior_over_q = 0.5 * (e**2 - z**2 + log_variance).sum(1)
-                weights.append(self.likelihood.log_prob(self.decoder(z), x) + prior_over_q)
+                weights.append(self.likelihood.log_prob(self.out(z), x) + prior_over_q)
         return torch.stack(weights).logsumexp(0) - math.log(k)
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from genai.core.errors import UserError, number
 from genai.core.precision import wide
 from genai.core.protocols import Batch, Losses, weighted
-from genai.models.vae.quantize import Quantizer, occurrences
+from genai.core.shapes import check_shape
+from genai.models.vae.quantize import Quantized, Quantizer, occurrences
 
 
 class VQVAE(nn.Module):
@@ -37,6 +38,7 @@ class VQVAE(nn.Module):
                 f"have {map_shape[0]}: give both the same"
             )
         self.encoder, self.quantizer, self.decoder = encoder, quantizer, decoder
+        self.map_shape = tuple(map_shape)
         self.grid = (*map_shape[1:], quantizer.depth)
         self.latent_shape = (math.prod(self.grid),)
         self.vocabulary: int | None = quantizer.codes
@@ -44,11 +46,19 @@ class VQVAE(nn.Module):
     def nets(self) -> Mapping[str, nn.Module]:
         return {"encoder": self.encoder, "decoder": self.decoder}
 
+    def quantized(self, x: Tensor) -> Quantized:
+        """What the quantiser makes of the encoder's answer to x (B, *shape)."""
+        return self.quantizer(check_shape(self.encoder(x), self.map_shape, "model.encoder").float())
+
+    def decoded(self, z: Tensor) -> Tensor:
+        """(B, *map_shape) -> (B, *shape)."""
+        return wide(check_shape(self.decoder(z), self.shape, "model.decoder"))
+
     def forward(self, batch: Batch, step: int) -> Losses:
         """Squared error of a number, and the commitment (eq. 3)."""
         x = batch[self.field]
-        quantized = self.quantizer(self.encoder(x).float())
-        error = (wide(self.decoder(quantized.z)) - x).square().mean()
+        quantized = self.quantized(x)
+        error = (self.decoded(quantized.z) - x).square().mean()
         logs = {"error": error, "commitment": quantized.commitment, "perplexity": self.perplexity(quantized.index)}
         return weighted(error + self.commitment * quantized.commitment, logs, len(x))
 
@@ -60,11 +70,11 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """Token ids int64 (B, T), row by row of the map."""
-        return self.quantizer(self.encoder(x).float()).index.flatten(1)
+        return self.quantized(x).index.flatten(1)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        return wide(self.decoder(self.quantizer.decode(z.view(-1, *self.grid))))
+        return self.decoded(self.quantizer.decode(z.view(-1, *self.grid)))
 
     def reconstruct(self, batch: Batch) -> Tensor:
         return self.decode(self.encode(batch[self.field])).clamp(-1, 1)
