@@ -10,13 +10,17 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,6 +29,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from genai import nodes
 from genai.core.errors import UserError
 from genai.core.interrupt import answered
 from genai.ranges import check as ranges
@@ -86,6 +91,8 @@ def _main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None)
     import hydra
 
     given = {override: quoted(override, args.multirun) for override in args.overrides}
+    if args.multirun:
+        given |= {override: f"++{given[override]}" for override in new_keys(name, args.overrides, args.config_dir)}
     sys.argv = [given.get(argument, argument) for argument in sys.argv]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
@@ -181,6 +188,8 @@ def composed(
         groups, values = _split(parsed, folders, sweep, name)
         with initialize_config_dir(conf_dir(), version_base="1.3", job_name=name):
             lines = [*search, *(str(o.input_line) for o in groups)]
+            hydra: Any = GlobalHydra.instance().hydra
+            hydra.config_loader = loader = Loader(hydra.config_loader.config_search_path)
             cfg = compose(name, lines, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError("cannot compose the config: " + " ".join(str(error).split("\n")[:2])) from error
@@ -191,8 +200,7 @@ def composed(
     if prepare is not None:
         values = [o for o in prepare(cfg, [*groups, *values]) if o not in groups]
     before = set(keys(cfg))
-    for override in values:
-        apply(cfg, override)
+    apply_all(cfg, values, loader.changed)
     _expand_home(cfg)
     try:
         OmegaConf.to_container(cfg, resolve=True)
@@ -200,6 +208,28 @@ def composed(
         raise UserError(f"{error.full_key} cannot be read: {str(error).splitlines()[0]}") from error
     ranges.check(cfg, name, values, before)
     return cfg
+
+
+class Loader(ConfigLoaderImpl):
+    """Hydra's composition, in which a file that gives a node another `_target_` replaces it: see `genai.nodes`.
+
+    `changed` holds the paths of those nodes.
+    """
+
+    def __init__(self, config_search_path: ConfigSearchPath):
+        super().__init__(config_search_path)
+        self.changed: dict[str, None] = {}
+
+    def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: IConfigRepository) -> DictConfig:
+        cfg = OmegaConf.create()
+        for default in defaults:
+            part: Any = self._load_single_config(default, repo).config
+            own = OmegaConf.select(part, default.package or "") if default.package else part
+            if not str(default.config_path).startswith("hydra/"):
+                own.pop("defaults", None)
+                self.changed |= dict.fromkeys(nodes.changed(cfg, part))
+            cfg.merge_with(part)
+        return cfg
 
 
 # Last parts of keys whose value is a path, and of those whose value is prose: both are taken as they were typed.
@@ -317,18 +347,64 @@ def _split(
     return groups, values
 
 
-def apply(cfg: DictConfig, override: Override) -> None:
-    """Set one value. Raises UserError if there is no such key or the value is of another type than the one there."""
-    key = override.key_or_group
+def new_keys(name: str, overrides: Sequence[str], config_dir: str | None) -> Iterator[str]:
+    """The overrides of a sweep that are of a changed `_target_` alone, so that Hydra, which merges, would not know their keys."""
+    folders = config_folders(config_dir)
+    chosen = [o for o in overrides if (key := o.partition("=")[0]) in defaults_of(name) and choices_of(key, folders)]
+    known = set(keys(composed(name, chosen, sweep=True, config_dir=config_dir)))
+    for override in overrides:
+        key = override.partition("=")[0]
+        if re.fullmatch(r"\w+(\.\w+)+", key) and not key.startswith("hydra.") and key not in known:
+            yield override
+
+
+def apply_all(cfg: DictConfig, overrides: Iterable[Override], parts: dict[str, None]) -> None:
+    """Set values in an order in which what changes a node's `_target_` goes before the keys of that node, see `apply`; the
+    nodes at `parts` then have what their targets need. Raises UserError."""
+
+    def order(override: Override) -> tuple[bool, int]:
+        key, value = override.key_or_group, override.value()
+        changes = key.endswith("._target_") or (isinstance(value, dict) and "_target_" in value)
+        return not changes, key.count(".") if changes else 0
+
+    for override in sorted(overrides, key=order):
+        apply(cfg, override, parts)
+    nodes.check(cfg, parts)
+
+
+def apply(cfg: DictConfig, override: Override, parts: dict[str, None] | None = None) -> None:
+    """Set one value; the nodes that it gives a `_target_`, see `genai.nodes`, join `parts`.
+
+    Raises UserError if there is no such key or the value is of another type than the one there.
+    """
+    key, parts = override.key_or_group, {} if parts is None else parts
+    node, _, name = key.rpartition(".")
     if override.is_delete():
         raise UserError(f"{override.input_line} would remove a key: set it to null instead")
     known = list(keys(cfg))
-    if not override.is_add() and key not in known:
+    free = name == "_target_" and (node in known or _takes(cfg, node, parts)) and not _at(cfg, node)
+    if not override.is_add() and key not in known and not free and not _takes(cfg, key, parts):
         adds = f"; +{key}= adds one" if "." in key and ranges.read(cfg, key) else ""
         raise UserError(f"there is no key {key}{nearest(key, known)} (--help lists all{adds})")
     value = override.value()
     present = OmegaConf.select(cfg, key, throw_on_missing=False) if key in known else None
+    change = OmegaConf.create()
+    OmegaConf.update(change, key, value, force_add=True)
+    parts |= dict.fromkeys(nodes.changed(cfg, change))
+    if name == "_target_" or (isinstance(value, dict) and "_target_" in value):
+        parts[node if name == "_target_" else key] = None
     OmegaConf.update(cfg, key, fitted(key, value, present), force_add=True, merge=True)
+
+
+def _takes(cfg: DictConfig, key: str, parts: Iterable[str]) -> bool:
+    """Whether a key may be given to one of the nodes whose `_target_` has changed."""
+    node, _, name = key.rpartition(".")
+    target = nodes.target_of(_at(cfg, node)) if node in parts else ""
+    return target != "" and bool(nodes.parameters(target).keys() & {name, "**"})
+
+
+def _at(cfg: DictConfig, key: str) -> Any:
+    return OmegaConf.select(cfg, key, throw_on_missing=False, throw_on_resolution_failure=False)
 
 
 def fitted(key: str, value: Any, present: Any) -> Any:

@@ -159,7 +159,7 @@ def tiny(cfg):
     for node in (cfg.sampler, cfg.get("shown") or {}):
         if isinstance(node.get("steps"), int):
             node.steps = 2
-    if "schedule" in cfg.model:
+    if "steps" in cfg.model.get("schedule", ()):
         cfg.model.schedule.steps = 2
     ranges.agree(cfg)
     return OmegaConf.to_container(cfg, resolve=True)

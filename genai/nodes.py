@@ -1,0 +1,86 @@
+"""Nodes of a config whose `_target_` changes, by a file that is merged over others or on the command line.
+
+Such a node is another part: of the keys it had, those stay that the new target takes by name, and what is given with the
+change is merged over them. So nothing is left of the old part that the new one would stumble on.
+"""
+
+import functools
+import inspect
+import pydoc
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from genai.core.errors import UserError
+
+COMPLETED = ("loop", "logger")  # the run gives them what else they need
+
+
+@functools.cache
+def parameters(target: str) -> dict[str, inspect.Parameter]:
+    """What a class or function takes by name, under `**` what takes any. Raises UserError if there is no such target."""
+    try:
+        found: Any = pydoc.locate(target)
+    except pydoc.ErrorDuringImport as error:
+        raise UserError(f"_target_={target} cannot be imported ({error.value!r}): mend it, or name another") from error
+    if found is None:
+        raise UserError(f"_target_={target} cannot be found: give the dotted name of a class or function")
+    if getattr(getattr(found, "__init__", None), "__module__", "") == "torch.nn.modules.module":
+        return {}  # whose *args and **kwargs refuse all
+    try:
+        signature = inspect.signature(found).parameters.values()
+    except (TypeError, ValueError):
+        raise UserError(f"_target_={target} is no class or function: give the dotted name of one") from None
+    named = [p for p in signature if p.kind not in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)]
+    return {"**" if p.kind is p.VAR_KEYWORD else p.name: p for p in named}
+
+
+def changed(cfg: DictConfig, change: DictConfig, path: str = "") -> Iterator[str]:
+    """The dotted paths of the nodes of cfg that had keys and get another `_target_` by a change; they lose what it must not be
+    merged with.
+
+    Raises UserError for a target that does not exist.
+    """
+    for name in change:
+        old: Any = cfg._get_node(name, validate_access=False)
+        new: Any = change._get_node(name)
+        if not (_has_keys(old) and _has_keys(new)):
+            continue
+        target, before = target_of(new), target_of(old)
+        if target and before and target != before:
+            own = [key for key in old if not str(key).startswith("_")]
+            for key in [key for key in own if key not in parameters(target)]:
+                del old[key]
+            if own:
+                yield f"{path}{name}"
+        yield from changed(old, new, f"{path}{name}.")
+
+
+def target_of(node: Any) -> str:
+    """What a node builds, "" where it says no dotted name."""
+    found = node._get_node("_target_", validate_access=False) if _has_keys(node) else None
+    target = None if found is None else found._value()
+    return target if isinstance(target, str) and all(part.isidentifier() for part in target.split(".")) else ""
+
+
+def _has_keys(node: Any) -> bool:
+    return isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation()
+
+
+def check(cfg: DictConfig, paths: Iterable[str]) -> None:
+    """Raise UserError unless the nodes at these paths have the keys that their targets need, and no others."""
+    for path in paths:
+        node = OmegaConf.select(cfg, path)
+        if not (target := target_of(node)):
+            continue
+        takes = parameters(target)
+        extra = [str(key) for key in node if not str(key).startswith("_") and not takes.keys() & {key, "**"}]
+        if extra:
+            names = ", ".join(takes) or "nothing"
+            raise UserError(f"{path}.{extra[0]} is nothing that {target} takes: it takes {names}")
+        needs = [name for name, p in takes.items() if p.default is p.empty and name != "**" and name not in node]
+        if needs and not node.get("_partial_") and path not in COMPLETED:
+            raise UserError(
+                f"{path}._target_={target} needs {' and '.join(needs)}: add {' '.join(f'{path}.{name}=' for name in needs)}"
+            )
