@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from genai.data.base import Data, Split
+from genai.data.files import Files
 from genai.data.image_folder import Images, check_size
 from genai.data.images import download
-from genai.data.scan import Files
 
 
 class CelebA(Data):

@@ -12,9 +12,10 @@ from genai.core.errors import UserError, at_least, number
 from genai.core.protocols import Batch
 from genai.data.base import Data, Split
 from genai.data.decode import Reading, crop_box, decode
+from genai.data.files import Files, told
 from genai.data.fingerprint import checksum
 from genai.data.io import from_uint8
-from genai.data.scan import GREY, Facts, Files, Scan, reason, told, vanished
+from genai.data.scan import GREY, Facts, Scan, reason, vanished
 from genai.data.splits import arrange
 
 CROPS = "center", "random", "none"

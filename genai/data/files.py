@@ -1,0 +1,168 @@
+"""The files below a folder or in a zip of it, each once."""
+
+import os
+import posixpath
+import zipfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from genai.core.errors import UserError
+from genai.data.fingerprint import checksum, of_files
+
+UNPACKED_BYTES, RATIO = 2**25, 100  # of a zip's member that unpacks to over 100 times its size: no file of images does
+LITTER_FOLDERS = ("__MACOSX", "@eaDir")
+
+Stamp = tuple[int, ...]
+"""What changes when a file does: its size, then the times of its modification and change, or a zip's CRC-32."""
+
+
+class Files:
+    """The files below a folder, or inside a zip of it, by their relative path.
+
+    Args:
+        version: 2 takes each real file once, however many links lead to it, and understands a zip's names as Windows and tar
+            write them; 1 is what runs from before did.
+    """
+
+    def __init__(self, root: str | Path, version: int = 1):
+        self.root, self.version = Path(root), version
+        self.zips: dict[int, tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]] = {}
+        self.stamps: dict[str, Stamp] = {}
+        self.ignored: Counter[str] = Counter()  # by what it is, since `names`
+        self.skipped: dict[str, str] = {}  # name -> why it cannot be used
+        self.total = 0  # files that should be images, since a `Scan`
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "zips": {}}  # by process, for two cannot share one file position
+
+    def names(self) -> list[str]:
+        """Sorted, without hidden ones. Raises UserError if there is no such folder or zip."""
+        self.ignored.clear()
+        if self.root.is_dir():
+            self.stamps = self._once() if self.version > 1 else self._below()
+        elif zipfile.is_zipfile(self.root):
+            self.stamps = {name: (info.file_size, info.CRC) for name, info in self._zip()[1].items()}
+        else:
+            raise UserError(
+                f"data.root={str(self.root)!r} is neither a folder nor an intact zip file: set data.root to one with images"
+            )
+        return sorted(name for name in self.stamps if not self._ignore(name))
+
+    def open(self, name: str) -> IO[bytes]:
+        """Raises UserError for a zip's member that unpacks to far more than images do."""
+        if self.root.is_dir():
+            return (self.root / name).open("rb")
+        archive, infos = self._zip()
+        info = infos[name]
+        if info.file_size > max(UNPACKED_BYTES, RATIO * info.compress_size):
+            raise UserError(
+                f"{self.root / name} unpacks from {info.compress_size:,} to {info.file_size:,} bytes, as no image does: take it "
+                "out of the zip, or change data.root"
+            )
+        return archive.open(info)
+
+    def read(self, name: str) -> bytes:
+        with self.open(name) as file:
+            return file.read()
+
+    def skip(self, name: str, why: str, of: int) -> None:
+        """Count a file that cannot be used. Raises as `check` does."""
+        self.skipped[name] = why
+        self.check(of)
+
+    def check(self, of: int) -> None:
+        """Raises UserError if more than one, and more than 1 %, of `of` files cannot be used."""
+        if len(self.skipped) > max(1, of // 100):
+            raise UserError(
+                f"{len(self.skipped)} of the {of} files in data.root={str(self.root)!r} cannot be used, which is more than "
+                f"1 %: {told(self.skipped)}: mend or remove them, or change data.root"
+            )
+
+    def fingerprint(self, names: Sequence[str], quick: bool) -> str:
+        """Checksum of files in order: of their contents, or if `quick` of their names, without folders, and sizes."""
+        if self.root.is_dir() and not quick:
+            return of_files(self.root, names)
+        if self.root.is_dir():
+            return checksum([(name.rpartition("/")[2], os.stat(self.root / name).st_size) for name in names])
+        infos = [(name, self._zip()[1][name]) for name in names]
+        return checksum([(n.rpartition("/")[2], i.file_size) if quick else (i.file_size, i.CRC) for n, i in infos])
+
+    def _ignore(self, name: str) -> bool:
+        parts = name.split("/")
+        if any(part.startswith((".", "__MACOSX")) for part in parts):
+            self.ignored["hidden"] += 1
+            return True
+        if self.version > 1 and any(part in LITTER_FOLDERS for part in parts):
+            self.ignored["of the system"] += 1
+            return True
+        return False
+
+    def _below(self) -> dict[str, Stamp]:
+        """Every path to a file, through links too."""
+        walk = [(Path(at).relative_to(self.root), names) for at, _, names in os.walk(self.root, followlinks=True)]
+        return {(at / name).as_posix(): _stamp(self.root / at / name) for at, names in walk for name in names}
+
+    def _once(self) -> dict[str, Stamp]:
+        """One path to each real file, of several one without links; what is above the root, or no file, is left out."""
+        top = os.path.realpath(self.root)
+        folders, links, seen, found = [("", top)], [], set(), {}
+        linked: list[tuple[str, str]] = []
+        while folders or links:
+            at, path = folders.pop() if folders else links.pop(0)
+            if path in seen or (at and f"{top}/".startswith(f"{path}/".replace("//", "/"))):
+                self.ignored["links to what is here already"] += 1
+                continue
+            seen.add(path)
+            try:
+                entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+            except OSError as error:
+                self.ignored[f"folders that cannot be read ({error.strerror})"] += 1
+                continue
+            for entry in entries:
+                name = f"{at}{entry.name}"
+                if entry.is_dir():
+                    if not entry.name.startswith("."):
+                        real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
+                        (links if entry.is_symlink() else folders).append((f"{name}/", real))
+                    else:
+                        self.ignored["hidden"] += 1
+                elif entry.is_symlink():
+                    linked.append((name, os.path.realpath(entry.path)))
+                elif entry.is_file():
+                    found[entry.path] = name
+        for name, path in linked:
+            if found.setdefault(path, name) != name:
+                self.ignored["links to what is here already"] += 1
+        return {name: _stamp(path) for path, name in found.items()}
+
+    def _zip(self) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
+        """The zip, and its files by name."""
+        pid = os.getpid()
+        if pid not in self.zips:
+            archive = zipfile.ZipFile(self.root)
+            infos = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+            if self.version > 1:
+                names = ((name.replace("\\", "/"), info) for name, info in infos.items())
+                infos = {posixpath.normpath(name).lstrip("/"): info for name, info in names if not name.endswith("/")}
+            self.zips[pid] = archive, infos
+        return self.zips[pid]
+
+
+def _stamp(path: str | Path) -> Stamp:
+    """Empty if there is no such file."""
+    try:
+        found = os.stat(path)
+        return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    except OSError:
+        return ()
+
+
+def told(skipped: dict[str, str]) -> str:
+    """What is wrong with files: each reason once, with how many files and the first of them."""
+    parts = []
+    for why, count in Counter(skipped.values()).most_common(5):
+        first = next(name for name, other in skipped.items() if other == why)
+        parts.append(f"{first} {why}" + (f" (and {count - 1} more)" if count > 1 else ""))
+    return ", ".join(parts)
