@@ -114,10 +114,10 @@ def check_refusals(impl, device):
         ("known was given without mask", ROWS["last"], {"known": x}),
         ("x0_prev was not given, but the row's factor of it is c=-0.1, not 0", ROWS["multistep"], {}),
         ("x_base was not given", ROWS["two-stage"], {"x0_prev": x}),
-        ("seeds is int32", ROWS["last"], {"seeds": seeds.int()}),
-        (r"seeds is int64 \[1\].*one seed a sample is needed, int64 \[2\] on", ROWS["last"], {"seeds": seeds[:1]}),
-        (r"seeds is int64 \[2, 1\]", ROWS["last"], {"seeds": seeds[:, None]}),
-        ("seeds is int64 .* on meta", ROWS["last"], {"seeds": seeds.to("meta")}),
+        ("seeds is int32", ROWS["noisy"], {"seeds": seeds.int()}),
+        (r"seeds is int64 \[1\].*one seed a sample is needed, int64 \[2\] on", ROWS["noisy"], {"seeds": seeds[:1]}),
+        (r"seeds is int64 \[2, 1\]", ROWS["noisy"], {"seeds": seeds[:, None]}),
+        ("seeds is int64 .* on meta", ROWS["noisy"], {"seeds": seeds.to("meta")}),
     ):
         with pytest.raises(UserError, match=message):
             affine_step(x, Prediction(x), row, **{"seeds": seeds, "index": 0, "impl": impl, **given})

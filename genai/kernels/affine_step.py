@@ -71,27 +71,52 @@ def affine_step(
     Raises UserError where the tensors do not fit each other, and for gradients asked of Triton.
     """
     out, out_uncond, w, p, q = prediction
-    tensors = {"out": out, "out_uncond": out_uncond, "x0_prev": x0_prev, "x_base": x_base, "known": known, "mask": mask}
-    _check(x, tensors, seeds, row)
-    k = [float(v) for v in (w, p, q, row.a, row.b, row.c, row.d, row.s, row.alpha, row.sigma)]
-    call = {"auto": _auto, "torch": _torch, "triton": _triton, "compiled": _compiled}[impl]
+    given = x, out, out_uncond, x0_prev, x_base, known, mask, seeds
     noisy = row.s != 0 if noisy is None else noisy
-    return call(*_contiguous(x, *tensors.values(), seeds), index, k, clip, noisy, keep_x0)
+    if not _check(*given, row, noisy or mask is not None):
+        given = _contiguous(*given)
+    k = [w, p, q, row.a, row.b, row.c, row.d, row.s, row.alpha, row.sigma]
+    call = {"auto": _auto, "torch": _torch, "triton": _triton, "compiled": _compiled}[impl]
+    return call(*given, index, k, clip, noisy, keep_x0)
 
 
-def _check(x: Tensor, tensors: dict[str, Tensor | None], seeds: Tensor, row: Row) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and (tensor.shape != x.shape or tensor.dtype != x.dtype or tensor.device != x.device):
+NAMES = "out", "out_uncond", "x0_prev", "x_base", "known", "mask"
+
+
+def _check(
+    x: Tensor,
+    out: Tensor,
+    out_uncond: Tensor | None,
+    x0_prev: Tensor | None,
+    x_base: Tensor | None,
+    known: Tensor | None,
+    mask: Tensor | None,
+    seeds: Tensor,
+    row: Row,
+    drawn: bool,
+) -> bool:
+    """Raise UserError where the arguments do not fit; else whether all tensors that are read are contiguous, of the seeds only
+    where noise is drawn: at small sizes each attribute looked up counts."""
+    shape, dtype, device = x.shape, x.dtype, x.device
+    contiguous = x.is_contiguous() and (not drawn or seeds.is_contiguous())
+    for name, tensor in zip(NAMES, (out, out_uncond, x0_prev, x_base, known, mask), strict=True):
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
             raise UserError(f"{name} is {_kind(tensor)}, but the state of the sampler is {_kind(x)}: they must agree")
-    if not x.ndim or seeds.shape != x.shape[:1] or seeds.dtype != torch.int64 or seeds.device != x.device:
-        wanted = f"int64 {list(x.shape[:1])} on {x.device}"
+        contiguous = contiguous and tensor.is_contiguous()
+    fits = not drawn or (seeds.shape == shape[:1] and seeds.dtype == torch.int64 and seeds.device == device)
+    if not shape or not fits:
+        wanted = f"int64 {list(shape[:1])} on {device}"
         raise UserError(f"seeds is {_kind(seeds)}, but the state is {_kind(x)}: one seed a sample is needed, {wanted}")
-    for name, other in (("known", "mask"), ("mask", "known")):
-        if tensors[name] is not None and tensors[other] is None:
-            raise UserError(f"{name} was given without {other}: inpainting needs both, and a step without it neither")
-    for name, factor, value in (("x0_prev", "c", row.c), ("x_base", "d", row.d)):
-        if value and tensors[name] is None:
-            raise UserError(f"{name} was not given, but the row's factor of it is {factor}={value:g}, not 0")
+    if (known is None) != (mask is None):
+        name, other = ("known", "mask") if mask is None else ("mask", "known")
+        raise UserError(f"{name} was given without {other}: inpainting needs both, and a step without it neither")
+    if row.c and x0_prev is None:
+        raise UserError(f"x0_prev was not given, but the row's factor of it is c={row.c:g}, not 0")
+    if row.d and x_base is None:
+        raise UserError(f"x_base was not given, but the row's factor of it is d={row.d:g}, not 0")
+    return contiguous
 
 
 def _kind(x: Tensor) -> str:

@@ -137,7 +137,7 @@ def launch(
         return y, x0
     n = x[0].numel()
     chunks, size = triton.cdiv(n, BLOCK), vector(n, x.element_size())
-    w, p, q, a, b, c, d, s, alpha, sigma = k
+    w, p, q, a, b, c, d, s, alpha, sigma = map(float, k)  # for a whole number would be compiled in
     with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be that of x
         affine_step_kernel[(len(x) * chunks,)](
             *aligned(x, out, out_uncond, x0_prev, x_base, known, mask), seeds, y, x0,
