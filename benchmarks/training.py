@@ -34,7 +34,7 @@ GENERATOR = "model.generator.widths=[8,8,8,8]", "model.discriminator.widths=[8,8
 AUTOENCODER = "autoencoder_cifar10"
 # experiment: where its data are, and what makes it small
 RECIPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "ddpm_cifar10": (FOLDER, (*NETS, "model.schedule.steps=4", "data.batch_size=4")),
+    "ddpm_cifar10": (FOLDER, (*NETS, "data.batch_size=4")),
     AUTOENCODER: (FOLDER, ("data.batch_size=4",)),
     "stable_cifar10": (CAPTIONS, (*NETS, "model.net.text.width=16", "model.net.text.layers=1", "model.net.text.heads=2",
                                   "compile=false", "data.batch_size=4")),
