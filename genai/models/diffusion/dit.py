@@ -85,11 +85,11 @@ class DiT(nn.Module):
         real: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,), `Context` of a caption -> (B, out_channels, H, W)."""
-        emb = self.time(fitted(time_embedding(time, self.width), self.time))
+        emb = self.time(fitted(time_embedding(time, self.width), self.stem.weight))
         emb, context = conditioned(emb, self.label, label, self.summary, states, real)
         height = x.shape[2] // self.patch
         h = (
-            self.stem(F.pixel_unshuffle(fitted(x, self.stem), self.patch).flatten(2).mT) + self.positions
+            self.stem(F.pixel_unshuffle(fitted(x, self.stem.weight), self.patch).flatten(2).mT) + self.positions
         )  # (B, T, width)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:

@@ -31,10 +31,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
         """x (B, dim), time (B,) in [0, 1000), label int64 (B,) -> (B, dim)."""
-        emb = self.time(fitted(time_embedding(time, self.width), self.time))
+        emb = self.time(fitted(time_embedding(time, self.width), self.stem.weight))
         if self.label is not None:
             emb = emb + self.label(label)
-        h = self.stem(fitted(x, self.stem))
+        h = self.stem(fitted(x, self.stem.weight))
         for block in self.blocks:
             h = h + block(h + emb)
         return self.head(torch.nn.functional.silu(h))

@@ -207,9 +207,9 @@ class UNet(nn.Module):
         real: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,), `Context` of a caption -> (B, out_channels, H, W)."""
-        emb = self.time(fitted(time_embedding(time, self.channels), self.time))
+        emb = self.time(fitted(time_embedding(time, self.channels), self.stem.weight))
         emb, context = conditioned(emb, self.label, label, self.summary, states, real)
-        h = self.stem(fitted(x, self.stem).contiguous(memory_format=torch.channels_last))
+        h = self.stem(fitted(x, self.stem.weight).contiguous(memory_format=torch.channels_last))
         skips = [h]
         for stage in self.down:
             h = self._run(stage, h, emb, context)
