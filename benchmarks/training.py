@@ -29,7 +29,7 @@ CAPTIONS = (
     "data=captioned_folder", "data.root={data}", "data.file=null", "data.length=32",
     'data.templates=["a photo of a {{}}","a picture of one {{}}","{{}}"]',
 )  # fmt: skip
-NETS = "model.net.channels=8", "model.net.multipliers=[1,2]", "model.net.blocks=1"
+NETS = "model.net.channels=8", "model.net.multipliers=[1,1,2]", "model.net.blocks=1"
 GENERATOR = "model.generator.widths=[8,8,8,8]", "model.discriminator.widths=[8,8,8,8]", "model.discriminator.group=4"
 AUTOENCODER = "autoencoder_cifar10"
 # experiment: where its data are, and what makes it small

@@ -202,19 +202,17 @@ class LitModel(L.LightningModule):
                 self.manual_backward(loss.total if alone else loss.total * loss.weight)
             losses.append(loss._replace(total=loss.total.detach()))
         if not alone:
-            weight = sum(loss.weight for loss in losses)
-            if not isinstance(weight, Tensor):  # filled on the device: a copy would wait for it
-                weight = torch.full((), weight, device=self.device)
+            total = sum(loss.weight for loss in losses)
+            # filled on the device, for a copy would wait for it
+            weight = total if isinstance(total, Tensor) else torch.full((), total, device=self.device)
             grads, ranks = [p.grad for _, p in player.named if p.grad is not None], 1
             if self.trainer.world_size > 1:
                 torch.distributed.all_reduce(weight)
                 ranks = self.trainer.world_size if self.overlaps else 1  # DDP has averaged
                 if not self.overlaps:
                     sum_over_ranks(grads)
-            if grads:
-                torch._foreach_mul_(
-                    grads, ranks / torch.where(weight > 0, weight, 1)
-                )  # of no targets the gradient is 0
+            if grads:  # that of no targets is 0
+                torch._foreach_mul_(grads, ranks / torch.where(weight.gt(0), weight, 1))
         return losses
 
     def no_sync(self) -> contextlib.AbstractContextManager:
