@@ -2,10 +2,12 @@
 
     pip install -e ".[notebooks]"
     python -m benchmarks.guidance <run of experiment=latent_mnist_text> [--root data] [--n 1000] [--guidance 1 1.5 2 3 4 6 8]
+    python -m benchmarks.guidance <run> --split val       # to choose by
 
 Prompts go over the ten digits in turn. The judge is a small convolutional network trained on real MNIST; recall is the share of
-n real test images that lie among the samples, within the distance of a sample to its third neighbour, in the judge's last hidden
-layer (Kynkaanniemi et al., 2019, eq. 2). Prints a table and writes results/guidance.json and docs/guidance.png.
+n real images of the split that lie among the samples, within the distance of a sample to its third neighbour, in the judge's last
+hidden layer (Kynkaanniemi et al., 2019, eq. 2). Prints a table and, of the test split, writes results/guidance.json and
+docs/guidance.png.
 """
 
 import argparse
@@ -55,17 +57,20 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("--root", help="folder of the data, if not where the run had it")
     parser.add_argument("--n", type=int, default=1000)
+    parser.add_argument("--split", choices=("val", "test"), default="test")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1, 1.5, 2, 3, 4, 6, 8])
     args = parser.parse_args()
     device = setup()
     loaded = genai.load(args.run)
     node = loaded.config["data"]["images"]
     data = build_typed({**node, "root": args.root or node["root"]})
-    judge, test = trained(data), next(batches(data.splits["test"], 2 * args.n, 2 * args.n))["image"]
-    real, right = test[: args.n], judge.accuracy(data, "test")
-    floor = precision_recall(judge.features(real), judge.features(test[args.n :])).recall
-    print(f"judge: {right:.4f} on test images; recall of {args.n} real images by {args.n} others {floor:.4f}")
+    judge, images = trained(data), next(batches(data.splits[args.split], 2 * args.n, 2 * args.n))["image"]
+    real, right = images[: args.n], judge.accuracy(data, args.split)
+    floor = precision_recall(judge.features(real), judge.features(images[args.n :])).recall
+    print(f"judge: {right:.4f} on {args.split} images; recall of {args.n} real images by {args.n} others {floor:.4f}")
     rows = measure(loaded, judge, real, args.n, args.guidance)
+    if args.split != "test":
+        return
     facts = {"hardware": hardware(device), "n": args.n, "sampler": loaded.config["sampler"], "step": loaded.step}
     result = {**facts, "judge_accuracy": round(right, 4), "recall_of_real": round(floor, 4), "rows": rows}
     (RESULTS / "guidance.json").write_text(json.dumps(result, indent=1) + "\n")
