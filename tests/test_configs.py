@@ -166,6 +166,29 @@ def test_experiments_open_with_their_command(case):
     assert f"python train.py {case}" in text
 
 
+def test_the_nano_recipe_is_that_of_nanogpt():
+    """karpathy/nanoGPT: README.md on a CPU, over config/train_shakespeare_char.py, over train.py and model.py."""
+    cfg = composed("train", ["experiment=gpt_shakespeare_cpu", "model=gpt_nano"])
+    cfg = OmegaConf.to_container(cfg, resolve=True)
+    optim, net = cfg["optim"], cfg["model"]["net"]["transformer"]
+    assert (cfg["max_steps"], cfg["data"]["batch_size"], cfg["data"]["shape"], cfg["clip_norm"]) == (
+        2000,
+        12,
+        [64],
+        1.0,
+    )
+    assert (optim["lr"], optim["lr_min"], optim["warmup_steps"], optim["decay_steps"]) == (1e-3, 1e-4, 100, 2000)
+    assert (optim["betas"], optim["weight_decay"], cfg["ema"]["decay"]) == ([0.9, 0.99], 0.1, 0)
+    assert (net["layers"], net["width"], net["attention"]["heads"], net["mlp"]["ratio"], net["dropout"]) == (
+        4,
+        128,
+        4,
+        4,
+        0,
+    )
+    assert not any(part["bias"] for part in (net["norm"], net["attention"], net["mlp"])) and cfg["model"]["net"]["tied"]
+
+
 FIGURE = r"\d ?(%|dB|nats|bits)|bits/dim|distance|loss \d|perplexity|recall"
 SPLIT = r"\b(test|val|validation)\b"
 
