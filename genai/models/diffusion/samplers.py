@@ -60,11 +60,17 @@ def walk(
         )  # fmt: skip
         x_base, x0_prev, x = x, x0, x_new
         if on_step is not None:
-            on_step(k, len(table.rows), {"x": x})
+            on_step(k, len(table.rows), {"x": ordinary(x)})
     return x
 
 
-@torch.no_grad()
+def ordinary(x: Tensor) -> Tensor:
+    """x, or a copy where inference mode made it, which may be used where gradients are computed."""
+    with torch.inference_mode(False):
+        return x.clone() if x.is_inference() else x
+
+
+@torch.inference_mode()
 def run(
     model: Diffusion,
     table: Table,
@@ -127,7 +133,7 @@ def run(
         kind = table.start, tuple(table.times), tuple(table.rows), w, model.clip, impl, half
         out = replayed(model, kind, trajectory, inputs)
         if on_step is not None:
-            on_step(len(table.rows) - 1, len(table.rows), {"x": out})
+            on_step(len(table.rows) - 1, len(table.rows), {"x": ordinary(out)})
     else:
         out = trajectory(inputs, on_step)
     if not out.isfinite().all():  # the same again, with the host looking at every step
@@ -135,7 +141,7 @@ def run(
         raise UserError(
             "samples are not finite, though the network's outputs are: its numbers are too large, sample with clip"
         )
-    return {model.field: model.shown(out)}
+    return {model.field: ordinary(model.shown(out))}
 
 
 def _told(model: Diffusion, cond: Batch | None, n: int) -> Batch:
@@ -278,7 +284,7 @@ def invert(model: Diffusion, image: Tensor, cond: Batch | None = None, *, steps:
     up = levels(model.path, at_least(steps, 2, "steps"))[-2::-1]
     if image.shape[1:] != model.shape:
         raise UserError(f"image is {list(image.shape)}, but samples of this model are {list(model.shape)} each")
-    with torch.no_grad():
+    with torch.inference_mode():
         x = image.to(model.device, model.dtype)
         seeds, cond = torch.zeros(len(x), dtype=torch.int64, device=x.device), _told(model, cond, len(x))
-        return walk(model.denoise, ddim_table(up), x, seeds, cond, clip=None) / up[-1].sigma
+        return ordinary(walk(model.denoise, ddim_table(up), x, seeds, cond, clip=None) / up[-1].sigma)

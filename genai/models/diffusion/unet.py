@@ -22,7 +22,7 @@ def time_embedding(time: Tensor, dim: int) -> Tensor:
     time, half = wide(time), (dim + 1) // 2
     frequency = torch.exp(torch.arange(half, device=time.device) * (-math.log(1e4) / half))
     angle = time[:, None] * frequency.to(time.dtype)
-    return torch.cat([angle.cos(), angle.sin()], 1)[:, :dim]
+    return torch.cat([angle.cos(), angle.sin()[:, : dim // 2]], 1)
 
 
 def zero(module: nn.Module) -> nn.Module:
