@@ -112,7 +112,8 @@ def precompute(model: nn.Module, data: Data, cfg: DictConfig) -> None:
     Raises UserError where images are augmented.
     """
     codec: Any = model.codec
-    device = next(chain(codec.parameters(), codec.buffers(), model.parameters())).device
+    held = chain(codec.parameters(), codec.buffers(), model.parameters())
+    device = next((tensor.device for tensor in held), torch.device("cpu"))
     first_stage = json.dumps([cfg.codec.sha256, OmegaConf.to_container(cfg.codec.model, resolve=True)], sort_keys=True)
     for name, split in data.splits.items():
         images = uncaptioned(split)
