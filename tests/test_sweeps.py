@@ -69,6 +69,7 @@ def killed_when(command, folder, ready):
     assert process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_is_finished_by_the_same_command(sweep, tmp_path):
     over = {"seed": [0, 1], "optim.lr": [1e-3, 1e-2]}
     command = [*sweep(over=over), "logger=wandb", "callbacks.save.every_steps=5"]
