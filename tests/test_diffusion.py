@@ -493,6 +493,19 @@ def test_times_between_whole_ones_are_levels_of_their_own(make, T):
     assert torch.equal(alpha, net.alpha) and torch.equal(precision, net.precision)
 
 
+# Answers of another shape
+
+
+@pytest.mark.parametrize("outputs", [1, 6])
+def test_a_network_of_other_channels_is_refused_before_it_is_trained(outputs):
+    """One channel for three would be broadcast by the loss, and only sampling would notice."""
+    net = UNet([3, 4, 4], 8, [1], 1, attention_depths=[], out_channels=outputs)
+    kinds = (DDPM(net, schedules.cosine(4), [3, 4, 4]), EDM(net, [3, 4, 4], 0.5), Flow(net, [3, 4, 4]))
+    for model in kinds:
+        with pytest.raises(UserError, match=rf"model.net makes \[{outputs}, 4, 4\] of an item, .* needs \[3, 4, 4\]"):
+            model({"image": torch.zeros(2, 3, 4, 4)}, 0)
+
+
 # One step, odd widths, conditions
 
 

@@ -10,6 +10,7 @@ from genai.core import stored
 from genai.core.errors import UserError
 from genai.core.precision import WideBuffers, exact, wide
 from genai.core.protocols import Batch, Losses, Prediction
+from genai.core.shapes import check_shape
 from genai.models.diffusion.latent import Latent
 from genai.models.diffusion.paths import Path
 from genai.models.diffusion.text import TextEncoder
@@ -172,7 +173,12 @@ class Diffusion(WideBuffers):
         """The network at one time for the whole batch, which it is told; null where there are no conditions."""
         cond = self.encoded(cond or self.nulls(len(x)))
         x = wide(x)
-        return self.net(x, x.new_full(x.shape[:1], time), **cond).to(x.dtype)
+        return self.answer(x, x.new_full(x.shape[:1], time), **cond)
+
+    def answer(self, x: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
+        """What the network answers to x (B, *shape), in the precision of x. Raises UserError for another shape, which a loss
+        would broadcast."""
+        return check_shape(self.net(x, time, **cond), x.shape[1:], "model.net").to(x.dtype)
 
     def uniforms(self, n: int) -> Tensor:
         """(n,) in [0, 1), spread evenly over the batch: each is uniform, their mean varies far less than that of

@@ -72,8 +72,8 @@ class DDPM(Diffusion):
         alpha, sigma = expand_like(self.alpha[t], x0), expand_like(self.sigma[t], x0)
         x_t = alpha * x0 + sigma * eps  # eq. 4
         u, v = combination(self.parameterization, alpha, sigma)
-        out = self.net(x_t, (t * (1000 / len(self.schedule))).to(x0.dtype), **self.conditions(batch))
-        per_sample = self.weight[t].to(x0.dtype) * mean_flat((out.to(x0.dtype) - (u * x0 + v * eps)) ** 2)
+        out = self.answer(x_t, (t * (1000 / len(self.schedule))).to(x0.dtype), **self.conditions(batch))
+        per_sample = self.weight[t].to(x0.dtype) * mean_flat((out - (u * x0 + v * eps)) ** 2)
         return self.losses(per_sample, t / len(self.schedule))
 
     def draw_t(self, n: int) -> Tensor:

@@ -67,7 +67,7 @@ class EDM(Diffusion):
         sigma = expand_like(log_sigma.exp(), x0)
         x = x0 + sigma * torch.randn_like(x0)
         c_skip, c_out, c_in = self.preconditioning(sigma)
-        out = self.net(c_in * x, self.time(log_sigma), **self.conditions(batch)).to(x0.dtype)
+        out = self.answer(c_in * x, self.time(log_sigma), **self.conditions(batch))
         return self.losses(mean_flat((out - (x0 - c_skip * x) / c_out) ** 2), u)
 
     def denoise(self, x: Tensor, t: float, cond: Batch | None = None) -> Prediction:

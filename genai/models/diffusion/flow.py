@@ -50,8 +50,8 @@ class Flow(Diffusion):
         t = self.logit_mean + self.logit_std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
         t = torch.sigmoid(t) if self.logit_std else u
         eps, t_ = torch.randn_like(x0), expand_like(t, x0)
-        out = self.net((1 - t_) * x0 + t_ * eps, 1000 * t, **self.conditions(batch))
-        return self.losses(mean_flat((out.to(x0.dtype) - (eps - x0)) ** 2), u)
+        out = self.answer((1 - t_) * x0 + t_ * eps, 1000 * t, **self.conditions(batch))
+        return self.losses(mean_flat((out - (eps - x0)) ** 2), u)
 
     def denoise(self, x: Tensor, t: float, cond: Batch | None = None) -> Prediction:
         p, q = to_x0("flow", 1 - t, t)
