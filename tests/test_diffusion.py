@@ -462,6 +462,17 @@ def test_a_level_posterior_predicts_the_data_alone(kind):
         build_typed(level_posterior(f"model.parameterization={kind}"))
 
 
+@pytest.mark.parametrize("make", [lambda net: Flow(net, [1, 4, 4]), lambda net: EDM(net, [1, 4, 4], 0.5)])
+def test_a_level_posterior_is_of_a_ddpm_alone(make):
+    """What a flow or EDM trains its network for is no mean of grey levels."""
+    unet = UNet([1, 4, 4], 8, [1], 1, attention_depths=[], out_per_channel=4)
+    net = LevelPosterior(unet, 4, schedules.cosine(4))
+    with pytest.raises(UserError, match=r"predicts the data of a DDPM, and this model is of type (Flow|EDM): choose"):
+        make(net)
+    with stored.building():
+        assert make(net).net is net
+
+
 def test_a_stored_level_posterior_means_what_it_meant():
     node = level_posterior()
     del node["net"]["net"]["out_per_channel"], node["net"]["net"]["attention_depths"]

@@ -12,6 +12,7 @@ from genai.core.precision import WideBuffers, exact, wide
 from genai.core.protocols import Batch, Losses, Prediction
 from genai.core.shapes import check_shape
 from genai.models.diffusion.latent import Latent
+from genai.models.diffusion.levels import LevelPosterior
 from genai.models.diffusion.paths import Path
 from genai.models.diffusion.text import TextEncoder
 
@@ -39,6 +40,8 @@ class Diffusion(WideBuffers):
         "(model=ddpm_levels) trains for likelihood"
     )
     """Why its likelihood is not the best it could have, None if it is trained for that."""
+    predicts_data = False
+    """Whether the network may predict x0 at the times of a schedule, as a LevelPosterior does."""
 
     def __init__(
         self,
@@ -54,6 +57,11 @@ class Diffusion(WideBuffers):
         super().__init__()
         if not 0 <= label_dropout <= 1:
             raise UserError(f"model.label_dropout={label_dropout} must be a probability between 0 and 1")
+        if isinstance(net, LevelPosterior) and not self.predicts_data and not stored.is_building():
+            raise UserError(
+                f"a LevelPosterior (model.net) predicts the data of a DDPM, and this model is of type {type(self).__name__}: "
+                "choose model=ddpm_levels, or another network"
+            )
         self.net, self.shape, self.field = net, tuple(shape), field
         self.classes, self.label_dropout, self.guidance, self.clip = classes, label_dropout, guidance, clip
         self.latent = latent

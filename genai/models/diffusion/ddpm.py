@@ -29,6 +29,7 @@ class DDPM(Diffusion):
     """
 
     bound = "lower bound"
+    predicts_data = True
     alpha: Tensor
     sigma: Tensor
     weight: Tensor
