@@ -599,3 +599,26 @@ def test_likelihoods_are_given_what_the_batch_says_and_null_for_the_rest(score):
     assert not torch.allclose(alone, caption, atol=1e-3) and not torch.allclose(caption, both, atol=1e-3)
     with pytest.raises(UserError, match=r"label is int64 \[1\], but 3 samples of this model are told int64 \[3\]"):
         nats(label=batch["label"][:1])
+
+
+READERS = {
+    "sampler": lambda model, cond: samplers.ddim(model, torch.arange(2), cond, steps=3),
+    "inversion": lambda model, cond: samplers.invert(model, cond["image"], {"caption": cond["caption"]}, steps=3),
+    "bound": lambda model, cond: model.log_prob({"image": cond["image"]}, 0),
+    "flow": lambda model, cond: probability_flow(model, {"image": cond["image"]}, 0, 3, steps=3),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_captions_are_encoded_once_for_all_steps(reader):
+    """No caption too, which is one of padding."""
+    model, read = captioned(), []
+    model.text.register_forward_hook(lambda module, inputs, output: read.append(output.states))
+    batch = {"image": torch.zeros(2, 1, 4, 4), "caption": encode(["one", "two"], 6, "length")}
+    if reader == "sampler":
+        exact = samplers.ddim(model, torch.arange(2), model.nulls(2), steps=3)["image"]
+        read.clear()
+        assert torch.equal(READERS[reader](model, None)["image"], exact)
+    else:
+        READERS[reader](model, batch)
+    assert len(read) == 1

@@ -159,6 +159,10 @@ class Diffusion(WideBuffers):
                 raise UserError(f"{name} is {kind}, but {n} samples of this model are told int64 {wanted}")
         return {**nulls, **found} if found else {}
 
+    def told(self, cond: Batch | None, n: int) -> Batch:
+        """The network's keyword arguments of n samples, null where `cond` says nothing; encoded once for all steps to come."""
+        return self.encoded(self.given(cond, n) or self.nulls(n))
+
     def conditions(self, batch: Batch) -> Batch:
         """The network's keyword arguments; in training some samples get the null, as all do that come without."""
         null = self.null()

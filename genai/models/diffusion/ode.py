@@ -54,7 +54,7 @@ def probability_flow(
     x = batch[model.field]
     seeds = rng.seed_range(seed, len(x)).to(x.device)
     with torch.no_grad():
-        cond = model.encoded(model.given(batch, len(x)))
+        cond = model.told(batch, len(x))
         eps = rng.normal(seeds, model.shape, row=0, stream=rng.MODEL)
         y = (1 - u_0) * x + u_0 * eps
         gain = _decoder(y, x, u_0, levels) + _flat(0.5 * (eps**2 + LOG_2PI)) + x[0].numel() * math.log(u_0)

@@ -104,7 +104,7 @@ def run(
         )
     if image is not None and list(image.shape) != shape:
         raise UserError(f"image is {list(image.shape)}, but {n} samples of this model start from {shape}")
-    cond, seeds = _told(model, cond, n), seeds.to(model.device)
+    cond, seeds = _conditions(model, cond, n), seeds.to(model.device)
     if guidance is not None and ("negative" not in cond or model.classes is not None):
         model.check_guidance(guidance, "guidance")
     x = table.start.sigma * rng.normal(seeds, model.shape, stream=rng.INITIAL).to(model.dtype)
@@ -116,6 +116,8 @@ def run(
 
     def trajectory(inputs: Batch, on_step: OnStep | None = None, watch: bool = False) -> Tensor:
         conditions = model.encoded({name: inputs[name] for name in cond if name != "negative"})
+        if denoiser is None and not cond:
+            conditions = model.told(None, n)
         denoise = denoiser or model.denoise
         if denoiser is None and cond:
             null = model.nulls(1)
@@ -144,7 +146,7 @@ def run(
     return {model.field: ordinary(model.shown(out))}
 
 
-def _told(model: Diffusion, cond: Batch | None, n: int) -> Batch:
+def _conditions(model: Diffusion, cond: Batch | None, n: int) -> Batch:
     """The conditions of n samples that the model takes, and `negative`; a label or a caption that it does not take, as data come
     with, is left out. Raises UserError for any other name."""
     cond, takes = cond or {}, [*model.null(), *(["negative"] if model.text is not None else [])]
@@ -286,5 +288,7 @@ def invert(model: Diffusion, image: Tensor, cond: Batch | None = None, *, steps:
         raise UserError(f"image is {list(image.shape)}, but samples of this model are {list(model.shape)} each")
     with torch.inference_mode():
         x = image.to(model.device, model.dtype)
-        seeds, cond = torch.zeros(len(x), dtype=torch.int64, device=x.device), _told(model, cond, len(x))
-        return ordinary(walk(model.denoise, ddim_table(up), x, seeds, cond, clip=None) / up[-1].sigma)
+        seeds, cond = torch.zeros(len(x), dtype=torch.int64, device=x.device), _conditions(model, cond, len(x))
+        return ordinary(
+            walk(model.denoise, ddim_table(up), x, seeds, model.told(cond, len(x)), clip=None) / up[-1].sigma
+        )

@@ -84,7 +84,7 @@ def terms(model: DDPM, batch: Batch, seed: int) -> Terms:
     """
     levels = model.grey_levels(model.levels)
     x0 = batch[model.field].double()
-    cond = model.encoded(model.given(batch, len(x0)))
+    cond = model.told(batch, len(x0))
     seeds = rng.seed_range(seed, len(x0)).to(x0.device)
     kl, decoder = [], x0.new_zeros(len(x0))
     for t in reversed(range(len(model.schedule))):
