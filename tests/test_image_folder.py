@@ -271,11 +271,14 @@ def test_each_real_file_is_taken_once_whatever_links_say(tmp_path, capsys):
     (root / "data" / "cat" / "up").symlink_to(root, target_is_directory=True)
     (root / "data" / "dog" / "above").symlink_to(tmp_path, target_is_directory=True)
     (root / "data" / "dog" / "again.png").symlink_to(root / "data" / "cat" / "000.png")
+    (root / "data" / "dog" / "itself").symlink_to("itself")
     data = data_of(root)
     assert [name[-7:] for name in all_names(data)] == sorted(f"{i:03d}.png" for i in range(0, 40, 2)) + [
         f"{i:03d}.png" for i in range(1, 40, 2)
     ]
-    assert "left alone: 3 links to what is here already" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "left alone: 3 links to what is here already" in printed
+    assert "data/dog/itself cannot be read (Too many levels of symbolic links)" in printed
     photos(tmp_path / "elsewhere", n=12, first=500)
     linked = tmp_path / "linked"
     linked.mkdir()

@@ -122,7 +122,7 @@ class Files:
                 continue
             for entry in entries:
                 name = f"{at}{entry.name}"
-                if entry.is_dir():
+                if os.path.isdir(entry):  # entry.is_dir() raises for a link that leads to itself
                     if not entry.name.startswith("."):
                         real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
                         (links if entry.is_symlink() else folders).append((f"{name}/", real))
