@@ -289,15 +289,17 @@ def test_a_preparation_cut_short_while_it_is_in_use_ends_in_a_sentence(tmp_path)
 
 
 def folder_of_texts(root):
-    """a.txt, b/c.txt, what tools leave beside them, and links: up, to a folder elsewhere, twice, and to a file."""
+    """a.txt, b/c.txt, what tools leave beside them, and links: up, above, to a folder elsewhere, twice, and to a file."""
     for name in ("a", "b/c", "b/._c", ".git/d", ".ipynb_checkpoints/a-checkpoint", "b/.e/f/g"):
         path = root / "texts" / f"{name}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"this is {name} " * 30)
     (root / "elsewhere" / "deep").mkdir(parents=True)
     (root / "elsewhere" / "deep" / "h.txt").write_text("this is h " * 30)
+    (root / "beside.txt").write_text("this is beside " * 30)
     for name, target in {
         "b/up": "../../texts",
+        "b/above": "../..",
         "x": "../elsewhere",
         "y": "../elsewhere/deep",
         ".z": "../elsewhere",

@@ -511,9 +511,9 @@ def text_folder(path: str, pattern: str, hidden: bool = True, links: bool = Fals
 
 
 def _folders(root: Path, hidden: bool, links: bool) -> Iterator[Path]:
-    """The folder and all below it, after them those that links lead to, each real one once; no link of a hidden one is
-    followed unless hidden ones are read."""
-    tops, seen = [root], set()
+    """The folder and all below it, after them those that links lead to, each real one once; no link to a folder above it is
+    followed, and none of a hidden one unless hidden ones are read."""
+    tops, seen = [root], {*root.resolve().parents}
     for top in tops:
         for at, below, _ in os.walk(top):
             folder = Path(at)
