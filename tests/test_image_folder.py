@@ -115,8 +115,15 @@ def test_folders_that_may_be_splits_or_not_are_refused_with_what_to_do(tmp_path)
     photos(tmp_path / "none" / "TEST"), photos(tmp_path / "none" / "more")
     with pytest.raises(UserError, match=r"folders named TEST, but also more"):
         data_of(tmp_path / "none")
-    photos(tmp_path / "parts", classes=("invalid", "valid"))  # where nothing is called training these are classes
-    assert data_of(tmp_path / "parts").class_names == ["invalid", "valid"]
+    photos(tmp_path / "domains", classes=("trainA", "trainB", "testA", "testB"))
+    with pytest.raises(
+        UserError, match=r"folders named testA, trainA, which .* move them to test/A, train/A if they are spl"
+    ):
+        data_of(tmp_path / "domains")
+    photos(
+        tmp_path / "parts", classes=("invalid", "testers", "trainers", "valid")
+    )  # where nothing is called training these are classes
+    assert data_of(tmp_path / "parts").class_names == ["invalid", "testers", "trainers", "valid"]
 
 
 def test_classes_are_split_in_proportion_and_those_without_training_images_named(tmp_path, capsys):

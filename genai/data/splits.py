@@ -49,6 +49,8 @@ def arrange(root: str, names: Sequence[str], version: int) -> Arranged:
     while len({p[0] for p in paths}) == 1 and len(paths[0]) > 1 and not _begins(paths, spell):
         paths = [p[1:] for p in paths]
     folders = _swapped(paths) if version > 1 and not _begins(paths, spell) else None
+    if version > 1 and folders is None and not _begins(paths, spell):
+        _check_domains(root, paths)
     paths = folders or paths
     notes: list[str] = []
     parts = {"train": np.arange(len(paths))}
@@ -86,6 +88,21 @@ def _swapped(paths: Sequence[Sequence[str]]) -> list[list[str]] | None:
     """Paths of class, split, ... with the split first; None if they are not all like that, training among them."""
     kinds = {split_of(p[1]) if len(p) > 2 else None for p in paths}
     return None if None in kinds or "train" not in kinds else [[p[1], p[0], *p[2:]] for p in paths]
+
+
+def _check_domains(root: str, paths: Sequence[Sequence[str]]) -> None:
+    """Raise UserError for folders like trainA and testA, which are classes by their place and splits by their names."""
+    alike: dict[str, dict[str, str]] = {}
+    for folder in sorted({p[0] for p in paths if len(p) > 1}):
+        for key, words in WORDS.items():
+            if found := re.match(rf"(?i:{words})([\W_]+(?=.)|(?=[A-Z0-9]))", folder):
+                alike.setdefault(folder[found.end() :], {})[key] = folder
+    for domain, found in alike.items():
+        if "train" in found and len(found) > 1:
+            raise UserError(
+                f"data.root={root!r} has folders named {', '.join(sorted(found.values()))}, which may be splits or classes: "
+                f"move them to {', '.join(f'{key}/{domain}' for key in found)} if they are splits, or give classes other names"
+            )
 
 
 def _check_splits(
