@@ -18,20 +18,22 @@ COMPLETED = ("loop", "logger")  # the run gives them what else they need
 
 
 @functools.cache
-def parameters(target: str) -> dict[str, inspect.Parameter]:
-    """What a class or function takes by name, under `**` what takes any. Raises UserError if there is no such target."""
+def parameters(target: str, node: str = "") -> dict[str, inspect.Parameter]:
+    """What a class or function takes by name, under `**` what takes any. Raises UserError, which names the path of the node, if
+    there is no such target."""
+    given = f"{node}{'.' if node else ''}_target_={target}"
     try:
         found: Any = pydoc.locate(target)
     except pydoc.ErrorDuringImport as error:
-        raise UserError(f"_target_={target} cannot be imported ({error.value!r}): mend it, or name another") from error
+        raise UserError(f"{given} cannot be imported ({error.value!r}): mend it, or name another") from error
     if found is None:
-        raise UserError(f"_target_={target} cannot be found: give the dotted name of a class or function")
+        raise UserError(f"{given} cannot be found: give the dotted name of a class or function")
     if getattr(getattr(found, "__init__", None), "__module__", "") == "torch.nn.modules.module":
         return {}  # whose *args and **kwargs refuse all
     try:
         signature = inspect.signature(found).parameters.values()
     except (TypeError, ValueError):
-        raise UserError(f"_target_={target} is no class or function: give the dotted name of one") from None
+        raise UserError(f"{given} is no class or function: give the dotted name of one") from None
     named = [p for p in signature if p.kind not in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)]
     return {"**" if p.kind is p.VAR_KEYWORD else p.name: p for p in named}
 
@@ -50,7 +52,7 @@ def changed(cfg: DictConfig, change: DictConfig, path: str = "") -> Iterator[str
         target, before = target_of(new), target_of(old)
         if target and before and target != before:
             own = [key for key in old if not str(key).startswith("_")]
-            for key in [key for key in own if key not in parameters(target)]:
+            for key in [key for key in own if key not in parameters(target, f"{path}{name}")]:
                 del old[key]
             if own:
                 yield f"{path}{name}"
@@ -74,7 +76,7 @@ def check(cfg: DictConfig, paths: Iterable[str]) -> None:
         node = OmegaConf.select(cfg, path)
         if not (target := target_of(node)):
             continue
-        takes = parameters(target)
+        takes = parameters(target, path)
         extra = [str(key) for key in node if not str(key).startswith("_") and not takes.keys() & {key, "**"}]
         if extra:
             names = ", ".join(takes) or "nothing"
