@@ -84,6 +84,8 @@ def _main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None)
             cfg = composed(name, args.overrides, prepare, args.multirun, args.config_dir)
             if args.help:
                 return print(help_text(name, cfg, args.config_dir))
+            if args.cfg == "job" and not args.package:
+                return print(OmegaConf.to_yaml(cfg, resolve=args.resolve), end="")
             if not args.multirun and not args.cfg:
                 return checked(cfg)
     except UserError as error:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 import genai
-from genai import nodes, sampling
+from genai import cli, nodes, sampling
 from genai.build import build_stored
 from genai.checkpoint import Loaded
 from genai.cli import apply_all, composed, keys, new_keys, resumed
@@ -279,6 +279,13 @@ def test_files_that_change_a_target_replace_the_node_too(tmp_path):
     assert tall.model.schedule == {"_target_": f"{S}.karras", "steps": 200, "rho": 3, "sigma_max": 9}
     loss = composed("train", ["experiment=dcgan_mnist"]).model.loss
     assert loss == {"_target_": "genai.losses.adversarial.Relativistic"}
+
+
+def test_the_config_that_is_printed_is_the_one_that_trains(monkeypatch, capsys):
+    typed = ["model=vqvae", f"model.quantizer._target_={Q}.FiniteScalarQuantizer", "model.quantizer.levels=[5,5]"]
+    monkeypatch.setattr("sys.argv", ["train.py", *typed, "--cfg", "job"])
+    cli.main(lambda cfg: pytest.fail("trained"), "train", resumed)
+    assert OmegaConf.create(capsys.readouterr().out) == composed("train", typed, resumed)
 
 
 def test_a_sweep_takes_keys_of_a_changed_target():
