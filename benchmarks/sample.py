@@ -98,7 +98,7 @@ def by_hand(out: Tensor, steps: int) -> Callable[[], Tensor]:
 
 def end_to_end(channels: int, dtype: torch.dtype, args: argparse.Namespace, device: torch.device) -> None:
     peer = Diffusers(channels)
-    nets = {"ours": UNet(SHAPE, channels, MULTIPLIERS), "diffusers": peer.net}
+    nets = {"ours": UNet(SHAPE, channels, MULTIPLIERS, attention_depths=[1]), "diffusers": peer.net}
     gflop = {"ours": forward_gflop(nets["ours"]), "diffusers": forward_gflop(peer)}
     for net in nets.values():
         net.to(device, dtype).eval()

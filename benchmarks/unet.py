@@ -91,7 +91,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     device = setup()
 
-    nets: dict[str, nn.Module] = {"ours": UNet(SHAPE, args.channels, MULTIPLIERS)}
+    nets: dict[str, nn.Module] = {"ours": UNet(SHAPE, args.channels, MULTIPLIERS, attention_depths=[1])}
     if installed("diffusers"):
         nets["diffusers"] = Diffusers(args.channels)
     if installed("denoising_diffusion_pytorch"):

@@ -134,7 +134,6 @@ def test_depths_count_halvings_from_either_end(depths, heights):
         ({"attention_depths": [2]}, r"attention_depths=\[2\] .* 0 to 1, or -2 to -1"),
         ({"attention_depths": [0, -3]}, r"attention_depths=\[0, -3\] .* 0 to 1, or -2 to -1"),
         ({"attention": [16]}, r"attention=\[16\] .* heights \[8, 4\], .*\.attention_depths, such as"),
-        ({}, r"attention=\[16\] .* heights \[8, 4\], .*\.attention_depths, such as"),
         ({"attention": [4], "attention_depths": [1]}, "give attention_depths alone"),
         ({"attention_depths": [], "text": TextEncoder(4, 8)}, r"attention_depths=\[\] .* caption"),
     ],
@@ -142,6 +141,10 @@ def test_depths_count_halvings_from_either_end(depths, heights):
 def test_attention_that_would_be_nowhere_is_refused(arguments, sentence):
     with pytest.raises(UserError, match=sentence):
         UNet(**DIGITS, **arguments)
+
+
+def test_a_network_that_is_told_nothing_attends_at_its_least_size():
+    assert where(UNet(**DIGITS)) == where(UNet(**DIGITS, attention_depths=[-1])) != []
 
 
 def test_a_stored_config_whose_heights_match_nothing_still_means_no_attention():

@@ -124,14 +124,14 @@ class UNet(nn.Module):
         channels: width of the first resolution.
         multipliers: width of each resolution as a multiple of `channels`.
         blocks: residual blocks per resolution on the way down (one more on the way up).
-        attention: heights at which each block attends, in configs of before; None with `attention_depths` None is (16,).
+        attention: heights at which each block attends, in configs of before.
         classes: number of labels, None for none; the embedding has one more row, the null.
         dropout: probability inside residual blocks.
         gradient_checkpointing: recompute stages in the backward pass instead of keeping their activations.
         out_channels: channels of the output, None for those of the images times `out_per_channel`.
         text: encodes captions, None for none.
         attention_depths: halvings after which each block is followed by self-attention: 0 at the size of the images, -1 at
-            the least size.
+            the least size, the default; a stored config with neither key means the height 16.
         out_per_channel: outputs for each channel of the images, such as a logit for each grey level.
 
     Raises UserError if the net cannot take the size, or has no such depth.
@@ -155,7 +155,7 @@ class UNet(nn.Module):
         super().__init__()
         c_image, height, _ = _checked(shape, len(multipliers))
         if attention_depths is None and attention is None:
-            attention = (16,)
+            attention, attention_depths = ((16,), None) if stored.is_building() else (None, (-1,))
         heights = {depth: height >> depth for depth in range(len(multipliers))}
         depths = attending(heights, attention_depths, attention, "model.net")
         if text is not None and not depths and not stored.is_building():
