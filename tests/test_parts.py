@@ -127,6 +127,7 @@ NEEDS = {  # a part -> what a person types besides its name, where @ is its path
         "@.schedule._target_=genai.models.diffusion.schedules.cosine", "@.schedule.steps=2", "model.parameterization=v"
     ],
     "diffusion.dit.DiT": ["@.patch=2", "@.width=24", "@.layers=2", "@.heads=2"],
+    "gan.stylegan2_nets.Discriminator": ["@.widths=[8]", "@.group=1"],
     "diffusion.unet.UNet": ["@.channels=8", "@.multipliers=[1]", "@.blocks=1"],
     "vae.quantize.FiniteScalarQuantizer": ["@.levels=[4,3,2]", "model.map_shape=[3,2,2]", "model.encoder.outputs=3"],
     "vae.quantize.ResidualQuantizer": [f"@.stages=[{STAGE},{STAGE}]"],
