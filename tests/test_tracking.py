@@ -82,6 +82,7 @@ def offline_runs(folder):
         yield Offline(config, history, summary, artifacts, run, code)
 
 
+@pytest.mark.slow
 def test_offline_run_holds_config_metrics_and_images_and_goes_on_when_resumed(command, tmp_path):
     folder = tmp_path / "run"
     asked = ["logger.project=mine", "logger.entity=me", "logger.tags=[a,b]", "logger.notes=first try", "logger.group=g",
@@ -122,6 +123,7 @@ def test_offline_run_holds_config_metrics_and_images_and_goes_on_when_resumed(co
     assert second.summary["best/val/loss"] <= best
 
 
+@pytest.mark.slow
 def test_a_crashed_run_shows_as_crashed(tmp_path):
     arguments = ["train.py", *RUN, f"run_dir={tmp_path / 'run'}"]
     script = (

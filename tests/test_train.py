@@ -348,6 +348,7 @@ def ranks(tmp_path, text, most):
     return first, second, one
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_with_the_doubled_batch(tmp_path):
     first, second, one = ranks(tmp_path, TWO_RANKS, 1e-5)
     assert len(one["seen"]) == 40

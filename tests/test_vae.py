@@ -231,6 +231,7 @@ def test_what_cannot_be_is_refused(build, message):
 # From the command line
 
 
+@pytest.mark.slow
 def test_a_run_shows_itself_from_the_command_line(tmp_path, command, refused):
     run = tmp_path / "run"
     from genai.train.run import run as train
