@@ -27,7 +27,7 @@ def parse(parser: argparse.ArgumentParser, **toy: Any) -> argparse.Namespace:
 
 
 def installed(*packages: str) -> bool:
-    """Whether peers are there to compare with; those that are not are said, and left out."""
+    """True if all these peer packages are installed; prints the names of those that are missing."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     for package in missing:
         print(f"left out: {package} is not installed (pip install -e .[bench])")

@@ -45,7 +45,7 @@ RECIPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def overrides(experiment: str, data: str, text: str, toy: bool, folder: Path) -> list[str]:
-    """What train.py is told beside the recipe: its data, and to leave out what takes time between steps."""
+    """Overrides of train.py on top of the recipe: its data, and no samples or checkpoints between steps."""
     given, small = RECIPES[experiment]
     least = ["max_steps=2", "data.num_workers=0", "log_every_steps=1", "callbacks.evaluate.n=4", *small] if toy else []
     every = 1 if toy else 250

@@ -220,7 +220,7 @@ class Loaded:
     path: Path
     trust: tuple[str, ...] = ()
     precision: str = "32-true"
-    """What its networks compute in; see `core.precision`."""
+    """Precision of the networks, one of `core.precision.PRECISIONS`."""
 
     @property
     def device(self) -> torch.device:
@@ -228,11 +228,11 @@ class Loaded:
 
     @property
     def dtype(self) -> str:
-        """What a card says its networks computed in."""
+        """The precision as a card records it; TF32 counts as float32."""
         return "float32" if self.precision == "32-true" else self.precision
 
     def computing(self) -> contextlib.AbstractContextManager:
-        """What its model is called in."""
+        """The autocast context to call the model in; no context where the precision is not mixed."""
         return precisions.computing(self.precision, self.device)
 
 

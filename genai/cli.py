@@ -399,7 +399,7 @@ def apply(cfg: DictConfig, override: Override, parts: dict[str, None] | None = N
 
 
 def _takes(cfg: DictConfig, key: str, parts: Iterable[str]) -> bool:
-    """Whether a key may be given to one of the nodes whose `_target_` has changed."""
+    """True if `key` is an argument of the new `_target_` of one of the nodes at `parts`."""
     node, _, name = key.rpartition(".")
     target = nodes.target_of(_at(cfg, node)) if node in parts else ""
     return target != "" and bool(nodes.parameters(target).keys() & {name, "**"})

@@ -32,7 +32,7 @@ def precision_of(name: object, device: str | torch.device, key: str = "precision
 
 
 def computing(precision: str, device: torch.device) -> AbstractContextManager:
-    """What a model prepared by `halved` is called in."""
+    """The autocast context to call a model in, which `halved` has prepared; no context where the precision is not mixed."""
     if not precision.endswith("-mixed"):
         return contextlib.nullcontext()
     return torch.autocast(device.type, HALVES[precision])
@@ -107,7 +107,7 @@ def fitted(x: Tensor, net: nn.Module | Tensor) -> Tensor:
 
 
 def kept(t: Tensor, converted: Tensor) -> Tensor:
-    """What t becomes in a conversion of modules, which may move it but not make its numbers narrower."""
+    """t on the device of `converted`, and in its dtype where that is as wide as t's: a module's tensor after `Module.to`."""
     return t.to(converted.device) if converted.dtype.itemsize < t.dtype.itemsize else converted
 
 
