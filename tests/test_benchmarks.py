@@ -35,7 +35,7 @@ def test_calls_keep_failures_and_go_on_where_they_were(tmp_path, monkeypatch):
     script = f"import os, pathlib, sys; pathlib.Path(os.environ['{common.PART}']).write_text('{{\"rows\": [1]}}')"
     broken = f"import pathlib; print('almost'); assert pathlib.Path({str(flag)!r}).exists(), 'broken'"
     slow = "import time; print('begun', flush=True); time.sleep(60)"
-    parts = {"broken": gpu.Part(("-c", broken)), "well": gpu.Part(("-c", script)), "slow": gpu.Part(("-c", slow), 2)}
+    parts = {"broken": gpu.Part(("-c", broken)), "well": gpu.Part(("-c", script)), "slow": gpu.Part(("-c", slow), 6)}
     monkeypatch.setitem(gpu.CALLS, "1", parts)
     monkeypatch.setenv("COMMIT", "abc")
 
@@ -46,7 +46,7 @@ def test_calls_keep_failures_and_go_on_where_they_were(tmp_path, monkeypatch):
     assert found["parts"]["well"]["figures"] == {"rows": [1]}
     assert found["parts"]["broken"]["error"][0] == "almost"
     assert "broken" in found["parts"]["broken"]["error"][-1]
-    assert found["parts"]["slow"]["error"] == ["begun", "stopped after 2 s"]
+    assert found["parts"]["slow"]["error"] == ["begun", "stopped after 6 s"]
     assert {entry["commit"] for entry in found["parts"].values()} == {"abc"}
 
     flag.touch()

@@ -26,7 +26,7 @@ def unpack(folder: Path, name: str) -> None:
     """The run `name` and the first stage that one of them was trained on."""
     with tarfile.open(OLD / "runs_of_format_1.tar.xz") as archive:
         members = [m for m in archive.getmembers() if m.name.split("/")[0] in (name, "first")]
-        archive.extractall(folder, members, filter="data")
+        archive.extractall(folder, members)
 
 
 def samples(folder: Path) -> dict[str, np.ndarray]:
