@@ -9,7 +9,7 @@ from genai.core.errors import UserError
 
 def check_shape(x: Tensor, shape: Sequence[int], key: str) -> Tensor:
     """Return x, which must be (B, *shape). Raises UserError that names the config key of the network whose answer it is."""
-    if tuple(x.shape[1:]) != tuple(shape):
+    if x.shape[1:] != tuple(shape):
         raise UserError(
             f"{key} makes {list(x.shape[1:])} of an item, and the model needs {list(shape)}: choose another, or other sizes"
         )

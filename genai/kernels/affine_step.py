@@ -71,44 +71,35 @@ def affine_step(
     Raises UserError where the tensors do not fit each other, and for gradients asked of Triton.
     """
     out, out_uncond, w, p, q = prediction
-    given = x, out, out_uncond, x0_prev, x_base, known, mask, seeds
+    others = out, out_uncond, x0_prev, x_base, known, mask
     noisy = row.s != 0 if noisy is None else noisy
-    if not _check(*given, row, noisy or mask is not None):
-        given = _contiguous(*given)
+    if not _check(x, others, seeds, row, noisy or mask is not None):
+        x, seeds, *others = _contiguous(x, seeds, *others)
     k = [w, p, q, row.a, row.b, row.c, row.d, row.s, row.alpha, row.sigma]
     call = {"auto": _auto, "torch": _torch, "triton": _triton, "compiled": _compiled}[impl]
-    return call(*given, index, k, clip, noisy, keep_x0)
+    return call(x, *others, seeds, index, k, clip, noisy, keep_x0)
 
 
 NAMES = "out", "out_uncond", "x0_prev", "x_base", "known", "mask"
 
 
-def _check(
-    x: Tensor,
-    out: Tensor,
-    out_uncond: Tensor | None,
-    x0_prev: Tensor | None,
-    x_base: Tensor | None,
-    known: Tensor | None,
-    mask: Tensor | None,
-    seeds: Tensor,
-    row: Row,
-    drawn: bool,
-) -> bool:
-    """Raise UserError where the arguments do not fit; else whether all tensors that are read are contiguous, of the seeds only
-    where noise is drawn: at small sizes each attribute looked up counts."""
+def _check(x: Tensor, others: Sequence[Tensor | None], seeds: Tensor, row: Row, drawn: bool) -> bool:
+    """Raise UserError where the arguments do not fit, `others` in the order of NAMES; else whether all tensors that are read are
+    contiguous, of the seeds only where noise is drawn. At small sizes each attribute looked up counts."""
     shape, dtype, device = x.shape, x.dtype, x.device
     contiguous = x.is_contiguous() and (not drawn or seeds.is_contiguous())
-    for name, tensor in zip(NAMES, (out, out_uncond, x0_prev, x_base, known, mask), strict=True):
+    for tensor in others:
         if tensor is None:
             continue
         if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+            name = next(name for name, other in zip(NAMES, others, strict=True) if other is tensor)
             raise UserError(f"{name} is {_kind(tensor)}, but the state of the sampler is {_kind(x)}: they must agree")
         contiguous = contiguous and tensor.is_contiguous()
     fits = not drawn or (seeds.shape == shape[:1] and seeds.dtype == torch.int64 and seeds.device == device)
     if not shape or not fits:
         wanted = f"int64 {list(shape[:1])} on {device}"
         raise UserError(f"seeds is {_kind(seeds)}, but the state is {_kind(x)}: one seed a sample is needed, {wanted}")
+    *_, x0_prev, x_base, known, mask = others
     if (known is None) != (mask is None):
         name, other = ("known", "mask") if mask is None else ("mask", "known")
         raise UserError(f"{name} was given without {other}: inpainting needs both, and a step without it neither")
@@ -232,7 +223,7 @@ def prefer(x: Tensor, steps: int, noisy: bool) -> Impl:
 def _triton(x: Tensor, *args) -> tuple[Tensor, Tensor]:
     if reason := why_not_triton(x):
         raise UserError(f"impl=triton cannot run here: {reason} (impl=auto or torch can)")
-    if _differentiated(x, *args):
+    if torch.is_grad_enabled() and _differentiated(x, *args):
         raise UserError("impl=triton has no gradient, but a tensor of the step requires one (impl=auto or torch has)")
     from genai.kernels import triton_affine_step
 
@@ -240,7 +231,7 @@ def _triton(x: Tensor, *args) -> tuple[Tensor, Tensor]:
 
 
 def _differentiated(*args) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    return any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
 def why_not_triton(x: Tensor) -> str | None:
@@ -257,7 +248,7 @@ def why_not_triton(x: Tensor) -> str | None:
 
 
 def _auto(x: Tensor, *args) -> tuple[Tensor, Tensor]:
-    if _differentiated(x, *args):
+    if torch.is_grad_enabled() and _differentiated(x, *args):
         return _torch(x, *args)
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return torch.ops.genai.affine_step(x, *args)

@@ -64,8 +64,8 @@ class Diffusion(WideBuffers):
             )
         self.net, self.shape, self.field = net, tuple(shape), field
         self.classes, self.label_dropout, self.guidance, self.clip = classes, label_dropout, guidance, clip
-        self.latent = latent
-        if (classes is not None or self.text is not None) and not stored.is_building():
+        self.latent, self.reads_text = latent, getattr(net, "text", None) is not None
+        if (classes is not None or self.reads_text) and not stored.is_building():
             self.check_guidance(guidance, "model.guidance")
         if latent is not None and latent.shape != self.shape:
             raise UserError(f"model.shape={list(shape)}, but the first stage's latents are {list(latent.shape)}")
@@ -91,7 +91,7 @@ class Diffusion(WideBuffers):
 
     @property
     def text(self) -> TextEncoder | None:
-        return getattr(self.net, "text", None)
+        return self.net.text if self.reads_text else None  # type: ignore[return-value]
 
     @property
     def codec(self) -> nn.Module | None:
