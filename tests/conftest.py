@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import json
 import os
 import runpy
 import shutil
@@ -50,6 +51,19 @@ def fake_device():
 
     with FakeTensorMode(), Watch():
         yield traffic
+
+
+def compiled_for_gpus(script, cases):
+    """case -> (PTX, resource usage), by a script that prints them as JSON for the cases that are its argument.
+
+    In a process of its own, for Triton does not compile where it interprets.
+    """
+    pytest.importorskip("triton", reason="Triton exists for Linux only")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script, json.dumps(cases)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(cases, json.loads(done.stdout), strict=True))
 
 
 @pytest.fixture

@@ -67,14 +67,19 @@ def config_of(case):
     return OmegaConf.to_container(cfg, resolve=True)
 
 
-def train(config, folder, steps, resume=None, precision="32-true", accumulate=1):
-    facts = config["data"]
+def synthetic(facts):
+    """Data of the config's shape and classes, made up."""
     names = None if facts["classes"] is None else [str(i) for i in range(facts["classes"])]
     data = Data(
         field=facts["field"], shape=facts["shape"], classes=facts["classes"], levels=facts["levels"], batch_size=4,
         num_workers=0, splits={}, found_shape=facts["shape"], class_names=names, found_levels=facts["levels"],
     )  # fmt: skip
     data.splits = {"train": Synthetic(data), "val": Synthetic(data)}
+    return data
+
+
+def train(config, folder, steps, resume=None, precision="32-true", accumulate=1):
+    data = synthetic(config["data"])
     torch.manual_seed(0)
     model = build_typed(config["model"])
     if precision.endswith("-true"):  # as train.py does

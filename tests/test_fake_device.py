@@ -25,7 +25,7 @@ from genai.build import build_typed
 from genai.core import rng
 from genai.core.errors import UserError
 from genai.core.protocols import check_sampler, with_items
-from genai.data.base import Data, example
+from genai.data.base import example
 from genai.kernels import affine_step
 from genai.models.autoregressive import decode
 from genai.models.diffusion import samplers
@@ -36,7 +36,7 @@ from genai.train.ema import EMA
 from genai.train.record import Record
 from genai.train.strategy import Ranks
 from tests.conftest import ROOT
-from tests.test_configs import CASES, Synthetic, config_of
+from tests.test_configs import CASES, config_of, synthetic
 
 GPU = torch.device("cuda", 0)
 SAMPLERS = [OmegaConf.to_container(OmegaConf.load(path)) for path in sorted((ROOT / "conf" / "sampler").glob("*.yaml"))]
@@ -174,13 +174,7 @@ def moved(module: nn.Module) -> nn.Module:
 
 def loop_of(config: dict, folder: Path):
     """The training loop of a config with its model on the fake device, without Lightning's trainer."""
-    facts = config["data"]
-    names = None if facts["classes"] is None else [str(i) for i in range(facts["classes"])]
-    data = Data(
-        field=facts["field"], shape=facts["shape"], classes=facts["classes"], levels=facts["levels"], batch_size=4,
-        num_workers=0, splits={}, found_shape=facts["shape"], class_names=names, found_levels=facts["levels"],
-    )  # fmt: skip
-    data.splits = {"train": Synthetic(data), "val": Synthetic(data)}
+    data = synthetic(config["data"])
     loop = build_typed({**config["loop"], "_partial_": True})
     ema = functools.partial(EMA, decay=0.9)
     model, record = build_typed(config["model"]), Record(folder, writes=False)

@@ -3,7 +3,6 @@ compiles to, which needs no GPU."""
 
 import contextlib
 import itertools
-import json
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ from genai.core.errors import UserError
 from genai.core.protocols import Prediction
 from genai.kernels import affine_step as kernels
 from genai.kernels.affine_step import Row, affine_step
-from tests.conftest import ROOT, fake_device
+from tests.conftest import ROOT, compiled_for_gpus, fake_device
 
 SHAPES = [(3, 2, 5), (2, 3, 8, 8), (1, 1), (2, 1031), (2, 4, 520)]  # odd ones, one block and several
 ROWS = {
@@ -470,13 +469,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def compiled():
-    """case -> (PTX, resource usage); all in one process that does not interpret."""
-    pytest.importorskip("triton", reason="Triton exists for Linux only")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, json.dumps(CASES)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(CASES, json.loads(done.stdout), strict=True))
+    return compiled_for_gpus(COMPILE, CASES)
 
 
 @pytest.mark.parametrize("case", CASES[:-1], ids=str)

@@ -2,11 +2,7 @@
 that the U-Net uses it on a GPU and nothing new elsewhere."""
 
 import itertools
-import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +10,7 @@ from torch import nn
 
 from genai.kernels import norm as kernels
 from genai.models.diffusion.unet import UNet
-from tests.conftest import ROOT, fake_device
+from tests.conftest import compiled_for_gpus, fake_device
 from tests.test_kernels import in_the_interpreter
 
 SHAPES = [((2, 33, 7, 7), 1), ((1, 96, 14, 14), 24), ((3, 20, 1, 1), 5), ((1, 160, 3, 3), 2), ((1, 4, 33, 33), 2),
@@ -184,13 +180,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def compiled():
-    """case -> (PTX, resource usage); all in one process that does not interpret."""
-    pytest.importorskip("triton", reason="Triton exists for Linux only")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, json.dumps(CASES)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(CASES, json.loads(done.stdout), strict=True))
+    return compiled_for_gpus(COMPILE, CASES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
