@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from genai.build import build_stored, reason
-from genai.core import archive, files
+from genai.core import archive, files, stored
 from genai.core import precision as precisions
 from genai.core.errors import UserError
 from genai.core.rng import RNG_VERSION
+from genai.core.stored import MOVED as MOVED
 
-FORMAT = 1
+FORMAT = 2  # 1 knew no MOVED
 ROOM = "make room, then resume= goes on from the last good checkpoint"
 
 
@@ -64,7 +65,8 @@ def link(path: Path, name: str) -> None:
 
 
 def read(path: Path) -> dict:
-    """The content of a checkpoint on the CPU, checked: see `check` for what it is.
+    """The content of a checkpoint on the CPU, checked: see `check` for what it is. MOVED has brought its config and assets up to
+    date, and `written` is the config as it lies in the file.
 
     Raises Damaged if it is torn, and UserError if it cannot be read now, is no checkpoint, holds code, or claims to be larger
     than it is.
@@ -90,7 +92,8 @@ def read(path: Path) -> dict:
         check(content)
     except ValueError as error:
         raise UserError(f"{path} is refused, its content is not a checkpoint's: {error}") from None
-    return content
+    current = {part: stored.up_to_date(content[part]) for part in ("config", "assets")}
+    return {**content, "written": content["config"], **current}
 
 
 def check(content: dict) -> None:

@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 from genai import nodes
 from genai.core.errors import UserError
 from genai.core.interrupt import answered
+from genai.core.stored import up_to_date
 from genai.ranges import check as ranges
 
 # A disk that is full or may not be written, wherever a package met it.
@@ -560,7 +561,7 @@ RUN_GROUPS = ("model", "data", "loop", "optim", "sampler", "trainer", "callbacks
 
 
 def stored_config(path: Path, groups: Sequence[str] = ("model", "data", "sampler")) -> dict[str, Any]:
-    """The config.yaml of a run, which somebody else may have written.
+    """The config.yaml of a run, which somebody else may have written, brought up to date by MOVED.
 
     Raises UserError unless it can be read, holds plain values alone, and has these groups of keys.
     """
@@ -570,7 +571,7 @@ def stored_config(path: Path, groups: Sequence[str] = ("model", "data", "sampler
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         if "${" in text or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
             reason = "it has values that stand for others (${...} or *), which no run writes"
-        found: Any = {} if reason else OmegaConf.to_container(OmegaConf.create(text))
+        found: Any = {} if reason else up_to_date(OmegaConf.to_container(OmegaConf.create(text)))
     except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason, found = " ".join(str(error).split())[:200], {}
     if not reason and not (isinstance(found, dict) and found):

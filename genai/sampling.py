@@ -16,7 +16,7 @@ from torch import Tensor
 from genai import checkpoint
 from genai.build import DATA, MODELS, build_stored
 from genai.checkpoint import Loaded
-from genai.core import files, rng
+from genai.core import files, rng, stored
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch, OnStep, check_sampler, with_items
 
@@ -92,7 +92,9 @@ def _shifted(on_step: OnStep, k: int, chunks: int) -> OnStep:
 
 
 def bind(loaded: Loaded, node: dict, arguments: dict[str, Any]) -> Callable[..., Batch]:
-    """The sampler of a config node with arguments of its own changed. Raises UserError for one that it lacks."""
+    """The sampler of a config node, also of an older one, with arguments of its own changed. Raises UserError for one that
+    it lacks."""
+    node = stored.up_to_date(node)
     own = [key for key in node if not key.startswith("_")]
     for key in arguments:
         if key not in own:

@@ -5,6 +5,7 @@ that wrote them made of them: samples by seed, and the norm of every weight afte
 of both; `tests/old/record.py`, which wrote them, says what is in them. None is ever written anew.
 """
 
+import copy
 import json
 import sys
 import tarfile
@@ -12,10 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from omegaconf import OmegaConf
 
 import genai
 from genai import checkpoint
-from genai.cli import composed, resumed
+from genai.cli import composed, resumed, with_sampler
+from genai.core.errors import UserError
+from genai.core.stored import into, up_to_date
+from genai.train.codec import digest
 from genai.train.run import run
 from tests.old import record
 
@@ -113,3 +119,91 @@ def close(value: np.ndarray, before: np.ndarray, spread: np.ndarray, least: floa
     if value.shape != before.shape or before.dtype.kind != "f":
         return bool(np.isinf(spread).all())
     return bool((np.abs(value - before) <= least + 2e-3 * np.abs(before) + 10 * spread).all())
+
+
+# What moves since a run was written
+
+
+def aged(node, moved):
+    """A stored node as a version would have written it in which everything had another name, and samplers another key; notes in
+    `moved` what MOVED has to say of that."""
+    if isinstance(node, list):
+        return [aged(value, moved) for value in node]
+    if not isinstance(node, dict):
+        return node
+    old = {key: aged(value, moved) for key, value in node.items()}
+    if "_target_" in node:
+        target = node["_target_"]
+        old["_target_"] = target.replace("genai.", "genai.attic.")
+        moved[old["_target_"]] = target
+        if "samplers" in target and "steps" in node:
+            old["count"] = old.pop("steps")
+            moved[old["_target_"]] = into(target, {"count": "steps"})
+    return old
+
+
+def age(folder, moved):
+    """Let a run be one of such a version."""
+    path = folder / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    content |= {part: aged(content[part], moved) for part in ("config", "assets")}
+    codec = content["config"].get("codec")
+    if codec is not None:
+        codec["sha256"] = digest(torch.load(Path(codec["ckpt"]) / "checkpoints" / "last.ckpt", weights_only=True))
+    torch.save(content, path)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(content["config"])))
+
+
+@pytest.mark.parametrize("name", ["dit_captions", "gpt_names"])
+def test_a_run_whose_every_target_has_moved_makes_what_it_made(recorded, tmp_path, monkeypatch, name):
+    plan, moved = json.loads((recorded / "plan.json").read_text())[name], {}
+    record.copy(recorded, tmp_path, [name, *plan["needs"]])
+    monkeypatch.chdir(tmp_path)
+    for run_ in (*plan["needs"], name):
+        age(Path(run_), moved)
+    plan = aged(plan, moved)
+    assert len(moved) > 8
+    with pytest.raises(UserError, match="attic"):
+        genai.load(name)
+    for target, now in moved.items():
+        monkeypatch.setitem(checkpoint.MOVED, target, now)
+    assert composed("sample", [f"ckpt={name}"], with_sampler).sampler._target_ in json.dumps(
+        genai.load(name).config["sampler"]
+    )
+    found = record.results(name, plan)
+    assert differing(name, {key: value for key, value in found.items() if f"{name}/{key}" in EXPECTED}) == {}
+    assert "attic" not in (tmp_path / name / "config.yaml").read_text()  # it went on under today's names
+    assert "attic" not in json.dumps(torch.load(f"{name}/checkpoints/last.ckpt", weights_only=True)["config"])
+
+
+def test_a_stored_node_is_brought_up_to_date_from_within(monkeypatch):
+    moves = {
+        "a.One": "a.Two", "a.Two": "b.Three", "b.Keys": into("b.Keys", {"old": "new"}, more=3), "a.Pair": into("b.Pair", less=1),
+        "c.Ring": "c.Gnir", "c.Gnir": "c.Ring",
+    }  # fmt: skip
+    for target, now in moves.items():
+        monkeypatch.setitem(checkpoint.MOVED, target, now)
+    node = {
+        "_target_": "a.Pair",
+        "less": 2,
+        "of": [{"_target_": "a.One", "_partial_": True}, {"_target_": "b.Keys", "old": 1}],
+    }
+    inner = [{"_target_": "b.Three", "_partial_": True}, {"_target_": "b.Keys", "new": 1, "more": 3}]
+    before = copy.deepcopy(node)
+    assert up_to_date(node) == {"_target_": "b.Pair", "less": 2, "of": inner}
+    assert node == before
+    assert up_to_date(up_to_date(node)) == up_to_date(node)
+    assert up_to_date({"_target_": "c.Ring"})["_target_"] in ("c.Ring", "c.Gnir")  # and it ends
+    for same in ({"_target_": ["a.One"]}, {"target": "a.One"}, "a.One", 3, None, {"_target_": "a.Other"}):
+        assert up_to_date(same) == same
+
+
+@pytest.mark.parametrize("now", ["os.system", "genai.checkpoint.save", "genai.models.nothing.Here", into("os.system")])
+def test_what_a_target_has_become_is_checked_as_any_other(recorded, monkeypatch, now):
+    monkeypatch.setitem(checkpoint.MOVED, "genai.models.diffusion.unet.UNet", now)
+    called = []
+    monkeypatch.setattr("os.system", called.append)
+    with pytest.raises(UserError, match=r"^the checkpoint wants to build ") as refused:
+        genai.load(recorded / "ddpm")
+    assert "UNet" not in str(refused.value)
+    assert called == []

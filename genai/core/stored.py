@@ -1,11 +1,40 @@
-"""A flag that is set while objects are built from a stored config.
+"""What holds of a config that lies in a file: MOVED brings its targets up to date before anything looks at them, and a flag is
+set while objects are built from it.
 
-Such a thing reads what is there: it downloads nothing, and writes nothing where the file chooses.
+Such an object reads what is there: it downloads nothing, and writes nothing where the file chooses.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from typing import Any
+
+Node = dict[str, Any]
+
+
+def into(target: str, renamed: Mapping[str, str] = {}, **added: Any) -> Callable[[Node], Node]:
+    """A value of MOVED whose keys change: builds `target`, with keys `renamed` and those that it lacks `added`."""
+    return lambda node: {**added, **{renamed.get(key, key): value for key, value in node.items()}, "_target_": target}
+
+
+MOVED: dict[str, str | Callable[[Node], Node]] = {}
+"""What a `_target_` of an older file has become: another name, or, where its keys change too, another node, as in
+`"genai.models.diffusion.samplers.ddim": into("genai.models.diffusion.sampling.sample", solver="ddim")`. A row stays for ever."""
+
+
+def up_to_date(node: Any) -> Any:
+    """A stored config, or a part of one, with every node as MOVED says, those within it first; it is not changed itself."""
+    if isinstance(node, list):
+        return [up_to_date(value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    node, passed = {key: up_to_date(value) for key, value in node.items()}, set()
+    while type(target := node.get("_target_")) is str and target in MOVED and target not in passed:
+        passed.add(target)  # whose keys alone may have changed
+        move = MOVED[target]
+        node = move(node) if callable(move) else {**node, "_target_": move}
+    return node
+
 
 _building = ContextVar("building what a file says", default=False)
 

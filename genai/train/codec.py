@@ -25,8 +25,8 @@ MEASURED = 4096  # samples a model may look at before its first step
 
 
 def digest(content: dict) -> str:
-    """SHA-256 of what decides what a checkpoint's model does: its config and its averaged weights."""
-    sha = hashlib.sha256(json.dumps(content["config"]["model"], sort_keys=True).encode())
+    """SHA-256 of what decides what a checkpoint's model does: its config, as it was written, and its averaged weights."""
+    sha = hashlib.sha256(json.dumps(content.get("written", content["config"])["model"], sort_keys=True).encode())
     for name, tensor in sorted({**content["model"], **content["ema"]}.items()):
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.reshape(-1))

@@ -40,6 +40,7 @@ from genai.build import DATA, MODELS, build_stored
 from genai.cli import PLAYERS, composed, conf_dir, resumed
 from genai.core.errors import UserError
 from genai.core.protocols import AdversarialModel, Losses, Scorable
+from genai.core.stored import up_to_date
 from genai.train.run import run
 
 HERE = Path(__file__).parent
@@ -205,7 +206,7 @@ def scores(name: str) -> dict[str, np.ndarray]:
         if isinstance(loaded.model, Scorable):
             found["log_prob"] = loaded.model.log_prob(batch, 3).detach().numpy()
         if hasattr(loaded.model, "denoise"):
-            flow = build_stored({**FLOW, "_partial_": True})
+            flow = build_stored(up_to_date({**FLOW, "_partial_": True}))
             found["probability_flow"] = flow(loaded.model, batch, 3, levels=data.levels).detach().numpy()
     return found
 
