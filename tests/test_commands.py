@@ -292,7 +292,7 @@ SAMPLE = {
     "sampler=": "sampler= is none of",
     "sampler._target_=os.system": "the sampler ddim has no _target_",
     "sampler=gan": "sampler gan is for a GAN",
-    "sampler=speculative": "sampler speculative is for a GPT",
+    "sampler=speculative": "sampler speculative is for a Rewindable",
     "sampler=interpolate": "sampler interpolate is for a LatentGenerator",
     "num_samples=5": "did you mean n?",
     "output=x": "did you mean out?",

@@ -16,7 +16,8 @@ from genai.models.autoregressive import decode, gpt2, speculative
 from genai.models.autoregressive.gpt import GPT, Decoder
 from genai.nn import norm, transformer
 from genai.nn.attention import Attention, Learned, Rotary, rotate
-from genai.nn.transformer import MLP, Cache, Places, SwiGLU, Transformer
+from genai.nn.cache import Cache, Places
+from genai.nn.transformer import MLP, SwiGLU, Transformer
 from genai.train.lit import LitModel, Player
 
 V = 13
@@ -390,7 +391,7 @@ def test_a_step_is_the_same_work_whatever_the_position(options, given, n, monkey
     cond = {"tokens": torch.randint(1, V, (3, given)), "pad": torch.tensor([0, 5, 2]), "stop": torch.tensor([V, 2, V])}
     arguments = {"max_new_tokens": n, "top_k": 8, "temperature": 0.9, "repetition_penalty": 1.1}
     expected = decode.generate(model, torch.arange(3), cond, **arguments)
-    monkeypatch.setattr(decode, "_graphed", lambda *_: True)
+    monkeypatch.setattr(decode, "_captures", lambda _, writer: writer.model.fix(writer.state))
     monkeypatch.setattr(decode, "capture", replay_of)
     read, calls = [], []
     model.net.register_forward_hook(lambda *_: calls.append(1))
@@ -408,7 +409,7 @@ def test_a_graph_that_cannot_be_says_why(monkeypatch):
     def capture(trajectory, inputs):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(decode, "_graphed", lambda *_: True)
+    monkeypatch.setattr(decode, "_captures", lambda _, writer: writer.model.fix(writer.state))
     monkeypatch.setattr(decode, "capture", capture)
     with pytest.warns(UserWarning, match="not as a CUDA graph: operation not permitted when stream is capturing$"):
         assert torch.equal(decode.generate(gpt(), torch.arange(2), max_new_tokens=5)["tokens"], plain_)
@@ -549,7 +550,7 @@ def test_wrong_drafts_and_networks():
     with pytest.raises(UserError, match="name the run or checkpoint"):
         speculative.speculative(gpt(), torch.tensor([0]))
     long = {"tokens": torch.zeros(1, 20, dtype=torch.int64)}
-    with pytest.raises(UserError, match="are longer than the 12 learned positions both models have"):
+    with pytest.raises(UserError, match="are longer than the 12 learned positions a model has"):
         speculative.speculative(gpt(), torch.tensor([0]), long, draft=gpt(length=12, position="learned"))
     with pytest.raises(UserError, match="are longer than the 24 learned positions"):
         speculative.speculative(gpt(position="learned"), torch.tensor([0]), draft=gpt(), max_new_tokens=40)

@@ -2,8 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -112,6 +112,79 @@ class Codec(Reconstructing, Protocol):
         ...
 
 
+@runtime_checkable
+class Autoregressive(Protocol):
+    """A model that gives each token of a sample its distribution given those before it, which is all `generate` asks of it:
+
+        state = model.start(cond, B, total, pad)
+        logits = model.next(prompt, state)  # int64 (B, T) -> (B, vocab_size)
+        logits = model.next(token, state)  # int64 (B, 1) -> (B, vocab_size), and so on
+
+    A state is the model's own (a cache of keys and values, queues, the state of a cell): nothing else looks into it, and
+    several of one model are independent of each other.
+    """
+
+    vocab_size: int
+    """Ids 0 to vocab_size - 1 can be written."""
+    length: int
+    """Tokens of the model's context as trained, and of a sample where nobody says how many."""
+    first: int
+    """The id that is read where there is no prompt; from vocab_size on it is one that is never written."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As of an nn.Module: the first says on which device it is, and in which precision it computes."""
+        ...
+
+    def start(self, cond: Batch | None, batch: int, total: int, pad: Tensor | None = None) -> Any:
+        """The state of `batch` samples before their first token.
+
+        Args:
+            cond: conditions (batch, ...) by name, on the model's device; None for none. What depends on them alone, such as
+                the keys and values of a cross-attention, is computed here, once a sample.
+            total: tokens of a sample that `next` will be given, at most.
+            pad: (batch,) how many tokens on the left of each prompt are padding, fewer than it has; None for none. A sample
+                continues as if they were not there.
+        """
+        ...
+
+    def next(self, tokens: Tensor, state: Any) -> Tensor:
+        """Read tokens int64 (B, T) after those read before -> logits float32 (B, vocab_size) of the token after them.
+
+        The first call reads the prompt with its padding, each later one a single token. Changes the state in place.
+        """
+        ...
+
+
+@runtime_checkable
+class Rewindable(Autoregressive, Protocol):
+    """An Autoregressive model that can take back tokens it has read, as speculative decoding asks of model and draft."""
+
+    def start(
+        self, cond: Batch | None, batch: int, total: int, pad: Tensor | None = None, rewinds: bool = False
+    ) -> Any:
+        """With `rewinds` a state that takes several tokens in any call, for `scores` and `rewind` too. Raises UserError where
+        the model cannot read `total` tokens so."""
+        ...
+
+    def scores(self, tokens: Tensor, state: Any) -> Tensor:
+        """As `next`, but logits float32 (B, T, vocab_size) of the token after each one of `tokens`."""
+        ...
+
+    def rewind(self, state: Any, n: int) -> None:
+        """Forget the n tokens read last, which are not all."""
+        ...
+
+
+@runtime_checkable
+class Capturable(Autoregressive, Protocol):
+    """An Autoregressive model whose step can be one CUDA graph."""
+
+    def fix(self, state: Any) -> bool:
+        """Once the prompt is read: from here on `next` runs the same operations on the same memory whatever the position and
+        never waits for the device. False where this state cannot do so."""
+        ...
+
+
 class Prediction(NamedTuple):
     """A denoiser's answer in parts, so that one fused pass can finish it: x0 = p x + q (u + w (out - u))."""
 
@@ -166,9 +239,9 @@ def check_sampler(sampler: Callable, model: nn.Module, key: str = "sampler") -> 
     kinds = getattr(function, "model_types", ())
     if kinds and not isinstance(model, kinds):
         name = getattr(function, "__name__", type(function).__name__)
-        wanted = " or a ".join(k.__name__ for k in kinds)
+        wanted = " or ".join(f"{'an' if k.__name__[0] in 'AEIO' else 'a'} {k.__name__}" for k in kinds)
         raise UserError(
-            f"the {key} {name} is for a {wanted}, and this model is a {type(model).__name__}: choose another with {key}="
+            f"the {key} {name} is for {wanted}, and this model is a {type(model).__name__}: choose another with {key}="
         )
 
 

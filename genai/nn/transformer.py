@@ -3,8 +3,7 @@
 Tenants to come beside the autoregressive family: masked language models, text conditions of diffusion.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,119 +11,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from genai.core.errors import UserError, at_least, number
-from genai.nn.attention import Attention, Rotation, Rows
-
-
-class Places(NamedTuple):
-    """What T new positions need to know of themselves."""
-
-    added: Tensor | None = None
-    """Added to their embeddings, (T, width) or (B, T, width)."""
-    rotation: Rotation | None = None
-    """Of their queries and keys."""
-    mask: Tensor | None = None
-    """Who of those seen each sees, (B or 1, 1, T, T'); None: all up to itself."""
-    real: Tensor | None = None
-    """Which are not padding, (B, T, 1); None: all."""
-
-    def without_padding(self, x: Tensor) -> Tensor:
-        """Zeros where padding is: before a text there is nothing."""
-        return x if self.real is None else x * self.real
-
-
-class Memory(NamedTuple):
-    """What one block knows of the positions before."""
-
-    keys: Rows | None = None
-    values: Rows | None = None
-    shift1: Rows | None = None
-    shift2: Rows | None = None
-
-
-class Cache:
-    """What a causal Transformer has seen: of every block, the last `capacity` positions of B texts.
-
-    Each position beyond `capacity` is written over the oldest. `length` counts those seen so far, padding included.
-
-    Args:
-        net: whose it is.
-        batch: B.
-        capacity: positions that are kept.
-        total: positions there will be at most; beyond `capacity` they come one at a time.
-        pad: (B,) how many positions on the left of each text are padding, fewer than capacity; None for none.
-        window: positions that a new one can see, itself included; None: all that are kept.
-    """
-
-    def __init__(
-        self, net: "Transformer", batch: int, capacity: int, total: int, pad: Tensor | None = None,
-        window: int | None = None,
-    ):  # fmt: skip
-        block, n = net.blocks[0], len(net.blocks)
-        weight: Tensor = block.attention.qkv.weight  # type: ignore[union-attr,assignment]
-        self.kv = [weight.new_zeros(n, batch, net.kv_heads, capacity, net.head_dim) for _ in range(2)]
-        shift: Tensor = block.shift1.mix if net.shifts else weight  # type: ignore[union-attr,assignment]
-        self.shifted = [shift.new_zeros(n, batch, capacity, net.width) for _ in range(2 if net.shifts else 0)]
-        self.capacity, self.pad, self.length = capacity, pad, 0
-        self.window = capacity if window is None else window
-        self.positions = at = torch.arange(total, device=weight.device)
-        self.at: Tensor | None = None
-        if pad is not None:
-            self.real = at[:capacity] >= pad[:, None]  # (B, capacity)
-            at = (at - pad[:, None]).clamp_min(0)
-        self.added, self.rotation = net.position(at, net.head_dim)
-
-    def cut(self, length: int) -> None:
-        """Forget all but the first `length` positions, at least 1; only while none has been overwritten."""
-        self.length = length
-
-    def slide(self) -> None:
-        """Keep only the `window` positions seen last, and from here on the new ones over the oldest."""
-        n, first = self.window, self.length - self.window
-        order = first + (torch.arange(n, device=self.positions.device) - first) % n  # position p in row p % n
-        self.kv, self.shifted = ([data.index_select(-2, order) for data in part] for part in (self.kv, self.shifted))
-        if self.pad is not None:
-            self.real = self.real.index_select(1, order)
-        self.capacity = n
-
-    def fix(self) -> None:
-        """From here on each take(1) is the same work whatever the position, as a CUDA graph needs: a tensor says which it
-        is, and attention goes over the whole capacity under a mask."""
-        self.at = torch.full((1,), self.length, device=self.positions.device)
-
-    def take(self, t: int) -> tuple[Places, list[Memory]]:
-        """Of the t positions after those seen, which count as seen from now on."""
-        start, self.length = self.length, self.length + t
-        if self.at is None:
-            at, row, seen = self.positions[start : self.length], start % self.capacity, min(self.length, self.capacity)
-        else:
-            at, row, seen = self.at.clone(), self.at % self.capacity, self.capacity
-            self.at.add_(1)
-        mask = real = None
-        narrow = self.window < min(self.length, self.capacity)  # than what is kept
-        if narrow or self.at is not None or (t > 1 and (start > 0 or self.pad is not None)):
-            mask = (self.positions[:seen] <= at[:, None])[None, None]
-            mask = mask & (self.positions[:seen] > at[:, None] - self.window) if narrow else mask
-        if self.pad is not None:
-            if t == 1:
-                self.real.index_fill_(1, at % self.capacity, True)  # where padding may have been
-            else:
-                real = self.real[:, start : self.length, None]
-            sees = self.real[:, None, None, :seen]
-            # padding sees itself: attention over nothing would be nan
-            mask = sees if mask is None else mask & (sees | (self.positions[:seen] == at[:, None]))
-        added = None if self.added is None else self.added.index_select(-2, at)
-        rotation = self.rotation and (self.rotation[0].index_select(-3, at), self.rotation[1].index_select(-3, at))
-        last = (at[:1] - 1) % self.capacity
-
-        def rooms(data: Tensor) -> Sequence[Tensor]:
-            return [row] * len(data) if isinstance(row, Tensor) else data.narrow(-2, row, t).unbind(0)
-
-        kv = (map(Rows, data.narrow(-2, 0, seen).unbind(0), rooms(data)) for data in self.kv)
-        shifts = (
-            map(Rows, data.unbind(0), rooms(data), data.index_select(-2, last).unbind(0)) for data in self.shifted
-        )
-        blocks = zip(*kv, *shifts, strict=True)
-        return Places(added, rotation, mask, real), [Memory(*rows) for rows in blocks]
+from genai.nn.attention import Attention, Rows
+from genai.nn.cache import Cache, LayerCache, Places
 
 
 class Shift(nn.Module):
@@ -200,14 +88,14 @@ class Block(nn.Module):
         self.shift1, self.shift2 = (None, None) if shift is None else (shift(width), shift(width))
         self.dropout = dropout
 
-    def forward(self, x: Tensor, places: Places, memory: Memory = Memory()) -> Tensor:  # noqa: B008
+    def forward(self, x: Tensor, places: Places, cache: LayerCache = LayerCache()) -> Tensor:  # noqa: B008
         y = self.norm1(x)
         if self.shift1 is not None:
-            y = self.shift1(places.without_padding(y), memory.shift1)
-        x = x + self.drop(self.attention(y, places.rotation, places.mask, memory.keys, memory.values))
+            y = self.shift1(places.without_padding(y), cache.shift1)
+        x = x + self.drop(self.attention(y, places.rotation, places.mask, cache.keys, cache.values))
         y = self.norm2(x)
         if self.shift2 is not None:
-            y = self.shift2(places.without_padding(y), memory.shift2)
+            y = self.shift2(places.without_padding(y), cache.shift2)
         return x + self.drop(self.mlp(y))
 
     def drop(self, x: Tensor) -> Tensor:
@@ -251,16 +139,16 @@ class Transformer(nn.Module):
             places = Places(*self.position(torch.arange(x.shape[1], device=x.device), self.head_dim))._replace(
                 mask=mask
             )
-            memories = [Memory()] * len(self.blocks)
+            layers = [LayerCache()] * len(self.blocks)
         else:
-            places, memories = cache.take(x.shape[1])
+            places, layers = cache.take(x.shape[1])
         x = x if places.added is None else x + places.added
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        for block, memory in zip(self.blocks, memories, strict=True):
+        for block, layer in zip(self.blocks, layers, strict=True):
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, places, use_reentrant=False)  # type: ignore[assignment]
             else:
-                x = block(x, places, memory)
+                x = block(x, places, layer)
         return self.norm(x)
 
 

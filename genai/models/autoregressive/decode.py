@@ -1,8 +1,8 @@
-"""Writing with an autoregressive model: a cache filled once with the prompt, then one token after the other.
+"""Writing with an autoregressive model: the prompt is read at once, then one token after the other.
 
-Sampler functions `(model, seeds, cond, on_step, ...) -> Batch`. `cond` holds tokens int64 (B, T), prompts padded on
-the left, and may hold `pad` (B,), how much, `lead` (B,), how many tokens after the padding only begin a text and are none of
-the prompt's, and `stop` (B,), the id that ends a sample. The Batch holds
+Sampler functions `(model, seeds, cond, on_step, ...) -> Batch`. `cond` may hold prompts, `tokens` int64 (B, T) padded on
+the left, and with them `pad` (B,), how much, `lead` (B,), how many tokens after the padding only begin a text and are none of
+the prompt's, and `stop` (B,), the id that ends a sample; everything else in it is for the model. The Batch holds
 
     tokens    int64 (B, max_new_tokens), `stop` after the end
     length    (B,) tokens before the end
@@ -11,9 +11,9 @@ the prompt's, and `stop` (B,), the id that ends a sample. The Batch holds
 Token i of sample b is drawn by inverse CDF from Philox stream 3, element i, of seeds[b].
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,16 +21,14 @@ from torch import Tensor
 from genai.core import rng
 from genai.core.cuda_graph import capture, say
 from genai.core.errors import UserError, at_least, number
-from genai.core.protocols import Batch, OnStep, for_models
-from genai.models.autoregressive.gpt import GPT
-from genai.nn.transformer import Cache
+from genai.core.protocols import Autoregressive, Batch, Capturable, OnStep, for_models
 
 LOOK_EVERY = 32  # tokens between two questions to the device whether all have stopped
 
 
-@for_models(GPT)
+@for_models(Autoregressive)
 def generate(
-    model: GPT,
+    model: Autoregressive,
     seeds: Tensor,
     cond: Batch | None = None,
     on_step: OnStep | None = None,
@@ -50,52 +48,29 @@ def generate(
             section 4.1), and multiplies negative ones, which dividing would favour.
         cuda_graph: replay reading and drawing a token as one CUDA graph; None does on a GPU.
 
-    A prompt longer than the context is read as what is written past it is, see `_Reader`. Raises UserError for an argument out
-    of range.
+    Raises UserError for an argument out of range.
     """
-    check(temperature, top_k, top_p, min_p)
+    shape = temperature, top_k, top_p, min_p
+    check(*shape)
     number(repetition_penalty, "sampler.repetition_penalty", 0, open_low=True)
     if cuda_graph not in (None, True, False):
         raise UserError(f"sampler.cuda_graph={cuda_graph} must be true, false or null")
     n = model.length if max_new_tokens is None else at_least(max_new_tokens, 1, "sampler.max_new_tokens")
-    tokens, pad, stop = begin(model, seeds, cond)
-    given = tokens.shape[1]
-    text = torch.cat([tokens, tokens.new_zeros(len(tokens), n)], 1)
-    logs = torch.zeros(len(tokens), n, device=text.device)  # made here, for what inference mode makes autograd refuses
-    with torch.inference_mode(), _small_kernels(model.net.head.weight):
-        u = rng.uniform(seeds.to(text.device), (n,), stream=rng.TOKENS)
-        seen = None if repetition_penalty == 1 else _seen(tokens, pad, cond, model.vocab_size)
-        at = torch.zeros(1, dtype=torch.int64, device=text.device)  # which new token, where a graph can see it
-        reader = _Reader(model, text, given, pad)
-
-        def write(logits: Tensor) -> Tensor:
-            """Draw the next token (B, 1) and note it."""
-            shaped = logits if seen is None else torch.where(seen, _penalised(logits, repetition_penalty), logits)
-            if temperature == 0:
-                token = shaped.argmax(-1, keepdim=True)
-            else:
-                token = draw(distribution(shaped, temperature, top_k, top_p, min_p), u.index_select(1, at))
-            text.index_copy_(1, at + given, token)
-            logs.index_copy_(1, at, logits.log_softmax(-1).gather(1, token))
-            if seen is not None:
-                seen.scatter_(1, token, True)
-            at.add_(1)
-            return token
-
-        def step(token: Tensor) -> Tensor:
-            return write(reader.next(token))
-
-        token = write(reader.first())
-        advance = _graph_of(step, reader) if _graphed(cuda_graph, reader) else step
+    prompt = prompt_of(model, seeds, cond)
+    stop = prompt.stop
+    writer = _Writer(model, prompt, n, shape, repetition_penalty)
+    with torch.inference_mode(), _small_kernels(model):
+        token = writer.begin(rng.uniform(seeds.to(prompt.tokens.device), (n,), stream=rng.TOKENS))
+        step = _Graph(writer.step) if _captures(cuda_graph, writer) else writer.step
         for i in range(n):
             if i > 0:
-                token = advance(token)
-            written = text[:, given : given + i + 1]
+                token = step(token)
+            written = writer.written(i + 1)
             if on_step is not None:
                 on_step(i, n, {"tokens": written})
             if stop is not None and i % LOOK_EVERY == LOOK_EVERY - 1 and (written == stop[:, None]).any(1).all():
                 break
-    return finished(text[:, given:], logs, stop)
+    return cut_at_stop(writer.written(n), writer.logs, stop)
 
 
 def distribution(
@@ -130,80 +105,128 @@ def draw(p: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(cdf, u.to(cdf).clamp_min(1e-8) * cdf[:, -1:])  # never one of probability 0
 
 
-class _Reader:
-    """Logits (B, V) of the next token, with the cheapest memory that is exact.
+class Prompt(NamedTuple):
+    """What samples begin with, on the device of their model."""
 
-    Within the context a cache holds it all. Past it, be it in the prompt, each position sees the last `length`: positions that
-    only know distances go on with a ring of these; learned ones have none to go on with, so the last `length` tokens are read
-    anew each time.
+    tokens: Tensor
+    """int64 (B, T), padded on the left."""
+    lead: Tensor
+    """(B or 1,) how many tokens after the padding are none of the prompt's own."""
+    pad: Tensor | None
+    """(B,) how much padding; None where there is none."""
+    stop: Tensor | None
+    """(B,) the id that ends a sample."""
+    cond: Batch | None
+    """Conditions of the model."""
+
+    def occurrences(self, vocab_size: int) -> Tensor:
+        """Which ids occur in each prompt, bool (B, vocab_size), of which padding and what begins a text are no part."""
+        before = self.lead if self.pad is None else self.lead + self.pad
+        own = torch.arange(self.tokens.shape[1], device=self.tokens.device) >= before.view(-1, 1)
+        own = own.expand_as(self.tokens).long()
+        return self.tokens.new_zeros(len(self.tokens), vocab_size).scatter_add_(1, self.tokens * own, own) > 0
+
+
+def prompt_of(model: Autoregressive, seeds: Tensor, cond: Batch | None) -> Prompt:
+    """What `cond` says that samples of these seeds begin with; the model's first token where it holds none."""
+    device = next(model.parameters()).device
+    given = {name: value.to(device) for name, value in (cond or {}).items() if name not in ("tokens", "lead", "pad")}
+    stop = given.pop("stop", None)
+    if cond is None or "tokens" not in cond:
+        first = torch.full((len(seeds), 1), model.first, device=device)
+        return Prompt(first, torch.ones(1, dtype=torch.int64, device=device), None, stop, given or None)
+    pad, lead = cond.get("pad"), cond.get("lead", torch.zeros(1, dtype=torch.int64))
+    pad = None if pad is None or not pad.any() else pad.to(device)
+    return Prompt(cond["tokens"].to(device), lead.to(device), pad, stop, given or None)
+
+
+class _Writer:
+    """Samples while they are written; which token is next stands on the device, where a CUDA graph can count it.
+
+    Args:
+        n: tokens to write.
+        shape: of the distribution tokens are drawn from: temperature, top_k, top_p and min_p.
+        penalty: of repetition.
     """
 
-    def __init__(self, model: GPT, text: Tensor, given: int, pad: Tensor | None):
-        self.model, self.text, self.at, self.pad = model, text, given, pad
-        total, length = text.shape[1] - 1, model.length  # the last token is not read
-        self.anew = total > length and model.net.transformer.positions is not None
-        if total > length:
-            how = "reading it anew for each token" if self.anew else "by a sliding cache"
-            sentence = f"past the {length} tokens the model was trained on, each new one sees the last {length}, {how}"
-            print(sentence, file=sys.stderr)
-        window = min(total, length)
-        kept, most = (window, window) if self.anew else (max(window, given), total)
-        self.cache = Cache(model.net.transformer, len(text), kept, most, pad, window)
+    def __init__(self, model: Autoregressive, prompt: Prompt, n: int, shape: tuple, penalty: float):
+        self.model, self.prompt, self.n, self.shape, self.penalty = model, prompt, n, shape, penalty
+        tokens = prompt.tokens
+        self.given = tokens.shape[1]
+        # ordinary tensors, for what inference mode makes autograd refuses
+        self.text = torch.cat([tokens, tokens.new_zeros(len(tokens), n)], 1)
+        self.logs = torch.zeros(len(tokens), n, device=tokens.device)
 
-    def first(self) -> Tensor:
-        if self.anew and self.at > self.model.length:
-            return self._last()
-        for part in self.text[:, : self.at].split(self.model.length, 1):
-            logits = self.model.net(part, self.cache)[:, -1].float()
-        if self.at > self.model.length:
-            self.cache.slide()
-        return logits
+    def begin(self, uniforms: Tensor) -> Tensor:
+        """Read the prompts and write the first tokens (B, 1); token i is drawn with `uniforms` (B, n) at i."""
+        tokens = self.prompt.tokens
+        self.uniforms, self.at = uniforms, torch.zeros(1, dtype=torch.int64, device=tokens.device)
+        self.occurs = None if self.penalty == 1 else self.prompt.occurrences(self.model.vocab_size)
+        total = self.given + self.n - 1  # the last token is not read
+        self.state = self.model.start(self.prompt.cond, len(tokens), total, self.prompt.pad)
+        return self.write(self.model.next(tokens, self.state))
 
-    def next(self, token: Tensor) -> Tensor:
-        self.at += 1
-        if self.anew and self.at > self.model.length:
-            return self._last()
-        return self.model.net(token, self.cache)[:, -1].float()
+    def step(self, token: Tensor) -> Tensor:
+        """Read a token (B, 1) and write the next."""
+        return self.write(self.model.next(token, self.state))
 
-    def _last(self) -> Tensor:
-        """Of the last `length` tokens alone."""
-        first = self.at - self.model.length
-        pad = None if self.pad is None else (self.pad - first).clamp_min(0)
-        cache = Cache(self.model.net.transformer, len(self.text), self.model.length, self.model.length, pad)
-        return self.model.net(self.text[:, first : self.at], cache)[:, -1].float()
+    def write(self, logits: Tensor) -> Tensor:
+        """Draw the next token (B, 1) and note it."""
+        shaped = logits if self.occurs is None else torch.where(self.occurs, self.penalise(logits), logits)
+        if self.shape[0] == 0:
+            token = shaped.argmax(-1, keepdim=True)
+        else:
+            token = draw(distribution(shaped, *self.shape), self.uniforms.index_select(1, self.at))
+        self.text.index_copy_(1, self.at + self.given, token)
+        self.logs.index_copy_(1, self.at, logits.log_softmax(-1).gather(1, token))
+        if self.occurs is not None:
+            self.occurs.scatter_(1, token, True)
+        self.at.add_(1)
+        return token
+
+    def penalise(self, logits: Tensor) -> Tensor:
+        return torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
+
+    def written(self, n: int) -> Tensor:
+        """The first n new tokens (B, n)."""
+        return self.text[:, self.given : self.given + n]
 
 
-def _graphed(cuda_graph: bool | None, reader: _Reader) -> bool:
-    on_gpu = reader.text.is_cuda
-    if cuda_graph and not on_gpu:
-        say(f"the model is on {reader.text.device}")
-    elif cuda_graph and reader.anew:
-        say("the text is read anew for each token")
-    return cuda_graph is not False and on_gpu and not reader.anew
+class _Graph:
+    """A step that is replayed as a CUDA graph from its second call on; the first warms up what is chosen at first use."""
 
+    def __init__(self, step: Callable[[Tensor], Tensor]):
+        self.step, self.calls, self.graph = step, 0, None
 
-def _graph_of(step: Callable[[Tensor], Tensor], reader: _Reader) -> Callable[[Tensor], Tensor]:
-    """`step` as a graph from its second call on; the first warms up what is chosen at first use."""
-    reader.cache.fix()
-    calls, graph = 0, None
-
-    def stepped(token: Tensor) -> Tensor:
-        nonlocal calls, graph
-        calls += 1
-        if calls == 2:
+    def __call__(self, token: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 2:
             try:
-                graph = capture(lambda inputs: step(inputs["token"]), {"token": token})
+                self.graph = capture(lambda inputs: self.step(inputs["token"]), {"token": token})
             except RuntimeError as error:
                 say(str(error).strip().splitlines()[0])
-        return step(token) if graph is None else graph({"token": token})
+        return self.step(token) if self.graph is None else self.graph({"token": token})
 
-    return stepped
+
+def _captures(asked: bool | None, writer: _Writer) -> bool:
+    """Whether steps can be a CUDA graph; where one was asked for and cannot be, says why."""
+    if asked is False:
+        return False
+    if not writer.text.is_cuda:
+        reason = f"the model is on {writer.text.device}"
+    elif not isinstance(writer.model, Capturable) or not writer.model.fix(writer.state):
+        reason = "its steps are not the same work at each position"
+    else:
+        return True
+    if asked:
+        say(reason)
+    return False
 
 
 @contextmanager
-def _small_kernels(weight: Tensor) -> Iterator[None]:
+def _small_kernels(model: Autoregressive) -> Iterator[None]:
     """Without oneDNN where nothing but GELU asks for it: it takes 7 us to begin one, torch's own kernel 1."""
-    was = torch.backends.mkldnn.enabled
+    weight, was = next(model.parameters()), torch.backends.mkldnn.enabled
     alone = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkl.is_available()
     torch.backends.mkldnn.enabled = was and not alone  # type: ignore[assignment]
     try:
@@ -213,6 +236,7 @@ def _small_kernels(weight: Tensor) -> Iterator[None]:
 
 
 def check(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
+    """Raises UserError for an argument of `distribution` that is out of range; temperature may be 0."""
     number(temperature, "sampler.temperature", 0)
     if top_k is not None:
         at_least(top_k, 1, "sampler.top_k")
@@ -222,30 +246,8 @@ def check(temperature: float, top_k: int | None, top_p: float | None, min_p: flo
         number(min_p, "sampler.min_p", 0, 1)
 
 
-def begin(model: GPT, seeds: Tensor, cond: Batch | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Prompts, padding (None where there is none) and stop ids on the model's device; token 0 if nothing is given."""
-    device = next(model.parameters()).device
-    if cond is None:
-        return torch.zeros(len(seeds), 1, dtype=torch.int64, device=device), None, None
-    tokens, pad, stop = cond["tokens"], cond.get("pad"), cond.get("stop")
-    pad = None if pad is None or not pad.any() else pad.to(device)
-    return tokens.to(device), pad, None if stop is None else stop.to(device)
-
-
-def _seen(tokens: Tensor, pad: Tensor | None, cond: Batch | None, vocab_size: int) -> Tensor:
-    """Which ids occur in each prompt (B, V), of which padding and what begins a text, such as token 0 alone, are no part."""
-    lead = torch.tensor(1) if cond is None else cond.get("lead", torch.tensor(0))
-    before = lead.to(tokens.device) + (0 if pad is None else pad)
-    real = torch.arange(tokens.shape[1], device=tokens.device) >= before.view(-1, 1)
-    return tokens.new_zeros(len(tokens), vocab_size).scatter_add_(1, tokens, real.expand_as(tokens).long()) > 0
-
-
-def _penalised(logits: Tensor, penalty: float) -> Tensor:
-    return torch.where(logits > 0, logits / penalty, logits * penalty)
-
-
-def finished(tokens: Tensor, logs: Tensor, stop: Tensor | None) -> Batch:
-    """Everything after the first stop is stop, with ln p 0."""
+def cut_at_stop(tokens: Tensor, logs: Tensor, stop: Tensor | None) -> Batch:
+    """The Batch of new tokens (B, n) and their ln p: everything after the first stop is stop, with ln p 0."""
     n = tokens.shape[1]
     if stop is None:
         return {"tokens": tokens, "length": torch.full((len(tokens),), n, device=tokens.device), "log_prob": logs}

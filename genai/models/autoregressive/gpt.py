@@ -1,13 +1,16 @@
 """GPT: a decoder-only Transformer over token ids (Radford et al., 2019)."""
 
+import sys
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, Losses
-from genai.nn.transformer import Cache, Transformer
+from genai.nn.cache import Cache
+from genai.nn.transformer import Transformer
 
 
 class Decoder(nn.Module):
@@ -37,8 +40,30 @@ class Decoder(nn.Module):
         return self.head(self.transformer(self.embed(tokens), cache))
 
 
+class Window:
+    """What a GPT with learned positions has read, where there will be more tokens than it has positions: beyond these the
+    last `length` are read anew for each new one."""
+
+    def __init__(self, net: Transformer, batch: int, length: int, pad: Tensor | None):
+        self.net, self.length, self.pad, self.read = net, length, pad, 0
+        self.cache = Cache(net, batch, length, length, pad)
+
+    def take(self, tokens: Tensor) -> tuple[Tensor, Cache]:
+        """What the network has to read, and after what, for the token that follows these (B, T)."""
+        text = torch.cat([self.text, tokens], 1) if self.read else tokens
+        self.text, self.read = text[:, -self.length :], self.read + tokens.shape[1]
+        first = self.read - self.length
+        if first <= 0:
+            return tokens, self.cache
+        pad = None if self.pad is None else (self.pad - first).clamp_min(0)
+        return self.text, Cache(self.net, len(tokens), self.length, self.length, pad)
+
+
 class GPT(nn.Module):
-    """Maximum likelihood of the next token.
+    """Maximum likelihood of the next token; writes by a cache of keys and values.
+
+    Within the context that holds it all. Past it, be it in the prompt, each position sees the last `length`: positions that
+    only know distances go on with a ring of these; learned ones have none to go on with, see `Window`.
 
     Args:
         field: of the data, tokens.
@@ -48,6 +73,7 @@ class GPT(nn.Module):
     """
 
     bound = "exact"
+    first = 0
 
     def __init__(self, field: str, vocab_size: int, length: int, net: Decoder):
         super().__init__()
@@ -79,3 +105,46 @@ class GPT(nn.Module):
     def log_prob(self, batch: Batch, seed: int) -> Tensor:
         """ln p(tokens after the first | first) in nats (B,), of those in `mask`; exact, the seed is not used."""
         return -self.nats(batch).sum(1)
+
+    def start(
+        self, cond: Batch | None, batch: int, total: int, pad: Tensor | None = None, rewinds: bool = False
+    ) -> Cache | Window:
+        net, window = self.net.transformer, min(total, self.length)
+        anew = total > self.length and net.positions is not None
+        if anew and rewinds:
+            raise UserError(
+                f"prompt and sampler.max_new_tokens are longer than the {self.length} learned positions a model has: shorten "
+                "them, or use sampler=generate"
+            )
+        if rewinds:
+            return Cache(net, batch, total, total, pad, self.length)
+        if total > self.length:
+            how = "reading it anew for each token" if anew else "by a sliding cache"
+            sentence = f"past the {window} tokens the model was trained on, each new one sees the last {window}, {how}"
+            print(sentence, file=sys.stderr)
+        if anew:
+            return Window(net, batch, window, pad)
+        return Cache(net, batch, window, total, pad)
+
+    def next(self, tokens: Tensor, state: Cache | Window) -> Tensor:
+        if isinstance(state, Window):
+            tokens, state = state.take(tokens)
+        if tokens.shape[1] <= state.capacity:
+            return self.net(tokens, state)[:, -1].float()
+        state.reserve(tokens.shape[1])
+        for part in tokens.split(self.length, 1):
+            logits = self.net(part, state)[:, -1].float()
+        state.slide()
+        return logits
+
+    def scores(self, tokens: Tensor, state: Cache) -> Tensor:
+        return self.net(tokens, state).float()
+
+    def rewind(self, state: Cache, n: int) -> None:
+        state.rewind(n)
+
+    def fix(self, state: Cache | Window) -> bool:
+        if isinstance(state, Window):
+            return False
+        state.fix()
+        return True

@@ -6,19 +6,17 @@ from torch.nn import functional as F
 
 from genai.core import rng
 from genai.core.errors import UserError, at_least
-from genai.core.protocols import Batch, OnStep, for_models
-from genai.models.autoregressive.decode import begin, check, distribution, draw, finished
-from genai.models.autoregressive.gpt import GPT
-from genai.nn.transformer import Cache
+from genai.core.protocols import Batch, OnStep, Rewindable, for_models
+from genai.models.autoregressive.decode import check, cut_at_stop, distribution, draw, prompt_of
 
 
-@for_models(GPT)
+@for_models(Rewindable)
 def speculative(
-    model: GPT,
+    model: Rewindable,
     seeds: Tensor,
     cond: Batch | None = None,
     on_step: OnStep | None = None,
-    draft: GPT | None = None,
+    draft: Rewindable | None = None,
     ahead: int = 4,
     max_new_tokens: int | None = None,
     temperature: float = 1.0,
@@ -30,76 +28,97 @@ def speculative(
     (Leviathan et al., 2023, algorithm 1). Samples are written one by one, since each keeps another number of tokens.
 
     Uniforms of token i come from Philox stream 3, rows 1 (proposal), 2 (judgement) and 3 (correction), element i.
-    Past the context each position sees the last `length` of its own model, as in `generate`. Raises UserError for a draft of
-    another vocabulary, or a text longer than either context where positions are learned.
+    Past the context each position sees the last `length` of its own model, as in `generate`. Raises UserError for a draft that
+    cannot take tokens back or has another vocabulary, and for a text longer than one of both can read.
     """
-    check(temperature, top_k, top_p, min_p)
+    shape = temperature, top_k, top_p, min_p
+    check(*shape)
     at_least(ahead, 1, "sampler.ahead")
     if temperature == 0:
         raise UserError("sampler.temperature=0 is not for speculative decoding: use sampler=generate")
-    if not isinstance(draft, GPT):
+    if draft is None or isinstance(draft, str):
         raise UserError(
             f"sampler.draft={draft}: name the run or checkpoint of a smaller model, and sample with sample.py"
         )
+    for part in (model, draft):
+        if not isinstance(part, Rewindable):
+            raise UserError(f"a {type(part).__name__} cannot take back what it has read: use sampler=generate")
     if draft.vocab_size != model.vocab_size:
         raise UserError(
             f"sampler.draft has {draft.vocab_size} tokens, this model {model.vocab_size}: they must share one tokenizer"
         )
+    tokens, _, pad, stop, cond = prompt_of(model, seeds, cond)
     length = min(model.length, draft.length)
-    tokens, pad, stop = begin(model, seeds, cond)
     room = length - tokens.shape[1] + 1
     free = room if room > 0 else length
     n = free if max_new_tokens is None else at_least(max_new_tokens, 1, "sampler.max_new_tokens")
-    if n > room and any(m.net.transformer.positions is not None for m in (model, draft)):
-        raise UserError(
-            f"prompt and sampler.max_new_tokens={n} are longer than the {length} learned positions both models have: shorten "
-            "them, or use sampler=generate"
-        )
     written, logs = tokens.new_zeros(len(tokens), n), torch.zeros(len(tokens), n, device=tokens.device)
     with torch.inference_mode():
         uniforms = [rng.uniform(seeds.to(tokens.device), (n,), row, rng.TOKENS) for row in (1, 2, 3)]
-        shape = temperature, top_k, top_p, min_p
         ends, starts = (None if t is None else t.cpu().tolist() for t in (stop, pad))
         for b in range(len(tokens)):
+            own = None if cond is None else {name: value[b : b + 1] for name, value in cond.items()}
+            judging, drafting = (_Reader(m, own, tokens.shape[1] + n - 1) for m in (model, draft))
             prompt = tokens[b : b + 1, 0 if starts is None else starts[b] :]
             until = None if ends is None else ends[b]
-            parts = _speculate(model, draft, prompt, n, ahead, [u[b : b + 1] for u in uniforms], shape, until)
+            parts = _speculate(judging, drafting, prompt, n, ahead, [u[b : b + 1] for u in uniforms], shape, until)
             for whole, part in zip((written, logs), parts, strict=True):
                 whole[b].copy_(part)
             if on_step is not None:
                 on_step(b, len(tokens), {"tokens": written[b : b + 1]})
-    return finished(written, logs, stop)
+    return cut_at_stop(written, logs, stop)
+
+
+class _Reader:
+    """A model and how many tokens it has read of one text, of at most `total`."""
+
+    def __init__(self, model: Rewindable, cond: Batch | None, total: int):
+        self.model, self.state, self.read = model, model.start(cond, 1, total, rewinds=True), 0
+
+    def next(self, text: Tensor) -> Tensor:
+        """Logits (1, V) of the token after a text (1, T) that goes on from what was read."""
+        return self.model.next(self._unread(text), self.state)
+
+    def scores(self, text: Tensor) -> Tensor:
+        """Logits (1, T', V) of the token after each one that was not read before."""
+        return self.model.scores(self._unread(text), self.state)
+
+    def forget_after(self, n: int) -> None:
+        if self.read > n:
+            self.model.rewind(self.state, self.read - n)
+            self.read = n
+
+    def _unread(self, text: Tensor) -> Tensor:
+        new, self.read = text[:, self.read :], text.shape[1]
+        return new
 
 
 def _speculate(
-    model: GPT, draft: GPT, prompt: Tensor, n: int, ahead: int, uniforms: list[Tensor], shape: tuple, stop: int | None
-) -> tuple[Tensor, Tensor]:
+    model: _Reader, draft: _Reader, prompt: Tensor, n: int, ahead: int, uniforms: list[Tensor], shape: tuple,
+    stop: int | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """n new tokens of one prompt (1, T), and their ln p by the model."""
-    given, known = prompt.shape[1], prompt
-    total = given + n - 1
-    caches = [Cache(m.net.transformer, 1, total, total, window=m.length) for m in (model, draft)]
+    given, text = prompt.shape[1], prompt
     logs: list[Tensor] = []
-    while (at := known.shape[1] - given) < n:
+    while (at := text.shape[1] - given) < n:
         g = min(ahead, n - at - 1)
-        qs, text = [], known
+        qs, drafted = [], text
         for j in range(g):
-            logits = draft.net(text[:, caches[1].length :], caches[1])[:, -1].float()
-            qs.append(distribution(logits, *shape))
-            text = torch.cat([text, draw(qs[-1], uniforms[0][:, at + j : at + j + 1])], 1)
-        raw = model.net(text[:, caches[0].length :], caches[0])[:, -g - 1 :].float()  # (1, g + 1, V)
+            qs.append(distribution(draft.next(drafted), *shape))
+            drafted = torch.cat([drafted, draw(qs[-1], uniforms[0][:, at + j : at + j + 1])], 1)
+        raw = model.scores(drafted)[:, -g - 1 :]  # (1, g + 1, V)
         p = distribution(raw, *shape)
         q = torch.stack(qs, 1) if qs else p[:, :0]
-        kept, token = judge(p, q, text[:, given + at :], *(u[:, at : at + g + 1] for u in uniforms[1:]))
-        read = torch.cat([kept, text[0, given + at :], token[0]])
-        keep, *read = read.cpu().tolist()  # the one wait of a round
-        known = torch.cat([text[:, : given + at + keep], token], 1)
-        fresh = known[0, given + at :]
+        kept, token = judge(p, q, drafted[:, given + at :], *(u[:, at : at + g + 1] for u in uniforms[1:]))
+        keep, *read = torch.cat([kept, drafted[0, given + at :], token[0]]).cpu().tolist()  # the one wait of a round
+        text = torch.cat([drafted[:, : given + at + keep], token], 1)
+        fresh = text[0, given + at :]
         logs.append(raw[0, : len(fresh)].log_softmax(-1).gather(1, fresh[:, None])[:, 0])
-        for cache in caches:
-            cache.cut(min(cache.length, known.shape[1] - 1))
+        for reader in (model, draft):
+            reader.forget_after(text.shape[1] - 1)
         if stop in (*read[:keep], read[-1]):
             break
-    tokens, log = known[0, given:], torch.cat(logs)
+    tokens, log = text[0, given:], torch.cat(logs)
     missing = n - len(tokens)
     return torch.cat([tokens, tokens.new_zeros(missing)]), torch.cat([log, log.new_zeros(missing)])
 
