@@ -65,12 +65,12 @@ def generate(
         for i in range(n):
             if i > 0:
                 token = step(token)
-            written = writer.written(i + 1)
+            written = writer.new_tokens(i + 1)
             if on_step is not None:
                 on_step(i, n, {"tokens": written})
             if stop is not None and i % LOOK_EVERY == LOOK_EVERY - 1 and (written == stop[:, None]).any(1).all():
                 break
-    return cut_at_stop(writer.written(n), writer.logs, stop)
+    return cut_at_stop(writer.new_tokens(n), writer.logs, stop)
 
 
 def distribution(
@@ -187,7 +187,7 @@ class _Writer:
     def penalise(self, logits: Tensor) -> Tensor:
         return torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
 
-    def written(self, n: int) -> Tensor:
+    def new_tokens(self, n: int) -> Tensor:
         """The first n new tokens (B, n)."""
         return self.text[:, self.given : self.given + n]
 

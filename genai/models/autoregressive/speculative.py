@@ -77,18 +77,18 @@ class _Reader:
 
     def next(self, text: Tensor) -> Tensor:
         """Logits (1, V) of the token after a text (1, T) that goes on from what was read."""
-        return self.model.next(self._unread(text), self.state)
+        return self.model.next(self._rest_of(text), self.state)
 
     def scores(self, text: Tensor) -> Tensor:
         """Logits (1, T', V) of the token after each one that was not read before."""
-        return self.model.scores(self._unread(text), self.state)
+        return self.model.scores(self._rest_of(text), self.state)
 
     def forget_after(self, n: int) -> None:
         if self.read > n:
             self.model.rewind(self.state, self.read - n)
             self.read = n
 
-    def _unread(self, text: Tensor) -> Tensor:
+    def _rest_of(self, text: Tensor) -> Tensor:
         new, self.read = text[:, self.read :], text.shape[1]
         return new
 
