@@ -1,6 +1,7 @@
 """The protocol of models that write one token after the other, by models that know nothing else of the package."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,10 @@ from genai.core import rng
 from genai.core.errors import UserError
 from genai.core.protocols import Autoregressive, Capturable, Rewindable, check_sampler
 from genai.models.autoregressive import decode, speculative
+from genai.nn.attention import Attention, Context, CrossAttention, Rotary
+from genai.nn.cache import Cache
+from genai.nn.norm import LayerNorm
+from genai.nn.transformer import SwiGLU, Transformer, scaled_init
 from tests.test_gpt import SHAPES, V, gpt, replay_of
 
 
@@ -91,6 +96,39 @@ class Dilated(nn.Module):
         return self.head(x)
 
 
+class Translator(nn.Module):
+    """Encoder and decoder: a source, padded at the end with 0, is encoded and projected to keys and values in `start`."""
+
+    vocab_size, length, first = V, 15, 0
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(V, width), nn.Linear(width, V)
+        parts = {"norm": LayerNorm, "mlp": SwiGLU, "position": Rotary}
+        self.encoder = Transformer(width, 1, partial(Attention, heads=2, causal=False), **parts)
+        cross = partial(CrossAttention, context_width=width, heads=2)
+        self.decoder = Transformer(width, 2, partial(Attention, heads=2), **parts, cross=cross)
+        scaled_init(self.decoder, 0.3)  # attention to a context is 0 at first
+
+    def encode(self, source):
+        real = source > 0
+        return Context(self.encoder(self.embed(source), mask=real[:, None, None]), real)
+
+    def start(self, cond, batch, total, pad=None):
+        return Cache(self.decoder, batch, total, total, pad), self.decoder.project(self.encode(cond["source"]))
+
+    def next(self, tokens, state):
+        cache, context = state
+        return self.head(self.decoder(self.embed(tokens), cache, context=context))[:, -1].float()
+
+    def fix(self, state):
+        state[0].fix()
+        return True
+
+    def whole(self, tokens, source):
+        return self.head(self.decoder(self.embed(tokens[None]), context=self.encode(source[None])))[0]
+
+
 def made(kind):
     torch.manual_seed(0)
     model = kind().double().eval()
@@ -162,6 +200,27 @@ def test_a_model_is_told_its_conditions_once_a_call():
         for b, row in enumerate(rows):
             assert batch["tokens"][b].tolist() == naive(model, row, b, 12, labels[b])
     assert "label" in cond and "tokens" in cond  # the caller's own
+
+
+def test_a_decoder_attends_to_its_source_by_keys_and_values_projected_once(monkeypatch):
+    """Sources and prompts of several lengths in one batch, also with a step that is captured."""
+    model, calls = made(Translator), []
+    sources = [torch.tensor([5, 3, 9, 1]), torch.tensor([2, 2]), torch.tensor([7, 11, 4])]
+    source = torch.stack([F.pad(row, (0, 4 - len(row))) for row in sources])
+    model.decoder.blocks[1].cross.kv.register_forward_hook(lambda *_: calls.append(1))
+    cond = {**PROMPTS, "source": source}
+    batch = decode.generate(model, torch.arange(3), cond, max_new_tokens=12, top_k=5)
+    assert len(calls) == 1
+    for b, (row, told) in enumerate(zip(ROWS, sources, strict=True)):
+        assert batch["tokens"][b].tolist() == naive(model, row, b, 12, told, top_k=5)
+    other = decode.generate(model, torch.arange(3), {**cond, "source": source.flip(0)}, max_new_tokens=12, top_k=5)
+    assert not torch.equal(other["tokens"][0], batch["tokens"][0])
+    monkeypatch.setattr(decode, "capture", replay_of)
+    monkeypatch.setattr(decode, "_captures", lambda _, writer: writer.model.fix(writer.state))
+    again = decode.generate(model, torch.arange(3), cond, max_new_tokens=12, top_k=5)
+    assert torch.equal(again["tokens"], batch["tokens"])
+    std = Translator().decoder.blocks[0].cross.out.weight.std().item()
+    assert std == pytest.approx(0.3 / 6**0.5, rel=0.15)  # one of six that write to the residual stream
 
 
 def test_the_token_that_begins_a_sample_is_none_of_it():

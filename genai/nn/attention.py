@@ -1,4 +1,4 @@
-"""Self-attention, its positions, and the cache of keys and values that saves it from computing them twice.
+"""Self-attention and its positions, and attention to another sequence.
 
 Tenants to come beside the autoregressive family: masked language models, text conditions of diffusion.
 """
@@ -102,6 +102,26 @@ class Attention(nn.Module):
         return scores.softmax(-1)
 
 
+class Context(NamedTuple):
+    """What a sequence attends to besides itself."""
+
+    states: Tensor
+    """(B, T', width)"""
+    real: Tensor
+    """Which are not padding, bool (B, T'); at least one of each."""
+
+
+class Projected(NamedTuple):
+    """A Context as one CrossAttention sees it, for whoever asks more than once."""
+
+    keys: Tensor
+    """(B, heads, T', D)"""
+    values: Tensor
+    """(B, heads, T', D)"""
+    mask: Tensor
+    """bool (B, 1, 1, T')"""
+
+
 class CrossAttention(nn.Module):
     """Attention of one sequence to another (Vaswani et al., 2017, section 3.2.3); its answer is zero at first.
 
@@ -121,12 +141,18 @@ class CrossAttention(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x: Tensor, context: Tensor, real: Tensor) -> Tensor:
-        """x (B, T, width), context (B, T', context_width), real bool (B, T'), False where it is padding -> as x."""
+    def forward(self, x: Tensor, context: Context | Projected) -> Tensor:
+        """x (B, T, width), a context of states (B, T', context_width), projected already or not -> as x."""
         q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.kv(context).chunk(2, -1))
-        y = F.scaled_dot_product_attention(q, k, v, real[:, None, None])
+        seen = context if isinstance(context, Projected) else self.project(context)
+        y = F.scaled_dot_product_attention(q, *seen)
         return self.out(y.transpose(1, 2).flatten(2))
+
+    def project(self, context: Context) -> Projected:
+        """Its keys and values, which are the same for every x."""
+        parts = self.kv(context.states).chunk(2, -1)
+        keys, values = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in parts)
+        return Projected(keys, values, context.real[:, None, None])
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:

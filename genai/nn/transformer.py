@@ -3,7 +3,7 @@
 Tenants to come beside the autoregressive family: masked language models, text conditions of diffusion.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from genai.core.errors import UserError, at_least, number
-from genai.nn.attention import Attention, Rows
+from genai.nn.attention import Attention, Context, CrossAttention, Projected, Rows
 from genai.nn.cache import Cache, LayerCache, Places
 
 
@@ -77,22 +77,30 @@ class SquaredReLU(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(shift(norm(x))), then x + mlp(shift(norm(x))); without a shift where there is none."""
+    """x + attention(shift(norm(x))), x + cross(norm(x), context), x + mlp(shift(norm(x))); without shift or cross where there
+    is none."""
 
     def __init__(
         self, width: int, attention: Callable[[int], Attention], mlp: Callable[[int], nn.Module],
         norm: Callable[[int], nn.Module], shift: Callable[[int], Shift] | None, dropout: float,
+        cross: Callable[[int], CrossAttention] | None = None,
     ):  # fmt: skip
         super().__init__()
         self.norm1, self.attention, self.norm2, self.mlp = norm(width), attention(width), norm(width), mlp(width)
         self.shift1, self.shift2 = (None, None) if shift is None else (shift(width), shift(width))
+        self.norm_cross, self.cross = (None, None) if cross is None else (norm(width), cross(width))
         self.dropout = dropout
 
-    def forward(self, x: Tensor, places: Places, cache: LayerCache = LayerCache()) -> Tensor:  # noqa: B008
+    def forward(
+        self, x: Tensor, places: Places, cache: LayerCache = LayerCache(), context: Context | Projected | None = None  # noqa: B008
+    ) -> Tensor:  # fmt: skip
         y = self.norm1(x)
         if self.shift1 is not None:
             y = self.shift1(places.without_padding(y), cache.shift1)
         x = x + self.drop(self.attention(y, places.rotation, places.mask, cache.keys, cache.values))
+        if self.cross is not None and self.norm_cross is not None:
+            assert context is not None
+            x = x + self.drop(self.cross(self.norm_cross(x), context))
         y = self.norm2(x)
         if self.shift2 is not None:
             y = self.shift2(places.without_padding(y), cache.shift2)
@@ -112,12 +120,14 @@ class Transformer(nn.Module):
         shift: likewise, before attention and MLP; None for none.
         dropout: of what each block adds, and of the embeddings.
         gradient_checkpointing: compute activations twice instead of keeping them.
+        cross: called likewise, between attention and MLP, for attention to a context; None for none.
     """
 
     def __init__(
         self, width: int, layers: int, attention: Callable[[int], Attention], mlp: Callable[[int], nn.Module],
         norm: Callable[[int], nn.Module], position: Callable[[int], nn.Module],
         shift: Callable[[int], Shift] | None = None, dropout: float = 0.0, gradient_checkpointing: bool = False,
+        cross: Callable[[int], CrossAttention] | None = None,
     ):  # fmt: skip
         super().__init__()
         at_least(layers, 1, "layers")
@@ -125,16 +135,19 @@ class Transformer(nn.Module):
         self.width, self.dropout, self.gradient_checkpointing = width, dropout, gradient_checkpointing
         self.position = position(width)
         self.positions: int | None = self.position.length  # type: ignore[assignment]  # None: any
-        blocks = [Block(width, attention, mlp, norm, shift, dropout) for _ in range(layers)]
+        blocks = [Block(width, attention, mlp, norm, shift, dropout, cross) for _ in range(layers)]
         self.shifts = shift is not None
         self.kv_heads, self.head_dim = blocks[0].attention.kv_heads, blocks[0].attention.head_dim
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm(width)
         self.position(torch.arange(1), self.head_dim)  # what cannot be says so here
 
-    def forward(self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None,
+        context: Context | Sequence[Projected] | None = None,
+    ) -> Tensor:  # fmt: skip
         """With a cache, x are the positions after those it has seen, and it sees them; without, `mask` (B or 1, 1, T or 1,
-        T) may say who sees whom."""
+        T) may be an attention mask. What blocks with `cross` attend to is `context`, or what `project` made of it."""
         if cache is None:
             places = Places(*self.position(torch.arange(x.shape[1], device=x.device), self.head_dim))._replace(
                 mask=mask
@@ -144,12 +157,17 @@ class Transformer(nn.Module):
             places, layers = cache.take(x.shape[1])
         x = x if places.added is None else x + places.added
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        for block, layer in zip(self.blocks, layers, strict=True):
+        contexts = [context] * len(self.blocks) if context is None or isinstance(context, Context) else context
+        for block, *parts in zip(self.blocks, layers, contexts, strict=True):
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, places, use_reentrant=False)  # type: ignore[assignment]
+                x = checkpoint(block, x, places, *parts, use_reentrant=False)  # type: ignore[assignment]
             else:
-                x = block(x, places, layer)
+                x = block(x, places, *parts)
         return self.norm(x)
+
+    def project(self, context: Context) -> list[Projected]:
+        """Every block's keys and values of a context, for many calls with it."""
+        return [block.cross.project(context) for block in self.blocks]  # type: ignore[union-attr,operator]
 
 
 def scaled_init(net: nn.Module, std: float = 0.02) -> None:
@@ -179,8 +197,9 @@ def zero_init(net: nn.Module) -> None:
 
 
 def _outs(net: nn.Module) -> list[nn.Linear]:
-    """The last linear maps of attention and MLP of every block below net."""
-    parts = [part for block in net.modules() if isinstance(block, Block) for part in (block.attention, block.mlp)]
+    """The last linear maps of attentions and MLP of every block below net."""
+    blocks = [block for block in net.modules() if isinstance(block, Block)]
+    parts = [part for b in blocks for part in (b.attention, b.cross, b.mlp) if part is not None]
     for part in parts:
         if not hasattr(part, "out"):
             raise UserError(

@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from genai.core.errors import UserError, at_least
 from genai.core.precision import fitted
-from genai.models.diffusion.text import Context, TextEncoder, conditioned
+from genai.models.diffusion.text import TextEncoder, conditioned
 from genai.models.diffusion.unet import time_embedding, zero
-from genai.nn.attention import Attention, CrossAttention
+from genai.nn.attention import Attention, Context, CrossAttention
 from genai.nn.norm import RMSNorm
 from genai.nn.transformer import GELU, MLP
 
@@ -33,7 +33,7 @@ class DiTBlock(nn.Module):
         x = x + gate1 * self.attention(modulated(x, shift1, scale1))
         if self.cross is not None:
             assert context is not None
-            x = x + self.cross(F.layer_norm(x, x.shape[-1:]), *context)
+            x = x + self.cross(F.layer_norm(x, x.shape[-1:]), context)
         return x + gate2 * self.mlp(modulated(x, shift2, scale2))
 
 

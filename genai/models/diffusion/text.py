@@ -1,31 +1,20 @@
 """A text encoder trained along with the network it conditions."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from genai.core.errors import at_least
 from genai.data.captions import PAD
-from genai.nn.attention import Attention, Learned
+from genai.nn.attention import Attention, Context, Learned
 from genai.nn.norm import LayerNorm
 from genai.nn.transformer import GELU, MLP, Transformer
-
-
-class Context(NamedTuple):
-    """What a network attends to."""
-
-    states: Tensor
-    """(B, T, width); the first sums up the whole, and is never padding."""
-    real: Tensor
-    """Which are not padding, bool (B, T)."""
 
 
 class TextEncoder(nn.Module):
     """Captions to the states of a small bidirectional Transformer.
 
     A caption is int64 (B, length), bytes of UTF-8 from 0 to 255, padded at the end with `PAD`; one of padding alone is "no
-    caption". A learned state stands before each, so that even that has something to attend to.
+    caption". A learned state stands before each, so that even that has something to attend to; it sums up the whole.
 
     Args:
         length: of captions, in bytes.

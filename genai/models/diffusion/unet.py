@@ -12,8 +12,8 @@ from genai.core import stored
 from genai.core.errors import UserError
 from genai.core.precision import fitted, wide
 from genai.kernels.norm import normalize
-from genai.models.diffusion.text import Context, TextEncoder, conditioned
-from genai.nn.attention import CrossAttention, attending
+from genai.models.diffusion.text import TextEncoder, conditioned
+from genai.nn.attention import Context, CrossAttention, attending
 
 
 def time_embedding(time: Tensor, dim: int) -> Tensor:
@@ -81,7 +81,7 @@ class CrossAttentionBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W); emb is not used."""
         assert context is not None
-        h = self.attention(normalize(self.norm, x).flatten(2).mT, *context)
+        h = self.attention(normalize(self.norm, x).flatten(2).mT, context)
         return x + h.mT.unflatten(2, x.shape[2:])
 
 
