@@ -21,7 +21,8 @@ from genai.models.diffusion.mlp import MLP
 from genai.models.diffusion.ode import probability_flow
 from genai.models.diffusion.paths import combination, to_x0
 from genai.models.diffusion.text import TextEncoder
-from genai.models.diffusion.unet import UNet, time_embedding
+from genai.models.diffusion.unet import UNet
+from genai.nn.embed import time_embedding
 
 SCHEDULES = {
     "linear": schedules.linear,
@@ -290,7 +291,7 @@ def test_bound_of_a_gaussian_with_the_exact_denoiser():
     model = gaussian_model("eps", s, levels=17)
     torch.manual_seed(0)
     x0 = MEAN + VAR.sqrt() * torch.randn(20_000, 3, dtype=torch.float64)
-    terms = vlb.terms(model, {"vector": x0}, seed=0)
+    terms = model.bound_terms({"vector": x0}, seed=0)
     for k, t in enumerate(range(19, 0, -1)):
         alpha, sigma = s.at(t)
         _, b, var = vlb.posterior(s, t)
@@ -299,7 +300,7 @@ def test_bound_of_a_gaussian_with_the_exact_denoiser():
     alpha, sigma = s.at(19)
     prior = 0.5 * ((alpha**2 * (VAR + MEAN**2)) + sigma**2 - 1 - math.log(sigma**2)).sum().item()
     assert terms.prior.mean().item() == pytest.approx(prior, rel=0.02)
-    assert torch.equal(model.log_prob({"vector": x0[:5]}, 0), -vlb.terms(model, {"vector": x0[:5]}, 0).total())
+    assert torch.equal(model.log_prob({"vector": x0[:5]}, 0), -model.bound_terms({"vector": x0[:5]}, 0).total())
 
 
 def test_bound_approaches_the_entropy_of_a_known_discrete_source():
@@ -320,7 +321,7 @@ def test_bound_approaches_the_entropy_of_a_known_discrete_source():
     model = DDPM(TwoLevels(), s, [4], "vector", "x0", levels=2).double()
     torch.manual_seed(0)
     x0 = (torch.rand(2000, 4) < p1).double() * 2 - 1
-    bits = vlb.terms(model, {"vector": x0}, 0).total() / (4 * math.log(2))
+    bits = model.bound_terms({"vector": x0}, 0).total() / (4 * math.log(2))
     frequency = (x0 > 0).double().mean().item()
     entropy = -(frequency * math.log2(p1) + (1 - frequency) * math.log2(1 - p1))
     assert entropy < bits.mean().item() < entropy + 0.01
@@ -525,7 +526,7 @@ def test_a_bound_of_one_step_is_a_bound(variance):
     s = schedules.cosine(1)
     model = gaussian_model("x0", s, levels=3, variance=variance)
     x0 = torch.randint(0, 3, (500, 3)).double() - 1
-    terms = vlb.terms(model, {"vector": x0}, 0)
+    terms = model.bound_terms({"vector": x0}, 0)
     assert terms.kl.shape == (500, 0)
     assert terms.total().mean() > 3 * math.log(3)
     assert vlb.reverse_variance(s, 0, variance) == pytest.approx(s.sigma[0].item() ** 2)

@@ -17,19 +17,20 @@ from genai.core.errors import UserError
 from genai.core.protocols import Prediction
 from genai.extractors import Extractor
 from genai.losses import adversarial
-from genai.models.diffusion import ode, samplers, schedules, tables, vlb
+from genai.models.diffusion import ode, samplers, schedules, tables
 from genai.models.diffusion.ddpm import DDPM
 from genai.models.diffusion.edm import EDM
 from genai.models.diffusion.flow import Flow
 from genai.models.diffusion.latent import Latent
 from genai.models.diffusion.levels import LevelPosterior
 from genai.models.diffusion.mlp import MLP
-from genai.models.diffusion.unet import UNet, time_embedding
+from genai.models.diffusion.unet import UNet
 from genai.models.gan.biggan import orthogonal_penalty
 from genai.models.gan.dcgan import Generator
 from genai.models.vae.likelihoods import Categorical
 from genai.models.vae.quantize import VectorQuantizer
 from genai.nn.attention import Attention, Rotary
+from genai.nn.embed import time_embedding
 from genai.ranges.table import RANGES
 from genai.train.ema import EMA
 from genai.train.muon import orthogonalised
@@ -159,7 +160,7 @@ def test_likelihoods_of_a_half_network_are_those_of_the_network(half):
     batch = {"image": torch.randint(5, (3, 1, 4, 4)) / 2 - 1}
 
     def both():
-        return vlb.terms(model, batch, 0).total(), ode.probability_flow(model, batch, 0, 5, steps=5)
+        return model.bound_terms(batch, 0).total(), ode.probability_flow(model, batch, 0, 5, steps=5)
 
     exact = both()
     model.to(half)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from genai.core import stored
 from genai.core.errors import UserError, at_least, number
+from genai.nn.init import zero
 
 Rotation = tuple[Tensor, Tensor]
 """cos and sin of each position's angles, (T, 1, D) or (B, T, 1, D), as `rotate` takes them."""
@@ -137,9 +138,7 @@ class CrossAttention(nn.Module):
             raise UserError(f"heads={heads} must divide width={width}")
         self.heads = heads
         self.q, self.kv = nn.Linear(width, width, False), nn.Linear(context_width, 2 * width, False)
-        self.out = nn.Linear(width, width)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out = zero(nn.Linear(width, width))
 
     def forward(self, x: Tensor, context: Context | Projected) -> Tensor:
         """x (B, T, width), a context of states (B, T', context_width), projected already or not -> as x."""

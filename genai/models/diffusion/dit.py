@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 from genai.core.errors import UserError, at_least
 from genai.core.precision import fitted
 from genai.models.diffusion.text import TextEncoder, conditioned
-from genai.models.diffusion.unet import time_embedding, zero
 from genai.nn.attention import Attention, Context, CrossAttention
+from genai.nn.embed import time_embedding
+from genai.nn.init import zero
 from genai.nn.norm import RMSNorm
 from genai.nn.transformer import GELU, MLP
 

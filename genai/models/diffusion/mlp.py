@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.precision import fitted
-from genai.models.diffusion.unet import time_embedding, zero
+from genai.nn.embed import time_embedding
+from genai.nn.init import zero
 
 
 class MLP(nn.Module):

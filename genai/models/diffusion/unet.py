@@ -10,26 +10,12 @@ from torch.utils.checkpoint import checkpoint
 
 from genai.core import stored
 from genai.core.errors import UserError
-from genai.core.precision import fitted, wide
+from genai.core.precision import fitted
 from genai.kernels.norm import normalize
 from genai.models.diffusion.text import TextEncoder, conditioned
 from genai.nn.attention import Context, CrossAttention, attending
-
-
-def time_embedding(time: Tensor, dim: int) -> Tensor:
-    """Sinusoids of time (B,) at dim / 2 geometric frequencies from 1 to 1e-4 -> (B, dim), float32 or wider; of an odd dim the
-    last has no sine."""
-    time, half = wide(time), (dim + 1) // 2
-    frequency = torch.exp(torch.arange(half, device=time.device) * (-math.log(1e4) / half))
-    angle = time[:, None] * frequency.to(time.dtype)
-    return torch.cat([angle.cos(), angle.sin()[:, : dim // 2]], 1)
-
-
-def zero(module: nn.Module) -> nn.Module:
-    """The module with its parameters set to zero: a residual branch that starts as the identity."""
-    for p in module.parameters():
-        nn.init.zeros_(p)
-    return module
+from genai.nn.embed import time_embedding
+from genai.nn.init import zero
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

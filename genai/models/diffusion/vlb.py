@@ -1,19 +1,12 @@
 """The discrete variational bound of a DDPM (Ho et al. 2020, eq. 5), every term of it, for data on L grey levels."""
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from genai.core import rng
-from genai.core.protocols import Batch
 from genai.models.diffusion.schedules import Schedule
-
-if TYPE_CHECKING:
-    from genai.models.diffusion.ddpm import DDPM
 
 Variance = Literal["small", "large"]
 
@@ -75,26 +68,3 @@ def discretized_gaussian(x0: Tensor, mean: Tensor, std: float, levels: int) -> T
     upper, lower = torch.where(flip, -lower, upper), torch.where(flip, -upper, lower)
     high, low = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
     return -(high + torch.log(-torch.expm1(low - high))).flatten(1).sum(1)
-
-
-def terms(model: DDPM, batch: Batch, seed: int) -> Terms:
-    """Every term, with one draw of x_t ~ q(x_t | x0) per t from (seed + i, row t, stream 4); x0 in float64.
-
-    Raises UserError if the model has no grey levels, or works in latents.
-    """
-    levels = model.grey_levels(model.levels)
-    x0 = batch[model.field].double()
-    cond = model.told(batch, len(x0))
-    seeds = rng.seed_range(seed, len(x0)).to(x0.device)
-    kl, decoder = [], x0.new_zeros(len(x0))
-    for t in reversed(range(len(model.schedule))):
-        alpha, sigma = model.schedule.at(t)
-        x_t = alpha * x0 + sigma * rng.normal(seeds, model.shape, row=t, stream=rng.MODEL).double()
-        prediction = model.denoise(x_t.to(model.dtype), t, cond)
-        x0_hat = prediction._replace(out=prediction.out.double()).x0(x_t, model.clip)
-        if t > 0:
-            kl.append(step_kl(model.schedule, t, x0, x0_hat, model.variance))
-        else:
-            std = reverse_variance(model.schedule, 0, model.variance) ** 0.5
-            decoder = discretized_gaussian(x0, x0_hat, std, levels)
-    return Terms(prior_kl(model.schedule, x0), torch.stack(kl, 1) if kl else x0.new_zeros(len(x0), 0), decoder)
