@@ -1,5 +1,4 @@
-"""What holds of a config that lies in a file: MOVED brings its targets up to date before anything looks at them, and a flag is
-set while objects are built from it.
+"""Stored configs: MOVED maps targets of older files to those of today, and a flag is set while objects are built from one.
 
 Such an object reads what is there: it downloads nothing, and writes nothing where the file chooses.
 """
@@ -18,7 +17,7 @@ def into(target: str, renamed: Mapping[str, str] = {}, **added: Any) -> Callable
 
 
 MOVED: dict[str, str | Callable[[Node], Node]] = {}
-"""What a `_target_` of an older file has become: another name, or, where its keys change too, another node, as in
+"""Old `_target_` -> its name today or, where its keys change too, a function from the old node to the new, as in
 `"genai.models.diffusion.samplers.ddim": into("genai.models.diffusion.sampling.sample", solver="ddim")`. A row stays for ever."""
 
 

@@ -104,7 +104,7 @@ class Attention(nn.Module):
 
 
 class Context(NamedTuple):
-    """What a sequence attends to besides itself."""
+    """The context of cross-attention: encoder states and their attention mask."""
 
     states: Tensor
     """(B, T', width)"""

@@ -106,7 +106,7 @@ def draw(p: Tensor, u: Tensor) -> Tensor:
 
 
 class Prompt(NamedTuple):
-    """What samples begin with, on the device of their model."""
+    """The prompts of a batch, on the device of their model."""
 
     tokens: Tensor
     """int64 (B, T), padded on the left."""
@@ -128,7 +128,7 @@ class Prompt(NamedTuple):
 
 
 def prompt_of(model: Autoregressive, seeds: Tensor, cond: Batch | None) -> Prompt:
-    """What `cond` says that samples of these seeds begin with; the model's first token where it holds none."""
+    """The prompts in `cond`, one a seed; without `tokens` in it, the model's first token."""
     device = next(model.parameters()).device
     given = {name: value.to(device) for name, value in (cond or {}).items() if name not in ("tokens", "lead", "pad")}
     stop = given.pop("stop", None)
@@ -209,7 +209,7 @@ class _Graph:
 
 
 def _captures(asked: bool | None, writer: _Writer) -> bool:
-    """Whether steps can be a CUDA graph; where one was asked for and cannot be, says why."""
+    """True if steps can be captured as a CUDA graph; prints why not where one was asked for."""
     if asked is False:
         return False
     if not writer.text.is_cuda:

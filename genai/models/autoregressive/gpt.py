@@ -41,15 +41,15 @@ class Decoder(nn.Module):
 
 
 class Window:
-    """What a GPT with learned positions has read, where there will be more tokens than it has positions: beyond these the
-    last `length` are read anew for each new one."""
+    """The decoding state of a GPT with learned positions when the text outgrows them: a cache within the context, and past it
+    the last `length` tokens, encoded again for each new token."""
 
     def __init__(self, net: Transformer, batch: int, length: int, pad: Tensor | None):
         self.net, self.length, self.pad, self.read = net, length, pad, 0
         self.cache = Cache(net, batch, length, length, pad)
 
     def take(self, tokens: Tensor) -> tuple[Tensor, Cache]:
-        """What the network has to read, and after what, for the token that follows these (B, T)."""
+        """The tokens to feed to the network, and the cache to feed them with, given new tokens (B, T)."""
         text = torch.cat([self.text, tokens], 1) if self.read else tokens
         self.text, self.read = text[:, -self.length :], self.read + tokens.shape[1]
         first = self.read - self.length
