@@ -8,9 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from genai.core import rng
 from genai.core.errors import UserError
@@ -152,6 +154,22 @@ def test_compiled_torch_is_the_formula():
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_compiled_noise_multiplies_no_index():
+    """For a GPU Inductor writes indices in 32 bits, where Philox's factors do not fit; the C++ shows the same expressions."""
+    (_, prediction, row), options = arguments(
+        (2, 3, 8, 8), torch.float32, ROWS["noisy"], False, None, False, False, "cpu"
+    )
+    x, k = prediction.out, torch.tensor([*prediction[2:], row.a, row.b, row.c, row.d, row.s, row.alpha, row.sigma])
+
+    def step(x, index, k):
+        return kernels.reference(x, x, None, None, None, None, None, options["seeds"], index, k, None, True, False)
+
+    _, codes = run_and_get_code(torch.compile(step), x, torch.tensor(3), k)
+    assert "3528531795" in codes[0]
+    assert not re.search(r"\d{10}L*\)?\s*\*\s*\(*(?:static_cast<\w+>\()?x\d", codes[0])
+
+
 def test_steps_are_compiled_where_that_pays():
     large, small = torch.empty(8, 3, 256, 256), torch.empty(16, 1, 8, 8)
     found = "compiled" if shutil.which("g++") else "auto"
@@ -163,15 +181,18 @@ def test_steps_are_compiled_where_that_pays():
 def test_a_step_that_cannot_be_compiled_says_why(tmp_path):
     script = """
 import torch, warnings
+from genai.kernels import affine_step as module
 from genai.kernels.affine_step import Row, affine_step
 from genai.core.protocols import Prediction
-x = torch.ones(1, 2)
+x, compiled, tried = torch.ones(1, 2), module._compile(), []
+module._compile = lambda: lambda *args: (tried.append(1), compiled(*args))[1]
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     for _ in range(2):
         y, _ = affine_step(x, Prediction(x), Row(0.5, 0.5), seeds=torch.zeros(1, dtype=torch.long), index=0, impl="compiled")
 assert y.tolist() == [[1.0, 1.0]], y
 assert [str(w.message) for w in said if "diffusion" in str(w.message)][0].startswith("diffusion steps are not compiled: ")
+assert len(tried) == 1  # each try takes seconds
 """
     environment = {**os.environ, "CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, cwd=ROOT)
@@ -183,6 +204,18 @@ def test_interpreted_triton_is_the_formula():
         "import torch; torch.set_num_threads(1); from tests import test_kernels as t; t.check('triton', 'cpu'); "
         "t.check_layouts('triton', 'cpu'); t.check_refusals('triton', 'cpu'); t.check_triton_has_no_gradient('cpu')"
     )
+
+
+@pytest.mark.gpu
+def test_compiled_torch_is_the_formula_on_a_gpu():
+    for row in ROWS.values():
+        args, options = arguments((2, 3, 8, 8), torch.float32, row, True, 0.7, True, True, "cuda")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            y, x0 = affine_step(*args, impl="compiled", **options)
+        expected, expected_x0 = formula(*args, **options)
+        assert (y - expected).abs().max() < 5e-6
+        assert (x0 - expected_x0).abs().max() < 5e-6
 
 
 @pytest.mark.gpu

@@ -73,8 +73,8 @@ def _blocks(
 def _of_elements(seeds: Tensor, n: int, row: Tensor | int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The words of each sample's first n elements."""
     blocks = torch.arange((n + 3) // 4, device=seeds.device)
-    low, high = (blocks & _LOW, blocks >> 32) if n > 4 * _LOW else (blocks, 0)
-    return _blocks(seeds, low, high, row, stream)
+    # cut in any case: a bare index Inductor multiplies in 32 bits, which Philox's factors overflow
+    return _blocks(seeds, blocks & _LOW, blocks >> 32 if n > 4 * _LOW else 0, row, stream)
 
 
 def words(seeds: Tensor, blocks: Tensor, row: int, stream: int) -> Tensor:

@@ -200,15 +200,22 @@ def _compile() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(reference)
 
 
+_uncompiled: set[str] = set()
+"""Types of device for which Inductor failed once; it takes seconds to fail again."""
+
+
 def _compiled(x: Tensor, *args) -> tuple[Tensor, Tensor]:
     """The formula by Inductor; what differs from row to row goes in as tensors, so that one compilation serves them all."""
     from torch._dynamo.exc import BackendCompilerFailed  # takes a second to import
 
+    if x.device.type in _uncompiled:
+        return _torch(x, *args)
     *tensors, row, k, clip, noisy, keep_x0 = args
     factors = torch.tensor(k, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     try:
         return _compile()(x, *tensors, torch.tensor(row, device=x.device), factors, clip, noisy, keep_x0)
     except BackendCompilerFailed as error:
+        _uncompiled.add(x.device.type)
         _say(f"diffusion steps are not compiled: {str(error).strip().splitlines()[0]}")
         return _torch(x, *args)
 
