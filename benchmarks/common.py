@@ -1,7 +1,7 @@
 """What the benchmarks share: interleaved rounds, ratios within a round, a table, JSON beside the hardware's name."""
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
 import platform
@@ -27,11 +27,14 @@ def parse(parser: argparse.ArgumentParser, **toy: Any) -> argparse.Namespace:
 
 
 def installed(*packages: str) -> bool:
-    """True if all these peer packages are installed; prints the names of those that are missing."""
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    for package in missing:
-        print(f"left out: {package} is not installed (pip install -e .[bench])")
-    return not missing
+    """True if all these peer packages can be imported; prints what those that cannot lack."""
+    try:
+        for package in packages:
+            importlib.import_module(package)
+    except ImportError as error:
+        print(f"left out: {error} (pip install -e .[bench])")
+        return False
+    return True
 
 
 def setup() -> torch.device:
