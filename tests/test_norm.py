@@ -185,11 +185,13 @@ def compiled():
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_compiled_kernels_move_16_bytes_at_once_and_spill_nothing(compiled, case):
+    from genai.kernels.triton_norm import TILE, WARPS
+
     (name, dtype, _, channels, last), (code, usage) = case, compiled[case]
     assert ".local" not in code
     assert re.search(r"STACK:0 .*LOCAL:0", usage), usage  # registers sufficed
     if channels % 8 == 0 and name in MOVED:
-        passes = 4096 * (4 if dtype == "fp32" else 2) // (8 * 32 * 16)  # of the threads of 8 warps over a tile
+        passes = TILE * (4 if dtype == "fp32" else 2) // (WARPS * 32 * 16)  # of a program's threads over a tile
         loads, stores = (len(re.findall(rf"{op}\.global[.\w:]*v4\.b32", code)) for op in ("ld", "st"))
         assert loads >= MOVED[name][0] * passes  # and the numbers of channels
         assert stores == MOVED[name][1] * passes

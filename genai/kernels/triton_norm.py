@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from genai.kernels.triton_affine_step import aligned, vector
 
 TILE = 4096  # elements a program
-WARPS = 8
+WARPS = 4
 
 # Integers that Triton would compile anew for where 16 divides them; what is moved at once is told by VECTOR.
 _SIZES = ["outer", "inner_vectors", "o_blocks", "i_blocks", "per_group", "groups", "pixels", "chunks"]
@@ -244,7 +244,7 @@ class Plan(NamedTuple):
 
 def plan(channels: int, pixels: int, last: bool) -> Plan:
     outer, inner = (pixels, channels) if last else (channels, pixels)
-    INNER = min(triton.next_power_of_2(inner), 64 if last else 1024)  # 64 channels fill a line of the cache
+    INNER = min(triton.next_power_of_2(inner), 32 if last else 1024)  # 32 channels in half are two sectors of memory
     return Plan(last, outer, inner, min(triton.next_power_of_2(outer), TILE // INNER), INNER)
 
 
