@@ -2,14 +2,18 @@
 
 import atexit
 import contextlib
+import copy
 import json
+import multiprocessing
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -20,9 +24,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from genai import cli
 
 torch.set_num_threads(1)
 
@@ -31,6 +38,47 @@ CONFIG = {
     part: {"_target_": f"genai.models.{part}"} for part in ("model", "data", "sampler")
 }  # the least of a checkpoint's
 SHARED = ROOT.parent / "shared" / "data"
+
+# Packages take seconds of a core to load: processes whose start is not the point are forked from one that has them.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload([
+    "genai.train.run", "genai.sampling", "genai.evaluation", "genai.sweeps", "genai.data.images",
+    "genai.models.diffusion.samplers", "hydra.main", "sklearn.datasets", "pytest", "tests.conftest",
+])  # fmt: skip
+
+
+def python(*arguments: str | Path, cwd: Path = ROOT, env: dict | None = None, timeout: float = 300):
+    """What `python *arguments` returns and says, of a script or of `-m` and a module, without loading packages anew."""
+    given = dict(os.environ if env is None else env)
+    with tempfile.TemporaryDirectory() as folder:
+        process = context.Process(target=as_python, args=([*map(str, arguments)], str(cwd), given, folder))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(arguments, timeout)
+        said = [(Path(folder) / name).read_text() for name in ("stdout", "stderr")]
+        return subprocess.CompletedProcess(arguments, process.exitcode, *said)
+
+
+def as_python(arguments: list[str], cwd: str, env: dict, folder: str) -> None:
+    """In a new process of `context`: `python *arguments`, which writes the files stdout and stderr in a folder."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a fork server ignores it
+    multiprocessing.set_start_method("fork", force=True)  # as where nothing was forked
+    torch.set_num_threads(1)
+    sys.orig_argv = [sys.executable, *arguments]
+    sys.argv = arguments[1:] if arguments[0] == "-m" else arguments
+    if arguments[0] == "-m":
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(arguments[0]).parent))
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 @contextlib.contextmanager
@@ -66,6 +114,27 @@ def compiled_for_gpus(script, cases):
     return dict(zip(cases, json.loads(done.stdout), strict=True))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def composed_once():
+    """Let Hydra merge the project's own files once for the same choices of groups; every test has a copy of its own."""
+    made, compose = {}, cli.compose
+
+    def cached(name, choices, **given):
+        if any("hydra.searchpath" in choice for choice in choices):  # a user's own files
+            return compose(name, choices, **given)
+        loader: Any = GlobalHydra.instance().hydra.config_loader  # type: ignore[union-attr]
+        key = (cli.conf_dir(), name, *choices)
+        if key not in made:
+            made[key] = compose(name, choices, **given), loader.changed
+        cfg, changed = made[key]
+        loader.changed = dict(changed)
+        return copy.deepcopy(cfg)
+
+    cli.compose = cached
+    yield
+    cli.compose = compose
+
+
 @pytest.fixture
 def shared():
     """The folder of real data beside the checkout; tests that need one of its files skip by name."""
@@ -83,14 +152,7 @@ def command():
     """Run one of the repository's scripts as a user would: command("train.py", "max_steps=3", cwd=...)."""
 
     def run(script: str, *arguments: str, cwd: Path = ROOT, env: dict | None = None, timeout: float = 300):
-        return subprocess.run(
-            [sys.executable, str(ROOT / script), *arguments],
-            cwd=cwd,
-            env={**os.environ, **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        return python(ROOT / script, *arguments, cwd=cwd, env={**os.environ, **(env or {})}, timeout=timeout)
 
     return run
 

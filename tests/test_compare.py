@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from genai.compare.page import chart, report
 from genai.compare.runs import Run, check_protocols, differences, ranked, read, read_all, table
 from genai.core.errors import UserError
 from genai.data.io import to_pil
-from tests.conftest import ROOT
+from tests.conftest import python
 
 PROTOCOL = {
     "n": 1000,
@@ -124,8 +123,7 @@ def test_cards_that_do_not_say_which_data_they_are_of_are_ranked_among_themselve
 
 
 def compare(*arguments):
-    command = [sys.executable, "-m", "genai.compare", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return python("-m", "genai.compare", *arguments)
 
 
 def test_from_the_command_line(four, tmp_path):

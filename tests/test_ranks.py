@@ -17,8 +17,8 @@ from genai.cli import composed, fail, resumed
 from genai.core.errors import UserError
 from genai.train import strategy
 from genai.train.strategy import Ranks, launched
-from tests.conftest import ROOT
-from tests.test_resume import TINY, assert_equal, context, rows
+from tests.conftest import ROOT, context
+from tests.test_resume import TINY, assert_equal, rows
 
 SMALL = [*TINY, "log_every_steps=1", "trainer.accelerator=cpu"]
 SECONDS = 120  # for what takes two on a quiet machine

@@ -70,8 +70,10 @@ def test_every_command_of_the_readme_and_the_configs_composes(line):
     elif name == "sample" and not any(a.startswith("sampler=") for a in arguments):
         for sampler in ("ddim", "generate", "gan"):
             with contextlib.suppress(UserError):
-                return composed("sample", [*arguments, f"sampler={sampler}"], with_sampler)
-        pytest.fail("it fits no sampler")
+                composed("sample", [*arguments, f"sampler={sampler}"], with_sampler)
+                break
+        else:
+            pytest.fail("it fits no sampler")
     elif not any(a.startswith("resume=") for a in arguments):
         prepare = {"train": sweeps.prepare, "sample": with_sampler}.get(name)
         composed(name, arguments, prepare, sweep=" -m " in line)

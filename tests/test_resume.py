@@ -21,18 +21,14 @@ from genai.core.errors import UserError
 from genai.sweeps.jobs import complete
 from genai.train.lock import locked
 from genai.train.run import _init_from, run
-from tests.conftest import ROOT
+from tests.conftest import ROOT, as_python, context
 
 TINY = [
     "max_steps=24", "accumulate=2", "log_every_steps=5", "logger=none", "data.batch_size=4", "optim.warmup_steps=3",
-    "model.net.channels=8", "model.net.dropout=0.1", "model.schedule.steps=20", "sampler.steps=2", "callbacks.samples.n=2",
-    "callbacks.samples.every_steps=12", "callbacks.evaluate.every_steps=4", "callbacks.evaluate.n=16",
-    "callbacks.save.every_steps=6", "callbacks.save.keep_every_steps=12",
+    "model.net.channels=8", "model.net.multipliers=[1]", "model.net.dropout=0.1", "model.schedule.steps=20",
+    "sampler.steps=2", "callbacks.samples.n=2", "callbacks.samples.every_steps=12", "callbacks.evaluate.every_steps=4",
+    "callbacks.evaluate.n=16", "callbacks.save.every_steps=6", "callbacks.save.keep_every_steps=12",
 ]  # fmt: skip
-
-context = multiprocessing.get_context("forkserver")
-PRELOAD = ["genai.train.run", "genai.data.images", "genai.models.diffusion.samplers", "sklearn.datasets"]
-context.set_forkserver_preload(PRELOAD)
 
 
 def child(overrides, kill_at, log):
@@ -206,31 +202,37 @@ AIMED = {
     "before the first save": [("forward", 3, 1)],
     "during evaluation": [("evaluate", 12), ("evaluate", 16)],
     "during a checkpoint write": [("save", 6), ("save", 18)],
-    "right after a save, twice": [("forward", 12, 1), ("forward", 12, 1)],
     "before a checkpoint has all its names": [
         ("link", "best.ckpt"),
         ("link", "step_0000012.ckpt"),
         ("link", "previous.ckpt"),
         ("link", "step_0000024.ckpt"),
     ],
+    "right after a save, twice": [("forward", 12, 1), ("forward", 12, 1)],
 }
+LINKED = {
+    "best.ckpt": 6,
+    "step_0000012.ckpt": 12,
+    "previous.ckpt": 18,
+    "step_0000024.ckpt": 24,
+}  # at the save of a step
+ALL = sorted((kill for kills in AIMED.values() for kill in kills), key=lambda kill: LINKED.get(kill[1], kill[1]))
 
-
-# With loader processes only the hardest case is run every time.
-KILLS = [pytest.param(0, kills, id=name) for name, kills in AIMED.items()]
-KILLS += [
-    pytest.param(2, kills, id=f"{name}, 2 workers", marks=[] if "twice from" in name else pytest.mark.slow)
+# One run meets all of them; with loader processes the hardest; each alone is slow.
+KILLS = [
+    pytest.param(n, kills, id=f"{name}, {n} workers", marks=[] if n and "twice from" in name else pytest.mark.slow)
+    for n in (0, 2)
     for name, kills in AIMED.items()
 ]
+KILLS.append(pytest.param(0, ALL, id="everywhere"))
 
 
 @pytest.mark.parametrize(("workers", "kills"), KILLS)
 def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, kills, workers):
     folder = tmp_path / "run"
     for i, kill_at in enumerate(kills):
-        assert (
-            train(folder, *[f"data.num_workers={workers}"] * (i == 0), kill_at=kill_at, new=i == 0) == -signal.SIGKILL
-        )
+        more = [f"data.num_workers={workers}"] * (i == 0)
+        assert train(folder, *more, kill_at=kill_at, new=i == 0) == -signal.SIGKILL, kill_at
     assert train(folder, new=False) == 0
     assert_same_run(uninterrupted, folder)
 
@@ -243,7 +245,7 @@ def test_killed_at_random_moments(uninterrupted, tmp_path, workers):
     while not (folder / "config.yaml").exists():
         kills += train(folder, f"data.num_workers={workers}", kill_after=delay) != 0
         delay = 1.3 * delay + 0.2 * draw.random()  # a slow machine gets there too
-    for _ in range(8):
+    for _ in range(4):
         if not complete(folder):
             kills += train(folder, kill_after=draw.uniform(0.2, 1.5), new=False) != 0
     if not complete(folder):
@@ -373,16 +375,18 @@ def test_a_flipped_byte_is_detected(uninterrupted, tmp_path):
     ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
 def test_a_signal_saves_and_exits(tmp_path, number, code):
-    """Through the real command line; then the run goes on."""
+    """Through the real command line."""
     folder = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, f"run_dir={folder}", "max_steps=100000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [str(ROOT / "train.py"), *TINY, f"run_dir={folder}", "max_steps=100000"]
+    process = context.Process(target=as_python, args=(command, str(tmp_path), dict(os.environ), str(tmp_path)))
+    process.start()
     deadline = time.time() + 120
     while not (folder / "checkpoints" / "last.ckpt").exists() and time.time() < deadline:
         time.sleep(0.1)
-    process.send_signal(number)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == code, output
+    os.kill(process.pid, number)
+    process.join(60)
+    output = "".join((tmp_path / name).read_text() for name in ("stdout", "stderr"))
+    assert process.exitcode == code, output
     step = checkpoint.read(folder / "checkpoints" / "last.ckpt")["step"]
     assert f"stopped by signal {number.value} after step {step}, saved" in output
     assert max(int(line.split(",")[0]) for line in rows(folder)[1:]) <= step

@@ -20,7 +20,7 @@ from genai.sweeps import JournalSweeper, prepare
 from genai.sweeps.jobs import Job, journal, note
 from genai.sweeps.search import Settings, literal
 from genai.sweeps.summary import ranked, summarise
-from tests.conftest import ROOT
+from tests.conftest import ROOT, python
 from tests.test_tracking import records
 
 TINY = [
@@ -45,7 +45,7 @@ def sweep(tmp_path):
 
 
 def call(command, folder, *more):
-    return subprocess.run([*command, *more], cwd=folder, capture_output=True, text=True, timeout=300)
+    return python(*command[1:], *more, cwd=folder)
 
 
 def the_folder(tmp_path):
@@ -107,15 +107,15 @@ def test_a_killed_sweep_is_finished_by_the_same_command(sweep, tmp_path):
 
 
 def test_failed_jobs_are_named_and_the_rest_go_on(sweep, tmp_path):
-    command = [*sweep(over={"optim.lr": [1000, 999, 1e-3]}), "logger=none", "clip_norm=null"]
+    command = [*sweep(over={"optim.lr": [1000, 1e-3]}), "logger=none", "clip_norm=null"]
     done = call(command, tmp_path)
     assert done.returncode == 2, done.stdout
     assert "Traceback" not in done.stderr
     (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "2 of 3 jobs did not finish" in sentence
+    assert "1 of 2 jobs did not finish" in sentence
     assert "not finite" in sentence
     status = {record["values"]["optim.lr"]: record["status"] for record in journal(the_folder(tmp_path)).values()}
-    assert status == {"1000": "failed", "999": "failed", "0.001": "finished"}
+    assert status == {"1000": "failed", "0.001": "finished"}
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from genai.cli import composed, resumed
 from genai.core.errors import UserError
 from genai.train import trackers
 from genai.train.record import Record
-from tests.conftest import ROOT
+from tests.conftest import ROOT, python
 from tests.test_checkpoint import DEBUG
 
 RUN = [*DEBUG[1:], "max_steps=6", "data.batch_size=8", "log_every_steps=2", "callbacks.samples.n=4",
@@ -199,8 +199,7 @@ def lines_of_wandb(done):
 def trained(env, folder, *more):
     """Train six steps with W&B in an environment; the one line that it printed about it."""
     start = time.monotonic()
-    command = [sys.executable, str(ROOT / "train.py"), *RUN, f"run_dir={folder}", *more]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    done = python(ROOT / "train.py", *RUN, f"run_dir={folder}", *more, env=env)
     assert done.returncode == 0, done.stderr
     assert (folder / "checkpoints" / "last.ckpt").exists()
     assert time.monotonic() - start < 150
