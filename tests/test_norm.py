@@ -13,7 +13,7 @@ from genai.models.diffusion.unet import UNet
 from tests.conftest import compiled_for_gpus, fake_device
 from tests.test_kernels import in_the_interpreter
 
-SHAPES = [((2, 33, 7, 7), 1), ((1, 96, 14, 14), 24), ((3, 20, 1, 1), 5), ((1, 160, 3, 3), 2), ((1, 4, 33, 33), 2),
+SHAPES = [((2, 33, 7, 7), 1), ((1, 48, 14, 14), 12), ((3, 20, 1, 1), 5), ((1, 160, 3, 3), 2), ((1, 4, 33, 33), 2),
           ((2, 6, 5), 3)]  # odd, without numbers to spare, of one tile and of several  # fmt: skip
 USES = [(False, False), (False, True), (True, True)]  # scale_shift, silu
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -45,9 +45,9 @@ def expected(x, dy, weight, bias, scale_shift, groups, silu):
 def check(device):
     from genai.kernels.triton_norm import FusedNorm
 
-    cases = itertools.product((False, True), SHAPES, USES, TOLERANCE)  # of which each pair of choices occurs
-    for k, (last, (shape, groups), (scaled, silu), dtype) in enumerate(cases):
-        if (k % 9 and not (scaled and dtype == torch.float32)) or (last and len(shape) < 4):
+    cases = itertools.product((False, True), SHAPES, USES, TOLERANCE)
+    for last, (shape, groups), (scaled, silu), dtype in itertools.islice(cases, 1, None, 4):  # each pair of choices occurs
+        if last and len(shape) < 4:
             continue
         x, dy, weight, bias, scale_shift = arguments(shape, groups, dtype, last, scaled, device)
         inputs = [t if t is None else t.requires_grad_() for t in (x, weight, bias, scale_shift)]
@@ -85,7 +85,7 @@ def check_unet():
     net = UNet((1, 4, 4), 8, (1,), 1, (4,), classes=3)
     for p in net.parameters():
         nn.init.normal_(p, std=0.2)
-    x, time, label = torch.randn(2, 1, 4, 4), torch.tensor([3.0, 500.0]), torch.tensor([0, 2])
+    x, time, label = torch.randn(1, 1, 4, 4), torch.tensor([500.0]), torch.tensor([2])
     found, layouts = [], []
     for fused in (False, True):
         kernels._fused = lambda norm, x, fused=fused: layouts.append(in_layout(x)[1]) or fused
