@@ -46,7 +46,9 @@ def check(device):
     from genai.kernels.triton_norm import FusedNorm
 
     cases = itertools.product((False, True), SHAPES, USES, TOLERANCE)
-    for last, (shape, groups), (scaled, silu), dtype in itertools.islice(cases, 1, None, 4):  # each pair of choices occurs
+    for last, (shape, groups), (scaled, silu), dtype in itertools.islice(
+        cases, 1, None, 4
+    ):  # each pair of choices occurs
         if last and len(shape) < 4:
             continue
         x, dy, weight, bias, scale_shift = arguments(shape, groups, dtype, last, scaled, device)
