@@ -48,7 +48,7 @@ context.set_forkserver_preload([
 
 
 def python(*arguments: str | Path, cwd: Path = ROOT, env: dict | None = None, timeout: float = 300):
-    """What `python *arguments` returns and says, of a script or of `-m` and a module, without loading packages anew."""
+    """What `python *arguments` returns and says, of a script, `-m` module or `-c` text, without loading packages anew."""
     given = dict(os.environ if env is None else env)
     with tempfile.TemporaryDirectory() as folder:
         process = context.Process(target=as_python, args=([*map(str, arguments)], str(cwd), given, folder))
@@ -74,7 +74,9 @@ def as_python(arguments: list[str], cwd: str, env: dict, folder: str) -> None:
     torch.set_num_threads(1)
     sys.orig_argv = [sys.executable, *arguments]
     sys.argv = arguments[1:] if arguments[0] == "-m" else arguments
-    if arguments[0] == "-m":
+    if arguments[0] == "-c":
+        exec(arguments[1], {"__name__": "__main__"})
+    elif arguments[0] == "-m":
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
         sys.path.insert(0, str(Path(arguments[0]).parent))
@@ -112,6 +114,30 @@ def compiled_for_gpus(script, cases):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip(cases, json.loads(done.stdout), strict=True))
+
+
+# What these files compute takes long, or runs in processes of its own.
+LONG = (
+    "commands",
+    "gpt",
+    "kernels",
+    "likelihood",
+    "metrics_samples",
+    "norm",
+    "parts",
+    "readme",
+    "samplers",
+    "stylegan2",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Mark as fast what asks for no folder, without which no run is trained and no command started, and is in no LONG file."""
+    for item in items:
+        folder = any(name.startswith("tmp_path") for name in item.fixturenames)
+        long = item.path.stem.removeprefix("test_") in LONG
+        if not (folder or long or item.get_closest_marker("slow") or item.get_closest_marker("gpu")):
+            item.add_marker("fast")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,14 +2,12 @@
 
 import gzip
 import re
-import subprocess
-import sys
 import zipfile
 import zlib
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import python
 
 
 def flat_png(side):
@@ -41,7 +39,7 @@ except UserError as error:
     print(error)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, time.process_time() - start)
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = python("-c", script)
     assert done.returncode == 0, done.stderr[-2000:]
     sentence, figures = done.stdout.splitlines()
     kilobytes, seconds = map(float, figures.split())

@@ -61,7 +61,7 @@ def of_pixels(p):
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 def test_the_probability_flow_of_a_known_source_gives_its_entropy(path):
-    p, x, entropy = source(3000)
+    p, x, entropy = source(1500)
     model = Exact(path, of_pixels(p)).eval()
     nats = -probability_flow(model, {"image": x}, 0, LEVELS, steps=100, probes=1)
     result = likelihood.per_dimension(nats.double(), 12, LEVELS)
@@ -93,7 +93,7 @@ def test_the_density_of_a_gaussian_is_found(path):
     """Against the closed form at the ODE's end: the mean over the noise of ln N(y; 0, C) less that of the noise."""
     model, covariance = gaussian(path)
     x = torch.randint(0, LEVELS, (64, 4)) / 2 - 1
-    found = probability_flow(model, {"image": x}, 3, LEVELS, steps=200, probes=None, noise=0.1)
+    found = probability_flow(model, {"image": x}, 3, LEVELS, steps=100, probes=None, noise=0.1)
     u = 0.1 / 1.1
     eps = rng.normal(rng.seed_range(3, 64), (4,), row=0, stream=rng.MODEL)
     y = (1 - u) * x + u * eps
@@ -103,7 +103,7 @@ def test_the_density_of_a_gaussian_is_found(path):
     decoder = bins.gather(-1, ((x + 1) * 2).long()[..., None]).log().sum((1, 2))
     expected = density.log_prob(y) - noise + decoder
     assert (found - expected).abs().max() < 0.02
-    estimate = probability_flow(model, {"image": x}, 3, LEVELS, steps=200, probes=64, noise=0.1)
+    estimate = probability_flow(model, {"image": x}, 3, LEVELS, steps=100, probes=64, noise=0.1)
     assert (estimate - expected).mean().abs() < 0.02
 
 
