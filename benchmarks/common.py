@@ -27,7 +27,7 @@ def parse(parser: argparse.ArgumentParser, **toy: Any) -> argparse.Namespace:
 
 
 def installed(*packages: str) -> bool:
-    """True if all these peer packages can be imported; prints what those that cannot lack."""
+    """True if all these peer packages can be imported; prints what is missing where one cannot."""
     try:
         for package in packages:
             importlib.import_module(package)

@@ -121,6 +121,7 @@ def perform(arguments: Sequence[str], seconds: float, env: Mapping[str, str]) ->
             process.kill()
             output, failed = process.communicate()[0] + f"\nstopped after {seconds:.0f} s", True
         print(output, flush=True)
+        output = output.replace(f"{ROOT}{os.sep}", "")  # the file is for others to read
         lines = [line for line in output.splitlines() if line.strip()]
         figures = json.loads(report.read_text()) if report.exists() else {"summary": lines[-1] if lines else ""}
     told: dict[str, Any] = {"error": lines[-LINES:]} if failed else {"figures": figures}

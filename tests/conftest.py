@@ -48,7 +48,7 @@ context.set_forkserver_preload([
 
 
 def python(*arguments: str | Path, cwd: Path = ROOT, env: dict | None = None, timeout: float = 300):
-    """What `python *arguments` returns and says, of a script, `-m` module or `-c` text, without loading packages anew."""
+    """Run `python *arguments` (a script, `-m` module or `-c` string) in a fork that has the packages loaded."""
     given = dict(os.environ if env is None else env)
     with tempfile.TemporaryDirectory() as folder:
         process = context.Process(target=as_python, args=([*map(str, arguments)], str(cwd), given, folder))

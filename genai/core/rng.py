@@ -73,7 +73,7 @@ def _blocks(
 def _of_elements(seeds: Tensor, n: int, row: Tensor | int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The words of each sample's first n elements."""
     blocks = torch.arange((n + 3) // 4, device=seeds.device)
-    # cut in any case: a bare index Inductor multiplies in 32 bits, which Philox's factors overflow
+    # & _LOW changes no index below 2^32, but Inductor multiplies a bare arange in 32 bits, which Philox's factors overflow
     return _blocks(seeds, blocks & _LOW, blocks >> 32 if n > 4 * _LOW else 0, row, stream)
 
 

@@ -1,4 +1,4 @@
-"""What a causal Transformer keeps of the positions it has read, so that none is computed twice."""
+"""The key-value cache of a causal Transformer, with counters of positions on the host and on the device."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 class Places(NamedTuple):
-    """What T new positions need to know of themselves."""
+    """Positions and attention mask of T new tokens."""
 
     added: Tensor | None = None
     """Added to their embeddings, (T, width) or (B, T, width)."""
     rotation: Rotation | None = None
-    """Of their queries and keys."""
+    """Rotary embedding of their queries and keys; None where positions are not rotary."""
     mask: Tensor | None = None
-    """Attention mask of each over those seen, (B or 1, 1, T, T'); None: all up to itself."""
+    """Attention mask over the cached positions, (B or 1, 1, T, T'); None is causal."""
     real: Tensor | None = None
     """Which are not padding, (B, T, 1); None: all."""
 
@@ -30,7 +30,7 @@ class Places(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """What one block knows of the positions before."""
+    """Cached keys, values and shifted inputs of one block."""
 
     keys: Rows | None = None
     values: Rows | None = None
@@ -78,16 +78,16 @@ class DevicePositions:
 
 
 class Cache:
-    """What a causal Transformer has seen: of every block, the last `capacity` positions of B texts.
+    """Keys, values and shifted inputs of every block at the last `capacity` positions of B sequences.
 
     Each position beyond `capacity` is written over the oldest.
 
     Args:
-        net: whose it is.
+        net: the Transformer that fills it.
         batch: B.
         capacity: positions that are kept.
         total: positions there will be at most; beyond `capacity` they come one at a time.
-        pad: (B,) how many positions on the left of each text are padding, fewer than capacity; None for none.
+        pad: (B,) how many positions on the left of each sequence are padding, fewer than capacity; None for none.
         window: positions that a new one can see, itself included; None: all that are kept.
     """
 
@@ -139,7 +139,7 @@ class Cache:
             self.positions = DevicePositions(self.positions)
 
     def take(self, t: int) -> tuple[Places, list[LayerCache]]:
-        """Of the t positions after those seen, which count as seen from now on."""
+        """Positions and layer caches of the next t tokens, which count as read from now on."""
         at, seen = self.positions.take(t, self.capacity)
         index, mask, real = self.index[:seen], None, None
         narrow = self.window < seen
