@@ -144,7 +144,8 @@ def test_an_optuna_study_goes_on(sweep, tmp_path):
 def test_jobs_run_side_by_side(sweep, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     command = [*sweep(over={"seed": [0, 1]}), "logger=none", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    done = call(command, tmp_path)
+    # a process of its own, for in a fork joblib's workers and the tracker they ask for wait for each other
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert [record["status"] for record in lines(the_folder(tmp_path))] == [
         "started",
