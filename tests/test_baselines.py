@@ -18,7 +18,7 @@ from genai.build import build_typed
 from genai.cards import Seen
 from genai.cli import composed
 from genai.core.errors import UserError
-from genai.data.base import Arrays, Data, part, std
+from genai.data.base import Arrays, Data, part
 from genai.data.images import Digits
 from genai.extractors import Extractor
 
@@ -181,7 +181,7 @@ def test_some_of_a_split_stands_for_all_of_it(by_class):
     assert torch.equal(
         part(by_class, "test", 5).batch(torch.arange(5), None)["image"], by_class.items("test", torch.arange(5))
     )
-    assert std(by_class.splits["train"], "image", 100) == pytest.approx(std(by_class.splits["train"], "image"), rel=0.1)
+    assert few.x.std().item() == pytest.approx(known(by_class, ["train"], 300).x.std().item(), rel=0.1)
 
 
 def test_samples_are_asked_of_classes_that_were_hardly_seen(by_class, monkeypatch, tmp_path):

@@ -281,6 +281,18 @@ def test_impossible_edms_are_refused(arguments, sentence):
         EDM(Zero(), [2], **arguments)
 
 
+def test_an_edm_measures_the_deviation_of_its_data_before_the_first_step():
+    batches = [{"vector": 3 + 0.4 * torch.randn(n, 2)} for n in (5, 7, 2)]
+    model = EDM(Zero(), [2], None, "vector")
+    with pytest.raises(UserError, match=r"model.sigma_data=null is measured by prepare"):
+        model(batches[0], 0)
+    whole = torch.cat([batch["vector"] for batch in batches]).double()
+    assert model.prepare(iter(batches)) == {"sigma_data": round(whole.std(correction=0).item(), 4)}
+    assert model.prepare(iter(batches)) == {} == EDM(Zero(), [2], 0.5, "vector").prepare(batches)
+    with pytest.raises(UserError, match=r"model.sigma_data=0.0 must be the standard deviation"):
+        EDM(Zero(), [2], None, "vector").prepare([{"vector": torch.ones(4, 2)}])
+
+
 # The bound
 
 

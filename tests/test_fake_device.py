@@ -281,7 +281,7 @@ def test_host_and_device_wait_for_each_other_only_where_it_is_said(case, gpu, tm
 def test_latents_are_measured_and_precomputed_where_the_run_trains(gpu, tmp_path):
     config = config_of("model=latent")
     lit = loop_of(config | {"accumulate": 1}, tmp_path)
-    run._measure(lit.model, lit.data, GPU)
+    run._prepare(lit.model, lit.data, GPU)
     assert ("call", "latent.Latent.measure", "read") in gpu.seen
     cfg = OmegaConf.create({"codec": {**config["codec"], "cache": str(tmp_path)}, "resume": None})
     lit.data.splits = {"val": lit.data.splits["val"]}

@@ -542,7 +542,7 @@ def test_a_caption_alone_leaves_the_label_out():
 def test_captions_are_as_long_as_the_network_reads():
     model = latent_flow()
     with pytest.raises(UserError, match=r"model.net.text.length=8, but captions have data.length=9"):
-        model.measure([{"caption": captions.encode(["a"], 9, "x"), "image": images(1)}])
+        model.prepare([{"caption": captions.encode(["a"], 9, "x"), "image": images(1)}])
 
 
 def test_what_cannot_be_steered_or_decoded_is_refused_in_a_sentence(stages, tmp_path):

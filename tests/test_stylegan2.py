@@ -469,7 +469,7 @@ def test_mixed_precision_plays_nearly_the_same_game():
 def test_a_short_last_batch_can_be_evaluated_but_not_trained_on():
     model = build()
     with pytest.raises(UserError, match=r"data.batch_size=6 must be a multiple of 4"):
-        model.measure([example(n=6)])
+        model.prepare([example(n=6)])
     with torch.no_grad():
         assert model.eval().discriminator(torch.zeros(7, 1, 8, 8)).shape == (7,)
 

@@ -8,9 +8,12 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from genai import checkpoint
+from genai.build import build_typed
+from genai.cli import composed, resumed
 from genai.core.errors import UserError
 from genai.core.protocols import Losses
 from genai.data.base import Arrays, Data
@@ -19,6 +22,7 @@ from genai.train.ema import EMA, decay_at
 from genai.train.lit import LitModel, Player
 from genai.train.optim import adamw, lr_at
 from genai.train.record import Record
+from genai.train.run import run
 from tests.conftest import CONFIG, ROOT
 
 
@@ -370,3 +374,21 @@ def test_two_ranks_through_the_command_line(tmp_path, command):
     assert checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")["step"] == 7
     lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines if ",train/loss," in line] == [str(i) for i in range(1, 8)]
+
+
+def test_what_a_model_measures_of_its_arguments_stands_in_the_runs_config(tmp_path):
+    """And is not measured again, by a checkpoint that samples or by a run that goes on."""
+    small = [
+        "data.num_workers=0",
+        "model.net.channels=8",
+        "callbacks.samples=null",
+        "callbacks.evaluate=null",
+        "logger=none",
+    ]
+    folder = run(composed("train", ["model=edm", "data=digits", "max_steps=1", f"run_dir={tmp_path}", *small], resumed))
+    measured = OmegaConf.load(folder / "config.yaml").model.sigma_data
+    images = build_typed(OmegaConf.to_container(composed("train", ["data=digits"]).data, resolve=True)).splits["train"]
+    whole = images.batch(torch.arange(len(images)), None)["image"].double()
+    assert measured == round(whole.std(correction=0).item(), 4)
+    loaded = checkpoint.load(folder)
+    assert loaded.config["model"]["sigma_data"] == loaded.model.sigma_data == measured

@@ -43,6 +43,19 @@ class Model(Protocol):
 
 
 @runtime_checkable
+class Prepared(Protocol):
+    """A Model that looks at training data before step 0, on the device it trains on."""
+
+    def prepare(self, batches: Iterable[Batch]) -> Mapping[str, Any]:
+        """Measure what training needs to know of the data, from at most a few thousand samples in no order.
+
+        Returns the constructor arguments that were measured, by name, for the stored config to say them; what is a buffer is
+        part of the weights anyway. Raises UserError for data that the model cannot learn.
+        """
+        ...
+
+
+@runtime_checkable
 class AdversarialModel(Protocol):
     """Two players, a generator and a discriminator, each with a loss and parameters of its own."""
 

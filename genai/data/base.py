@@ -160,12 +160,6 @@ def part(data: Data, name: str, n: int) -> Split:
     return some(split, n) if name == "train" else Subset(split, torch.arange(min(n, len(split))))
 
 
-def std(split: Split, field: str, n: int = 4096) -> float:
-    """Standard deviation of all numbers in n items of a split."""
-    split = some(split, n)
-    return split.batch(torch.arange(len(split)), None)[field].double().std(correction=0).item()
-
-
 def held_out(n: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Indices 0, ..., n-1 in a fixed random order, cut into the kept and the last `fraction` of them."""
     order = np.random.default_rng(0).permutation(n)

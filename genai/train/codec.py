@@ -21,8 +21,6 @@ from genai.data.base import Data, Split
 from genai.data.fingerprint import of_split, uncaptioned
 from genai.data.stream import batches
 
-MEASURED = 4096  # samples a model may look at before its first step
-
 
 def digest(content: dict) -> str:
     """SHA-256 of what decides what a checkpoint's model does: its config, as it was written, and its averaged weights."""

@@ -21,7 +21,8 @@ from genai.build import DATA, MODELS, RUN, build_stored, build_typed, named_pack
 from genai.cli import check_unchanged
 from genai.core import files, precision, rng
 from genai.core.errors import UserError, at_least
-from genai.data.base import Data, some, std
+from genai.core.protocols import Prepared
+from genai.data.base import Data, some
 from genai.data.fingerprint import of_split
 from genai.data.stream import batches
 from genai.ranges import check as ranges
@@ -33,6 +34,7 @@ from genai.train.optim import idle_from
 from genai.train.record import Record
 from genai.train.strategy import Ranks, launched
 
+LOOKED_AT = 4096  # samples that a model may look at before its first step
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true")  # fp16 would need its loss scaled
 
 
@@ -75,8 +77,6 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
         cfg.data[fact] = getattr(data, fact)
     if cfg.resume is None:
         ranges.agree(cfg)
-    if cfg.model.get("sigma_data", 1.0) is None:  # of latents it is 1, see Latent
-        cfg.model.sigma_data = 1.0 if cfg.model.get("latent") else round(std(data.splits["train"], data.field), 4)
     train_split = {"items": len(data.splits["train"]), "checksum": of_split(data.splits["train"], quick=True)}
     weights = codec.adopt(cfg, data, build, trust, resumed is not None)
     config: dict[str, Any] = {**OmegaConf.to_container(cfg, resolve=True), "resume": None}  # type: ignore[dict-item]
@@ -96,8 +96,8 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     model.to(device)
-    if resumed is None and hasattr(model, "measure"):
-        _measure(model, data, device)
+    if resumed is None:
+        config["model"] |= _prepare(model, data, device)
     if cfg.init_from is not None:
         unused = () if config["model"].get("classes") else ("class_names",)
         _init_from(model, data.assets(), cfg.init_from, cfg.init_strict, unused)
@@ -254,10 +254,12 @@ def _device(hardware: dict[str, Any], ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local) if hardware["accelerator"] == "gpu" else torch.device("cpu")
 
 
-def _measure(model: Any, data: Data, device: torch.device) -> None:
-    """Let a model on `device` look at the first of its training data."""
-    measured = batches(some(data.splits["train"], codec.MEASURED), data.batch_size)
-    model.measure({name: value.to(device) for name, value in batch.items()} for batch in measured)
+def _prepare(model: Any, data: Data, device: torch.device) -> dict[str, Any]:
+    """Let a model on `device` look at some of its training data, if it wants to; what it measured of its arguments."""
+    if not isinstance(model, Prepared):
+        return {}
+    looked_at = batches(some(data.splits["train"], LOOKED_AT), data.batch_size)
+    return dict(model.prepare({name: value.to(device) for name, value in batch.items()} for batch in looked_at))
 
 
 def _folder(cfg: DictConfig, ranks: Ranks) -> tuple[Path, tuple[dict, Path] | None]:

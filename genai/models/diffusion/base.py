@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,9 +99,9 @@ class Diffusion(WideBuffers):
         """The first stage, whose weights are somebody else's."""
         return None if self.latent is None else self.latent.codec
 
-    def measure(self, batches: Iterable[Batch]) -> None:
-        """What must be known of the training data before the first step. Raises UserError for captions of another length than
-        the network reads."""
+    def prepare(self, batches: Iterable[Batch]) -> dict[str, Any]:
+        """Measure the scale of the latents, see `Prepared`. Raises UserError for captions of another length than the network
+        reads."""
         first = next(stream := iter(batches))
         if self.text is not None and "caption" in first and first["caption"].shape[1] != self.text.length:
             raise UserError(
@@ -109,6 +110,7 @@ class Diffusion(WideBuffers):
             )
         if self.latent is not None:
             self.latent.measure(itertools.chain([first], stream))
+        return {}
 
     def clean(self, batch: Batch) -> Tensor:
         """x0 of a batch, (B, *shape)."""

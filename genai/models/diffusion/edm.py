@@ -1,7 +1,9 @@
 """Elucidated diffusion (EDM, Karras et al. 2022): x = x0 + sigma eps with a preconditioned network, equations as there."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ class EDM(Diffusion):
     Args:
         net, shape, field, classes, label_dropout, guidance, clip, latent: see `Diffusion`. The time the network is told is affine
             in c_noise = ln(sigma) / 4, 0 at sigma_min and 1000 at sigma_max.
-        sigma_data: standard deviation of the data; train.py measures it where the config says null.
+        sigma_data: standard deviation of the data; None until `prepare` has measured it.
         sigma_min, sigma_max: the levels that are sampled from.
         log_sigma_mean, log_sigma_std: of the normal that ln(sigma) is drawn from in training (P_mean and P_std of table 1).
     """
@@ -29,7 +31,7 @@ class EDM(Diffusion):
         self,
         net: nn.Module,
         shape: Sequence[int],
-        sigma_data: float,
+        sigma_data: float | None,
         field: str = "image",
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
@@ -42,15 +44,32 @@ class EDM(Diffusion):
         latent: Latent | None = None,
     ):
         super().__init__(net, shape, field, classes, label_dropout, guidance, clip, latent)
-        if not sigma_data or sigma_data < 0:
-            raise UserError(f"model.sigma_data={sigma_data} must be the standard deviation of the data, above 0")
         if not 0 < sigma_min < sigma_max:
             raise UserError(f"model.sigma_min={sigma_min} must lie above 0 and below model.sigma_max={sigma_max}")
-        self.sigma_data, self.path = sigma_data, VarianceExploding(sigma_min, sigma_max)
+        self.sigma_data = None if sigma_data is None else _positive(sigma_data)
+        self.path = VarianceExploding(sigma_min, sigma_max)
         self.log_sigma_mean, self.log_sigma_std = log_sigma_mean, log_sigma_std
 
+    def prepare(self, batches: Iterable[Batch]) -> dict[str, Any]:
+        """Measure sigma_data, to four digits, where it is not given; of latents it is 1."""
+        first = next(stream := iter(batches))
+        found = super().prepare(itertools.chain([first], stream if self.latent is not None else []))
+        if self.sigma_data is not None:
+            return found
+        if self.latent is not None:
+            self.sigma_data = 1.0
+        else:
+            n, total, squares = 0, 0.0, 0.0
+            for batch in itertools.chain([first], stream):
+                x = batch[self.field].double()
+                n, total, squares = n + x.numel(), total + x.sum().item(), squares + x.square().sum().item()
+            self.sigma_data = _positive(round(max(squares / n - (total / n) ** 2, 0.0) ** 0.5, 4))
+        return {**found, "sigma_data": self.sigma_data}
+
     def preconditioning(self, sigma: Number) -> tuple[Number, Number, Number]:
-        """c_skip, c_out, c_in (table 1)."""
+        """c_skip, c_out, c_in (table 1). Raises UserError while sigma_data is None."""
+        if self.sigma_data is None:
+            raise UserError("model.sigma_data=null is measured by prepare(batches) of training data: call that first")
         total = sigma**2 + self.sigma_data**2
         return self.sigma_data**2 / total, sigma * self.sigma_data / total**0.5, 1 / total**0.5  # type: ignore[return-value]
 
@@ -73,3 +92,10 @@ class EDM(Diffusion):
     def denoise(self, x: Tensor, t: float, cond: Batch | None = None) -> Prediction:
         c_skip, c_out, c_in = self.preconditioning(t)
         return Prediction(self.call(c_in * x, self.time(math.log(t)), cond), p=c_skip, q=c_out)
+
+
+def _positive(sigma_data: float) -> float:
+    """sigma_data itself. Raises UserError where it is no deviation of data that change."""
+    if not sigma_data > 0:
+        raise UserError(f"model.sigma_data={sigma_data} must be the standard deviation of the data, above 0")
+    return sigma_data

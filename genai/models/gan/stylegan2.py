@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,11 +66,12 @@ class StyleGAN2(WideBuffers):
         parts = {"mapping": self.generator.mapping, "synthesis": self.generator.synthesis}
         return {**parts, "discriminator": self.discriminator}
 
-    def measure(self, batches: Iterable[Batch]) -> None:
-        """Raises UserError if a batch of the data is not made of whole groups of the discriminator."""
+    def prepare(self, batches: Iterable[Batch]) -> dict[str, Any]:
+        """Measure nothing, see `Prepared`. Raises UserError if a batch is not made of whole groups of the discriminator."""
         batch = next(iter(batches))
         with torch.no_grad():
             self.judge(batch[self.field], self.label(batch))
+        return {}
 
     def generator_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.generator.named_parameters("generator")
