@@ -27,7 +27,8 @@ from genai.cli import composed
 from genai.core import rng
 from genai.core.protocols import Batch
 from genai.data.base import example
-from genai.models.diffusion.samplers import ddim
+from genai.models.diffusion.samplers import sample
+from genai.models.diffusion.tables import ddim
 
 STEPS = 2, 10
 
@@ -66,7 +67,7 @@ def compare(pixels: Any, latents: Any, n: int, rounds: int, device: torch.device
         cases[space] = step(model, optimizer, batch)
         sampled, seeds = copy.deepcopy(model).eval(), rng.seed_range(0, n)
         for steps in STEPS:
-            cases[f"{space}, {steps}"] = lambda m=sampled, s=seeds, k=steps: ddim(m, s, steps=k)
+            cases[f"{space}, {steps}"] = lambda m=sampled, s=seeds, k=steps: sample(m, s, solver=ddim, steps=k)
         if model.latent is not None:
             z = model.latent.codec.encode(batch["image"])
             cases["precomputed"] = step(model, optimizer, {"latent": z, "label": batch["label"]})

@@ -6,7 +6,7 @@
 
 A step is the difference between a call of 50 steps and one of 10, divided by 40; beside it the whole call divided by its
 steps, in which initial noise, tables and conversions count. Ours goes through
-`genai.models.diffusion.samplers.ddim` and a DDPM; diffusers' is DDIMPipeline itself, tensors out, its progress bar off;
+`genai.models.diffusion.samplers.sample` and a DDPM; diffusers' is DDIMPipeline itself, tensors out, its progress bar off;
 the hand loop is the least that torch can do, with its coefficients computed beforehand. At eta 1 both add noise.
 Targets: ours <= 0.25x diffusers and <= 100 us a step.
 
@@ -17,6 +17,7 @@ that of images per second at equal FLOPs. On a GPU ours replays one CUDA graph, 
 
 import argparse
 import copy
+import functools
 import logging
 from collections.abc import Callable
 
@@ -27,9 +28,9 @@ from benchmarks.common import interleave, parse, ratio, report, setup, spread
 from benchmarks.unet import MULTIPLIERS, SHAPE, Diffusers, forward_gflop
 from genai.core import rng
 from genai.models.diffusion.ddpm import DDPM
-from genai.models.diffusion.samplers import ddim
+from genai.models.diffusion.samplers import sample
 from genai.models.diffusion.schedules import linear
-from genai.models.diffusion.tables import ddim_table, levels
+from genai.models.diffusion.tables import ddim, levels
 from genai.models.diffusion.unet import UNet
 
 
@@ -51,7 +52,8 @@ def ours(net: nn.Module, n: int, steps: int, eta: float, label: Tensor | None = 
     model = DDPM(net, linear(1000), SHAPE, classes=classes, guidance=1.5).eval()
     model.to(next(net.buffers(), next(net.parameters())).device)
     seeds, cond = rng.seed_range(0, n), None if label is None else {"label": label}
-    return lambda: ddim(model, seeds, cond, steps=steps, eta=eta)["image"]
+    solver = functools.partial(ddim, eta=eta)
+    return lambda: sample(model, seeds, cond, solver=solver, steps=steps)["image"]
 
 
 def constant_for_diffusers(out: Tensor) -> nn.Module:
@@ -82,7 +84,7 @@ def diffusers(net: nn.Module, n: int, steps: int, eta: float) -> Callable[[], Te
 def by_hand(out: Tensor, steps: int) -> Callable[[], Tensor]:
     """Five operations in place on a new tensor a step, and the network's time."""
     schedule, net = linear(1000), Constant(out)
-    table = ddim_table(levels(schedule, steps))
+    table = ddim(schedule, levels(schedule, steps))
     rows = [(float(t), *schedule.at(t), row.a, row.b) for t, row in zip(table.times, table.rows, strict=True)]
 
     @torch.inference_mode()

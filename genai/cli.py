@@ -236,7 +236,10 @@ class Loader(ConfigLoaderImpl):
 
 
 # Last parts of keys whose value is a path, and of those whose value is prose: both are taken as they were typed.
-PATHS = "run_dir", "resume", "init_from", "ckpt", "root", "path", "file", "out", "cache", "draft", "weights"
+PATHS = (
+    "run_dir", "resume", "init_from", "ckpt", "root", "path", "file", "out", "cache", "draft", "weights", "image", "mask",
+    "autoguidance",
+)  # fmt: skip
 PROMPTS = "prompt", "negative_prompt", "stop"  # where even ${ is text, for they are in no stored config
 PROSE = *PROMPTS, "label", "name", "project", "notes", "url"
 LISTS = "prompt", "negative_prompt", "label"
@@ -618,17 +621,21 @@ def with_sampler(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
     if cfg.get("sampler") is None:
         cfg.ckpt, stored = _stored_config(given["ckpt"].value() if "ckpt" in given else None)
         cfg.sampler = OmegaConf.create(stored["sampler"])
-    own = [str(k) for k in cfg.sampler if not str(k).startswith("_")]
+    node: Any = cfg.sampler
+    own = nodes.arguments(node)
     remaining = []
     for override in overrides:
-        key = override.key_or_group
-        if key not in cfg and not override.is_add() and key in own:
-            (override,) = OverridesParser.create().parse_overrides([f"sampler.{override.input_line}"])
-        elif key == "guidance" or key.startswith("sampler."):
-            name = key.rpartition(".")[2]
-            if name not in own:
-                sampler = cfg.sampler._target_.rpartition(".")[2]
-                raise UserError(f"the sampler {sampler} has no {name}; it has {', '.join(own)}{nearest(name, own)}")
+        key, (_, _, value) = override.key_or_group, str(override.input_line).partition("=")
+        name = key.removeprefix("sampler.")
+        bare = key == name and key not in cfg and not override.is_add()
+        if name in own and (bare or key != name):
+            (override,) = OverridesParser.create().parse_overrides([f"sampler.{own[name]}={value}"])
+        elif (key == "guidance" and name not in own) or (
+            key != name and name.removesuffix("._target_") not in own.values()
+        ):
+            raise UserError(
+                f"the sampler {nodes.name_of(node)} has no {name}; it has {', '.join(own)}{nearest(name, own)}"
+            )
         remaining.append(override)
     return remaining
 

@@ -7,7 +7,7 @@ change is merged over them. So nothing is left of the old part that the new one 
 import functools
 import inspect
 import pydoc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -64,6 +64,19 @@ def target_of(node: Any) -> str:
     found = node._get_node("_target_", validate_access=False) if _has_keys(node) else None
     target = None if found is None else found._value()
     return target if isinstance(target, str) and all(part.isidentifier() for part in target.split(".")) else ""
+
+
+def arguments(node: Any) -> dict[str, str]:
+    """What a node can be told, by name: its own keys, then those of the parts in it, each with its dotted path below the node."""
+    own = {str(key): str(key) for key in node if not str(key).startswith("_")}
+    for key in [key for key in own if isinstance(node[key], Mapping | DictConfig) and "_target_" in node[key]]:
+        own = {**{name: f"{key}.{path}" for name, path in arguments(node[key]).items()}, **own}
+    return own
+
+
+def name_of(sampler: Any) -> str:
+    """The name that a sampler's node goes by: that of its solver, where it has one."""
+    return str((sampler.get("solver") or sampler).get("_target_")).rpartition(".")[2]
 
 
 def _has_keys(node: Any) -> bool:

@@ -1,19 +1,20 @@
 """Sampling from a loaded checkpoint, the same from the command line and from Python."""
 
 import contextlib
+import copy
 import functools
 import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from genai import checkpoint
+from genai import checkpoint, nodes
 from genai.build import DATA, MODELS, build_stored
 from genai.checkpoint import Loaded
 from genai.core import files, rng, stored
@@ -21,6 +22,16 @@ from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch, OnStep, check_sampler, with_items
 
 MOST = 10**8  # samples of one call
+REQUEST = (
+    "guidance",
+    "guidance_interval",
+    "autoguidance",
+    "image",
+    "strength",
+    "mask",
+    "invert",
+    "frames",
+)  # of a sampler
 
 
 def sample(
@@ -34,9 +45,12 @@ def sample(
     sampler: dict | None = None,
     batch_size: int = 256,
     on_step: OnStep | None = None,
+    image: Any = None,
+    mask: Any = None,
+    frames: bool = False,
     **arguments: Any,
 ) -> Batch:
-    """n samples; sample i depends on seed + i, its label or prompt and the sampler, and on nothing else.
+    """n samples; sample i depends on seed + i, its label or prompt, its image and the sampler, and on nothing else.
 
     Args:
         label: index, name or a list of them; shorter lists repeat. None takes the classes in turn.
@@ -47,7 +61,11 @@ def sample(
         sampler: a config node, default the one the checkpoint was trained with.
         batch_size: samples made at once.
         on_step: called as on_step(step so far, steps of all batches, state).
-        arguments: of the sampler, such as steps or guidance.
+        image: to start from, a file or a folder, or (m, C, H, W) in [-1, 1]; fewer than n repeat.
+        mask: of the part of the image that is filled in, a file whose white is filled and whose black is kept, or 1 and 0 in
+            (1 or C, H, W).
+        frames: also return `frames` (k, steps + 1, ...), the states of the first k samples on their way.
+        arguments: of the sampler, such as steps, guidance, strength, or autoguidance, a run or checkpoint.
 
     Returns:
         what the sampler made, on the CPU, with `seeds` (n,) and, for a model of classes, `label` (n,).
@@ -67,19 +85,25 @@ def sample(
         )
     seeds = rng.seed_range(seed, n)
     with checkpoint.blamed(loaded):
-        run = bind(loaded, sampler or loaded.config["sampler"], arguments)
+        wanted = {"image": image, "mask": mask, "frames": frames or None}
+        wanted = {key: value for key, value in wanted.items() if value is not None}
+        run = bind(loaded, sampler or loaded.config["sampler"], arguments, list(wanted))
         captions = resolve_captions(prompt, negative_prompt, n, loaded)
         labels = None if captions and label is None else resolve_labels(label, n, loaded)  # a caption says enough
         cond = resolve_prompts(None if captions else prompt, stop, n, loaded) or {}
         cond |= (captions or {}) | ({} if labels is None else {"label": labels})
+        pictures = resolve_images(image, mask, n, loaded)
         chunks, starts = [], range(0, n, batch_size)
         for k, start in enumerate(starts):
             part = slice(start, start + batch_size)
             progress = None if on_step is None else _shifted(on_step, k, len(starts))
             given = {name: value[part] for name, value in cond.items()}
+            special = {name: value[part] for name, value in pictures.items()} | (
+                {"frames": True} if frames and k == 0 else {}
+            )
             with loaded.computing():
-                chunks.append(run(loaded.model, seeds[part], given or None, progress))
-        batch = {name: torch.cat([chunk[name].cpu() for chunk in chunks]) for name in chunks[0]}
+                chunks.append(run(loaded.model, seeds[part], given or None, progress, **special))
+        batch = {name: torch.cat([chunk[name].cpu() for chunk in chunks if name in chunk]) for name in chunks[0]}
         if "pixels" in loaded.assets:
             from genai.data.pixels import to_images
 
@@ -91,23 +115,24 @@ def _shifted(on_step: OnStep, k: int, chunks: int) -> OnStep:
     return lambda i, steps, state: on_step(k * steps + i, chunks * steps, state)
 
 
-def bind(loaded: Loaded, node: dict, arguments: dict[str, Any]) -> Callable[..., Batch]:
-    """The sampler of a config node, also of an older one, with arguments of its own changed. Raises UserError for one that
-    it lacks."""
-    node = stored.up_to_date(node)
-    own = [key for key in node if not key.startswith("_")]
-    for key in arguments:
+def bind(loaded: Loaded, node: dict, arguments: dict[str, Any], wanted: Sequence[str] = ()) -> Callable[..., Batch]:
+    """The sampler of a config node, also of an older one, with arguments of its own, or of a part of it, changed; it must take
+    those in `wanted` too.
+
+    Raises UserError for one that it lacks.
+    """
+    node = copy.deepcopy(stored.up_to_date(node))
+    made = build_stored(node, loaded.trust)
+    own, more = nodes.arguments(node), inspect.signature(made).parameters.values()
+    own = {**own, **{p.name: p.name for p in more if p.kind is p.KEYWORD_ONLY and p.name not in own}}
+    for key in [*arguments, *wanted]:
         if key not in own:
-            raise UserError(f"the sampler {node['_target_'].rpartition('.')[2]} has no {key}; it has {', '.join(own)}")
-    node = {**node, **arguments}
-    extras: dict[str, Any] = {}
-    if isinstance(node.get("draft"), str):
-        other = checkpoint.load(
-            node.pop("draft"), device=str(loaded.device), trust=loaded.trust, precision=loaded.precision
-        )
-        if other.assets.get("tokenizer") != loaded.assets.get("tokenizer"):
-            raise UserError(f"sampler.draft={other.path} has another tokenizer than {loaded.path}: they must share one")
-        extras["draft"] = other.model
+            raise UserError(f"the sampler {nodes.name_of(node)} has no {key}; it has {', '.join(own)}")
+    for key, value in arguments.items():
+        *parts, last = own[key].split(".")
+        functools.reduce(lambda at, part: at[part], parts, node)[last] = value
+    others = {key: node.pop(key) for key in ("draft", "autoguidance") if isinstance(node.get(key), str)}
+    extras = {key: _other(loaded, key, path).model for key, path in others.items()}
     run = with_items(functools.partial(build_stored(node, loaded.trust), **extras), items_of(loaded))
     try:
         inspect.signature(run).bind(None, None, None, None)
@@ -115,6 +140,29 @@ def bind(loaded: Loaded, node: dict, arguments: dict[str, Any]) -> Callable[...,
         raise UserError(f"the sampler {node['_target_']} cannot be called: {error}") from error
     check_sampler(run, loaded.model)
     return run
+
+
+def _other(loaded: Loaded, key: str, path: str) -> Loaded:
+    """Another model that a sampler calls. Raises UserError unless it is told the same words."""
+    other = checkpoint.load(path, device=str(loaded.device), trust=loaded.trust, precision=loaded.precision)
+    for asset, what in (("tokenizer", "tokenizer"), ("class_names", "classes")):
+        if other.assets.get(asset) != loaded.assets.get(asset):
+            raise UserError(f"{key}={other.path} has another {what} than {loaded.path}: they must share one")
+    return other
+
+
+def resolve_images(image: Any, mask: Any, n: int, loaded: Loaded) -> Batch:
+    """The images that n samples start from (n, C, H, W), and how much of them to keep, on the CPU; empty where there are none."""
+    from genai.data import io
+
+    shape, found = getattr(loaded.model, "data_shape", ()), {}
+    if image is not None:
+        images = image if isinstance(image, Tensor) else io.read_images(Path(image), shape, "image")
+        found["image"] = images.repeat(-(-n // len(images)), *[1] * (images.ndim - 1))[:n]
+    if mask is not None:
+        white = mask if isinstance(mask, Tensor) else (io.read_images(Path(mask), [1, *shape[1:]], "mask")[:1] + 1) / 2
+        found["mask"] = (1 - white).expand(n, *white.shape[-len(shape) :])
+    return found
 
 
 def items_of(loaded: Loaded) -> Callable[[str, Tensor], Tensor]:
@@ -206,17 +254,17 @@ def run(cfg: Any) -> Path:
     if cfg.out is not None:
         files.check_folder(Path(cfg.out), "out")
     loaded = checkpoint.load(cfg.ckpt, cfg.weights, cfg.device, cfg.trust, cfg.precision, cfg.compile)
-    if isinstance(cfg.guidance, bool) or not isinstance(cfg.guidance, int | float | None):
-        raise UserError(f"guidance={cfg.guidance} must be a number")
     node: dict[str, Any] = OmegaConf.to_container(cfg.sampler, resolve=True)  # type: ignore[assignment]
-    if cfg.guidance is not None:
-        node["guidance"] = cfg.guidance
+    request: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(REQUEST)))
+    request = {key: value for key, value in request.items() if value is not None and value is not False}
     stop = unescaped(cfg.stop)
     given = cfg.label, cfg.prompt, cfg.negative_prompt
     label, prompt, negative_prompt = (OmegaConf.to_container(v) if OmegaConf.is_list(v) else v for v in given)
     is_text = "tokenizer" in loaded.assets
     with streamed(loaded, prompt, stop) if is_text else bar() as on_step:
-        batch = sample(loaded, cfg.n, cfg.seed, label, prompt, negative_prompt, stop, node, cfg.batch_size, on_step)
+        batch = sample(
+            loaded, cfg.n, cfg.seed, label, prompt, negative_prompt, stop, node, cfg.batch_size, on_step, **request
+        )
     home = loaded.path.parent.parent if loaded.path.parent.name == "checkpoints" else loaded.path.parent
     out = Path(cfg.out) if cfg.out is not None else _unused(home)
     with files.writable(out, "name another folder with out="):
@@ -249,9 +297,13 @@ def _write(out: Path, cfg: Any, loaded: Loaded, batch: Batch, prompt: Any, node:
     several = len(prompt) if isinstance(prompt, list) and 1 < len(prompt) <= 20 else None
     columns = node.get("columns") or several or (10 if "label" in batch and cfg.n >= 10 else None)
     io.write_samples(out, field, batch[field], batch.get("label"), batch["seeds"], rng.RNG_VERSION, columns)
+    path = ""
+    if "frames" in batch:
+        io.write_path(out, batch["frames"], columns)
+        path = ", path.gif, path.png"
     if prompt is not None:
         captions.write(out, io.file_names(batch["seeds"], None), _repeated(prompt, cfg.n, "prompt"))
-    return f"{out}/grid.png, samples.npz"
+    return f"{out}/grid.png, samples.npz{path}"
 
 
 def _unused(run: Path) -> Path:

@@ -1,5 +1,6 @@
 """Diffusion against closed forms: moments, conversions, samplers on Gaussian data, the bound of a known Gaussian."""
 
+import functools
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from genai.cli import composed
 from genai.core import stored
 from genai.core.errors import UserError
 from genai.data.captions import encode
-from genai.models.diffusion import samplers, schedules, vlb, weightings
+from genai.models.diffusion import samplers, schedules, tables, vlb, weightings
 from genai.models.diffusion.ddpm import DDPM
 from genai.models.diffusion.edm import EDM
 from genai.models.diffusion.flow import Flow
@@ -30,6 +31,7 @@ SCHEDULES = {
     "karras": schedules.karras,
     "log_snr": schedules.log_snr,
 }
+ddim = functools.partial(samplers.sample, solver=tables.ddim)
 MEAN, VAR = torch.tensor([0.3, -1.2, 0.7], dtype=torch.float64), torch.tensor([0.25, 1.7, 0.04], dtype=torch.float64)
 
 
@@ -578,9 +580,9 @@ def test_guidance_needs_both_of_its_answers_trained(rate):
     model = DDPM(net, **node).eval()
     cond = {"label": torch.tensor([3])}
     for plain in (None, 1.0):
-        samplers.ddim(model, torch.arange(1), cond, steps=1, guidance=plain)
+        ddim(model, torch.arange(1), cond, steps=1, guidance=plain)
     with pytest.raises(UserError, match=r"^guidance=2.0 leads from .*: give guidance=1"):
-        samplers.ddim(model, torch.arange(1), cond, steps=1, guidance=2.0)
+        ddim(model, torch.arange(1), cond, steps=1, guidance=2.0)
     assert DDPM(UNet([1, 8, 8], 8, [1], 1, attention_depths=[]), guidance=2.0, **{**node, "classes": None}).null() == {}
 
 
@@ -615,8 +617,8 @@ def test_likelihoods_are_given_what_the_batch_says_and_null_for_the_rest(score):
 
 
 READERS = {
-    "sampler": lambda model, cond: samplers.ddim(model, torch.arange(2), cond, steps=3),
-    "inversion": lambda model, cond: samplers.invert(model, cond["image"], {"caption": cond["caption"]}, steps=3),
+    "sampler": lambda model, cond: ddim(model, torch.arange(2), cond, steps=3),
+    "inversion": lambda model, cond: ddim(model, torch.arange(2), image=cond["image"], invert=True, steps=3),
     "bound": lambda model, cond: model.log_prob({"image": cond["image"]}, 0),
     "flow": lambda model, cond: probability_flow(model, {"image": cond["image"]}, 0, 3, steps=3),
 }
@@ -629,7 +631,7 @@ def test_captions_are_encoded_once_for_all_steps(reader):
     model.text.register_forward_hook(lambda module, inputs, output: read.append(output.states))
     batch = {"image": torch.zeros(2, 1, 4, 4), "caption": encode(["one", "two"], 6, "length")}
     if reader == "sampler":
-        exact = samplers.ddim(model, torch.arange(2), model.nulls(2), steps=3)["image"]
+        exact = ddim(model, torch.arange(2), model.nulls(2), steps=3)["image"]
         read.clear()
         assert torch.equal(READERS[reader](model, None)["image"], exact)
     else:

@@ -1,5 +1,6 @@
 """First stages, latent diffusion over them, captions that steer it."""
 
+import functools
 import json
 import shutil
 import sys
@@ -23,7 +24,7 @@ from genai.data import captions
 from genai.data.image_folder import ImageFolder
 from genai.data.images import Digits
 from genai.losses.perceptual import LPIPS, RandomFeatures
-from genai.models.diffusion import samplers
+from genai.models.diffusion import samplers, tables
 from genai.models.diffusion.dit import DiT
 from genai.models.diffusion.flow import Flow
 from genai.models.diffusion.latent import Latent, SpaceToDepth
@@ -37,7 +38,11 @@ from genai.train.codec import digest
 from genai.train.ema import EMA
 from genai.train.run import run
 
-DDIM = {"_target_": "genai.models.diffusion.samplers.ddim", "_partial_": True, "steps": 2, "guidance": None}
+ddim = functools.partial(samplers.sample, solver=tables.ddim)
+DDIM = {
+    "_target_": "genai.models.diffusion.samplers.sample", "_partial_": True, "steps": 2, "guidance": None,
+    "solver": {"_target_": "genai.models.diffusion.tables.ddim", "_partial_": True},
+}  # fmt: skip
 SMALL = ["logger=none", "max_steps=4", "data.batch_size=8", "callbacks.evaluate.n=16", "callbacks.samples.n=2"]
 TEXT = ["+model.net.text._target_=genai.models.diffusion.text.TextEncoder", "+model.net.text.length=32"]
 
@@ -224,8 +229,8 @@ def test_the_loss_in_latents_is_that_of_the_latents():
     torch.manual_seed(2)
     assert torch.equal(a, plain({"latent": model.clean({"image": x})}, 0).total)
     seeds = torch.arange(3)
-    out = samplers.ddim(plain, seeds, steps=3)["latent"]
-    assert torch.allclose(samplers.ddim(model, seeds, steps=3)["image"], model.shown(out), atol=1e-5)
+    out = ddim(plain, seeds, steps=3)["latent"]
+    assert torch.allclose(ddim(model, seeds, steps=3)["image"], model.shown(out), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
@@ -282,15 +287,15 @@ def test_recomputed_activations_change_no_gradient():
 def test_guidance_leads_from_the_negative_prompt_to_the_prompt():
     model, seeds = latent_flow(), torch.arange(2)
     ids = {name: captions.encode([name] * 2, 8, "length") for name in ("one", "two")}
-    sample = lambda cond, w: samplers.ddim(model, seeds, cond, steps=2, guidance=w)["image"]  # noqa: E731
+    sample = lambda cond, w: ddim(model, seeds, cond, steps=2, guidance=w)["image"]  # noqa: E731
     one = sample({"caption": ids["one"]}, 1.0)
     assert torch.allclose(sample({"caption": ids["one"], "negative": ids["one"]}, 3.0), one, atol=1e-4)
     away = sample({"caption": ids["one"], "negative": ids["two"]}, 3.0)
     assert (away - sample({"caption": ids["one"]}, 3.0)).abs().max() > 1e-3
     assert torch.allclose(sample({"caption": ids["two"], "negative": ids["one"]}, 0.0), one, atol=1e-4)
     none = model.nulls(2)
-    assert torch.allclose(samplers.ddim(model, seeds, None, steps=2)["image"], sample(none, 1.0), atol=1e-5)
-    alone = samplers.ddim(model, seeds[1:], {"caption": ids["one"][1:]}, steps=2, guidance=3.0)["image"]
+    assert torch.allclose(ddim(model, seeds, None, steps=2)["image"], sample(none, 1.0), atol=1e-5)
+    alone = ddim(model, seeds[1:], {"caption": ids["one"][1:]}, steps=2, guidance=3.0)["image"]
     assert torch.allclose(alone[0], sample({"caption": ids["one"]}, 3.0)[1], atol=1e-4)
 
 
@@ -528,8 +533,8 @@ def test_a_caption_alone_leaves_the_label_out():
             nn.init.normal_(p, std=0.2)
     model = Flow(net, [4, 4, 4], classes=10, latent=Latent(SpaceToDepth("image", [1, 8, 8], 2))).eval()
     caption, seeds = captions.encode(["one"] * 3, 8, "length"), torch.arange(3)
-    alone = samplers.ddim(model, seeds, {"caption": caption}, steps=2)["image"]
-    null = samplers.ddim(model, seeds, {"caption": caption, "label": torch.full((3,), 10)}, steps=2)["image"]
+    alone = ddim(model, seeds, {"caption": caption}, steps=2)["image"]
+    null = ddim(model, seeds, {"caption": caption, "label": torch.full((3,), 10)}, steps=2)["image"]
     assert torch.allclose(alone, null, atol=1e-5)
     loaded = checkpoint.Loaded(model, {"model": {"classes": 10}, "sampler": DDIM}, {}, 0, Path("x"))
     assert "label" not in genai.sample(loaded, n=3, prompt="one")

@@ -313,7 +313,7 @@ def test_every_sampler_says_which_models_it_is_for():
             "cond",
             "on_step",
         ]:
-            assert part.model_types or name.endswith("samplers.run"), name
+            assert part.model_types, name
 
 
 SAMPLERS = """

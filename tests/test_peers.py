@@ -23,7 +23,7 @@ def both(scheduler, table, kind, schedule, clip):
     for t in table.times:
         theirs = scheduler.step(outs[t], t, theirs).prev_sample
 
-    def denoise(x, t, cond):
+    def denoise(x, t):
         p, q = to_x0(kind, *schedule.at(t))
         return Prediction(outs[t], p=p, q=q)
 
@@ -44,7 +44,7 @@ def test_ddim_equals_diffusers(kind, clip, steps):
         set_alpha_to_one=True,
     )
     scheduler.set_timesteps(steps)
-    table = tables.ddim_table(tables.levels(schedule, steps))
+    table = tables.ddim(schedule, tables.levels(schedule, steps))
     assert scheduler.timesteps.tolist() == table.times
     if clip is not None:
         step = scheduler.step

@@ -1,5 +1,6 @@
 """Half precision is the network's own: time, state, schedules, latents and averages stay float32, whatever it computes in."""
 
+import functools
 import json
 import runpy
 import sys
@@ -39,6 +40,7 @@ from tests.test_latent import autoencoder
 from tests.test_old_runs import unpack
 
 HALVES = [torch.bfloat16, torch.float16]
+ddim = functools.partial(samplers.sample, solver=tables.ddim)
 
 
 @pytest.fixture
@@ -93,8 +95,8 @@ def test_a_thousand_steps_do_not_round_the_state(half):
     model = DDPM(Shrinks(schedule), schedule, [16], "vector", clip=None).to(half)
     states = []
     watch = lambda i, n, state: states.append(state["x"].dtype)  # noqa: E731
-    out = samplers.ddim(model, torch.arange(128), None, watch, steps=1000)["vector"]
-    exact = samplers.ddim(model.float(), torch.arange(128), steps=1000)["vector"]
+    out = ddim(model, torch.arange(128), None, watch, steps=1000)["vector"]
+    exact = ddim(model.float(), torch.arange(128), steps=1000)["vector"]
     assert set(states) == {torch.float32}
     assert out.std().item() == pytest.approx(exact.std().item(), rel=0.01)
     assert exact.std().item() == pytest.approx(0.1, rel=0.1)
@@ -102,8 +104,9 @@ def test_a_thousand_steps_do_not_round_the_state(half):
 
 @pytest.mark.parametrize("half", HALVES)
 def test_a_denoiser_may_answer_in_half_and_data_may_come_in_half(half):
-    table = tables.ddim_table(tables.levels(schedules.linear(), 20, "trailing"))
-    answer = lambda dtype: lambda x, t, cond: Prediction((0.5 * x).to(dtype), (0.4 * x).to(dtype), 2.0, 1.0, -0.1)  # noqa: E731
+    path = schedules.linear()
+    table = tables.ddim(path, tables.levels(path, 20))
+    answer = lambda dtype: lambda x, t: Prediction((0.5 * x).to(dtype), (0.4 * x).to(dtype), 2.0, 1.0, -0.1)  # noqa: E731
     x, seeds = torch.randn(3, 4), torch.arange(3)
     exact = samplers.walk(answer(torch.float32), table, x, seeds)
     ours = samplers.walk(answer(half), table, x.to(half), seeds, known=x.to(half), mask=torch.zeros(3, 4, dtype=half))
@@ -116,7 +119,7 @@ def test_every_way_to_a_sample_works_in_half(half):
     """clip=None too, where fp16 gave nan in silence; and training, whose schedules stay as they were."""
     net = lambda: MLP(2, 16, 1)  # noqa: E731
     for model in (mlp(), EDM(net(), [2], 0.5, "vector"), Flow(net(), [2], "vector")):
-        draw = samplers.heun if isinstance(model, EDM) else samplers.ddim
+        draw = functools.partial(samplers.sample, solver=tables.heun if isinstance(model, EDM) else tables.ddim)
         exact = draw(model.eval(), torch.arange(4), steps=20)["vector"]
         ours = draw(model.to(half), torch.arange(4), steps=20)["vector"]
         assert ours.dtype == torch.float32
@@ -132,9 +135,9 @@ def test_every_way_to_a_sample_works_in_half(half):
 
 def test_a_state_that_overflows_is_refused_though_the_network_is_finite():
     model = mlp()
-    table = tables.ddim_table(tables.levels(model.path, 5, "trailing"))
+    model.clip, model.denoise = None, lambda x, t, cond=None: Prediction(x.sign() * 1e38, q=100.0)
     with pytest.raises(UserError, match="samples are not finite"):
-        samplers.run(model, table, torch.arange(2), denoiser=lambda x, t, cond: Prediction(x.sign() * 1e38, q=100.0))
+        ddim(model, torch.arange(2), steps=5)
 
 
 @pytest.mark.parametrize("half", HALVES)

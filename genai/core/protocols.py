@@ -215,9 +215,9 @@ class Prediction(NamedTuple):
 
 
 class Denoiser(Protocol):
-    """`(x, t, cond) -> Prediction`; t is the one time step of the whole batch, cond the named conditions or None."""
+    """`(x, t) -> Prediction`; t is the one time of the whole batch. What it is told is bound to it before the first step."""
 
-    def __call__(self, x: Tensor, t: float, cond: Batch | None) -> Prediction: ...
+    def __call__(self, x: Tensor, t: float, /) -> Prediction: ...
 
 
 class Sampler(Protocol):
@@ -246,12 +246,14 @@ def for_models(*kinds: type) -> Callable[[Called], Called]:
 
 def check_sampler(sampler: Callable, model: nn.Module, key: str = "sampler") -> None:
     """Raises UserError where a sampler is marked `for_models` of which this is none; `key` is what chose it."""
-    function = sampler
+    function, parts = sampler, {}
     while isinstance(function, functools.partial):
-        function = function.func
+        function, parts = function.func, {**function.keywords, **parts}
     kinds = getattr(function, "model_types", ())
     if kinds and not isinstance(model, kinds):
-        name = getattr(function, "__name__", type(function).__name__)
+        named = parts.get("solver", function)
+        named = getattr(named, "func", named)
+        name = getattr(named, "__name__", type(named).__name__)
         wanted = " or ".join(f"{'an' if k.__name__[0] in 'AEIO' else 'a'} {k.__name__}" for k in kinds)
         raise UserError(
             f"the {key} {name} is for {wanted}, and this model is a {type(model).__name__}: choose another with {key}="

@@ -16,9 +16,32 @@ def into(target: str, renamed: Mapping[str, str] = {}, **added: Any) -> Callable
     return lambda node: {**added, **{renamed.get(key, key): value for key, value in node.items()}, "_target_": target}
 
 
-MOVED: dict[str, str | Callable[[Node], Node]] = {}
-"""Old `_target_` -> its name today or, where its keys change too, a function from the old node to the new, as in
-`"genai.models.diffusion.samplers.ddim": into("genai.models.diffusion.sampling.sample", solver="ddim")`. A row stays for ever."""
+DIFFUSION = "genai.models.diffusion"
+
+
+def solved(solver: str, own: Node, **meant: Any) -> Callable[[Node], Node]:
+    """A value of MOVED for a sampler of diffusion that is a solver of the one sampler now, with the keys `own` of it;
+    keys that an older file lacks are what they meant then."""
+    levels = {"rho": 7.0, "shift": 1.0, "sigma_min": None, "sigma_max": None}
+    target = {"_target_": f"{DIFFUSION}.tables.{solver}", "_partial_": True}
+
+    def move(node: Node) -> Node:
+        rest = {key: value for key, value in node.items() if key not in own}
+        told = {key: node.get(key, value) for key, value in own.items()}
+        return {**meant, **levels, **rest, "_target_": f"{DIFFUSION}.samplers.sample", "solver": {**target, **told}}
+
+    return move
+
+
+MOVED: dict[str, str | Callable[[Node], Node]] = {
+    f"{DIFFUSION}.samplers.ddim": solved("ddim", {"eta": 0.0}, steps=50, spacing="trailing"),
+    f"{DIFFUSION}.samplers.ddpm": solved("ddpm", {"variance": "small"}, steps=None, spacing="trailing"),
+    f"{DIFFUSION}.samplers.heun": solved("heun", {"space": "sigma"}, steps=20, spacing="karras"),
+    f"{DIFFUSION}.samplers.midpoint": solved("midpoint", {"space": "flow"}, steps=20, spacing="trailing"),
+    f"{DIFFUSION}.samplers.dpmpp_2m": solved("dpmpp_2m", {"eta": 0.0}, steps=20, spacing="log_snr"),
+}
+"""Old `_target_` -> its name today or, where its keys change too, a function from the old node to the new, as `into` and
+`solved` make one. A row stays for ever."""
 
 
 def up_to_date(node: Any) -> Any:

@@ -125,6 +125,30 @@ def decode(
         return image.convert("L" if reading.channels == 1 else "RGB"), (w, h)
 
 
+def resized(
+    content: bytes,
+    where: Path | str,
+    reading: Reading,
+    size: tuple[int, int],
+    crop: bool = True,
+    u: float = 0.5,
+    v: float = 0.5,
+) -> np.ndarray:
+    """uint8 (C, H, W) of the bytes of a file at `size` (H, W), cropped at fraction u of the horizontal and v of the vertical
+    leeway, or without `crop` squeezed. Raises as `decode` does."""
+    from PIL import Image
+
+    height, width = size
+    image, (w, h) = decode(content, where, reading, size, crop)
+    box = None
+    if crop:  # of the image as large as its file says, on what was decoded
+        left, top, right, bottom = crop_box(w, h, width / height, u, v)
+        x, y = image.width / w, image.height / h
+        box = left * x, top * y, right * x, bottom * y
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box))
+    return pixels[None] if reading.channels == 1 else pixels.transpose(2, 0, 1)
+
+
 def _eight_bits(x: np.ndarray, value_range: tuple[float, float] | None) -> np.ndarray:
     """uint8 of values in a range, rounded and clipped; without one the upper 8 of 16 bits."""
     if value_range is None:

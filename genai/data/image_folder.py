@@ -11,7 +11,7 @@ from torch import Tensor
 from genai.core.errors import UserError, at_least, number
 from genai.core.protocols import Batch
 from genai.data.base import Data, Split
-from genai.data.decode import Reading, crop_box, decode
+from genai.data.decode import Reading, resized
 from genai.data.files import Files, told
 from genai.data.fingerprint import checksum
 from genai.data.io import from_uint8
@@ -161,18 +161,9 @@ class Images:
 
     def pixels(self, name: str, u: float, v: float) -> np.ndarray:
         """uint8 (C, H, W) of one file, cropped at fraction u of the horizontal and v of the vertical leeway."""
-        from PIL import Image
-
-        channels, height, width = self.shape
+        _, *size = self.shape
         crop = self.crop != "none"
-        image, (w, h) = decode(self.files.read(name), self.files.root / name, self.reading, (height, width), crop)
-        box = None
-        if crop:  # of the image as large as its file says, on what was decoded
-            left, top, right, bottom = crop_box(w, h, width / height, u, v)
-            x, y = image.width / w, image.height / h
-            box = left * x, top * y, right * x, bottom * y
-        resized = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box))
-        return resized[None] if channels == 1 else resized.transpose(2, 0, 1)
+        return resized(self.files.read(name), self.files.root / name, self.reading, (size[0], size[1]), crop, u, v)
 
 
 def limits(value_range: Sequence[float] | None, scan: Scan) -> tuple[float, float] | None:

@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genai.core.errors import UserError
+from genai.data.decode import Reading, resized
+
 
 def from_uint8(x: Tensor) -> Tensor:
     """uint8 in [0, 255] -> float32 in [-1, 1]."""
@@ -73,6 +76,39 @@ def write_samples(
     if field == "image":
         for image, name in zip(to_uint8(samples).cpu(), file_names(seeds, labels), strict=True):
             to_pil(image).save(out / f"{name}.png")
+
+
+def read_images(path: Path, shape: Sequence[int], key: str) -> Tensor:
+    """The images of a file, or of a folder by name, as samples (N, C, H, W) of `shape` in [-1, 1], cropped in the middle.
+
+    Raises UserError, which names `key`, for samples that are no images, and where there is none or one cannot be read.
+    """
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise UserError(f"{key}= is for a model of images, and samples of this one are {list(shape)}: leave {key}= out")
+    files = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".") if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{key}={path} holds no file: name an image, or a folder of them")
+    found = []
+    for file in files:
+        try:
+            found.append(resized(file.read_bytes(), file, Reading(shape[0]), (shape[1], shape[2])))
+        except (OSError, ValueError, SyntaxError) as error:  # the last is Pillow's of a broken PNG
+            why = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise UserError(f"{key}={file} cannot be read as an image ({why}): name another") from error
+    return from_uint8(torch.from_numpy(np.stack(found)))
+
+
+def write_path(out: Path, frames: Tensor, columns: int | None = None) -> None:
+    """The states (N, K, *shape) of samples from noise to data: path.gif, a grid that moves, and path.png, a sample a row."""
+    pictures = [to_pil(grid(states[:400], columns)) for states in frames.unbind(1)]
+    durations = [*[60] * (len(pictures) - 1), 2000]  # milliseconds
+    pictures[0].save(out / "path.gif", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    shown = torch.linspace(0, frames.shape[1] - 1, min(frames.shape[1], 12)).round().long()
+    if frames.ndim == 3:  # vectors: one density plot a state
+        plots = torch.cat([density(frames[:, k], 160) for k in shown], -1)
+    else:
+        plots = grid(frames[:10, shown].flatten(0, 1), len(shown))
+    to_pil(plots).save(out / "path.png")
 
 
 def file_names(seeds: Tensor, labels: Tensor | None) -> Sequence[str]:

@@ -168,6 +168,7 @@ def _ends(cfg: DictConfig, typed: set[str]) -> None:
     for low, high in (
         ("model.schedule.log_snr_min", "model.schedule.log_snr_max"),
         ("model.sigma_min", "model.sigma_max"),
+        ("sampler.sigma_min", "sampler.sigma_max"),
     ):
         least, most = _at(cfg, low), _at(cfg, high)
         if least is not None and most is not None and not least < most:

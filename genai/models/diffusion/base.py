@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,16 @@ from genai.models.diffusion.latent import Latent
 from genai.models.diffusion.levels import LevelPosterior
 from genai.models.diffusion.paths import Path
 from genai.models.diffusion.text import TextEncoder
+
+
+class Condition(NamedTuple):
+    """What a model is told of n samples, as keyword arguments of its network, encoded once by that model for itself."""
+
+    given: Batch
+    """Of n samples."""
+    null: Batch
+    """What guidance leads away from, of n samples or of one for all: nothing given, or the negative caption. Empty where nothing
+    was given, so that there is nothing to lead to."""
 
 
 class Diffusion(WideBuffers):
@@ -75,7 +85,7 @@ class Diffusion(WideBuffers):
         raise NotImplementedError
 
     def denoise(self, x: Tensor, t: float, cond: Batch | None = None) -> Prediction:
-        """The Denoiser: x (B, *shape) at time t of the path; without conditions, those the network takes are null."""
+        """The prediction of x (B, *shape) at time t of the path, told what `condition` encoded; null where cond is None."""
         raise NotImplementedError
 
     def nets(self) -> Mapping[str, nn.Module]:
@@ -89,6 +99,11 @@ class Diffusion(WideBuffers):
     def dtype(self) -> torch.dtype:
         """Of a sampler's state: that of the network, but never half."""
         return torch.promote_types(next(self.net.parameters()).dtype, torch.float32)
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """Of one sample as the data has it, whatever space the model works in."""
+        return self.shape if self.latent is None else tuple(self.latent.codec.shape)  # type: ignore[arg-type]
 
     @property
     def text(self) -> TextEncoder | None:
@@ -161,6 +176,25 @@ class Diffusion(WideBuffers):
                 raise UserError(f"{name} is {kind}, but {n} samples of this model are told int64 {wanted}")
         return {**nulls, **found} if found else {}
 
+    def condition(self, cond: Batch | None, n: int) -> Condition:
+        """What n samples are told, and `negative`, the caption that guidance leads away from; a label or a caption that the model
+        does not take, as data come with, is left out.
+
+        Raises UserError for any other name, and for what is not one whole number, or one caption, for each of them.
+        """
+        cond, takes = cond or {}, [*self.null(), *(["negative"] if self.text is not None else [])]
+        if unknown := set(cond) - {"label", "caption", *takes}:
+            raise UserError(
+                f"cond has {', '.join(sorted(unknown))}, but this model takes {', '.join(takes) or 'no conditions'}"
+            )
+        given, null = self.given(cond, n), self.nulls(1)
+        if "negative" in cond and self.text is not None:
+            given = given or self.nulls(n)
+            null["caption"] = self.given({"caption": cond["negative"]}, n)["caption"]
+        if not given:
+            return Condition(self.told(None, n), {})
+        return Condition(self.encoded(given), self.encoded(null))
+
     def told(self, cond: Batch | None, n: int) -> Batch:
         """The network's keyword arguments of n samples, null where `cond` says nothing; encoded once for all steps to come."""
         return self.encoded(self.given(cond, n) or self.nulls(n))
@@ -184,8 +218,8 @@ class Diffusion(WideBuffers):
         return {name: c for name, c in cond.items() if name != "caption"} | self.text(cond["caption"])._asdict()
 
     def call(self, x: Tensor, time: float, cond: Batch | None) -> Tensor:
-        """The network at one time for the whole batch, which it is told; null where there are no conditions."""
-        cond = self.encoded(cond or self.nulls(len(x)))
+        """The network at one time for the whole batch, which it is told; null where cond is None."""
+        cond = self.told(None, len(x)) if cond is None else cond
         x = wide(x)
         return self.answer(x, x.new_full(x.shape[:1], time), **cond)
 

@@ -51,6 +51,17 @@ class Latent(Wide):
         with full(self.mean.device):
             return self.codec.decode(wide(z) * self.std + self.mean)  # type: ignore[operator]
 
+    def shrunk(self, mask: Tensor) -> Tensor:
+        """How much of each latent (B, *shape) to keep, where `mask` (B, C, H, W) says it of pixels: as much as of the one that is
+        kept least among those it stands for.
+
+        Raises UserError for latents that are no map.
+        """
+        if len(self.shape) != 3:
+            raise UserError(f"mask= needs latents that are a map, and this first stage's are {list(self.shape)}")
+        lost = nn.functional.adaptive_max_pool2d(1 - mask.amin(1, keepdim=True), self.shape[1:])
+        return (1 - lost).expand(-1, *self.shape)
+
     @torch.no_grad()
     def measure(self, batches: Iterable[Batch]) -> None:
         """Set mean and std from these batches. Raises UserError if a channel never changes."""

@@ -7,13 +7,14 @@ Every parameterisation is a linear target u x0 + v eps; solving it together with
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
 from genai.core.errors import UserError
 
 Parameterization = Literal["eps", "x0", "v", "flow"]
+Spacing = Literal["trailing", "leading", "linspace", "karras", "log_snr"]
 Number = TypeVar("Number", float, Tensor)
 
 
@@ -29,12 +30,20 @@ class Level(NamedTuple):
         """sigma / alpha, the noise of x / alpha; infinite for pure noise."""
         return self.sigma / self.alpha if self.alpha else math.inf
 
+    @property
+    def share(self) -> float:
+        """sigma / (alpha + sigma), the share of noise in the state: 0 for clean data, 1 for pure noise."""
+        return self.sigma / (self.alpha + self.sigma)
+
 
 CLEAN = Level(-1, 1.0, 0.0)
 
 
 class Path(Protocol):
     """How clean data turns into noise. Times rise with the noise, from t_min to t_max."""
+
+    spacing: ClassVar[Spacing]
+    """Of the levels that a sampler visits where it is told none: the best of those that `benchmarks.solvers` measures."""
 
     @property
     def t_min(self) -> float: ...
@@ -61,6 +70,7 @@ class VarianceExploding:
     t_min: float = 0.002
     t_max: float = 80.0
     discrete = False
+    spacing: ClassVar[Spacing] = "karras"
 
     def level(self, t: float) -> Level:
         return Level(t, 1.0, t)
@@ -76,6 +86,7 @@ class Straight:
     t_min: float = 0.0
     t_max: float = 1.0
     discrete = False
+    spacing: ClassVar[Spacing] = "trailing"
 
     def level(self, t: float) -> Level:
         return Level(t, 1.0 - t, t)

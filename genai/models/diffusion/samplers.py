@@ -1,29 +1,27 @@
-"""Samplers: one executor carries noise through the rows of a table, a network call and an affine step each."""
+"""The sampler: one function for every solver, whose executor walks a table, a network call and an affine step a row."""
 
 import itertools
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from genai.core import rng
 from genai.core.cuda_graph import replayed, say
-from genai.core.errors import UserError, at_least
+from genai.core.errors import UserError
 from genai.core.precision import wide
 from genai.core.protocols import Batch, Denoiser, OnStep, Prediction, for_models
 from genai.kernels.affine_step import Impl, affine_step, prefer
+from genai.models.diffusion import guidance as guides
+from genai.models.diffusion import tables
 from genai.models.diffusion.base import Diffusion
-from genai.models.diffusion.guidance import classifier_free
-from genai.models.diffusion.tables import (
-    Space,
-    Spacing,
-    Table,
-    ddim_table,
-    ddpm_table,
-    dpmpp_2m_table,
-    heun_table,
-    levels,
-    midpoint_table,
-)
+from genai.models.diffusion.paths import Level, Spacing
+from genai.models.diffusion.tables import Solver, Table, levels, remaining
+
+STEPS = 1000  # of all steps where the path's time is continuous, as many as DDPM's
+FILM = 2**25  # numbers of the frames of one call
+LEAST = 0.002  # sigma / alpha where inversion starts on a path that ends in clean data, that of EDM
 
 
 def walk(
@@ -31,7 +29,6 @@ def walk(
     table: Table,
     x: Tensor,
     seeds: Tensor,
-    cond: Batch | None = None,
     on_step: OnStep | None = None,
     clip: float | None = None,
     known: Tensor | None = None,
@@ -50,7 +47,7 @@ def walk(
     x_base = x0_prev = None
     for k, (t, row) in enumerate(zip(table.times, table.rows, strict=True)):
         keep = k + 1 < len(table.rows) and table.rows[k + 1].c != 0
-        prediction = denoiser(x, t, cond)
+        prediction = denoiser(x, t)
         if prediction.out.dtype != x.dtype:
             out, uncond = prediction.out.to(x.dtype), prediction.out_uncond
             prediction = prediction._replace(out=out, out_uncond=None if uncond is None else uncond.to(x.dtype))
@@ -70,69 +67,88 @@ def ordinary(x: Tensor) -> Tensor:
         return x.clone() if x.is_inference() else x
 
 
+@for_models(Diffusion)
 @torch.inference_mode()
-def run(
+def sample(
     model: Diffusion,
-    table: Table,
     seeds: Tensor,
     cond: Batch | None = None,
     on_step: OnStep | None = None,
+    *,
+    solver: Solver,
+    steps: int | None = 50,
+    spacing: Spacing | None = None,
+    rho: float = 7.0,
+    shift: float = 1.0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
     guidance: float | None = None,
-    cuda_graph: bool | None = None,
-    denoiser: Denoiser | None = None,
+    guidance_interval: Sequence[float | None] | None = None,
+    autoguidance: Diffusion | None = None,
     image: Tensor | None = None,
-    known: Tensor | None = None,
+    strength: float | None = None,
     mask: Tensor | None = None,
+    invert: bool = False,
+    frames: bool = False,
+    cuda_graph: bool | None = None,
     impl: Impl = "auto",
 ) -> Batch:
-    """Noise by seed, carried through the table; guidance None is the model's own. Of cond the model gets what it takes;
-    guidance leads away from the caption `negative`, or else from none.
+    """Noise by seed, or an image and noise, carried along the path to data by any solver.
 
     Args:
+        cond: what `Diffusion.condition` takes; of n samples each.
+        solver: see `tables`.
+        steps: of the solver; None for all of a discrete path, 1,000 of another.
+        spacing, rho, shift, sigma_min, sigma_max: of the levels it visits, see `tables.levels`; spacing None is the path's own.
+        guidance: weight of classifier-free guidance, or of autoguidance; None is the model's own, 1 none, 0 unconditional.
+        guidance_interval: (low, high) of sigma / alpha within which there is guidance; None for an end is none.
+        autoguidance: the worse model that guidance leads away from, instead of from no condition.
+        image: (n, *data_shape) in [-1, 1], to start from, or to keep a part of.
+        strength: sigma / (alpha + sigma) of the state it starts from, above 0; 1, the path's noisiest, where None.
+        mask: as image, from 0 to 1: how much of it to keep; the rest is filled in.
+        invert: start from the image's own noise, where the ODE without conditions leads up to (Song et al. 2021, section 4.3),
+            instead of from noise by seed.
+        frames: also return `frames` (N, K + 1, *data_shape), x / (alpha + sigma) before the first step and after each, of the
+            first N samples.
         cuda_graph: replay batches after the second as one CUDA graph; None does where nothing asks to see the steps. With
             True on_step hears of the last step only.
-        denoiser: instead of the model with its guidance, see `genai.models.diffusion.guidance`.
-        image: start from this, (B, *shape), noised to the table's first level, instead of from noise alone; see `Table.after`.
-        known, mask: inpainting, see `walk`.
+
+    Raises UserError for what does not go together, or does not go with this model.
     """
-    n, shape = len(seeds), [len(seeds), *model.shape]
-    if guidance is not None and not model.null():
-        raise UserError(f"guidance={guidance} was given, but this model is unconditional: leave guidance= out")
-    if image is None and table.start.ratio < 0.99 * model.path.level(model.path.t_max).ratio:
+    n, path = len(seeds), model.path
+    if steps is None:
+        steps = int(path.t_max) + 1 if path.discrete else STEPS
+    visited = levels(path, steps, spacing or path.spacing, rho, shift, sigma_min, sigma_max)
+    _check_image(model, n, image, strength, mask, invert)
+    w = _weight(model, cond or {}, guidance, guidance_interval, autoguidance)
+    visited = visited if strength is None else remaining(path, visited, strength)
+    table = solver(path, visited)
+    if invert and any(row.s for row in table.rows):
         raise UserError(
-            f"the table starts at t = {table.start.t:g}, where there is data in the state: give image=, or a table from noise"
+            "invert=true needs a sampler that adds no noise: ddim with eta=0, heun, midpoint or dpmpp_2m with eta=0"
         )
-    if image is not None and list(image.shape) != shape:
-        raise UserError(f"image is {list(image.shape)}, but {n} samples of this model start from {shape}")
-    cond, seeds = _conditions(model, cond, n), seeds.to(model.device)
-    if guidance is not None and ("negative" not in cond or model.classes is not None):
-        model.check_guidance(guidance, "guidance")
-    x = table.start.sigma * rng.normal(seeds, model.shape, stream=rng.INITIAL).to(model.dtype)
-    if image is not None:
-        x = x + table.start.alpha * image.to(x)
-    given = {"x": x, "seeds": seeds, "known": known, "mask": mask}
-    inputs = {**cond, **{name: tensor for name, tensor in given.items() if tensor is not None}}
-    w = model.guidance if guidance is None else guidance
+    told = {name: value.to(model.device) for name, value in (cond or {}).items()}
+    inputs = {**told, "seeds": seeds.to(model.device)}
+    if image is None:
+        x = table.start.sigma * rng.normal(inputs["seeds"], model.shape, stream=rng.INITIAL).to(model.dtype)
+    else:
+        image = image.to(model.device, model.dtype)
+        mask = None if mask is None else mask.to(image).expand_as(image)
+        x = _begun(model, table, visited, image, mask, invert, inputs)
+    inputs["x"] = x
 
     def trajectory(inputs: Batch, on_step: OnStep | None = None, watch: bool = False) -> Tensor:
-        conditions = model.encoded({name: inputs[name] for name in cond if name != "negative"})
-        if denoiser is None and not cond:
-            conditions = model.told(None, n)
-        denoise = denoiser or model.denoise
-        if denoiser is None and cond:
-            null = model.nulls(1)
-            null.update({"caption": inputs["negative"]} if "negative" in inputs else {})
-            denoise = classifier_free(denoise, model.encoded(null), w)
-        if watch:
-            denoise = _watched(denoise, len(table.rows))
-        known, mask = inputs.get("known"), inputs.get("mask")
-        return walk(
-            denoise, table, inputs["x"], inputs["seeds"], conditions, on_step, model.clip, known, mask, impl
-        )  # fmt: skip
+        cond, (x, seeds) = {name: inputs[name] for name in told}, (inputs["x"], inputs["seeds"])
+        denoise = _denoiser(model, cond, n, w, guidance_interval, autoguidance)
+        denoise = _watched(denoise, len(table.rows)) if watch else denoise
+        return walk(denoise, table, x, seeds, on_step, model.clip, inputs.get("known"), inputs.get("mask"), impl)
 
-    if _graphed(cuda_graph, model, denoiser, on_step):
+    film = _Film(table, x, on_step) if frames else None
+    on_step = film or on_step
+    if _graphed(cuda_graph, model, autoguidance, on_step):
         half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        kind = table.start, tuple(table.times), tuple(table.rows), w, model.clip, impl, half
+        limits = None if guidance_interval is None else tuple(guidance_interval)
+        kind = table.start, tuple(table.times), tuple(table.rows), w, limits, model.clip, impl, half
         out = replayed(model, kind, trajectory, inputs)
         if on_step is not None:
             on_step(len(table.rows) - 1, len(table.rows), {"x": ordinary(out)})
@@ -143,30 +159,146 @@ def run(
         raise UserError(
             "samples are not finite, though the network's outputs are: its numbers are too large, sample with clip"
         )
-    return {model.field: ordinary(model.shown(out))}
+    out = model.shown(out)
+    if mask is not None and image is not None and model.latent is not None:
+        out = torch.lerp(out, image, mask)  # what goes through a first stage is not quite what it was
+    batch = {model.field: ordinary(out)}
+    return batch if film is None else {**batch, "frames": film.shown(model)}
 
 
-def _conditions(model: Diffusion, cond: Batch | None, n: int) -> Batch:
-    """The conditions of n samples that the model takes, and `negative`; a label or a caption that it does not take, as data come
-    with, is left out. Raises UserError for any other name."""
-    cond, takes = cond or {}, [*model.null(), *(["negative"] if model.text is not None else [])]
-    if unknown := set(cond) - {"label", "caption", *takes}:
+def _begun(
+    model: Diffusion, table: Table, visited: Sequence[Level], image: Tensor, mask: Tensor | None, invert: bool, inputs: Batch
+) -> Tensor:  # fmt: skip
+    """The state that an image and noise make at the table's start; with a mask `inputs` get what `walk` keeps of it."""
+    known = model.clean({model.field: image}).to(model.dtype)
+    if mask is not None:
+        inputs |= {"known": known, "mask": mask if model.latent is None else model.latent.shrunk(mask)}
+    if invert:
+        return _inverted(model, visited, known)
+    x = table.start.sigma * rng.normal(inputs["seeds"], model.shape, stream=rng.INITIAL).to(model.dtype)
+    return x + table.start.alpha * known
+
+
+def _check_image(
+    model: Diffusion, n: int, image: Tensor | None, strength: float | None, mask: Tensor | None, invert: bool
+) -> None:
+    """Raise UserError unless what is said of an image goes together."""
+    if image is None:
+        given = {"strength": strength is not None, "mask": mask is not None, "invert": invert}
+        for key in (key for key, is_given in given.items() if is_given):
+            raise UserError(
+                f"{key}= says what to do with an image, and there is none: give image=, or leave {key}= out"
+            )
+        return
+    if list(image.shape) != [n, *model.data_shape]:
         raise UserError(
-            f"cond has {', '.join(sorted(unknown))}, but this model takes {', '.join(takes) or 'no conditions'}"
+            f"image is {list(image.shape)}, but {n} samples of this model start from {[n, *model.data_shape]}"
         )
-    given = model.given(cond, n)
-    if "negative" in cond and "negative" in takes:
-        given = {**(given or model.nulls(n)), "negative": model.given({"caption": cond["negative"]}, n)["caption"]}
-    return given
+    if mask is None and not invert and strength in (None, 1):
+        raise UserError(
+            "image= alone changes nothing: give strength= below 1, how much noise to add, mask= or invert=true"
+        )
+    fits = mask is None or (
+        mask.ndim == image.ndim and all(m in (1, k) for m, k in zip(mask.shape, image.shape, strict=True))
+    )
+    if mask is not None and not fits:
+        raise UserError(f"mask is {list(mask.shape)}, but the image is {list(image.shape)}: they must agree")
+    if invert and model.null() and model.label_dropout == 0:
+        raise UserError(
+            "invert=true asks the model without its conditions, and model.label_dropout=0 never trained that: leave invert= out"
+        )
 
 
-def _graphed(asked: bool | None, model: Diffusion, denoiser: Denoiser | None, on_step: OnStep | None) -> bool:
+def _weight(
+    model: Diffusion, cond: Batch, guidance: float | None, interval: Sequence | None, worse: Diffusion | None
+) -> float:
+    """The weight of guidance. Raises UserError for guidance that cannot be, or what is said of guidance where there is none."""
+    w = model.guidance if guidance is None else guidance
+    if worse is None and guidance is not None:
+        if not model.null():
+            raise UserError(f"guidance={guidance} was given, but this model is unconditional: leave guidance= out")
+        if "negative" not in cond or model.classes is not None:
+            model.check_guidance(guidance, "guidance")
+    if worse is not None and (worse.shape, worse.field) != (model.shape, model.field):
+        raise UserError(
+            f"autoguidance= is a model of {list(worse.shape)}, and this one is of {list(model.shape)}: they must agree"
+        )
+    if worse is not None and "negative" in cond:
+        raise UserError(
+            "autoguidance= leads away from a worse model, negative_prompt= from a caption: give one of them"
+        )
+    if w == 1 and (worse is not None or interval is not None):
+        key = "autoguidance" if worse is not None else "guidance_interval"
+        raise UserError(f"{key}= changes nothing at guidance=1, which is none: give guidance= above 1")
+    if interval is not None:
+        low, high = interval
+        if not (low or 0) < (math.inf if high is None else high):
+            raise UserError(
+                f"guidance_interval={list(interval)} must be [low,high] of sigma / alpha with low below high"
+            )
+        if worse is None and not model.null():
+            raise UserError(
+                "guidance_interval= was given, but this model is unconditional: leave guidance_interval= out"
+            )
+    return w
+
+
+def _denoiser(
+    model: Diffusion, cond: Batch, n: int, w: float, interval: Sequence | None, worse: Diffusion | None
+) -> Denoiser:
+    """The model with its guidance, each model told by itself what n samples are."""
+    condition = model.condition(cond, n)
+    unguided = guides.plain(model, condition)
+    if worse is not None:
+        guided = guides.autoguidance(unguided, guides.plain(worse, worse.condition(cond, n)), w)
+    elif condition.null:
+        guided = guides.classifier_free(model, condition, w)
+    else:
+        return unguided
+    if interval is None:
+        return guided
+    low, high = interval
+    return guides.interval(guided, unguided, model.path, low or 0.0, math.inf if high is None else high)
+
+
+def _inverted(model: Diffusion, visited: Sequence[Level], x: Tensor) -> Tensor:
+    """The state at the first level that the ODE leads from to x, by Heun's method up the levels, two network calls each; the data
+    count as the state at the path's least noisy level."""
+    path = model.path
+    low = path.level(path.t_min) if path.level(path.t_min).sigma else path.level_of(LEAST)
+    up = [*([low] if low.ratio < visited[-2].ratio else []), *visited[-2::-1]]
+    if len(up) < 2:
+        raise UserError("invert=true needs at least two levels to go up: give more sampler.steps")
+    denoise = guides.plain(model, model.condition(None, len(x)))
+    seeds = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    return walk(denoise, tables.heun(path, up), x, seeds)
+
+
+class _Film:
+    """An on_step that keeps the states of the first samples."""
+
+    def __init__(self, table: Table, x: Tensor, on_step: OnStep | None):
+        self.table, self.on_step, numbers = table, on_step, x[0].numel() * (len(table.rows) + 1)
+        self.n = max(min(len(x), FILM // numbers), 1)
+        self.states = [x[: self.n] / (table.start.alpha + table.start.sigma)]
+
+    def __call__(self, i: int, n: int, state: Batch) -> None:
+        row = self.table.rows[i]
+        self.states.append(state["x"][: self.n] / (row.alpha + row.sigma))
+        if self.on_step is not None:
+            self.on_step(i, n, state)
+
+    def shown(self, model: Diffusion) -> Tensor:
+        return ordinary(torch.stack([model.shown(x) for x in self.states], 1))
+
+
+def _graphed(asked: bool | None, model: Diffusion, worse: Diffusion | None, on_step: OnStep | None) -> bool:
     """Whether a trajectory may become a CUDA graph; what keeps one that was asked for from it is said."""
     reason = None
     if model.device.type != "cuda":
         reason = f"the model is on {model.device}"
-    elif denoiser is not None or model.training:
-        reason = "the denoiser is not the model's own" if denoiser is not None else "the model is in training mode"
+    elif worse is not None or model.training:
+        reason = "autoguidance calls two models" if worse is not None else "the model is in training mode"
     if asked and reason:
         say(reason)
     return reason is None and (on_step is None if asked is None else asked)
@@ -176,8 +308,8 @@ def _watched(denoiser: Denoiser, steps: int) -> Denoiser:
     """Raises UserError that names the first step at which the network's output is not finite."""
     calls = itertools.count()
 
-    def watched(x: Tensor, t: float, cond: Batch | None) -> Prediction:
-        prediction, k = denoiser(x, t, cond), next(calls)
+    def watched(x: Tensor, t: float) -> Prediction:
+        prediction, k = denoiser(x, t), next(calls)
         if not prediction.out.isfinite().all():
             raise UserError(
                 f"the network's output is not finite at step {k} of {steps} (t = {t:g}): training has diverged "
@@ -186,109 +318,3 @@ def _watched(denoiser: Denoiser, steps: int) -> Denoiser:
         return prediction
 
     return watched
-
-
-@for_models(Diffusion)
-def ddpm(
-    model: Diffusion,
-    seeds: Tensor,
-    cond: Batch | None = None,
-    on_step: OnStep | None = None,
-    *,
-    steps: int | None = None,
-    spacing: Spacing = "trailing",
-    variance: str = "small",
-    guidance: float | None = None,
-    cuda_graph: bool | None = None,
-) -> Batch:
-    """Ancestral sampling with `steps` steps (default: all T), see `ddpm_table`."""
-    visited = levels(model.path, int(model.path.t_max) + 1 if steps is None else steps, spacing)
-    return run(model, ddpm_table(visited, variance), seeds, cond, on_step, guidance, cuda_graph)
-
-
-@for_models(Diffusion)
-def ddim(
-    model: Diffusion,
-    seeds: Tensor,
-    cond: Batch | None = None,
-    on_step: OnStep | None = None,
-    *,
-    steps: int = 50,
-    spacing: Spacing = "trailing",
-    eta: float = 0.0,
-    guidance: float | None = None,
-    cuda_graph: bool | None = None,
-) -> Batch:
-    """First-order sampling, see `ddim_table`; with other spacings Euler's method and Euler ancestral (eta = 1)."""
-    return run(model, ddim_table(levels(model.path, steps, spacing), eta), seeds, cond, on_step, guidance, cuda_graph)
-
-
-@for_models(Diffusion)
-def heun(
-    model: Diffusion,
-    seeds: Tensor,
-    cond: Batch | None = None,
-    on_step: OnStep | None = None,
-    *,
-    steps: int = 20,
-    spacing: Spacing = "karras",
-    space: Space = "sigma",
-    guidance: float | None = None,
-    cuda_graph: bool | None = None,
-) -> Batch:
-    """Heun's second-order method with two network calls a step, see `heun_table`."""
-    return run(model, heun_table(levels(model.path, steps, spacing), space), seeds, cond, on_step, guidance, cuda_graph)
-
-
-@for_models(Diffusion)
-def midpoint(
-    model: Diffusion,
-    seeds: Tensor,
-    cond: Batch | None = None,
-    on_step: OnStep | None = None,
-    *,
-    steps: int = 20,
-    spacing: Spacing = "trailing",
-    space: Space = "flow",
-    guidance: float | None = None,
-    cuda_graph: bool | None = None,
-) -> Batch:
-    """The midpoint method with two network calls a step, see `midpoint_table`."""
-    table = midpoint_table(model.path, levels(model.path, steps, spacing), space)
-    return run(model, table, seeds, cond, on_step, guidance, cuda_graph)
-
-
-@for_models(Diffusion)
-def dpmpp_2m(
-    model: Diffusion,
-    seeds: Tensor,
-    cond: Batch | None = None,
-    on_step: OnStep | None = None,
-    *,
-    steps: int = 20,
-    spacing: Spacing = "log_snr",
-    eta: float = 0.0,
-    guidance: float | None = None,
-    cuda_graph: bool | None = None,
-) -> Batch:
-    """DPM-Solver++ of second order with one network call a step, see `dpmpp_2m_table`."""
-    return run(
-        model, dpmpp_2m_table(levels(model.path, steps, spacing), eta), seeds, cond, on_step, guidance, cuda_graph
-    )
-
-
-def invert(model: Diffusion, image: Tensor, cond: Batch | None = None, *, steps: int = 50) -> Tensor:
-    """DDIM inversion: clean samples (B, *shape) -> the noise that `ddim` with as many steps leads back to them (Song et al.
-    2021, section 4.3); exact as steps grow. The data count as the state at the least noisy level.
-
-    Raises UserError for less than 2 steps, and for images of another shape.
-    """
-    up = levels(model.path, at_least(steps, 2, "steps"))[-2::-1]
-    if image.shape[1:] != model.shape:
-        raise UserError(f"image is {list(image.shape)}, but samples of this model are {list(model.shape)} each")
-    with torch.inference_mode():
-        x = image.to(model.device, model.dtype)
-        seeds, cond = torch.zeros(len(x), dtype=torch.int64, device=x.device), _conditions(model, cond, len(x))
-        return ordinary(
-            walk(model.denoise, ddim_table(up), x, seeds, model.told(cond, len(x)), clip=None) / up[-1].sigma
-        )

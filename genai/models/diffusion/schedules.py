@@ -7,12 +7,13 @@ import bisect
 import functools
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from genai.core.errors import UserError
-from genai.models.diffusion.paths import Level
+from genai.models.diffusion.paths import Level, Spacing
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Schedule:
     sigma: Tensor
 
     discrete = True
+    spacing: ClassVar[Spacing] = "trailing"
     t_min = 0
 
     def __len__(self) -> int:

@@ -1,23 +1,22 @@
 """Tables: a pure function states every reverse step of a sampler once, in float64; `samplers` walks the rows.
 
-A solver is told the levels it has to visit and nothing of the model, so each works on every path. Two coordinates make
-the formulas short: x / alpha, whose noise is sigma / alpha (the variance-exploding view of Karras et al. 2022), and
-x / (alpha + sigma), whose noise is sigma / (alpha + sigma) (flow matching). A first-order step is the same in both, and in
-DDIM's own: Euler's method, flow matching's and DDIM are one solver, and so are DDIM with eta = 1, DDPM's
-ancestral sampling and Euler ancestral; they differ in the levels they visit.
+A solver `(path, levels) -> Table` is told the levels it has to visit and nothing of the model, so each works on every path.
+Two coordinates make the formulas short: x / alpha, whose noise is sigma / alpha (the variance-exploding view of Karras
+et al. 2022), and x / (alpha + sigma), whose noise is sigma / (alpha + sigma) (flow matching). A first-order step is the
+same in both, and in DDIM's own: Euler's method, flow matching's and DDIM are one solver, and so are DDIM with eta = 1,
+DDPM's ancestral sampling and Euler ancestral; they differ in the levels they visit.
 """
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from genai.core.errors import UserError
+from genai.core.errors import UserError, number
 from genai.kernels.affine_step import Row
-from genai.models.diffusion.paths import CLEAN, Level, Path
+from genai.models.diffusion.paths import CLEAN, Level, Path, Spacing
 
-Spacing = Literal["trailing", "leading", "linspace", "karras", "log_snr"]
 Space = Literal["sigma", "flow"]
 
 
@@ -32,46 +31,59 @@ class Table:
     times: list[float]
     rows: list[Row]
 
-    def after(self, noise: float) -> "Table":
-        """The rest of the table from the first of its levels whose sigma is at most `noise`: image to image."""
-        for k in range(len(self.rows)):
-            here = self.start if k == 0 else Level(self.times[k], self.rows[k - 1].alpha, self.rows[k - 1].sigma)
-            if here.sigma <= noise and self.rows[k].c == self.rows[k].d == 0:
-                return Table(here, self.times[k:], self.rows[k:])
-        raise UserError(f"no step of the sampler starts at sigma <= {noise}: give more noise or more sampler.steps")
+
+Solver = Callable[[Path, Sequence[Level]], Table]
+"""How to step from each of the levels to the next."""
 
 
 # Which levels to visit
 
 
-def levels(path: Path, steps: int, spacing: Spacing = "trailing", rho: float = 7.0) -> list[Level]:
+def levels(
+    path: Path,
+    steps: int,
+    spacing: Spacing = "trailing",
+    rho: float = 7.0,
+    shift: float = 1.0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+) -> list[Level]:
     """`steps` levels from much noise to little, and clean data.
 
     trailing (from t_max down in equal strides), leading (equal strides up from t_min) and linspace (both ends) are spaced in
     time (Lin et al. 2024, table 2); karras in the rho-th root of sigma / alpha (Karras et al. 2022, eq. 5), log_snr in its
     logarithm. The first level is that of t_max always, leading's too: nowhere else is noise alone the state.
 
-    Raises UserError for a number of steps or a spacing that the path does not have.
+    Args:
+        shift: above 1 moves all levels but the ends to more noise, below 1 to less (Esser et al. 2024, eq. 23).
+        sigma_min, sigma_max: sigma / alpha of other ends than the path's, within it.
+
+    Raises UserError for a number of steps, a spacing or an end that the path does not have.
     """
-    low, high = path.level(path.t_min), path.level(path.t_max)
+    low, high = _ends(path, sigma_min, sigma_max)
     T = int(path.t_max) + 1 if path.discrete else 10**6
     if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= T:
         raise UserError(f"sampler.steps={steps} must be between 1 and the model's T={T}, a whole number")
     fractions = [k / (steps - 1) if steps > 1 else 0.0 for k in range(steps)]
     if spacing != "trailing" and not low.sigma:
-        raise UserError(f"sampler.spacing={spacing} would visit clean data, where this path ends: use trailing")
+        raise UserError(
+            f"sampler.spacing={spacing} would visit clean data, where this path ends: use trailing, or give sampler.sigma_min"
+        )
     if spacing in ("karras", "log_snr"):
         if math.isinf(high.ratio):
-            raise UserError(f"sampler.spacing={spacing} cannot start from pure noise (alpha = 0): use trailing")
+            raise UserError(
+                f"sampler.spacing={spacing} cannot start from pure noise (alpha = 0): use trailing, or give sampler.sigma_max"
+            )
         if spacing == "karras":
+            number(rho, "sampler.rho", 0, open_low=True)
             first, last = high.ratio ** (1 / rho), low.ratio ** (1 / rho)
             ratios = [(first + f * (last - first)) ** rho for f in fractions]
         else:
             ratios = [high.ratio * (low.ratio / high.ratio) ** f for f in fractions]
         visited = [high, *(path.level_of(ratio) for ratio in ratios[1:])]
     else:
-        span = path.t_max - path.t_min
-        if path.discrete:
+        span = high.t - low.t
+        if path.discrete and sigma_min is sigma_max is None:
             times = {
                 "trailing": [round(T - k * T / steps) - 1 for k in range(steps)],
                 "leading": [T // steps * k for k in reversed(range(steps))],
@@ -79,14 +91,57 @@ def levels(path: Path, steps: int, spacing: Spacing = "trailing", rho: float = 7
             }
         else:
             times = {
-                "trailing": [path.t_max - k / steps * span for k in range(steps)],
-                "leading": [path.t_min + k / steps * span for k in reversed(range(steps))],
-                "linspace": [path.t_max - f * span for f in fractions],
+                "trailing": [high.t - k / steps * span for k in range(steps)],
+                "leading": [low.t + k / steps * span for k in reversed(range(steps))],
+                "linspace": [high.t - f * span for f in fractions],
             }
         if spacing not in times:
             raise UserError(f"sampler.spacing={spacing!r} is none of trailing, leading, linspace, karras, log_snr")
         visited = [high, *(path.level(t) for t in times[spacing][1:])]
+    if number(shift, "sampler.shift", 0, open_low=True) != 1:
+        visited = [high, *(_shifted(path, level, low, high, shift) for level in visited[1:])]
     return [*visited, CLEAN]
+
+
+def _ends(path: Path, sigma_min: float | None, sigma_max: float | None) -> tuple[Level, Level]:
+    """The least and the most noisy level. Raises UserError for one that lies outside of the path."""
+    low, high = path.level(path.t_min), path.level(path.t_max)
+    least, most = low.ratio, high.ratio
+    trained = f"this model knows sigma / alpha from {least:g} to {most:g}"
+    if sigma_max is not None:
+        if not least < number(sigma_max, "sampler.sigma_max", 0, open_low=True) <= most * (1 + 1e-9):
+            raise UserError(f"sampler.sigma_max={sigma_max} is out of range: {trained}")
+        high = path.level_of(min(sigma_max, most))
+    if sigma_min is not None:
+        if not least * (1 - 1e-9) <= number(sigma_min, "sampler.sigma_min", 0, open_low=True) < high.ratio:
+            below = "" if sigma_max is None else f", and it must lie below sampler.sigma_max={sigma_max}"
+            raise UserError(f"sampler.sigma_min={sigma_min} is out of range: {trained}{below}")
+        low = path.level_of(max(sigma_min, least))
+    return low, high
+
+
+def _shifted(path: Path, level: Level, low: Level, high: Level, shift: float) -> Level:
+    """u' = s u / (1 + (s - 1) u) with u = sigma / (alpha + sigma) from 0 at the least noisy level to 1 at the noisiest."""
+    first, last = low.share, high.share
+    u = (level.share - first) / (last - first)
+    u = first + (last - first) * shift * u / (1 + (shift - 1) * u)
+    return path.level_of(u / (1 - u))
+
+
+def remaining(path: Path, levels: Sequence[Level], share: float) -> list[Level]:
+    """The levels from the one whose sigma / (alpha + sigma) is `share` on, which takes the place of the nearest; all of them
+    where none has that much noise.
+
+    Raises UserError for less noise than the path has.
+    """
+    number(share, "strength", 0, 1, open_low=True)
+    if share >= levels[0].share:
+        return list(levels)
+    ratio, least = share / (1 - share), path.level(path.t_min)
+    if ratio < least.ratio:
+        raise UserError(f"strength={share} must be at least {least.share:g}, the least noise that this model knows")
+    nearest = min(range(len(levels) - 1), key=lambda k: abs(math.log(levels[k].ratio / ratio)))
+    return [path.level_of(ratio), *levels[nearest + 1 :]]
 
 
 # How to step between them
@@ -109,20 +164,20 @@ def euler_row(t: Level, s: Level, eta: float = 0.0) -> Row:
     return Row(a=a, b=s.alpha - a * t.alpha, s=eta * s.sigma * max(1 - r**2, 0.0) ** 0.5)
 
 
-def ddim_table(levels: Sequence[Level], eta: float = 0.0) -> Table:
+def ddim(path: Path, levels: Sequence[Level], *, eta: float = 0.0) -> Table:
     """One first-order step between neighbours; eta = 0 is deterministic, eta = 1 has DDPM's variance."""
     if not 0 <= eta <= 1:
-        raise UserError(f"sampler.eta={eta} must be between 0 (deterministic) and 1 (as noisy as DDPM)")
+        raise UserError(f"sampler.solver.eta={eta} must be between 0 (deterministic) and 1 (as noisy as DDPM)")
     return _table(levels, [(t, s, euler_row(t, s, eta)) for t, s in itertools.pairwise(levels)])
 
 
-def ddpm_table(levels: Sequence[Level], variance: str = "small") -> Table:
+def ddpm(path: Path, levels: Sequence[Level], *, variance: str = "small") -> Table:
     """Ancestral steps from q(x_s | x_t, x0) (DDPM, Ho et al. 2020, eq. 6 and 7, with alpha_t / alpha_s for a longer step).
 
     variance: "small" is the posterior's own (beta tilde), "large" is beta. The last step adds no noise.
     """
     if variance not in ("small", "large"):
-        raise UserError(f"sampler.variance={variance!r} is none of small, large")
+        raise UserError(f"sampler.solver.variance={variance!r} is none of small, large")
     steps = []
     for t, s in itertools.pairwise(levels):
         row = euler_row(t, s, eta=1.0)
@@ -140,12 +195,14 @@ def _coordinate(level: Level, space: Space) -> tuple[float, float]:
 
 def _checked(levels: Sequence[Level], space: Space) -> None:
     if space not in ("sigma", "flow"):
-        raise UserError(f"sampler.space={space!r} is none of sigma, flow")
+        raise UserError(f"sampler.solver.space={space!r} is none of sigma, flow")
     if not all(_coordinate(level, space)[1] for level in levels):
-        raise UserError("sampler.space=sigma cannot start from pure noise (alpha = 0): use sampler.space=flow")
+        raise UserError(
+            "sampler.solver.space=sigma cannot start from pure noise (alpha = 0): use sampler.solver.space=flow"
+        )
 
 
-def heun_table(levels: Sequence[Level], space: Space = "sigma") -> Table:
+def heun(path: Path, levels: Sequence[Level], *, space: Space = "flow") -> Table:
     """An Euler step, then the mean of the slopes at its two ends (Karras et al. 2022, algorithm 1); the slope is
     (x / m - x0) / u in either coordinate. Where sigma reaches 0 the Euler step stands."""
     _checked(levels, space)
@@ -160,7 +217,7 @@ def heun_table(levels: Sequence[Level], space: Space = "sigma") -> Table:
     return _table(levels, steps)
 
 
-def midpoint_table(path: Path, levels: Sequence[Level], space: Space = "sigma") -> Table:
+def midpoint(path: Path, levels: Sequence[Level], *, space: Space = "flow") -> Table:
     """The whole step with the slope half-way, reached by an Euler step."""
     _checked(levels, space)
     steps = []
@@ -175,12 +232,12 @@ def midpoint_table(path: Path, levels: Sequence[Level], space: Space = "sigma") 
     return _table(levels, steps)
 
 
-def dpmpp_2m_table(levels: Sequence[Level], eta: float = 0.0) -> Table:
+def dpmpp_2m(path: Path, levels: Sequence[Level], *, eta: float = 0.0) -> Table:
     """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2): exponential integrator in h = log SNR / 2, x0 extrapolated from the last
     two. eta = 1 solves the SDE (their appendix on SDE solvers, the midpoint variant). The first step and the last
     are of first order."""
     if eta < 0:
-        raise UserError(f"sampler.eta={eta} must be at least 0 (deterministic); 1 is the SDE")
+        raise UserError(f"sampler.solver.eta={eta} must be at least 0 (deterministic); 1 is the SDE")
     steps, h_prev = [], math.inf
     for t, s in itertools.pairwise(levels):
         h = math.log(t.ratio / s.ratio) if s.sigma else math.inf
