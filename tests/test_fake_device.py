@@ -54,9 +54,8 @@ WAITS: dict[tuple[str, str, str], tuple[str, str]] = {
         "model=ddpm_mlp",
         "all means at once, on logging steps and after evaluations",
     ),
-    ("call", "samplers.run", "copy"): ("model=ddpm_mlp", SEEDS),
-    ("call", "base.Diffusion.given", "copy"): ("model=flow", GIVEN),
-    ("call", "samplers.run", "read"): ("model=ddpm_mlp", "whether samples are finite, once a call"),
+    ("call", "samplers.sample", "copy"): ("model=ddpm_mlp", SEEDS),
+    ("call", "samplers.sample", "read"): ("model=ddpm_mlp", "whether samples are finite, once a call"),
     ("call", "decode.prompt_of", "copy"): ("model=gpt_nano", GIVEN),
     ("call", "decode.generate", "copy"): ("model=gpt_nano", SEEDS),
     ("call", "decode.generate", "read"): ("model=gpt_nano", "whether all texts have ended, every LOOK_EVERY tokens"),
@@ -76,7 +75,9 @@ WAITS: dict[tuple[str, str, str], tuple[str, str]] = {
     ("call", "samplers.random_latents", "copy"): ("model=autoencoder", SEEDS),
 }
 
-NOT_FOR_THIS_MODEL = "is for an? .*, and this model is a|would visit clean data, where this path ends"
+NOT_FOR_THIS_MODEL = (
+    "is for an? .*, and this model is a|would visit clean data, where this path ends|sigma cannot start from pure noise"
+)
 
 aten = torch.ops.aten
 pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available", "ignore:Accessing the data pointer")

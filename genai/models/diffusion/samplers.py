@@ -262,8 +262,10 @@ def _denoiser(
 
 
 def _inverted(model: Diffusion, visited: Sequence[Level], x: Tensor) -> Tensor:
-    """The state at the first level that the ODE leads from to x, by Heun's method up the levels, two network calls each; the data
-    count as the state at the path's least noisy level."""
+    """The state at the first level that the ODE leads from to x, by the midpoint method up the levels, two network calls each.
+
+    The data count as the state at the path's least noisy level, and the noisiest is never asked about, where eps says nothing.
+    """
     path = model.path
     low = path.level(path.t_min) if path.level(path.t_min).sigma else path.level_of(LEAST)
     up = [*([low] if low.ratio < visited[-2].ratio else []), *visited[-2::-1]]
@@ -271,7 +273,7 @@ def _inverted(model: Diffusion, visited: Sequence[Level], x: Tensor) -> Tensor:
         raise UserError("invert=true needs at least two levels to go up: give more sampler.steps")
     denoise = guides.plain(model, model.condition(None, len(x)))
     seeds = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    return walk(denoise, tables.heun(path, up), x, seeds)
+    return walk(denoise, tables.midpoint(path, up), x, seeds, clip=model.clip)
 
 
 class _Film:
