@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.conftest import ROOT
 from tests.test_checkpoint import DEBUG
@@ -470,6 +472,72 @@ def test_wrong_checkpoints(refused, runs, tmp_path):
     assert "unconditional: leave guidance= out" in refused("sample.py", f"ckpt={runs / 'toy'}", "guidance=2")
     assert "split=dev is none of train, val, test" in refused("evaluate.py", f"ckpt={runs / 'digits'}", "split=dev")
     assert "has none (data.levels)" in refused("evaluate.py", f"ckpt={runs / 'toy'}")
+
+
+def test_an_image_is_changed_filled_in_and_inverted_from_the_command_line(runs, tmp_path, monkeypatch):
+    from genai.cli import composed, with_sampler
+    from genai.sampling import run
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    draw = np.random.default_rng(0)
+    given = draw.integers(256, size=(2, 8, 8), dtype=np.uint8)
+    for name, pixels in zip("ab", given, strict=True):
+        Image.fromarray(pixels).save(f"in/{name}.png")
+    white = np.zeros((8, 8), np.uint8)
+    Image.fromarray(white).save("none.png")
+    white[4:] = 255
+    Image.fromarray(white).save("lower.png")
+
+    def sampled(*arguments):
+        cfg = composed(
+            "sample", [f"ckpt={runs / 'digits'}", "out=out", "n=3", "label=1", "image=in", *arguments], with_sampler
+        )
+        return np.load(run(cfg) / "samples.npz")["samples"][:, 0]
+
+    repeated = given[[0, 1, 0]]
+    assert (sampled("mask=none.png") == repeated).all()
+    filled = sampled("mask=lower.png", "frames=true", "steps=4")
+    assert (filled[:, :4] == repeated[:, :4]).all() and (filled[:, 4:] != repeated[:, 4:]).any()
+    with Image.open("out/path.gif") as film, Image.open("out/path.png") as picture:
+        assert film.n_frames == 5 and picture.height < picture.width
+    near, far = (
+        sampled("image=in/a.png", "strength=0.3", "steps=5"),
+        sampled("image=in/a.png", "strength=0.9", "steps=5"),
+    )
+    assert abs(near.astype(float) - given[0]).mean() < abs(far.astype(float) - given[0]).mean()
+    assert sampled("invert=true", "guidance=0", "eta=0", "sampler.rho=5").shape == (3, 8, 8)
+    again = sampled("strength=0.9", f"autoguidance={runs / 'digits'}", "guidance=2", "guidance_interval=[0.1,null]")
+    assert (again == sampled("strength=0.9", "guidance=1")).mean() > 0.9  # away from itself
+
+
+REFUSED_IMAGES = {
+    ("image=cat.png", "strength=0.5"): "image=cat.png cannot be read as an image (No such file or directory)",
+    ("image=broken.png", "strength=0.5"): "image=broken.png cannot be read as an image (cannot identify image file",
+    ("image=empty", "strength=0.5"): "image=empty holds no file",
+    ("strength=0.5",): "strength= says what to do with an image, and there is none: give image=",
+    ("strength=0",): "strength=0 must be a number greater than 0 and at most 1",
+    ("guidance_interval=[2]",): "guidance_interval=[2] must be",
+    ("guidance_interval=[2,1]", "guidance=2"): "guidance_interval=[2, 1] must be [low,high]",
+    ("autoguidance=nowhere", "guidance=2"): "there is no checkpoint nowhere",
+    ("sampler.sigma_max=1e5",): "sampler.sigma_max=100000.0 is out of range",
+    ("sampler.sigma_min=2", "sampler.sigma_max=1"): "sampler.sigma_min=2 must be below sampler.sigma_max=1",
+    ("frames=true", "sampler=gan"): "the sampler gan has no frames",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED_IMAGES)
+def test_what_an_image_cannot_be_or_do_is_refused(runs, tmp_path, monkeypatch, arguments):
+    from genai.cli import composed, with_sampler
+    from genai.core.errors import UserError
+    from genai.sampling import run
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.png").write_text("no picture")
+    with pytest.raises(UserError) as refusal:
+        run(composed("sample", [f"ckpt={runs / 'digits'}", "n=2", *arguments], with_sampler))
+    assert REFUSED_IMAGES[arguments] in str(refusal.value)
 
 
 def cpu_seconds(command):

@@ -582,3 +582,46 @@ def test_a_vqvae_shows_its_reconstructions_in_training(tmp_path):
     assert torch.equal(x[:10], real)
     assert torch.allclose(x[10:], loaded.model.reconstruct({"image": real}), atol=1e-5)
     assert (folder / "samples" / "samples_0000004.png").exists()
+
+
+# The sampler's keys, with captions and in latents
+
+
+def test_each_model_encodes_its_own_captions_once_a_call():
+    """Of a worse model too, and within an interval of guidance, where a caption of padding is the other."""
+    model, worse = latent_flow(), latent_flow()
+    with torch.no_grad():
+        for p in worse.parameters():
+            p.mul_(0.8)
+    caption, seeds, read = captions.encode(["one", "two"], 8, "length"), torch.arange(2), []
+    for m in (model, worse):
+        m.text.register_forward_hook(lambda module, inputs, output: read.append((module, len(inputs[0]))))
+    cond = {"caption": caption}
+    guided = ddim(model, seeds, cond, steps=1, guidance=3.0, autoguidance=worse)["image"]
+    assert read.count((model.text, 2)) == read.count((worse.text, 2)) == 1
+    x = rng.normal(seeds, (4, 4, 4), stream=rng.INITIAL)
+    ours, theirs = (m.denoise(x, 1.0, m.told(cond, 2)).out for m in (model, worse))
+    assert torch.allclose(guided, model.shown(x - (theirs + 3 * (ours - theirs))), atol=1e-4)
+
+    read.clear()
+    limited = ddim(model, seeds, cond, steps=4, guidance=3.0, guidance_interval=[0.5, 2.0])["image"]
+    assert read == [(model.text, 2), (model.text, 1)]
+    assert not torch.equal(limited, ddim(model, seeds, cond, steps=4, guidance=3.0)["image"])
+    assert torch.allclose(
+        ddim(model, seeds, cond, steps=4, guidance=0)["image"], ddim(model, seeds, None, steps=4)["image"], atol=1e-5
+    )
+    with pytest.raises(UserError, match="autoguidance= leads away from a worse model, negative_prompt= from a caption"):
+        ddim(model, seeds, {**cond, "negative": caption}, steps=1, autoguidance=worse)
+
+
+def test_images_go_through_the_first_stage_and_what_is_kept_comes_back_as_it_was():
+    model, seeds, x = latent_flow(text=False), torch.arange(3), images(3)
+    states = []
+    ddim(model, seeds, None, lambda i, n, state: states.append(state["x"]), image=x, strength=0.001, steps=4)
+    assert torch.allclose(states[-1], model.clean({"image": x}), atol=0.05)
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :5, :] = 1  # the third row of latents stands for kept and lost pixels
+    out = ddim(model, seeds, None, image=x, mask=mask, steps=4)["image"]
+    assert torch.equal(out[:, :, :5], x[:, :, :5]) and (out[:, :, 6:] - x[:, :, 6:]).abs().max() > 0.1
+    assert torch.equal(model.latent.shrunk(mask)[0, :, :, 0], torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(4, 4))
+    assert ddim(model, seeds, None, steps=4, frames=True)["frames"].shape == (3, 5, 1, 8, 8)
