@@ -60,7 +60,7 @@ def test_ddpm_mean_equals_diffusers(kind, monkeypatch):
     schedule = schedules.linear(T)
     scheduler = DDPMScheduler(T, prediction_type=KINDS[kind], clip_sample=True, variance_type="fixed_small")
     scheduler.set_timesteps(T)
-    table = tables.ddpm_table(tables.levels(schedule, T))
+    table = tables.ddpm(schedule, tables.levels(schedule, T))
     scheduler.alphas_cumprod = schedule.alpha**2
     for t, row in zip(table.times, table.rows[:-1], strict=False):
         assert scheduler._get_variance(t).item() == pytest.approx(row.s**2, rel=1e-9)
