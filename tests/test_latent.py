@@ -34,6 +34,7 @@ from genai.models.vae.autoencoder import Autoencoder
 from genai.models.vae.nets import MapDecoder, MapEncoder
 from genai.models.vae.quantize import ResidualQuantizer, VectorQuantizer
 from genai.models.vae.vqvae import VQVAE
+from genai.nn.attention import CrossAttention
 from genai.train.codec import digest
 from genai.train.ema import EMA
 from genai.train.run import run
@@ -252,8 +253,14 @@ def test_networks_see_the_caption_and_not_its_padding(kind):
     assert torch.allclose(net(x, time, states=elsewhere, real=context.real), out, atol=1e-5)
     within = context.states.clone()
     within[0, 2] += 1
-    change = (net(x, time, states=within, real=context.real) - out).abs().flatten(1).amax(1)
+    changed = net(x, time, states=within, real=context.real)
+    change = (changed - out).abs().flatten(1).amax(1)
     assert change[0] > 1e-3 and change[1:].max() < 1e-5
+    assert torch.equal(net(x, time, **context._asdict(), projected=net.project(context)), out)
+    elsewhere = net(x, time, **context._asdict(), projected=net.project(context._replace(states=within)))
+    assert torch.allclose(
+        elsewhere, changed, atol=1e-5
+    )  # no first state changed, which is what else the network is told
     with torch.no_grad():
         text.embed.weight[255] += 5  # what padding looks up
         text.transformer.position.table.weight[5:] += 5
@@ -587,15 +594,21 @@ def test_a_vqvae_shows_its_reconstructions_in_training(tmp_path):
 # The sampler's keys, with captions and in latents
 
 
-def test_each_model_encodes_its_own_captions_once_a_call():
-    """Of a worse model too, and within an interval of guidance, where a caption of padding is the other."""
-    model, worse = latent_flow(), latent_flow()
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_each_model_encodes_its_own_captions_once_a_call(kind):
+    """Of a worse model too, and within an interval of guidance, where a caption of padding is the other; keys and values of the
+    captions are computed once for each batch that the network is called with."""
+    nets = [DiT([4, 4, 4], 2, 16, 2, 2, text=TextEncoder(8, 16, 1, 2)) if kind == "dit" else None for _ in range(2)]
+    model, worse = map(latent_flow, nets)
     with torch.no_grad():
         for p in worse.parameters():
             p.mul_(0.8)
     caption, seeds, read = captions.encode(["one", "two"], 8, "length"), torch.arange(2), []
+    seen: list = []
     for m in (model, worse):
         m.text.register_forward_hook(lambda module, inputs, output: read.append((module, len(inputs[0]))))
+        for attention in (module for module in m.modules() if isinstance(module, CrossAttention)):
+            attention.kv.register_forward_hook(lambda module, inputs, output: seen.append((module, len(inputs[0]))))
     cond = {"caption": caption}
     guided = ddim(model, seeds, cond, steps=1, guidance=3.0, autoguidance=worse)["image"]
     assert read.count((model.text, 2)) == read.count((worse.text, 2)) == 1
@@ -603,9 +616,10 @@ def test_each_model_encodes_its_own_captions_once_a_call():
     ours, theirs = (m.denoise(x, 1.0, m.told(cond, 2)).out for m in (model, worse))
     assert torch.allclose(guided, model.shown(x - (theirs + 3 * (ours - theirs))), atol=1e-4)
 
-    read.clear()
+    read.clear(), seen.clear()
     limited = ddim(model, seeds, cond, steps=4, guidance=3.0, guidance_interval=[0.5, 2.0])["image"]
     assert read == [(model.text, 2), (model.text, 1)]
+    assert sorted(n for _, n in seen) == sorted([2, 4] * len({module for module, _ in seen}))
     assert not torch.equal(limited, ddim(model, seeds, cond, steps=4, guidance=3.0)["image"])
     assert torch.allclose(
         ddim(model, seeds, cond, steps=4, guidance=0)["image"], ddim(model, seeds, None, steps=4)["image"], atol=1e-5

@@ -16,6 +16,10 @@ from genai.models.diffusion.latent import Latent
 from genai.models.diffusion.levels import LevelPosterior
 from genai.models.diffusion.paths import Path
 from genai.models.diffusion.text import TextEncoder
+from genai.nn.attention import Context
+
+Told = Mapping[str, Any]
+"""Keyword arguments of a network: a label, the `Context` of a caption, and what the network's `project` made of that."""
 
 
 class Condition(NamedTuple):
@@ -35,7 +39,8 @@ class Diffusion(WideBuffers):
         net: `net(x, time, label) -> out`, x and out (B, *shape), time (B,) in [0, 1000], label int64 (B,) where the
             index `classes` is the learned null; an unconditional model calls `net(x, time)`. x and time are float32 or wider
             whatever the network computes in. One whose `net.text` is a TextEncoder is called `net(x, time, states=, real=)`
-            with its Context of `caption` int64 (B, length).
+            with its Context of `caption` int64 (B, length); one with a method `project` gets what that made of it as
+            `projected=` too.
         shape: of one sample, (C, H, W) or (D,).
         field: the batch's tensor to model, scaled to [-1, 1] if `clip` is 1.
         classes: number of labels, None for an unconditional model.
@@ -84,7 +89,7 @@ class Diffusion(WideBuffers):
     def forward(self, batch: Batch, step: int) -> Losses:
         raise NotImplementedError
 
-    def denoise(self, x: Tensor, t: float, cond: Batch | None = None) -> Prediction:
+    def denoise(self, x: Tensor, t: float, cond: Told | None = None) -> Prediction:
         """The prediction of x (B, *shape) at time t of the path, told what `condition` encoded; null where cond is None."""
         raise NotImplementedError
 
@@ -192,12 +197,13 @@ class Diffusion(WideBuffers):
             given = given or self.nulls(n)
             null["caption"] = self.given({"caption": cond["negative"]}, n)["caption"]
         if not given:
-            return Condition(self.told(None, n), {})
+            return Condition(self.encoded(self.nulls(n)), {})
         return Condition(self.encoded(given), self.encoded(null))
 
-    def told(self, cond: Batch | None, n: int) -> Batch:
-        """The network's keyword arguments of n samples, null where `cond` says nothing; encoded once for all steps to come."""
-        return self.encoded(self.given(cond, n) or self.nulls(n))
+    def told(self, cond: Batch | None, n: int) -> Told:
+        """The network's keyword arguments of n samples, null where `cond` says nothing; what is the same at
+        every step is computed once for all to come."""
+        return self.projected(self.encoded(self.given(cond, n) or self.nulls(n)))
 
     def conditions(self, batch: Batch) -> Batch:
         """The network's keyword arguments; in training some samples get the null, as all do that come without."""
@@ -217,13 +223,20 @@ class Diffusion(WideBuffers):
             return cond
         return {name: c for name, c in cond.items() if name != "caption"} | self.text(cond["caption"])._asdict()
 
-    def call(self, x: Tensor, time: float, cond: Batch | None) -> Tensor:
+    def projected(self, encoded: Batch) -> Told:
+        """What the network is told, with the keys and values of its attention to a caption if it computes them beforehand."""
+        project = getattr(self.net, "project", None)
+        if self.text is None or project is None:
+            return encoded
+        return {**encoded, "projected": project(Context(encoded["states"], encoded["real"]))}
+
+    def call(self, x: Tensor, time: float, cond: Told | None) -> Tensor:
         """The network at one time for the whole batch, which it is told; null where cond is None."""
         cond = self.told(None, len(x)) if cond is None else cond
         x = wide(x)
         return self.answer(x, x.new_full(x.shape[:1], time), **cond)
 
-    def answer(self, x: Tensor, time: Tensor, **cond: Tensor) -> Tensor:
+    def answer(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
         """What the network answers to x (B, *shape), in the precision of x. Raises UserError for another shape, which a loss
         would broadcast."""
         return check_shape(self.net(x, time, **cond), x.shape[1:], "model.net").to(x.dtype)

@@ -9,7 +9,7 @@ from genai.core import rng, stored
 from genai.core.protocols import Batch, Losses, Prediction
 from genai.core.shapes import expand_like, mean_flat
 from genai.models.diffusion import vlb, weightings
-from genai.models.diffusion.base import Diffusion
+from genai.models.diffusion.base import Diffusion, Told
 from genai.models.diffusion.latent import Latent
 from genai.models.diffusion.levels import LevelPosterior
 from genai.models.diffusion.paths import Parameterization, combination, to_x0
@@ -84,7 +84,7 @@ class DDPM(Diffusion):
     def draw_eps(self, x0: Tensor) -> Tensor:
         return torch.randn_like(x0)
 
-    def denoise(self, x: Tensor, t: float, cond: Batch | None = None) -> Prediction:
+    def denoise(self, x: Tensor, t: float, cond: Told | None = None) -> Prediction:
         p, q = to_x0(self.parameterization, *self.schedule.at(t))
         return Prediction(self.call(x, t * 1000 / len(self.schedule), cond), p=p, q=q)
 

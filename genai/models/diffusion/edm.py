@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, Losses, Prediction
 from genai.core.shapes import expand_like, mean_flat
-from genai.models.diffusion.base import Diffusion
+from genai.models.diffusion.base import Diffusion, Told
 from genai.models.diffusion.latent import Latent
 from genai.models.diffusion.paths import Number, VarianceExploding
 
@@ -89,7 +89,7 @@ class EDM(Diffusion):
         out = self.answer(c_in * x, self.time(log_sigma), **self.conditions(batch))
         return self.losses(mean_flat((out - (x0 - c_skip * x) / c_out) ** 2), u)
 
-    def denoise(self, x: Tensor, t: float, cond: Batch | None = None) -> Prediction:
+    def denoise(self, x: Tensor, t: float, cond: Told | None = None) -> Prediction:
         c_skip, c_out, c_in = self.preconditioning(t)
         return Prediction(self.call(c_in * x, self.time(math.log(t)), cond), p=c_skip, q=c_out)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, Losses, Prediction
 from genai.core.shapes import expand_like, mean_flat
-from genai.models.diffusion.base import Diffusion
+from genai.models.diffusion.base import Diffusion, Told
 from genai.models.diffusion.latent import Latent
 from genai.models.diffusion.paths import Straight, to_x0
 
@@ -53,6 +53,6 @@ class Flow(Diffusion):
         out = self.answer((1 - t_) * x0 + t_ * eps, 1000 * t, **self.conditions(batch))
         return self.losses(mean_flat((out - (eps - x0)) ** 2), u)
 
-    def denoise(self, x: Tensor, t: float, cond: Batch | None = None) -> Prediction:
+    def denoise(self, x: Tensor, t: float, cond: Told | None = None) -> Prediction:
         p, q = to_x0("flow", 1 - t, t)
         return Prediction(self.call(x, 1000 * t, cond), p=p, q=q)

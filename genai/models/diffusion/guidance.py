@@ -11,7 +11,7 @@ from genai.models.diffusion.paths import Path
 
 def plain(model: Diffusion, condition: Condition) -> Denoiser:
     """The model with what it was told, and no guidance: one network call."""
-    given = condition.given
+    given = model.projected(condition.given)
     return lambda x, t: model.denoise(x, t, given)
 
 
@@ -25,8 +25,9 @@ def classifier_free(model: Diffusion, condition: Condition, w: float) -> Denoise
         return plain(model, condition)
     null = {name: null[name].to(c).expand_as(c) for name, c in given.items()}
     if w == 0:
-        return lambda x, t: model.denoise(x, t, null)
-    both = {name: torch.cat([c, null[name]]) for name, c in given.items()}
+        unconditional = model.projected(null)
+        return lambda x, t: model.denoise(x, t, unconditional)
+    both = model.projected({name: torch.cat([c, null[name]]) for name, c in given.items()})
 
     def guided(x: Tensor, t: float) -> Prediction:
         prediction = model.denoise(torch.cat([x, x]), t, both)

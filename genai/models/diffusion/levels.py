@@ -1,5 +1,8 @@
 """x0-prediction for data on grey levels: a learned categorical per pixel, combined with the pixel's own likelihood."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -8,6 +11,7 @@ from genai.core.errors import UserError
 from genai.core.precision import WideBuffers
 from genai.models.diffusion.schedules import Schedule
 from genai.models.diffusion.text import TextEncoder
+from genai.nn.attention import Context
 
 
 class LevelPosterior(WideBuffers):
@@ -46,6 +50,10 @@ class LevelPosterior(WideBuffers):
     def text(self) -> TextEncoder | None:
         return getattr(self.net, "text", None)
 
+    @property
+    def project(self) -> Callable[[Context], Any] | None:
+        return getattr(self.net, "project", None)
+
     def check(self, parameterization: str, schedule: Schedule) -> None:
         """Raise UserError for another parameterization than x0, or a longer or shorter schedule than its own."""
         if parameterization != "x0":
@@ -55,7 +63,7 @@ class LevelPosterior(WideBuffers):
         if len(schedule) != self.steps:
             raise UserError(f"model.net.schedule.steps={self.steps} must be model.schedule.steps={len(schedule)}")
 
-    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, **context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, **context: Any) -> Tensor:
         """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,) -> x0_hat (B, C, H, W).
 
         Raises UserError if the network makes logits of another shape.

@@ -22,7 +22,7 @@ from torch import Tensor
 from genai.core import rng
 from genai.core.errors import at_least, number
 from genai.core.protocols import Batch, for_models
-from genai.models.diffusion.base import Diffusion
+from genai.models.diffusion.base import Diffusion, Told
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -72,7 +72,7 @@ def probability_flow(
 
 
 def _field(
-    model: Diffusion, y: Tensor, u: float, cond: Batch, seeds: Tensor, row: int, probes: int | None
+    model: Diffusion, y: Tensor, u: float, cond: Told, seeds: Tensor, row: int, probes: int | None
 ) -> tuple[Tensor, Tensor]:
     """dy / d ln u (B, *shape) and its divergence (B,)."""
     level = model.path.level_of(u / (1 - u)) if u < 1 else model.path.level(model.path.t_max)

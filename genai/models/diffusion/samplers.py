@@ -248,17 +248,18 @@ def _denoiser(
 ) -> Denoiser:
     """The model with its guidance, each model told by itself what n samples are."""
     condition = model.condition(cond, n)
-    unguided = guides.plain(model, condition)
     if worse is not None:
-        guided = guides.autoguidance(unguided, guides.plain(worse, worse.condition(cond, n)), w)
+        guided = guides.autoguidance(guides.plain(model, condition), guides.plain(worse, worse.condition(cond, n)), w)
     elif condition.null:
         guided = guides.classifier_free(model, condition, w)
     else:
-        return unguided
+        return guides.plain(model, condition)
     if interval is None:
         return guided
     low, high = interval
-    return guides.interval(guided, unguided, model.path, low or 0.0, math.inf if high is None else high)
+    return guides.interval(
+        guided, guides.plain(model, condition), model.path, low or 0.0, math.inf if high is None else high
+    )
 
 
 def _inverted(model: Diffusion, visited: Sequence[Level], x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """A U-Net for images of any size and channel count (Ho et al. 2020, appendix B; Nichol & Dhariwal 2021, section 3)."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ from genai.core.errors import UserError
 from genai.core.precision import fitted
 from genai.kernels.norm import normalize
 from genai.models.diffusion.text import TextEncoder, conditioned
-from genai.nn.attention import Context, CrossAttention, attending
+from genai.nn.attention import Context, CrossAttention, Projected, attending
 from genai.nn.embed import time_embedding
 from genai.nn.init import zero
 
@@ -34,7 +35,7 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | Projected | None = None) -> Tensor:
         """x (B, c_in, H, W), emb (B, c_emb) already activated -> (B, c_out, H, W)."""
         h = self.conv1(normalize(self.norm1, x, silu=True))
         h = normalize(self.norm2, h, self.emb(emb), silu=True)
@@ -49,7 +50,7 @@ class AttentionBlock(nn.Module):
         self.norm, self.qkv = group_norm(channels), nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | Projected | None = None) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W); nothing else is used."""
         qkv = self.qkv(normalize(self.norm, x)).flatten(2).mT  # (B, HW, 3C)
         h = F.scaled_dot_product_attention(*qkv[:, None].chunk(3, -1))[:, 0]  # (B, HW, C)
@@ -64,7 +65,7 @@ class CrossAttentionBlock(nn.Module):
         self.norm = group_norm(channels)
         self.attention = CrossAttention(channels, context_width, math.gcd(channels, max(channels // 32, 1)))
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | Projected | None = None) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W); emb is not used."""
         assert context is not None
         h = self.attention(normalize(self.norm, x).flatten(2).mT, context)
@@ -74,10 +75,14 @@ class CrossAttentionBlock(nn.Module):
 class Stage(nn.ModuleList):
     """Blocks called one after the other with the same embedding and text."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | Projected | None = None) -> Tensor:
         for block in self:
             x = block(x, emb, context)
         return x
+
+    def project(self, context: Context) -> Projected | None:
+        """Keys and values of a text as the one block that reads it sees them, None where there is none."""
+        return next((b.attention.project(context) for b in self if isinstance(b, CrossAttentionBlock)), None)
 
 
 class Downsample(nn.Conv2d):
@@ -86,7 +91,7 @@ class Downsample(nn.Conv2d):
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | Projected | None = None) -> Tensor:
         return super().forward(x)
 
 
@@ -96,7 +101,7 @@ class Upsample(nn.Conv2d):
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | Projected | None = None) -> Tensor:
         return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -190,23 +195,29 @@ class UNet(nn.Module):
 
     def forward(
         self, x: Tensor, time: Tensor, label: Tensor | None = None, states: Tensor | None = None,
-        real: Tensor | None = None,
+        real: Tensor | None = None, projected: Sequence[Projected | None] | None = None,
     ) -> Tensor:  # fmt: skip
-        """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,), `Context` of a caption -> (B, out_channels, H, W)."""
+        """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,), `Context` of a caption and what `project` made of it, if it
+        did -> (B, out_channels, H, W)."""
         emb = self.time(fitted(time_embedding(time, self.channels), self.stem.weight))
         emb, context = conditioned(emb, self.label, label, self.summary, states, real)
+        seen = itertools.repeat(context) if projected is None else iter(projected)  # of each stage
         h = self.stem(fitted(x, self.stem.weight).contiguous(memory_format=torch.channels_last))
         skips = [h]
         for stage in self.down:
-            h = self._run(stage, h, emb, context)
+            h = self._run(stage, h, emb, next(seen))
             skips.append(h)
-        h = self._run(self.middle, h, emb, context)
+        h = self._run(self.middle, h, emb, next(seen))
         for stage in self.up:
-            h = self._run(stage, torch.cat([h, skips.pop()], 1), emb, context)
+            h = self._run(stage, torch.cat([h, skips.pop()], 1), emb, next(seen))
         norm, _, conv = self.head
         return conv(normalize(norm, h, silu=True)).contiguous()  # type: ignore[arg-type]
 
-    def _run(self, stage: nn.Module, h: Tensor, emb: Tensor, context: Context | None) -> Tensor:
+    def project(self, context: Context) -> list[Projected | None]:
+        """Every stage's keys and values of a caption, for many calls with it."""
+        return [stage.project(context) for stage in (*self.down, self.middle, *self.up)]  # type: ignore[operator]
+
+    def _run(self, stage: nn.Module, h: Tensor, emb: Tensor, context: Context | Projected | None) -> Tensor:
         if self.gradient_checkpointing and self.training:
             return checkpoint(stage, h, emb, context, use_reentrant=False)
         return stage(h, emb, context)
