@@ -444,7 +444,14 @@ def wrong(content, words):
         "a sampler of another family, bare": (
             content, "config.sampler", {"_target_": "genai.models.gan.samplers.gan", "_partial_": True},
         ),
-        "a sampler without an argument": (content, "config.sampler.eta", ...),
+        "a sampler without an argument": (content, "config.sampler.solver.eta", ...),
+        "a solver that is code": (content, "config.sampler.solver._target_", "os.system"),
+        "a solver that is no solver": (content, "config.sampler.solver._target_", "genai.models.diffusion.schedules.cosine"),
+        "a solver that is called at once": (content, "config.sampler.solver._partial_", False),
+        "a solver that is a text": (content, "config.sampler.solver", "ddim"),
+        "no solver": (content, "config.sampler.solver", ...),
+        "a solver without an end": (content, "config.sampler.sigma_max", {"a": 1}),
+        "a spacing that is a list": (content, "config.sampler.spacing", ["trailing"]),
         "a sampler's steps": (content, "config.sampler.steps", 10**9),
         "a sampler's text for steps": (content, "config.sampler.steps", "many"),
         "a model's classes": (content, "config.model.classes", "ten"),
@@ -569,7 +576,7 @@ def places(node, way=()):
 NAMES = [
     "os.system", "builtins.exec", "subprocess.Popen", "genai.checkpoint.save", "genai.data.text.text_file",
     "genai.data.captions.write", "genai.models.gan.gan.GAN", "genai.models.diffusion.ddpm.DDPM", "genai.nn.norm.LayerNorm",
-    "genai.models.diffusion.samplers.ddim", "genai.models.diffusion.schedules.cosine", "genai.train.run.run", "torch.load",
+    "genai.models.diffusion.samplers.sample", "genai.models.diffusion.schedules.cosine", "genai.train.run.run", "torch.load",
 ]  # fmt: skip
 
 
