@@ -468,8 +468,8 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path, monkeypatch,
     turned[0x0112] = 6
     for i in range(12):
         photo(tmp_path / f"{i:02d}.jpg", exif=turned)
-    decoded, real = [], image_folder.decode
-    monkeypatch.setattr(image_folder, "decode", lambda *given: decoded.append(real(*given)) or decoded[-1])
+    decoded, real = [], decode.decode
+    monkeypatch.setattr(decode, "decode", lambda *given: decoded.append(real(*given)) or decoded[-1])
     small, whole = (by_name(data_of(tmp_path, size=[32, 32], channels=channels, version=v))["00.jpg"] for v in (2, 1))
     assert {image.size for image, _ in decoded[:12]} == {(75, 100)}
     assert {image.size for image, _ in decoded[12:]} == {(600, 800)}
