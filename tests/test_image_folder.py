@@ -12,7 +12,7 @@ from PIL import Image
 from genai.build import DATA, MODELS, build_stored, build_typed
 from genai.core.cache import cache_folder
 from genai.core.errors import UserError
-from genai.data import decode, fingerprint, image_folder, io
+from genai.data import decode, fingerprint, io
 from genai.data.captions import write
 from genai.data.fingerprint import checksum
 from genai.data.stream import train_loader

@@ -1,10 +1,14 @@
 """Guidance is a denoiser around a denoiser; networks never learn the word."""
 
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from genai.core.errors import UserError
-from genai.core.protocols import Denoiser, Prediction
+from genai.core.protocols import Batch, Denoiser, Prediction
 from genai.models.diffusion.base import Condition, Diffusion
 from genai.models.diffusion.paths import Path
 
@@ -59,3 +63,60 @@ def interval(guided: Denoiser, unguided: Denoiser, path: Path, low: float, high:
         return (guided if low < path.level(t).ratio <= high else unguided)(x, t)
 
     return limited
+
+
+class Guide(NamedTuple):
+    """How a sampling call is guided: with weight w where low < sigma / alpha <= high, away from `worse` if there is one."""
+
+    w: float
+    low: float = 0.0
+    high: float = math.inf
+    worse: Diffusion | None = None
+
+
+def guide(
+    model: Diffusion, cond: Batch, w: float | None, interval: Sequence[float | None] | None, worse: Diffusion | None
+) -> Guide:
+    """The guidance of a call that is told `cond`, with the model's own weight where w is None; None for an end is none.
+
+    Raises UserError for guidance that cannot be, or what is said of guidance where there is none.
+    """
+    if worse is None and w is not None:
+        if not model.null():
+            raise UserError(f"guidance={w} was given, but this model is unconditional: leave guidance= out")
+        if "negative" not in cond or model.classes is not None:
+            model.check_guidance(w, "guidance")
+    if worse is not None and (worse.shape, worse.field) != (model.shape, model.field):
+        raise UserError(
+            f"autoguidance= is a model of {list(worse.shape)}, and this one is of {list(model.shape)}: they must agree"
+        )
+    if worse is not None and "negative" in cond:
+        raise UserError(
+            "autoguidance= leads away from a worse model, negative_prompt= from a caption: give one of them"
+        )
+    w = model.guidance if w is None else w
+    if w == 1 and (worse is not None or interval is not None):
+        key = "autoguidance" if worse is not None else "guidance_interval"
+        raise UserError(f"{key}= changes nothing at guidance=1, which is none: give guidance= above 1")
+    if interval is None:
+        return Guide(w, worse=worse)
+    low, high = interval
+    low, high = low or 0.0, math.inf if high is None else high
+    if not low < high:
+        raise UserError(f"guidance_interval={list(interval)} must be [low,high] of sigma / alpha with low below high")
+    if worse is None and not model.null():
+        raise UserError("guidance_interval= was given, but this model is unconditional: leave guidance_interval= out")
+    return Guide(w, low, high, worse)
+
+
+def guided(model: Diffusion, cond: Batch, n: int, guide: Guide) -> Denoiser:
+    """The model with its guidance, each model told by itself what n samples are."""
+    condition, (w, low, high, worse) = model.condition(cond, n), guide
+    if worse is not None:
+        led = autoguidance(plain(model, condition), plain(worse, worse.condition(cond, n)), w)
+    elif condition.null:
+        led = classifier_free(model, condition, w)
+    else:
+        return plain(model, condition)
+    everywhere = (low, high) == (0, math.inf)
+    return led if everywhere else interval(led, plain(model, condition), model.path, low, high)

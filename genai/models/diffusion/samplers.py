@@ -1,7 +1,6 @@
 """The sampler: one function for every solver, whose executor walks a table, a network call and an affine step a row."""
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -120,7 +119,7 @@ def sample(
         steps = int(path.t_max) + 1 if path.discrete else STEPS
     visited = levels(path, steps, spacing or path.spacing, rho, shift, sigma_min, sigma_max)
     _check_image(model, n, image, strength, mask, invert)
-    w = _weight(model, cond or {}, guidance, guidance_interval, autoguidance)
+    guide = guides.guide(model, cond or {}, guidance, guidance_interval, autoguidance)
     visited = visited if strength is None else remaining(path, visited, strength)
     table = solver(path, visited)
     if invert and any(row.s for row in table.rows):
@@ -129,17 +128,19 @@ def sample(
         )
     told = {name: value.to(model.device) for name, value in (cond or {}).items()}
     inputs = {**told, "seeds": seeds.to(model.device)}
-    if image is None:
-        x = table.start.sigma * rng.normal(inputs["seeds"], model.shape, stream=rng.INITIAL).to(model.dtype)
-    else:
+    x = table.start.sigma * rng.normal(inputs["seeds"], model.shape, stream=rng.INITIAL).to(model.dtype)
+    if image is not None:
         image = image.to(model.device, model.dtype)
-        mask = None if mask is None else mask.to(image).expand_as(image)
-        x = _begun(model, table, visited, image, mask, invert, inputs)
+        known = model.clean({model.field: image}).to(model.dtype)
+        x = _inverted(model, visited, known) if invert else x + table.start.alpha * known
+        if mask is not None:
+            mask = mask.to(image).expand_as(image)
+            inputs |= {"known": known, "mask": mask if model.latent is None else model.latent.shrunk(mask)}
     inputs["x"] = x
 
     def trajectory(inputs: Batch, on_step: OnStep | None = None, watch: bool = False) -> Tensor:
         cond, (x, seeds) = {name: inputs[name] for name in told}, (inputs["x"], inputs["seeds"])
-        denoise = _denoiser(model, cond, n, w, guidance_interval, autoguidance)
+        denoise = guides.guided(model, cond, n, guide)
         denoise = _watched(denoise, len(table.rows)) if watch else denoise
         return walk(denoise, table, x, seeds, on_step, model.clip, inputs.get("known"), inputs.get("mask"), impl)
 
@@ -147,8 +148,7 @@ def sample(
     on_step = film or on_step
     if _graphed(cuda_graph, model, autoguidance, on_step):
         half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        limits = None if guidance_interval is None else tuple(guidance_interval)
-        kind = table.start, tuple(table.times), tuple(table.rows), w, limits, model.clip, impl, half
+        kind = table.start, tuple(table.times), tuple(table.rows), guide, model.clip, impl, half
         out = replayed(model, kind, trajectory, inputs)
         if on_step is not None:
             on_step(len(table.rows) - 1, len(table.rows), {"x": ordinary(out)})
@@ -164,19 +164,6 @@ def sample(
         out = torch.lerp(out, image, mask)  # what goes through a first stage is not quite what it was
     batch = {model.field: ordinary(out)}
     return batch if film is None else {**batch, "frames": film.shown(model)}
-
-
-def _begun(
-    model: Diffusion, table: Table, visited: Sequence[Level], image: Tensor, mask: Tensor | None, invert: bool, inputs: Batch
-) -> Tensor:  # fmt: skip
-    """The state that an image and noise make at the table's start; with a mask `inputs` get what `walk` keeps of it."""
-    known = model.clean({model.field: image}).to(model.dtype)
-    if mask is not None:
-        inputs |= {"known": known, "mask": mask if model.latent is None else model.latent.shrunk(mask)}
-    if invert:
-        return _inverted(model, visited, known)
-    x = table.start.sigma * rng.normal(inputs["seeds"], model.shape, stream=rng.INITIAL).to(model.dtype)
-    return x + table.start.alpha * known
 
 
 def _check_image(
@@ -207,59 +194,6 @@ def _check_image(
         raise UserError(
             "invert=true asks the model without its conditions, and model.label_dropout=0 never trained that: leave invert= out"
         )
-
-
-def _weight(
-    model: Diffusion, cond: Batch, guidance: float | None, interval: Sequence | None, worse: Diffusion | None
-) -> float:
-    """The weight of guidance. Raises UserError for guidance that cannot be, or what is said of guidance where there is none."""
-    w = model.guidance if guidance is None else guidance
-    if worse is None and guidance is not None:
-        if not model.null():
-            raise UserError(f"guidance={guidance} was given, but this model is unconditional: leave guidance= out")
-        if "negative" not in cond or model.classes is not None:
-            model.check_guidance(guidance, "guidance")
-    if worse is not None and (worse.shape, worse.field) != (model.shape, model.field):
-        raise UserError(
-            f"autoguidance= is a model of {list(worse.shape)}, and this one is of {list(model.shape)}: they must agree"
-        )
-    if worse is not None and "negative" in cond:
-        raise UserError(
-            "autoguidance= leads away from a worse model, negative_prompt= from a caption: give one of them"
-        )
-    if w == 1 and (worse is not None or interval is not None):
-        key = "autoguidance" if worse is not None else "guidance_interval"
-        raise UserError(f"{key}= changes nothing at guidance=1, which is none: give guidance= above 1")
-    if interval is not None:
-        low, high = interval
-        if not (low or 0) < (math.inf if high is None else high):
-            raise UserError(
-                f"guidance_interval={list(interval)} must be [low,high] of sigma / alpha with low below high"
-            )
-        if worse is None and not model.null():
-            raise UserError(
-                "guidance_interval= was given, but this model is unconditional: leave guidance_interval= out"
-            )
-    return w
-
-
-def _denoiser(
-    model: Diffusion, cond: Batch, n: int, w: float, interval: Sequence | None, worse: Diffusion | None
-) -> Denoiser:
-    """The model with its guidance, each model told by itself what n samples are."""
-    condition = model.condition(cond, n)
-    if worse is not None:
-        guided = guides.autoguidance(guides.plain(model, condition), guides.plain(worse, worse.condition(cond, n)), w)
-    elif condition.null:
-        guided = guides.classifier_free(model, condition, w)
-    else:
-        return guides.plain(model, condition)
-    if interval is None:
-        return guided
-    low, high = interval
-    return guides.interval(
-        guided, guides.plain(model, condition), model.path, low or 0.0, math.inf if high is None else high
-    )
 
 
 def _inverted(model: Diffusion, visited: Sequence[Level], x: Tensor) -> Tensor:
