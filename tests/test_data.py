@@ -16,7 +16,8 @@ from genai.core.errors import UserError
 from genai.data import images, io, toy2d
 from genai.data.base import Arrays, Data, held_out
 from genai.data.celeba import CelebA
-from genai.data.image_folder import ImageFolder, crop_box
+from genai.data.decode import crop_box
+from genai.data.image_folder import ImageFolder
 from genai.data.stream import AUGMENT, DRAWN_AT_ONCE, Stream, Table, batches, train_loader
 from tests.conftest import ROOT
 
