@@ -46,7 +46,7 @@ def main() -> None:
         }
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(samples.sampling, "sample", noisy):
-        loaded = Loaded(nn.Linear(1, 1), config, data.assets(), 0, Path(folder) / "last.ckpt")
+        loaded = Loaded(nn.Linear(1, 1), config, data.modality, data.conditions, 0, Path(folder) / "last.ckpt")
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
         plan = Plan(names, "test", args.n, 1, baselines=args.baselines)
         evaluate(loaded, data, plan)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from benchmarks import loop
 from benchmarks.common import installed, parse, ratio, report, setup, spread
 from genai.data.base import Arrays
-from genai.data.io import from_uint8
+from genai.modalities.image import from_uint8
 from genai.train.lit import LitModel
 
 LR, BETAS, WEIGHT_DECAY = 1e-3, (0.9, 0.99), 0.01

@@ -41,6 +41,4 @@ def sample(loaded: Loaded, n: int = 16, seed: int = 0, label: Any = None, **argu
 
 def texts(loaded: Loaded, batch: Batch) -> list[str]:
     """What a model of text wrote, without the prompts."""
-    from genai.data import text
-
-    return text.texts(text.from_state(loaded.assets["tokenizer"]), batch)
+    return loaded.modality.preview(batch)  # type: ignore[return-value]

@@ -19,10 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from genai.core import stored
 from genai.core.errors import UserError
 from genai.data.base import Data
+from genai.modalities.base import Modality
 
-MODELS, DATA, RUN = "models", "data", "run"
-"""The kinds of object that a stored config may build: models with their networks, losses and samplers always; data sets where the
-user asks to resume, to evaluate or to draw items; callbacks, loggers, optimisers and loops where the user asks to resume."""
+MODELS, DATA, RUN, MODALITIES = "models", "data", "run", "modalities"
+"""The kinds of object that a file may build: models with their networks, losses and samplers always; data sets where the user
+asks to resume, to evaluate or to draw items; callbacks, loggers, optimisers and loops where the user asks to resume; modalities
+by `build_modality` alone."""
 
 ROOMS = ("genai.models.", "genai.nn.", "genai.losses.")
 """Any public class or function that is defined there: nothing there writes, downloads or runs."""
@@ -88,6 +90,23 @@ def build_stored(
     bound = contextlib.nullcontext() if weights is None or trust else _Bounded(numbers, len(weights))
     with stored.building(), bound:
         return _made(call, bool(trust))
+
+
+def build_modality(node: Any, trust: Sequence[str] = ()) -> Modality:
+    """The modality that a file describes by a target and a state, which is data: nothing in it is called.
+
+    Raises UserError for a target that is not admitted, and for a state that describes none.
+    """
+    kind: Any = check_target(node["_target_"], trust, (MODALITIES,))
+    if not (inspect.isclass(kind) and issubclass(kind, Modality)):
+        raise UserError(f"the checkpoint wants to build {node['_target_']}, which is no modality")
+    try:
+        with stored.building():
+            return kind.from_state(node["state"])
+    except Exception as error:
+        if trust and not isinstance(error, UserError):
+            raise  # code of the user's own is better mended with a traceback
+        raise UserError(f"the checkpoint's modalities are refused: {kind.__name__}: {reason(error)}") from error
 
 
 class Call(NamedTuple):
@@ -167,9 +186,10 @@ def check_target(target: Any, trust: Sequence[str] = (), kinds: Sequence[str] = 
     if not (module and all(part.isidentifier() for part in target.split("."))):
         raise UserError(f"{wants}, which names no class or function")
     trusted = f"{module}.".startswith(tuple(f"{package}." for package in trust))
-    of_a_run = RUN in kinds and target in OF_A_RUN
+    listed = RUN in kinds and target in OF_A_RUN
+    modality = MODALITIES in kinds and module.startswith("genai.modalities.")
     data = DATA in kinds and module.startswith("genai.data.")
-    if not (trusted or of_a_run or data or f"{module}.".startswith(ROOMS)):
+    if not (trusted or listed or modality or data or f"{module}.".startswith(ROOMS)):
         package = target.partition(".")[0]
         hint = f"; if you trust it, add trust={package}" if package not in ("genai", "os", "builtins") else ""
         what = "models" if DATA not in kinds else "models and data"

@@ -110,7 +110,7 @@ STREAMED = "frechet", "accuracy"  # of which nothing is kept of a single sample
 
 def data_facts(data: Data, node: Mapping[str, Any], split: str) -> dict[str, Any]:
     """The protocol's fields of the data with config `node`: class, shape of an image, and checksum of the split's items."""
-    shape = {} if data.field == "tokens" else {"shape": list(data.shape)}  # a text is cut into windows of any length
+    shape = {} if data.modality.windowed else {"shape": list(data.shape)}
     return {"data": node["_target_"], **shape, "data_checksum": of_split(data.splits[split])}
 
 

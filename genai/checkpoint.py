@@ -15,14 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genai.build import build_stored, reason
+from genai.build import build_modality, build_stored, reason
 from genai.core import archive, files, stored
 from genai.core import precision as precisions
 from genai.core.errors import UserError
+from genai.core.protocols import Batch
 from genai.core.rng import RNG_VERSION
 from genai.core.stored import MOVED as MOVED
+from genai.modalities.base import Modality
+from genai.modalities.stored import of_older
 
-FORMAT = 2  # 1 knew no MOVED
+FORMAT = 3  # 1 knew no MOVED, 2 no modalities
 ROOM = "make room, then resume= goes on from the last good checkpoint"
 
 
@@ -65,7 +68,7 @@ def link(path: Path, name: str) -> None:
 
 
 def read(path: Path) -> dict:
-    """The content of a checkpoint on the CPU, checked: see `check` for what it is. MOVED has brought its config and assets up to
+    """The content of a checkpoint on the CPU, checked: see `check` for what it is. MOVED has brought its plain values up to
     date, and `written` is the config as it lies in the file.
 
     Raises Damaged if it is torn, and UserError if it cannot be read now, is no checkpoint, holds code, or claims to be larger
@@ -92,7 +95,7 @@ def read(path: Path) -> dict:
         check(content)
     except ValueError as error:
         raise UserError(f"{path} is refused, its content is not a checkpoint's: {error}") from None
-    current = {part: stored.up_to_date(content[part]) for part in ("config", "assets")}
+    current = {part: stored.up_to_date(content[part]) for part in PLAIN & content.keys()}
     return {**content, "written": content["config"], **current}
 
 
@@ -100,9 +103,10 @@ def check(content: dict) -> None:
     """Raise ValueError unless the content of a file is what a checkpoint holds.
 
     `format` and `step` whole numbers, `model` and `ema` tensors by name, `trainer` whatever Lightning keeps, and `config` and
-    `assets` plain values without tuples and tensors: what a person could have typed.
+    `modalities` plain values without tuples and tensors: what a person could have typed.
     """
-    for key, kind in SCHEMA.items():
+    names = "modalities" if "modalities" in content else "assets"
+    for key, kind in {**SCHEMA, names: dict}.items():
         if type(content.get(key)) is not kind:
             raise ValueError(f"{key} must be of type {kind.__name__}, not {type(content.get(key)).__name__}")
     if content["format"] < 1 or content["step"] < 0:
@@ -111,16 +115,25 @@ def check(content: dict) -> None:
         for name, tensor in content[part].items():
             if type(name) is not str or type(tensor) is not Tensor:
                 raise ValueError(f"{part} must hold tensors by name, and {name!r} is a {type(tensor).__name__}")
-    for part in ("config", "assets"):
+    for part in PLAIN & content.keys():
         _check_plain(content[part], part)
     for part in ("model", "data", "sampler"):
         node = content["config"].get(part)
         if type(node) is not dict or type(node.get("_target_")) is not str:
             raise ValueError(f"config.{part} must be a dict with a _target_")
-    _check_assets(content["assets"], content["config"])
+    classes = content["config"]["model"].get("classes")
+    if classes is not None and (type(classes) is not int or classes < 1):
+        raise ValueError(f"config.model.classes={classes!r} must be a whole number, at least 1, or null")
+    kinds = content.get("modalities", {"output": {"_target_": "", "state": {}}, "conditions": {}})
+    if kinds.keys() != {"output", "conditions"} or type(kinds["conditions"]) is not dict:
+        raise ValueError("modalities must hold output and conditions")
+    for node in (kinds["output"], *kinds["conditions"].values()):
+        if type(node) is not dict or node.keys() != {"_target_", "state"} or type(node["state"]) is not dict:
+            raise ValueError("each of modalities must be a dict of a _target_ and its state")
 
 
-SCHEMA = {"format": int, "step": int, "config": dict, "assets": dict, "model": dict, "ema": dict, "trainer": dict}
+SCHEMA = {"format": int, "step": int, "config": dict, "model": dict, "ema": dict, "trainer": dict}
+PLAIN = {"config", "modalities", "assets"}  # the last in the place of modalities, up to format 2
 
 
 def _check_plain(node: Any, key: str) -> None:
@@ -135,24 +148,6 @@ def _check_plain(node: Any, key: str) -> None:
             _check_plain(value, f"{key}[{i}]")
     elif type(node) not in (str, int, float, bool, type(None)):
         raise ValueError(f"{key} is a {type(node).__name__}, and only plain values may be stored there")
-
-
-def _check_assets(assets: dict, config: dict) -> None:
-    """Raise ValueError unless class names, tokenizer and pixels are what the config's model can be asked for."""
-    names, classes = assets.get("class_names"), config["model"].get("classes")
-    if names is not None and not (type(names) is list and all(type(name) is str for name in names)):
-        raise ValueError("assets.class_names must be a list of texts or null")
-    if classes is not None and (type(classes) is not int or classes < 1):
-        raise ValueError(f"config.model.classes={classes!r} must be a whole number, at least 1, or null")
-    if type(assets.get("tokenizer", {})) is not dict:
-        raise ValueError("assets.tokenizer must be a dict with a _target_")
-    if "pixels" in assets:
-        pixels = assets["pixels"]
-        shape = pixels.get("shape") if type(pixels) is dict and pixels.keys() == {"shape", "levels"} else None
-        if not (type(shape) is list and len(shape) == 3 and all(type(n) is int and 0 < n <= 2**16 for n in shape)):
-            raise ValueError("assets.pixels must hold the shape [C, H, W] of an image, and its levels")
-        if type(pixels["levels"]) is not int or not 2 <= pixels["levels"] <= 2**16:
-            raise ValueError(f"assets.pixels.levels={pixels['levels']!r} must be a whole number from 2 to 65536")
 
 
 def newest(run: Path) -> tuple[dict, Path] | None:
@@ -214,11 +209,13 @@ def locate(ckpt: str | None, runs: Path = Path("runs")) -> tuple[dict, Path]:
 
 @dataclass
 class Loaded:
-    """A model ready to sample: in evaluation mode, with the config, sampler node and assets it was stored with."""
+    """A model ready to sample: in evaluation mode, with what it was stored with: its config, the modality of what it makes and
+    those of what it is told, by name."""
 
     model: nn.Module
     config: dict
-    assets: dict
+    modality: Modality
+    conditions: dict[str, Modality]
     step: int
     path: Path
     trust: tuple[str, ...] = ()
@@ -295,7 +292,28 @@ def load(
     if compile:
         for net in model.nets().values():  # type: ignore[operator]
             net.compile()
-    return Loaded(model, content["config"], content["assets"], content["step"], path, tuple(trust), precision)
+    kinds = modalities(content, model)
+    told = {name: build_modality(node, trust) for name, node in kinds["conditions"].items()}
+    output = build_modality(kinds["output"], trust)
+    return Loaded(model, content["config"], output, told, content["step"], path, trust, precision)
+
+
+def modalities(content: dict, model: Any = None) -> dict[str, Any]:
+    """What a file keeps of its output's modality and of its conditions'; in an older one captions are known by the model."""
+    if "modalities" in content:
+        return content["modalities"]
+    return of_older(content["assets"], content["config"], nulls(model))
+
+
+def nulls(model: Any) -> Batch:
+    """The null of each condition of a model that can be told nothing."""
+    return model.null() if hasattr(model, "null") else {}
+
+
+def told(model: Any, config: dict, conditions: dict[str, Modality]) -> dict[str, Modality]:
+    """Of a data set's conditions those that a model of this config is told: what it has a null for, labels if it has classes."""
+    names = {*nulls(model), *(() if config["model"].get("classes") is None else ("label",))}
+    return {name: modality for name, modality in conditions.items() if name in names}
 
 
 def build_model(node: Any, state: dict[str, Tensor], trust: Sequence[str] = ()) -> nn.Module:

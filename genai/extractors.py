@@ -11,7 +11,7 @@ from genai import judge as judges
 from genai.core.errors import UserError
 from genai.core.precision import full
 from genai.data.base import Data
-from genai.data.io import to_uint8
+from genai.modalities.image import to_uint8
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity names the file that it downloads
 
@@ -54,10 +54,12 @@ def sha256(net: nn.Module) -> str:
 
 
 def judge(data: Data, node: Any, device: str) -> Extractor:
-    """A small classifier trained on the data's own labels, once.
+    """The features that the data's modality has itself; of images a small classifier trained on the data's own labels, once.
 
-    Raises UserError for data that has no labelled images.
+    Raises UserError for images without labels.
     """
+    if (extractor := own(data)) is not None:
+        return extractor
     net = judges.trained(data)
 
     def see(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,6 +67,16 @@ def judge(data: Data, node: Any, device: str) -> Extractor:
         return features, net.head(features)
 
     return Extractor(net, see, True, device)
+
+
+def own(data: Data) -> Extractor | None:
+    """What the data's modality sees itself; None where it leaves that to an extractor."""
+    modality = data.modality
+    if modality.compared != "samples" or modality.features(torch.zeros(1, *data.shape)) is None:
+        return None
+    extractor = Extractor(nn.Identity(), lambda x: (modality.features(x), None), False, "cpu")  # type: ignore[arg-type]
+    extractor.facts = {"extractor": {"kind": type(modality).__name__}, "resize": None}
+    return extractor
 
 
 def inception(data: Data, node: Any, device: str, weights: str | None = None) -> Extractor:

@@ -56,7 +56,7 @@ def trained(data: Data) -> Judge:
 
     Raises UserError for data that has no labelled images.
     """
-    if data.field != "image" or data.classes is None or min(data.shape[1:]) < 4:
+    if len(data.shape) != 3 or data.classes is None or min(data.shape[1:]) < 4:
         raise UserError(
             f"a judge needs labelled images of at least 4x4, and this data is {data.field} of shape {data.shape}"
         )

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from genai.data.base import Arrays, Data
 from genai.data.images import Digits
+from genai.modalities.image import Image
+from genai.modalities.stored import nodes_of
 from genai.models.gan.ada import ADA, Augment, linear, rotation, translation, warp
 from genai.models.gan.stylegan2 import StyleGAN2
 from genai.models.gan.stylegan2_nets import Discriminator, Generator
@@ -172,7 +174,7 @@ def test_on_200_images_the_discriminator_overfits_less_with_it_than_without(tmp_
         )
         trainer = L.Trainer(
             max_steps=1500, max_epochs=-1, logger=False, enable_checkpointing=False, accelerator="cpu", devices=1,
-            enable_progress_bar=False, enable_model_summary=False, plugins=[File(CONFIG, {})], use_distributed_sampler=False,
+            enable_progress_bar=False, enable_model_summary=False, plugins=[File(CONFIG, nodes_of(Image(), {}))], use_distributed_sampler=False,
         )  # fmt: skip
         trainer.fit(lit)
         found[name] = record.latest["train/r_t"]

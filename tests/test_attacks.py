@@ -5,6 +5,7 @@ import collections
 import copy
 import functools
 import importlib
+import inspect
 import json
 import os
 import pickle
@@ -23,11 +24,17 @@ from genai import build, checkpoint, evaluation
 from genai.build import build_stored, build_typed, check_target
 from genai.cli import composed
 from genai.core.errors import UserError
+from genai.modalities.caption import Caption
+from genai.modalities.label import Label
+from genai.modalities.pixels import Pixels
+from genai.modalities.stored import nodes_of
 from genai.train.run import STATE
 from tests.conftest import ROOT
 
 TINY = ["model=ddpm_mlp", "data=toy2d", "model.net.width=8", "model.schedule.steps=4", "sampler.steps=2"]
-BYTES = {"_target_": "genai.data.tokenizers.Byte", "end": False}
+BYTES, BPE, CHAR = (
+    {"_target_": f"genai.modalities.tokenizers.{kind}", "end": False} for kind in ("Byte", "BPE", "Char")
+)
 
 
 def content_of(overrides):
@@ -40,9 +47,10 @@ def content_of(overrides):
         cfg.model.sigma_data = 1.0
     config = OmegaConf.to_container(cfg, resolve=True)
     weights = {name: tensor.clone() for name, tensor in build_typed(config["model"]).state_dict().items()}
-    assets = data.assets()
+    modalities = nodes_of(data.modality, data.conditions)
     return {
-        "format": 1, "rng_version": 1, "step": 3, "config": config, "assets": assets, "model": weights, "ema": dict(weights),
+        "format": 1, "rng_version": 1, "step": 3, "config": config, "modalities": modalities, "model": weights,
+        "ema": dict(weights),
         "trainer": {"optimizer_states": [{"betas": (0.9, 0.99)}]},
     }  # fmt: skip
 
@@ -62,6 +70,11 @@ def words():
     small = ["model.net.transformer.width=16", "model.net.transformer.layers=1", "data.shape=[8]", "data.overlap=2"]
     overrides = ["model=gpt_nano", "data=python_docs", *small, "sampler.max_new_tokens=3"]
     return content_of(overrides)
+
+
+def older(content, **assets):
+    """A file of before there were modalities."""
+    return {**{key: value for key, value in content.items() if key != "modalities"}, "assets": assets}
 
 
 def put(content, key, value):
@@ -136,7 +149,7 @@ NO_PLAIN_VALUES = {
 
 
 @pytest.mark.parametrize("value", NO_PLAIN_VALUES.values(), ids=NO_PLAIN_VALUES)
-@pytest.mark.parametrize("key", ["config.model.schedule", "config.name", "assets.class_names"])
+@pytest.mark.parametrize("key", ["config.model.schedule", "config.name", "modalities.output.state"])
 def test_a_config_is_of_plain_values_only(content, tmp_path, key, value):
     torch.save(put(content, key, value), tmp_path / "bad.ckpt")
     with pytest.raises(UserError, match="is refused"):
@@ -199,7 +212,7 @@ def test_every_target_of_every_config_may_be_stored():
 
 HARMLESS_MODULES = (
     "__future__", "bisect", "collections", "contextlib", "dataclasses", "einops", "functools", "inspect", "itertools", "lpips",
-    "math", "sys", "torch", "typing", "genai.core", "genai.data.captions", "genai.kernels", "genai.losses", "genai.models",
+    "math", "sys", "torch", "typing", "genai.core", "genai.kernels", "genai.losses", "genai.models",
     "genai.nn",
 )  # fmt: skip
 
@@ -248,7 +261,8 @@ def test_functions_of_data_and_training_that_do_things_are_not_admitted():
         ("genai.data.toy2d.Toy2D", (build.MODELS,)),
         ("genai.data.text.text_file", (build.MODELS,)),
         ("genai.data.text.prepare", (build.MODELS, build.DATA)),
-        ("genai.data.captions.write", (build.MODELS, build.DATA)),
+        ("genai.modalities.base.save", (build.MODELS, build.DATA)),
+        ("genai.modalities.image.Image", (build.MODELS, build.DATA, build.RUN)),
         ("genai.data.images.download", (build.MODELS, build.DATA)),
         ("genai.train.callbacks.Save", (build.MODELS, build.DATA)),
         ("genai.train.codec.precompute", (build.MODELS, build.DATA, build.RUN)),
@@ -383,9 +397,19 @@ def test_a_runs_config_is_a_file_from_elsewhere(tmp_path, refused, text, message
 # Well-formed files of wrong content, each in a process that is watched
 
 
+def node_like(kind, values):
+    """What a file says of a modality that may not be one."""
+    names = list(inspect.signature(kind).parameters)
+    return {"_target_": f"{kind.__module__}.{kind.__name__}", "state": dict(zip(names, values, strict=True))}
+
+
 def wrong(content, words):
     """Name -> content that `torch.save` can write."""
     weights, node = content["model"], content["config"]["model"]
+    old, old_words = older(content, class_names=None), older(words, class_names=None, tokenizer=BYTES)
+    pixels, label, caption = (
+        lambda *values, kind=kind: node_like(kind, values) for kind in (Pixels, Label, Caption)
+    )  # fmt: skip
     huge = {
         f"a huge {key} {str(value)[:20]}": (content, f"config.model.{key}", value)
         for key in ("net.width", "net.blocks", "net.dim", "schedule.steps", "classes", "shape", "levels", "clip")
@@ -417,15 +441,35 @@ def wrong(content, words):
         "format 0": (content, "format", 0),
         "no trainer": (content, "trainer", ...),
         "a trainer that is a list": (content, "trainer", []),
-        "no assets": (content, "assets", ...),
-        "assets that are a list": (content, "assets", [1]),
-        "class names that are numbers": (content, "assets.class_names", [1, 2]),
-        "class names that are a text": (content, "assets.class_names", "ab"),
-        "class names for no classes": (content, "assets.class_names", ["a"]),
-        "pixels of nothing": (content, "assets.pixels", {"shape": [1, 2, 2], "levels": 2}),
-        "pixels without a shape": (content, "assets.pixels", {"levels": 2}),
-        "pixels of one level": (content, "assets.pixels", {"shape": [1, 2, 2], "levels": 1}),
-        "huge pixels": (content, "assets.pixels", {"shape": [1, 10**9, 10**9], "levels": 2}),
+        "no assets": (old, "assets", ...),
+        "assets that are a list": (old, "assets", [1]),
+        "class names for no classes": (old, "assets.class_names", ["a"]),
+        "pixels of nothing": (old, "assets.pixels", {"shape": [1, 2, 2], "levels": 2}),
+        "pixels that are a list": (old, "assets.pixels", [2]),
+        "pixels without a shape": (old, "assets.pixels", {"levels": 2}),
+        "no modalities": (content, "modalities", ...),
+        "modalities that are a list": (content, "modalities", [1]),
+        "modalities without conditions": (content, "modalities.conditions", ...),
+        "conditions that are a list": (content, "modalities.conditions", []),
+        "modalities of nothing": (content, "modalities", {}),
+        "an output that is code": (content, "modalities.output", COMMAND),
+        "an output that is a function": (content, "modalities.output._target_", "genai.modalities.image.grid"),
+        "an output that is a model": (content, "modalities.output", {"_target_": node["_target_"], "state": node}),
+        "an output of a list": (content, "modalities.output._target_", ["os.system"]),
+        "an output without a state": (content, "modalities.output.state", ...),
+        "an output that is a partial": (content, "modalities.output._partial_", True),
+        "a state of a list": (content, "modalities.output.state", [1]),
+        "a state with more": (content, "modalities.output.state.more", 1),
+        "a state that is code": (content, "modalities.output.state.field", COMMAND),
+        "another state": (content, "modalities.output._target_", "genai.modalities.pixels.Pixels"),
+        "pixels of one level": (content, "modalities.output", pixels([1, 2, 2], 1)),
+        "huge pixels": (content, "modalities.output", pixels([1, 10**9, 10**9], 2)),
+        "class names that are numbers": (content, "modalities.conditions.label", label(2, [1, 2])),
+        "class names that are a text": (content, "modalities.conditions.label", label(2, "ab")),
+        "a name too few": (content, "modalities.conditions.label", label(2, ["a"])),
+        "a text for classes": (content, "modalities.conditions.label", label("2", None)),
+        "a caption of no length": (content, "modalities.conditions.caption", caption(0)),
+        "a huge caption": (content, "modalities.conditions.caption", caption(10**12)),
         "no config": (content, "config", ...),
         "no model": (content, "config.model", ...),
         "no data": (content, "config.data", ...),
@@ -458,19 +502,21 @@ def wrong(content, words):
         "a field of nothing": (content, "config.model.field", "sound"),
         "data that are code": (content, "config.data._target_", "os.system"),
         "a schedule that is code": (content, "config.model.schedule", COMMAND),
-        "no tokenizer": (words, "assets.tokenizer", ...),
-        "a tokenizer that is a list": (words, "assets.tokenizer", []),
-        "a tokenizer that is code": (words, "assets.tokenizer._target_", "os.system"),
-        "a tokenizer of a list": (words, "assets.tokenizer._target_", ["os.system"]),
-        "a tokenizer with more": (words, "assets.tokenizer.more", 1),
-        "a tokenizer's end": (words, "assets.tokenizer.end", "no"),
-        "a spec of garbage": (words, "assets.tokenizer", {**BYTES, "_target_": "genai.data.tokenizers.BPE", "spec": "{"}),
-        "a spec of a list": (words, "assets.tokenizer", {**BYTES, "_target_": "genai.data.tokenizers.BPE", "spec": "[]"}),
-        "a deep spec": (words, "assets.tokenizer", {**BYTES, "_target_": "genai.data.tokenizers.BPE", "spec": "[" * 10**5}),
-        "a spec that pads": (words, "assets.tokenizer", {**BYTES, "_target_": "genai.data.tokenizers.BPE", "spec": PADDING}),
-        "chars that are a list": (words, "assets.tokenizer", {**BYTES, "_target_": "genai.data.tokenizers.Char", "chars": ["a"]}),
-        "chars of none": (words, "assets.tokenizer", {**BYTES, "_target_": "genai.data.tokenizers.Char", "chars": ""}),
-        "chars in disorder": (words, "assets.tokenizer", {**BYTES, "_target_": "genai.data.tokenizers.Char", "chars": "ba"}),
+        "no tokenizer": (words, "modalities.output.state.tokenizer", ...),
+        "an older tokenizer that is a list": (old_words, "assets.tokenizer", []),
+        "an older tokenizer that is code": (old_words, "assets.tokenizer._target_", "os.system"),
+        "a tokenizer that is a list": (words, "modalities.output.state.tokenizer", []),
+        "a tokenizer that is code": (words, "modalities.output.state.tokenizer._target_", "os.system"),
+        "a tokenizer of a list": (words, "modalities.output.state.tokenizer._target_", ["os.system"]),
+        "a tokenizer with more": (words, "modalities.output.state.tokenizer.more", 1),
+        "a tokenizer's end": (words, "modalities.output.state.tokenizer.end", "no"),
+        "a spec of garbage": (words, "modalities.output.state.tokenizer", {**BPE, "spec": "{"}),
+        "a spec of a list": (words, "modalities.output.state.tokenizer", {**BPE, "spec": "[]"}),
+        "a deep spec": (words, "modalities.output.state.tokenizer", {**BPE, "spec": "[" * 10**5}),
+        "a spec that pads": (words, "modalities.output.state.tokenizer", {**BPE, "spec": PADDING}),
+        "chars that are a list": (words, "modalities.output.state.tokenizer", {**CHAR, "chars": ["a"]}),
+        "chars of none": (words, "modalities.output.state.tokenizer", {**CHAR, "chars": ""}),
+        "chars in disorder": (words, "modalities.output.state.tokenizer", {**CHAR, "chars": "ba"}),
     }  # fmt: skip
     for name, (base, key, value) in changes.items():
         yield name, put({**copy.deepcopy(base), "ema": {}}, key, value)
@@ -483,7 +529,7 @@ PADDING = json.dumps({
     "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
 })  # fmt: skip
 HARMLESS = {
-    "class names for no classes", "a field of nothing", "data that are code", "a sampler without an argument", "no tokenizer",
+    "class names for no classes", "a field of nothing", "data that are code", "a sampler without an argument",
     *(f"a huge clip {value}" for value in (-1, 0, 1e30)), *(f"a huge levels {value}" for value in (-1, 0, 1e30)),
     f"a huge levels {str([1] * 100)[:20]}",
 }  # fmt: skip
@@ -575,20 +621,20 @@ def places(node, way=()):
 
 NAMES = [
     "os.system", "builtins.exec", "subprocess.Popen", "genai.checkpoint.save", "genai.data.text.text_file",
-    "genai.data.captions.write", "genai.models.gan.gan.GAN", "genai.models.diffusion.ddpm.DDPM", "genai.nn.norm.LayerNorm",
+    "genai.modalities.base.save", "genai.models.gan.gan.GAN", "genai.models.diffusion.ddpm.DDPM", "genai.nn.norm.LayerNorm",
     "genai.models.diffusion.samplers.sample", "genai.models.diffusion.schedules.cosine", "genai.train.run.run", "torch.load",
 ]  # fmt: skip
 
 
 def mutated(content, seed):
-    """content with one to three values of its config or assets changed, dropped, swapped, nested or of another type."""
+    """content with one to three values of its config or modalities changed, dropped, swapped, nested or of another type."""
     draw, content = random.Random(seed), copy.deepcopy(content)
     for _ in range(draw.randint(1, 3)):
-        part = draw.choice(["config", "config", "config", "assets"])
+        part = draw.choice(["config", "config", "config", "modalities"])
         ways = [
             w
             for w in places(content[part])
-            if part == "assets" or w[0] in ("model", "data", "sampler", "name", "trust")
+            if part == "modalities" or w[0] in ("model", "data", "sampler", "name", "trust")
         ]
         if not ways:
             continue

@@ -16,9 +16,9 @@ from genai.build import build_typed
 from genai.cli import composed, resumed
 from genai.compare.runs import check_protocols, read
 from genai.core.errors import UserError
-from genai.data.io import rounded, to_pil
 from genai.evaluation import run, samples
 from genai.metrics.frechet import Moments, frechet
+from genai.modalities.image import rounded, to_pil
 from genai.train.run import run as train
 from tests.test_tracking import offline_runs
 

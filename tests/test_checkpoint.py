@@ -41,7 +41,7 @@ def test_holds_tensors_and_plain_values_only(run):
     path = run / "checkpoints" / "last.ckpt"
     assert torch.serialization.get_unsafe_globals_in_checkpoint(path) == []
     assert set(torch.load(path, weights_only=True)) == {
-        "format", "rng_version", "step", "config", "assets", "model", "ema", "trainer",
+        "format", "rng_version", "step", "config", "modalities", "model", "ema", "trainer",
     }  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_load_and_sample_in_python_equal_the_command_line(run, command, tmp_path
     assert done.returncode == 0, done.stderr
     written = np.load(tmp_path / "out" / "samples.npz")
     batch = genai.sample(genai.load(run), n=6, seed=3, label=7, steps=4)
-    from genai.data.io import to_uint8
+    from genai.modalities.image import to_uint8
 
     assert np.array_equal(written["samples"], to_uint8(batch["image"]).numpy())
     assert written["labels"].tolist() == [7] * 6
@@ -91,7 +91,7 @@ class Payload:
 
 
 def test_a_pickle_payload_is_refused_and_does_not_run(tmp_path, content):
-    torch.save({**content, "assets": Payload(str(tmp_path / "ran"))}, tmp_path / "bad.ckpt")
+    torch.save({**content, "modalities": Payload(str(tmp_path / "ran"))}, tmp_path / "bad.ckpt")
     with pytest.raises(UserError, match="more than tensors and plain values"):
         genai.load(tmp_path / "bad.ckpt")
     (tmp_path / "raw.ckpt").write_bytes(pickle.dumps(Payload(str(tmp_path / "ran"))))
@@ -107,7 +107,7 @@ def test_a_pickle_payload_is_refused_and_does_not_run(tmp_path, content):
         "builtins.eval",
         "genai.checkpoint.torch.load",
         "genai.models.diffusion.ddpm.torch.load",
-        "genai.data.io.os.system",
+        "genai.modalities.image.Path.write_text",
         "genai.train.run.subprocess.run",
         "genai.checkpoint.save",
         "genai.models.diffusion.ddpm.UserError",

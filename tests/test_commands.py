@@ -129,7 +129,7 @@ TRAIN = {
     "init_from=5": "no checkpoint 5",
     "name=${nope}": "Interpolation key 'nope' not found",
     "model.field=nope": "model.field=nope must be what data.field is, image",
-    "data.field=label": "data.field=label is none of image, tokens, vector",
+    "data.field=label": "data.field=label is a name that batches have for something else",
     "loop._target_=os.system": "os.system cannot be built",
     "loop._target_=torch.nn.Linear": "loop._target_=torch.nn.Linear is no training loop",
     "model._target_=os.system": "model._target_=os.system needs command",

@@ -14,6 +14,7 @@ from genai.build import build_typed
 from genai.cli import composed
 from genai.core.precision import halved
 from genai.data.base import Data, example
+from genai.modalities.stored import nodes_of
 from genai.train.callbacks import File
 from genai.train.ema import EMA
 from genai.train.record import Record
@@ -106,9 +107,10 @@ def train(config, folder, steps, saved=None, resume=None, precision="32-true", a
         model, data, build_typed(config["optim"]), functools.partial(EMA, decay=0.9), record, accumulate=accumulate,
         log_every_steps=1,
     )  # fmt: skip
+    file = File(config, nodes_of(data.modality, data.conditions))
     trainer = L.Trainer(
-        max_steps=steps, max_epochs=-1, logger=False, accelerator="cpu", plugins=[File(config, data.assets())],
-        precision=precision, callbacks=[] if saved is None else [saved],
+        max_steps=steps, max_epochs=-1, logger=False, accelerator="cpu", plugins=[file], precision=precision,
+        callbacks=[] if saved is None else [saved],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, devices=1,
     )  # fmt: skip
     trainer.fit(lit, ckpt_path=resume)

@@ -4,21 +4,24 @@ import gzip
 import zipfile
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from PIL import Image
 from sklearn.datasets import load_digits
 
+from genai import sampling
 from genai.core import rng
 from genai.core.errors import UserError
-from genai.data import images, io, toy2d
+from genai.data import images, toy2d
 from genai.data.base import Arrays, Data, held_out
 from genai.data.celeba import CelebA
-from genai.data.decode import crop_box
 from genai.data.image_folder import ImageFolder
 from genai.data.stream import AUGMENT, DRAWN_AT_ONCE, Stream, Table, batches, train_loader
+from genai.modalities.decode import crop_box
+from genai.modalities.image import Image, from_uint8, grid, to_uint8
+from genai.modalities.vector import Vector, density
 from tests.conftest import ROOT
 
 
@@ -59,7 +62,7 @@ def test_digits_are_split_as_stated():
         batch = split.batch(torch.arange(len(split)), None)
         assert torch.equal((batch["image"][:, 0] + 1) * 8, torch.from_numpy(raw.images[part]).float())
         assert batch["label"].tolist() == raw.target[part].tolist()
-    assert data.assets() == {"class_names": [str(d) for d in range(10)]}
+    assert data.conditions["label"].names == [str(d) for d in range(10)]
 
 
 # The stream
@@ -129,17 +132,17 @@ def test_held_out_is_a_fixed_partition():
 
 def test_bytes_survive_the_round_trip():
     x = torch.arange(256).to(torch.uint8)
-    assert torch.equal(io.to_uint8(io.from_uint8(x)), x)
-    assert (io.from_uint8(x).min(), io.from_uint8(x).max()) == (-1, 1)
-    assert io.to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+    assert torch.equal(to_uint8(from_uint8(x)), x)
+    assert (from_uint8(x).min(), from_uint8(x).max()) == (-1, 1)
+    assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
 
 
 def test_grids():
-    picture = io.grid(torch.full((6, 3, 4, 5), 1.0), columns=3, min_side=1)
+    picture = grid(torch.full((6, 3, 4, 5), 1.0), columns=3, min_side=1)
     assert picture.shape == (3, 9, 17)
     assert picture[:, 4].max() == 0  # a dark line between rows
-    assert io.grid(torch.zeros(5, 1, 8, 8)).shape[0] == 1
-    cloud = io.grid(torch.tensor([[3.0, -3.0]]).expand(10, 2))
+    assert grid(torch.zeros(5, 1, 8, 8)).shape[0] == 1
+    cloud = density(torch.tensor([[3.0, -3.0]]).expand(10, 2))
     assert cloud.shape == (1, 320, 320)
     y, x = (cloud[0] > 0).nonzero().float().mean(0).tolist()
     assert x > 250  # x to the right
@@ -148,16 +151,18 @@ def test_grids():
 
 def test_samples_are_written_whole(tmp_path):
     x, labels, seeds = torch.rand(3, 3, 4, 5) * 2 - 1, torch.tensor([1, 2, 1]), torch.arange(7, 10)
-    io.write_samples(tmp_path / "out", "image", x, labels, seeds, 1)
+    names = sampling.file_names(seeds, labels)
+    written = Image().write(tmp_path / "out", {"image": x, "label": labels, "seeds": seeds}, names, {})
+    assert written == ["grid.png", "samples.npz"]
     stored = np.load(tmp_path / "out" / "samples.npz")
-    assert np.array_equal(stored["samples"], io.to_uint8(x).numpy())
+    assert np.array_equal(stored["samples"], to_uint8(x).numpy())
     assert stored["labels"].tolist() == [1, 2, 1]
     assert stored["seeds"].tolist() == [7, 8, 9]
     assert int(stored["rng_version"]) == 1
-    one = np.asarray(Image.open(tmp_path / "out" / "seed_000008_label_2.png"))
+    one = np.asarray(PIL.Image.open(tmp_path / "out" / "seed_000008_label_2.png"))
     assert np.array_equal(one.transpose(2, 0, 1), stored["samples"][1])
     assert (tmp_path / "out" / "grid.png").exists()
-    io.write_samples(tmp_path / "vectors", "vector", torch.randn(4, 2), None, torch.arange(4), 1)
+    Vector().write(tmp_path / "vectors", {"vector": torch.randn(4, 2), "seeds": torch.arange(4)}, [], {})
     assert np.load(tmp_path / "vectors" / "samples.npz")["samples"].dtype == np.float32
 
 
@@ -210,7 +215,7 @@ def write_images(root, sizes, mode="RGB", classes=("a", "b")):
         path = root / classes[i % len(classes)] / f"{i:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         shape = (h, w, 3) if mode == "RGB" else (h, w)
-        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(path)
+        PIL.Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(path)
 
 
 def everything(data):
@@ -236,8 +241,8 @@ def test_pixels_are_the_files(tmp_path):
     write_images(tmp_path, [(5, 7)] * 12)
     data = folder(tmp_path)
     batch = data.splits["train"].batch(torch.tensor([3]), None)
-    expected = np.asarray(Image.open(tmp_path / data.splits["train"].names[3]))
-    assert np.array_equal(io.to_uint8(batch["image"])[0].permute(1, 2, 0).numpy(), expected)
+    expected = np.asarray(PIL.Image.open(tmp_path / data.splits["train"].names[3]))
+    assert np.array_equal(to_uint8(batch["image"])[0].permute(1, 2, 0).numpy(), expected)
 
 
 def test_sizes_are_brought_together_or_the_odd_one_is_named(tmp_path):
@@ -411,18 +416,18 @@ def test_a_download_that_fails_without_a_word_leaves_no_folders_above_root(tmp_p
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     deep = np.arange(64 * 48, dtype=np.uint16).reshape(64, 48) * 21
     for i in range(12):
-        Image.fromarray(deep).save(tmp_path / f"{i:02d}.png")
+        PIL.Image.fromarray(deep).save(tmp_path / f"{i:02d}.png")
     data = folder(tmp_path)
     batch = data.splits["train"].batch(torch.tensor([0]), None)
     assert (data.shape, data.classes, list(batch)) == ([1, 64, 48], None, ["image"])  # files in the root: no labels
-    assert np.array_equal(io.to_uint8(batch["image"])[0, 0].numpy(), deep >> 8)
+    assert np.array_equal(to_uint8(batch["image"])[0, 0].numpy(), deep >> 8)
 
 
 def test_sideways_photographs_are_put_upright(tmp_path):
-    exif = Image.Exif()
+    exif = PIL.Image.Exif()
     exif[0x0112] = 6
     for i in range(12):
-        Image.new("RGB", (40, 20), "red").save(tmp_path / f"{i:02d}.jpg", exif=exif)
+        PIL.Image.new("RGB", (40, 20), "red").save(tmp_path / f"{i:02d}.jpg", exif=exif)
     data = folder(tmp_path)
     assert data.shape == [3, 40, 20]
     assert everything(data)["test"]["image"].shape == (1, 3, 40, 20)

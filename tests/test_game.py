@@ -11,6 +11,8 @@ from genai import checkpoint
 from genai.core.errors import UserError
 from genai.core.protocols import AdversarialModel, Losses
 from genai.losses.adversarial import logistic, non_saturating
+from genai.modalities.image import Image
+from genai.modalities.stored import nodes_of
 from genai.train.callbacks import Evaluate, File, Save
 from genai.train.ema import EMA
 from genai.train.lit import Player
@@ -81,7 +83,7 @@ def play(folder, model=None, steps=6, critic_steps=1, accumulate=1, batch_size=8
     )  # fmt: skip
     trainer = L.Trainer(
         max_steps=steps, max_epochs=-1, logger=False, enable_checkpointing=False, accelerator="cpu", devices=1,
-        enable_progress_bar=False, enable_model_summary=False, precision="64-true", plugins=[File(CONFIG, {})],
+        enable_progress_bar=False, enable_model_summary=False, precision="64-true", plugins=[File(CONFIG, nodes_of(Image(), {}))],
         callbacks=list(callbacks), use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(lit, **arguments)

@@ -12,10 +12,12 @@ from PIL import Image
 from genai.build import DATA, MODELS, build_stored, build_typed
 from genai.core.cache import cache_folder
 from genai.core.errors import UserError
-from genai.data import decode, fingerprint, io
-from genai.data.captions import write
+from genai.data import fingerprint
 from genai.data.fingerprint import checksum
 from genai.data.stream import train_loader
+from genai.modalities import decode
+from genai.modalities.caption import Caption
+from genai.modalities.image import to_uint8
 from tests.conftest import ROOT
 
 NEW = {"value_range", "background", "version"}
@@ -49,14 +51,14 @@ def photos(folder, classes=("cat", "dog"), n=24, first=0):
 def pixels_of(data, split="train"):
     """uint8 (N, C, H, W) of a split."""
     part = data.splits[split]
-    return io.to_uint8(part.batch(torch.arange(len(part)), None)["image"])
+    return to_uint8(part.batch(torch.arange(len(part)), None)["image"])
 
 
 def by_name(data):
     """name -> uint8 (H, W) or (H, W, C) of every image."""
     found = {}
     for part in data.splits.values():
-        images = io.to_uint8(part.batch(torch.arange(len(part)), None)["image"]).permute(0, 2, 3, 1)
+        images = to_uint8(part.batch(torch.arange(len(part)), None)["image"]).permute(0, 2, 3, 1)
         found |= {str(name): image.squeeze(-1).numpy() for name, image in zip(part.names, images, strict=True)}
     return found
 
@@ -200,7 +202,7 @@ def test_what_turns_out_damaged_when_drawn_is_replaced_by_the_next_for_everybody
     batch = train.batch(torch.tensor([4, 5, 6]), None)
     assert torch.equal(batch["image"][1], batch["image"][2]) and not torch.equal(batch["image"][0], batch["image"][1])
     assert batch["label"].tolist() == train.labels[[4, 6, 6]].tolist()
-    assert np.array_equal(io.to_uint8(batch["image"])[1].permute(1, 2, 0), good[str(train.names[6])])
+    assert np.array_equal(to_uint8(batch["image"])[1].permute(1, 2, 0), good[str(train.names[6])])
     printed = capfd.readouterr().err
     assert printed.count("skipped") == 1 and bad in printed and "is damaged" in printed
     streams = []
@@ -221,7 +223,7 @@ def test_what_turns_out_damaged_when_drawn_is_replaced_by_the_next_for_everybody
 
 def test_captions_follow_the_image_that_is_shown(tmp_path):
     photos(tmp_path, classes=("x",), n=24)
-    write(tmp_path, [f"x/{i:03d}" for i in range(24)], [str(i) for i in range(24)])
+    Caption(9).note(tmp_path, [f"x/{i:03d}" for i in range(24)], {"prompt": [str(i) for i in range(24)]})
     node = node_of(tmp_path, "captioned_folder")
     node = OmegaConf.to_container(
         OmegaConf.create({"data": {k: v for k, v in node.items() if k != "flip"}}), resolve=True

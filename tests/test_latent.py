@@ -24,6 +24,9 @@ from genai.data import captions
 from genai.data.image_folder import ImageFolder
 from genai.data.images import Digits
 from genai.losses.perceptual import LPIPS, RandomFeatures
+from genai.modalities.caption import Caption
+from genai.modalities.label import Label
+from genai.modalities.vector import Vector
 from genai.models.diffusion import samplers, tables
 from genai.models.diffusion.dit import DiT
 from genai.models.diffusion.flow import Flow
@@ -543,7 +546,8 @@ def test_a_caption_alone_leaves_the_label_out():
     alone = ddim(model, seeds, {"caption": caption}, steps=2)["image"]
     null = ddim(model, seeds, {"caption": caption, "label": torch.full((3,), 10)}, steps=2)["image"]
     assert torch.allclose(alone, null, atol=1e-5)
-    loaded = checkpoint.Loaded(model, {"model": {"classes": 10}, "sampler": DDIM}, {}, 0, Path("x"))
+    told = {"caption": Caption(8), "label": Label(10)}
+    loaded = checkpoint.Loaded(model, {"model": {"classes": 10}, "sampler": DDIM}, Vector("image"), told, 0, Path("x"))
     assert "label" not in genai.sample(loaded, n=3, prompt="one")
     assert genai.sample(loaded, n=3, prompt="one", label=4)["label"].tolist() == [4, 4, 4]
     assert genai.sample(loaded, n=3)["label"].tolist() == [0, 1, 2]

@@ -15,8 +15,10 @@ from genai.core import rng
 from genai.core.errors import UserError
 from genai.core.protocols import Prediction
 from genai.data.images import Digits
-from genai.data.pixels import BEGIN, Pixels, to_images
+from genai.data.pixels import Pixels
 from genai.metrics import likelihood
+from genai.modalities import pixels as modalities
+from genai.modalities.pixels import BEGIN
 from genai.models.autoregressive.gpt import GPT
 from genai.models.diffusion.base import Diffusion
 from genai.models.diffusion.latent import Latent, SpaceToDepth
@@ -128,10 +130,14 @@ def test_images_become_tokens_and_back():
     tokens = data.splits["val"].batch(index, None)["tokens"]
     images = data.images.splits["val"].batch(index, None)["image"]
     assert tokens.shape == (7, 65) and (tokens[:, 0] == BEGIN).all() and tokens[:, 1:].min() >= 1
-    assert torch.allclose(to_images(tokens[:, 1:], **data.assets()["pixels"]), images)
+    assert torch.allclose(data.modality.decode({"tokens": tokens[:, 1:]})["image"], images)
     assert data.values == 17 and data.levels == 18
     colours = torch.arange(24).view(1, 24) % 5 + 1  # channels of one pixel stand together
-    assert (to_images(colours, (3, 2, 4), 5)[0, :, 0, 1] * 2 + 2).tolist() == [3, 4, 0]
+    assert (modalities.Pixels([3, 2, 4], 5).decode({"tokens": colours})["image"][0, :, 0, 1] * 2 + 2).tolist() == [
+        3,
+        4,
+        0,
+    ]
     with pytest.raises(UserError, match="give images on grey levels"):
         Pixels(data, "tokens", None, None, None, **FACTS)
 

@@ -23,6 +23,7 @@ from genai.build import build_stored
 from genai.checkpoint import Loaded
 from genai.cli import apply_all, composed, keys, new_keys, resumed
 from genai.core.errors import UserError
+from genai.modalities.image import Image
 from genai.ranges import check as ranges
 from tests.conftest import ROOT
 from tests.test_ranges import base, step_and_sample
@@ -350,7 +351,7 @@ def test_samplers_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     model = nn.Linear(1, 1)
     model.field = "image"
-    loaded = Loaded(model, {"data": {}}, {}, 0, tmp_path / "x.ckpt", ("my_samplers",))
+    loaded = Loaded(model, {"data": {}}, Image(), {}, 0, tmp_path / "x.ckpt", ("my_samplers",))
     nodes_ = {"plain": {"_partial_": True}, "Callable": {"steps": 3}}
     for name, more in nodes_.items():
         node = {"_target_": f"my_samplers.{name}", **more}

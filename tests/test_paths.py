@@ -120,12 +120,12 @@ def test_odd_folders_train_resume_and_sample(odd):
     cfg = composed("sample", [f"ckpt={folder}", f"out={out}", "n=3", "label=[true,1e3,7]", "device=cpu"], with_sampler)
     sampling.run(cfg)
     loaded = genai.load(folder)
-    assert loaded.step == 6 and loaded.assets["class_names"] == ["1e3", "7", "true"]
+    assert loaded.step == 6 and loaded.conditions["label"].names == ["1e3", "7", "true"]
     assert np.load(out / "samples.npz")["labels"].tolist() == [2, 0, 1]
     assert genai.sample(loaded, 1, label=2)["label"].tolist() == [2]
     for typed, index in {"true": 2, "1e3": 0, "7": 1, "0": 0}.items():
         cfg = composed("sample", [f"ckpt={folder}", f"label={typed}"], with_sampler)
-        assert sampling.resolve_labels(cfg.label, 1, loaded).tolist() == [index]
+        assert sampling.conditions({"label": cfg.label}, 1, loaded)["label"].tolist() == [index]
 
 
 def test_the_newest_run_of_a_folder(odd, capsys):

@@ -18,6 +18,7 @@ from genai import checkpoint
 from genai.cli import check_unchanged, composed, resumed, with_sampler
 from genai.core import interrupt
 from genai.core.errors import UserError
+from genai.modalities.label import Label
 from genai.sweeps.jobs import complete
 from genai.train.lock import locked
 from genai.train.run import _init_from, run
@@ -330,13 +331,13 @@ def test_a_new_run_is_not_started_to_learn_nothing(refused):
 def test_old_weights_are_of_the_same_classes(uninterrupted):
     """init_from compares the names of labels unless the model has none, or init_strict=false says that only weights matter."""
     loaded = checkpoint.load(uninterrupted)
-    names = {"class_names": [str(i) for i in range(10)]}
-    assert loaded.assets == names
-    _init_from(loaded.model, names, str(uninterrupted), strict=True)
-    other = {"class_names": [f"shoe {i}" for i in range(10)]}
+    known = loaded.modality, loaded.conditions
+    assert known[1]["label"].names == [str(i) for i in range(10)]
+    _init_from(loaded.model, known, str(uninterrupted), strict=True)
+    other = loaded.modality, {"label": Label(10, [f"shoe {i}" for i in range(10)])}
     with pytest.raises(UserError, match=r"the list of classes of this data is not .* or init_strict=false"):
         _init_from(loaded.model, other, str(uninterrupted), strict=True)
-    _init_from(loaded.model, other, str(uninterrupted), strict=True, unused=["class_names"])
+    _init_from(loaded.model, (loaded.modality, {}), str(uninterrupted), strict=True)
     _init_from(loaded.model, other, str(uninterrupted), strict=False)
 
 

@@ -18,10 +18,12 @@ import genai
 from genai import evaluation
 from genai.cli import composed, quoted, with_sampler
 from genai.core.errors import UserError
-from genai.data import text, tokenizers
+from genai.data import text
 from genai.data.stream import batches, train_loader
+from genai.modalities import tokenizers
+from genai.modalities.text import prompts
 from genai.sampling import run as sampled
-from genai.sampling import streamed, unescaped
+from genai.sampling import unescaped
 from tests.conftest import ROOT
 
 PROSE = "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich; 東京 🙂\n" * 40
@@ -55,7 +57,7 @@ def stream(split):
 def test_tokenizers_round_trip_and_are_plain_values(kind, end):
     size = 300 if kind == "bpe" else None
     made = tokenizers.learned(kind, iter([PROSE]), len(PROSE), size, end)
-    again = text.from_state(json.loads(json.dumps(made.state())))
+    again = tokenizers.from_state(json.loads(json.dumps(made.state())))
     for tokenizer in (made, again):
         ids = tokenizer.encode(PROSE)
         assert tokenizer.decode(ids.tolist()) == PROSE
@@ -102,9 +104,9 @@ def test_merges_of_ordinary_text_are_the_librarys():
 
 def test_a_prompts_lead_is_what_nobody_wrote():
     ends, none = tokenizers.Byte(end=True), tokenizers.Byte()
-    assert text.prompts(ends, ["", "ab"])["lead"].tolist() == [1, 1]
-    assert text.prompts(none, ["", "ab"])["lead"].tolist() == [1, 0]
-    assert text.prompts(tokenizers.Char("ab"), [""])["lead"].tolist() == [1]
+    assert prompts(ends, ["", "ab"])["lead"].tolist() == [1, 1]
+    assert prompts(none, ["", "ab"])["lead"].tolist() == [1, 0]
+    assert prompts(tokenizers.Char("ab"), [""])["lead"].tolist() == [1]
 
 
 def test_a_character_that_is_lacking_is_named():
@@ -499,7 +501,7 @@ def test_prompts_in_turn_stop_tokens_and_drafts(runs, capsys):
     loaded = genai.load(runs / "chars")
     batch = genai.sample(loaded, n=5, prompt=["the cat", "a"], stop=" ", max_new_tokens=30)
     assert all(" " not in t for t in genai.texts(loaded, batch))
-    with streamed(loaded, "a", " ") as on_step:
+    with loaded.modality.watch({"prompt": "a", "stop": " "}) as on_step:
         alone = genai.sample(loaded, n=1, seed=3, prompt="a", stop=" ", max_new_tokens=30, on_step=on_step)
     assert capsys.readouterr().out == f"a{genai.texts(loaded, alone)[0]}\n"
     assert genai.texts(loaded, alone)[0] == genai.texts(loaded, batch)[3]
@@ -509,13 +511,13 @@ def test_prompts_in_turn_stop_tokens_and_drafts(runs, capsys):
         "ahead": 3,
         "max_new_tokens": 10,
     }
-    with streamed(loaded, "a", None) as on_step:  # further texts that begin as the first one does are not it
+    with loaded.modality.watch({"prompt": "a"}) as on_step:  # further texts that begin as the first one does are not it
         for written in ([1], [1, 2], [1, 2], [1, 2, 3], [1], [1, 2, 3]):
             on_step(0, 1, {"tokens": torch.tensor([written])})
     assert capsys.readouterr().out == f"a{genai.texts(loaded, {'tokens': torch.tensor([[1, 2]])})[0]}\n"
     node |= {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None, "draft": str(runs / "chars")}
     assert genai.sample(loaded, n=2, prompt="the", sampler=node)["tokens"].shape == (2, 10)
-    with pytest.raises(UserError, match="has another tokenizer"):
+    with pytest.raises(UserError, match="has another vocabulary"):
         genai.sample(genai.load(runs / "lines"), n=1, sampler=node)
 
 
@@ -538,7 +540,7 @@ def test_evaluation_is_of_the_whole_split(runs, capsys):
     result = evaluation.run(cfg)
     loaded = genai.load(runs / "chars")
     content = (runs / "chars.txt").read_text()
-    tokenizer = text.from_state(loaded.assets["tokenizer"])
+    tokenizer = loaded.modality.tokenizer
     val = content[int(len(content) * 0.9) : int(len(content) * 0.95)]
     ids = torch.from_numpy(tokenizer.encode(val))
     nats = 0.0

@@ -17,6 +17,8 @@ from genai.cli import composed, resumed
 from genai.core.errors import UserError
 from genai.core.protocols import Losses
 from genai.data.base import Arrays, Data
+from genai.modalities.image import Image
+from genai.modalities.stored import nodes_of
 from genai.train.callbacks import File, Save
 from genai.train.ema import EMA, decay_at
 from genai.train.lit import LitModel, Player
@@ -87,7 +89,7 @@ def fit(
     arguments = {
         "max_steps": steps, "max_epochs": -1, "logger": False, "enable_checkpointing": False, "accelerator": "cpu",
         "enable_progress_bar": False, "enable_model_summary": False, "devices": 1, "precision": "64-true",
-        "plugins": [File(CONFIG, {})], "use_distributed_sampler": False, **trainer,
+        "plugins": [File(CONFIG, nodes_of(Image(), {}))], "use_distributed_sampler": False, **trainer,
     }  # fmt: skip
     L.Trainer(callbacks=list(callbacks), **arguments).fit(lit)
     return lit

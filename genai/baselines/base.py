@@ -71,7 +71,7 @@ def known(data: Data, splits: Sequence[str], most: int | None = None) -> Known:
             raise UserError(f"fit={list(splits)}: {name} is none of {', '.join(data.splits)}")
     if not splits:
         raise UserError("fit=[] leaves nothing to learn from: name at least one split")
-    if data.field == "tokens":
+    if data.modality.windowed:
         x, label = torch.cat([stream(data.splits[name])[:most] for name in splits]), None
     else:
         chosen = [some(split, most or len(split)) for split in (data.splits[name] for name in splits)]

@@ -20,7 +20,6 @@ from genai.core.cache import CACHE_HINT, cache_folder
 from genai.core.errors import UserError
 from genai.data.base import Data, part
 from genai.data.fingerprint import checksum, of_data
-from genai.data.io import rounded
 from genai.data.stream import batches
 from genai.metrics.images import psnr, ssim
 
@@ -63,7 +62,7 @@ def beside(
         kept = _kept(path)
         if any(name not in kept for name in wanted):
             print(f"baselines of this data, once: {baseline.what}", flush=True)
-            baseline.fit(known(data, ["train"], TOKENS if data.field == "tokens" else MOST), 0)
+            baseline.fit(known(data, ["train"], TOKENS if data.modality.windowed else MOST), 0)
             kept |= (
                 items(baseline, data, wanted, split, n) if real is None else samples(baseline, data, wanted, n, real)
             )
@@ -97,14 +96,14 @@ def samples(baseline: Any, data: Data, names: Sequence[str], n: int, real: Seen)
     fake = Seen(real.extractor, True)
     for first in range(0, n, 500):
         label = None if data.classes is None else torch.arange(first, min(first + 500, n)) % data.classes
-        fake.add(rounded(baseline.sample(min(500, n - first), first, label), data.levels), label)
+        fake.add(data.modality.on_levels(baseline.sample(min(500, n - first), first, label), data.levels), label)
     sets = Sets(real, fake)
     return {name: measure(sets) for name in names if (measure := METRICS[name].measure) is not None}
 
 
 def items(baseline: Any, data: Data, names: Sequence[str], split: str, n: int) -> dict[str, float]:
     """Figures of a baseline on the n items of a split that a pass measures; on the whole split of a text."""
-    scored = held(data, split) if data.field == "tokens" else next(batches(part(data, split, n), n))
+    scored = held(data, split) if data.modality.windowed else next(batches(part(data, split, n), n))
     found: dict[str, float] = {}
     if any(name in LIKELIHOODS for name in names):
         found = nats_of(-baseline.log_prob(scored, 0).double(), scored, data, split)
@@ -112,5 +111,5 @@ def items(baseline: Any, data: Data, names: Sequence[str], split: str, n: int) -
         again = baseline.reconstruct(scored)
         for name, measure in (("reconstruction_psnr_db", psnr), ("reconstruction_ssim", ssim)):
             if name in names:
-                found[name] = measure(again, scored["image"]).double().mean().item()
+                found[name] = measure(again, scored[data.field]).double().mean().item()
     return {name: found[name] for name in names}

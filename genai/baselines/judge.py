@@ -31,7 +31,7 @@ class Judge:
         """Trained on all images of some splits. Raises UserError for data without labels."""
         from genai.baselines.base import known
 
-        if data.field != "image" or data.classes is None:
+        if len(data.shape) != 3 or data.classes is None:
             raise UserError(f"a judge needs labelled images, and this data is {data.field} of shape {data.shape}")
         found = known(data, splits)
         assert found.label is not None

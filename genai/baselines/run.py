@@ -22,7 +22,6 @@ from genai.core import files
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch
 from genai.data.base import Data
-from genai.data.io import rounded
 from genai.data.pixels import images_behind
 from genai.data.stream import batches
 from genai.extractors import sha256
@@ -131,7 +130,7 @@ def row_node(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 def held(data: Data, split: str) -> Batch:
     """All of a split in one batch; a text as one row, so that context is short at its beginning alone."""
     part = data.splits[split]
-    return {"tokens": stream(part)[None]} if data.field == "tokens" else next(batches(part, len(part)))
+    return {data.field: stream(part)[None]} if data.modality.windowed else next(batches(part, len(part)))
 
 
 def ruler(kind: Any, data: Data, learned: Known, fit: list[str], split: str) -> Ruler:
@@ -165,13 +164,14 @@ def scored(
         if again and hasattr(baseline, "log_prob"):
             facts |= nats_of(-baseline.log_prob(part, seed).double(), part, data, split)
         if again and hasattr(baseline, "reconstruct"):
-            facts["reconstruction_psnr_db"] = psnr(baseline.reconstruct(part), part["image"]).double().mean().item()
+            facts["reconstruction_psnr_db"] = psnr(baseline.reconstruct(part), part[data.field]).double().mean().item()
         if judge is not None and hasattr(baseline, "sample"):
             n = len(judge.real)
-            facts |= apart(judge, rounded(baseline.sample(n, seed + k * n, None), data.levels))
+            facts |= apart(judge, data.modality.on_levels(baseline.sample(n, seed + k * n, None), data.levels))
         for name, value in facts.items():
             values.setdefault(name, []).append(value)
-    own = {"split": split, "n": part["tokens"].shape[1] - 1 if "tokens" in part else len(part["image"])}
+    x = part[data.field]
+    own = {"split": split, "n": x.shape[1] - 1 if data.modality.windowed else len(x)}
     return {name: figure(name, found, own, judge) for name, found in values.items()}
 
 
@@ -185,9 +185,9 @@ def figure(name: str, found: list[float], own: dict[str, Any], judge: Ruler | No
 
 def nats_of(nats: Tensor, part: Batch, data: Any, split: str) -> dict[str, float]:
     """In the unit of the data's kind."""
-    if data.field != "tokens":
+    if not data.modality.windowed:
         return {"bits_per_dim": likelihood.per_dimension(nats, math.prod(data.shape), data.levels)["bits_per_dim"]}
-    tokens, whole = part["tokens"].shape[1] - 1, data.splits[split]
+    tokens, whole = part[data.field].shape[1] - 1, data.splits[split]
     facts = likelihood.per_token(nats, tokens, tokens * whole.characters / whole.tokens)
     return {name: facts[name] for name in ("nats_per_token", "bits_per_character")}
 

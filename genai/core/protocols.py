@@ -12,6 +12,9 @@ from genai.core.errors import UserError
 Batch = dict[str, Tensor]
 """Named tensors, first dimension B: `image`, `vector`, `label`, `tokens`, `audio`, `mask`, ..."""
 
+PAD = 256
+"""What follows the bytes of a `caption` in a Batch, int64 (B, length)."""
+
 OnStep = Callable[[int, int, Batch], None]
 """`on_step(i, n, state)` after step i of n of a sampler: progress bars, streaming, films of the denoising path."""
 

@@ -11,7 +11,10 @@ from genai.core import rng
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch
 from genai.data.fingerprint import checksum
-from genai.data.io import from_uint8, grid
+from genai.modalities.base import Modality, Picture, Texts
+from genai.modalities.image import from_uint8
+from genai.modalities.label import Label
+from genai.modalities.stored import of_field
 
 
 class Split(Protocol):
@@ -42,6 +45,7 @@ class Data:
         found_shape: of one sample.
         class_names: of each label, None if there are no labels.
         found_levels: grey levels of the data, None if continuous.
+        modality: of its items; None: that of their field's name, an image or a vector.
 
     Raises UserError where the config states what the data does not have.
     """
@@ -59,6 +63,7 @@ class Data:
         found_shape: Sequence[int],
         class_names: Sequence[str] | None,
         found_levels: int | None,
+        modality: Modality | None = None,
     ):
         at_least(batch_size, 1, "data.batch_size")
         at_least(num_workers, 0, "data.num_workers")
@@ -67,6 +72,11 @@ class Data:
         self.field, self.shape, self.levels = field, list(found_shape), found_levels
         self.class_names = None if class_names is None else list(class_names)
         self.classes = None if class_names is None else len(class_names)
+        self.modality = modality or of_field(field)
+        self.conditions: dict[str, Modality] = {}
+        """What a model can be told of an item, by name; the first says most."""
+        if self.class_names is not None:
+            self.conditions["label"] = Label(len(self.class_names), self.class_names)
         self.batch_size, self.num_workers, self.splits = batch_size, num_workers, splits
         stated = {"shape": None if shape is None else list(shape), "classes": classes, "levels": levels}
         for key, value in stated.items():
@@ -80,10 +90,6 @@ class Data:
         """How many values each number of a sample may have, None if it is continuous."""
         return self.levels
 
-    def assets(self) -> dict:
-        """What a checkpoint keeps of the data, plain values only."""
-        return {"class_names": self.class_names}
-
     def items(self, split: str, index: Tensor) -> Tensor:
         """The field of items int64 (B,) of a split, beginning again at its end. Raises UserError for a split it lacks."""
         if split not in self.splits:
@@ -92,17 +98,19 @@ class Data:
         return part.batch(index % len(part), None)[self.field]
 
     def cond(self, n: int) -> Batch | None:
-        """Conditions for n samples that show what a model has learned: the classes in turn, None without classes."""
-        return None if self.classes is None else {"label": torch.arange(n) % self.classes}
+        """Conditions for n samples that show what a model has learned: the classes in turn; None where there are none."""
+        parts = [modality.condition({}, n) for modality in (self.modality, *self.conditions.values())]
+        return {name: value for part in parts for name, value in part.items()} or None
 
     def told(self, n: int) -> list[str]:
         """What `cond(n)` asks for, in words: a class name or a caption each; nothing where nothing is asked for."""
-        labels = (self.cond(n) or {}).get("label")
-        return [] if labels is None or self.class_names is None else [self.class_names[i] for i in labels.tolist()]
+        cond = self.cond(n) or {}
+        shown = next((modality.preview(cond) for name, modality in self.conditions.items() if name in cond), [])
+        return shown if isinstance(shown, list) else []
 
-    def show(self, batch: Batch) -> Tensor | list[str]:
-        """Samples as a person sees them: one picture, uint8 (C, H, W), or a text each."""
-        return grid(batch[self.field], self.classes if self.classes and self.classes <= 20 else None)
+    def show(self, batch: Batch) -> Picture | Texts:
+        """Samples as a person sees them."""
+        return self.modality.preview(batch, self.classes if self.classes and self.classes <= 20 else None)
 
 
 class Arrays:

@@ -3,7 +3,6 @@
 import json
 import posixpath
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,8 +12,7 @@ from genai.core.protocols import Batch
 from genai.data.base import Data, Split
 from genai.data.fingerprint import checksum, of_split
 from genai.data.image_folder import Images
-
-PAD = 256  # what follows the bytes of a caption
+from genai.modalities.caption import Caption, encode
 
 
 class Captioned(Data):
@@ -59,6 +57,7 @@ class Captioned(Data):
             field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
             splits=dict(splits), found_shape=images.shape, class_names=images.class_names, found_levels=images.levels,
         )  # fmt: skip
+        self.conditions = {"caption": Caption(length), **self.conditions}
         self.shown = splits["val"]
 
     def cond(self, n: int) -> Batch:
@@ -68,9 +67,6 @@ class Captioned(Data):
             return {"caption": self.shown.captions[self.shown.first[label["label"]]].long(), **label}
         batch = self.shown.batch(torch.arange(n) % len(self.shown), None)
         return {name: batch[name] for name in ("caption", "label") if name in batch}
-
-    def told(self, n: int) -> list[str]:
-        return [bytes(i for i in row if i != PAD).decode(errors="replace") for row in self.cond(n)["caption"].tolist()]
 
 
 class CaptionedSplit:
@@ -98,19 +94,6 @@ class CaptionedSplit:
 
     def fingerprint(self, quick: bool) -> str:
         return checksum(of_split(self.split, quick), self.by_label, self.captions, self.count, quick=quick)
-
-
-def encode(texts: Sequence[str], length: int, key: str) -> Tensor:
-    """The bytes of texts, int64 (B, length), then `PAD`. Raises UserError for one that is longer."""
-    rows = torch.full((len(texts), length), PAD)
-    for row, text in zip(rows, texts, strict=True):
-        data = text.encode(errors="surrogatepass")
-        if len(data) > length:
-            raise UserError(
-                f"{text[:60]!r} is {len(data)} bytes long, but {key} is {length}: shorten it or train with more"
-            )
-        row[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).long() if data else row[:0]
-    return rows
 
 
 def by_class(templates: Sequence[str], names: Sequence[str] | None) -> list[list[str]]:
@@ -153,9 +136,3 @@ def from_file(split: Split, file: str) -> list[list[str]]:
             "images"
         )
     return [found[str(name)] for name in split.names]
-
-
-def write(out: Path, names: Sequence[str], texts: Sequence[str]) -> None:
-    """captions.jsonl of images, as `Captioned` reads it."""
-    lines = (json.dumps({"file_name": f"{name}.png", "text": text}) for name, text in zip(names, texts, strict=True))
-    (out / "captions.jsonl").write_text("\n".join(lines) + "\n")

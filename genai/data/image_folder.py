@@ -11,12 +11,12 @@ from torch import Tensor
 from genai.core.errors import UserError, at_least, number
 from genai.core.protocols import Batch
 from genai.data.base import Data, Split
-from genai.data.decode import Reading, resized
 from genai.data.files import Files, told
 from genai.data.fingerprint import checksum
-from genai.data.io import from_uint8
 from genai.data.scan import GREY, Facts, Scan, reason, vanished
 from genai.data.splits import arrange
+from genai.modalities.decode import Reading, resized
+from genai.modalities.image import from_uint8
 
 CROPS = "center", "random", "none"
 

@@ -3,16 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
 from genai.data.base import Data, Split
 from genai.data.fingerprint import checksum, of_split
-from genai.data.io import grid
-
-BEGIN = 0  # the id that stands before every image; that of grey level k is k + 1
+from genai.modalities import pixels as modalities
 
 
 class Pixels(Data):
@@ -32,53 +29,33 @@ class Pixels(Data):
     ):  # fmt: skip
         if images.levels is None or len(images.shape) != 3:
             raise UserError(f"data.images is {images.field} of shape {images.shape}: give images on grey levels")
-        c, h, w = self.image_shape = images.shape
-        self.images = images
-        parts: dict[str, Split] = {
-            name: PixelSplit(part, images.field, images.levels) for name, part in images.splits.items()
-        }
+        c, h, w = images.shape
+        self.images, pixels = images, modalities.Pixels(images.shape, images.levels)
+        parts: dict[str, Split] = {name: PixelSplit(part, images.field, pixels) for name, part in images.splits.items()}
         super().__init__(
             field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
-            splits=parts, found_shape=[h * w * c], class_names=None, found_levels=images.levels + 1,
+            splits=parts, found_shape=[h * w * c], class_names=None, found_levels=images.levels + 1, modality=pixels,
         )  # fmt: skip
 
     @property
     def values(self) -> int | None:
         return self.images.levels
 
-    def assets(self) -> dict:
-        return {**super().assets(), "pixels": {"shape": self.image_shape, "levels": self.images.levels}}
-
-    def cond(self, n: int) -> Batch:
-        """The beginning of an image, n times."""
-        return {"tokens": torch.full((n, 1), BEGIN)}
-
-    def show(self, batch: Batch) -> Tensor:
-        return grid(to_images(batch["tokens"], **self.assets()["pixels"]), None)
-
 
 class PixelSplit:
     """A split of images as tokens; labels are left out."""
 
-    def __init__(self, split: Split, field: str, levels: int):
-        self.split, self.field, self.levels, self.augments = split, field, levels, split.augments
+    def __init__(self, split: Split, field: str, pixels: modalities.Pixels):
+        self.split, self.field, self.pixels, self.augments = split, field, pixels, split.augments
 
     def __len__(self) -> int:
         return len(self.split)
 
     def batch(self, index: Tensor, draws: Tensor | None) -> Batch:
-        x = self.split.batch(index, draws)[self.field]  # (B, C, H, W)
-        level = ((x + 1) * (self.levels - 1) / 2).round().long()
-        return {"tokens": torch.nn.functional.pad(level.movedim(1, -1).flatten(1) + 1, (1, 0), value=BEGIN)}
+        return {"tokens": self.pixels.encode(self.split.batch(index, draws)[self.field])}
 
     def fingerprint(self, quick: bool) -> str:
-        return checksum(of_split(self.split, quick), self.levels)
-
-
-def to_images(tokens: Tensor, shape: Sequence[int], levels: int) -> Tensor:
-    """Ids (B, H W C), without the first, to images (B, C, H, W) in [-1, 1]."""
-    c, h, w = shape
-    return ((tokens - 1).clamp(0, levels - 1) * (2 / (levels - 1)) - 1).view(-1, h, w, c).movedim(-1, 1)
+        return checksum(of_split(self.split, quick), self.pixels.levels)
 
 
 def images_behind(data: Data, node: Any) -> tuple[Data, Any]:

@@ -16,9 +16,10 @@ from typing import IO
 from genai.core.cache import cache_folder
 from genai.core.errors import UserError
 from genai.core.files import write_text
-from genai.data import decode, fingerprint
+from genai.data import fingerprint
 from genai.data.files import Files, Stamp, told
 from genai.data.fingerprint import checksum
+from genai.modalities import decode
 
 TEXTS = (".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html")
 LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "readme", "license")

@@ -26,7 +26,8 @@ from genai.core.errors import UserError, at_least, number
 from genai.core.protocols import Batch
 from genai.data.base import Data, Split
 from genai.data.fingerprint import checksum, of_files
-from genai.data.tokenizers import Tokenizer, learned
+from genai.modalities import text as modalities
+from genai.modalities.tokenizers import Tokenizer, from_state, learned
 
 FORMAT = 1  # of the prepared files
 PIECE_BYTES = 2**20
@@ -349,87 +350,8 @@ class Text(Data):
         super().__init__(
             field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
             splits=splits, found_shape=shape, class_names=None, found_levels=self.tokenizer.vocab_size,
+            modality=modalities.Text(self.tokenizer),
         )  # fmt: skip
-
-    def assets(self) -> dict:
-        return {**super().assets(), "tokenizer": self.tokenizer.state()}
-
-    def cond(self, n: int) -> Batch:
-        """The beginning of a text, n times."""
-        return prompts(self.tokenizer, [""] * n)
-
-    def show(self, batch: Batch) -> list[str]:
-        return texts(self.tokenizer, batch)
-
-
-def from_state(node: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `state()` described; nothing but one of this project's is built.
-
-    Raises UserError if there is none of that description.
-    """
-    from genai.data import tokenizers
-
-    kinds = {
-        f"genai.data.tokenizers.{kind.__name__}": kind for kind in (tokenizers.Byte, tokenizers.Char, tokenizers.BPE)
-    }
-    arguments = dict(node)
-    target = arguments.pop("_target_", None)
-    kind = kinds.get(target) if isinstance(target, str) else None
-    if kind is None:
-        raise UserError(f"{target} is no tokenizer of this project")
-    if {name: type(value) for name, value in arguments.items()} != {**kind.SPELLED, "end": bool}:
-        raise UserError(f"a tokenizer {kind.__name__} is described by {', '.join([*kind.SPELLED, 'end'])} alone")
-    return kind(**arguments)
-
-
-def prompts(tokenizer: Tokenizer, given: Sequence[str]) -> Batch:
-    """Conditions of a text sampler: tokens int64 (B, T), prompts of different length padded on the left, `pad` (B,)
-    how much, `lead` (B,) how many ids before the prompt's own begin a text, and, where documents end, `stop` (B,), the id that
-    ends a sample.
-
-    A text begins with the end of the document before; without ends, an empty prompt with a line break, or else the first id.
-    """
-    own = [torch.from_numpy(tokenizer.encode(text).astype(np.int64)) for text in given]
-    rows = [torch.cat([_lead(tokenizer, text), row]) for text, row in zip(given, own, strict=True)]
-    longest = max(map(len, rows))
-    tokens = torch.stack([torch.cat([row.new_zeros(longest - len(row)), row]) for row in rows])
-    cond = {"tokens": tokens, "pad": torch.tensor([longest - len(row) for row in rows])}
-    cond["lead"] = torch.tensor([len(row) - len(text) for row, text in zip(rows, own, strict=True)])
-    if tokenizer.end is not None:
-        cond["stop"] = torch.full((len(rows),), tokenizer.end)
-    return cond
-
-
-def _lead(tokenizer: Tokenizer, text: str) -> Tensor:
-    start = [] if tokenizer.end is None else [tokenizer.end]
-    if not text and not start:
-        try:
-            start = tokenizer.encode("\n").tolist()
-        except UserError:
-            start = [0]
-    return torch.tensor(start, dtype=torch.int64)
-
-
-def texts(tokenizer: Tokenizer, batch: Batch) -> list[str]:
-    """The text of each sample's tokens (B, T), up to its `length` where there is one."""
-    lengths = batch["length"].tolist() if "length" in batch else [batch["tokens"].shape[1]] * len(batch["tokens"])
-    return [tokenizer.decode(row[:n]) for row, n in zip(batch["tokens"].tolist(), lengths, strict=True)]
-
-
-def write_samples(out: Path, tokenizer: Tokenizer, given: Batch, batch: Batch, rng_version: int) -> None:
-    """samples.txt to read, and samples.jsonl: seed, prompt, text, its ln p by the model and that of each token."""
-    out.mkdir(parents=True, exist_ok=True)
-    begun = [row[pad:] for row, pad in zip(given["tokens"].tolist(), given["pad"].tolist(), strict=True)]
-    rows = zip(batch["seeds"].tolist(), begun, texts(tokenizer, batch), batch["tokens"], batch["log_prob"], strict=True)
-    with (out / "samples.txt").open("w", encoding="utf-8") as plain, (out / "samples.jsonl").open("w") as lines:
-        for seed, start, text, tokens, log_prob in rows:
-            prompt = tokenizer.decode(start)
-            plain.write(f"--- seed {seed}\n{prompt}{text}\n\n")
-            facts = {
-                "seed": seed, "prompt": prompt, "text": text, "log_prob": round(log_prob.double().sum().item(), 4),
-                "tokens": tokens.tolist(), "log_probs": [round(x, 4) for x in log_prob.tolist()], "rng_version": rng_version,
-            }  # fmt: skip
-            lines.write(json.dumps(facts) + "\n")
 
 
 def _file(path: str, url: str | None) -> Path:

@@ -22,6 +22,7 @@ from genai.data.base import Data
 from genai.data.pixels import images_behind
 from genai.evaluation import samples, scores
 from genai.extractors import Extractor, judge
+from genai.modalities.stored import difference, nodes_of
 
 WANDB = "genai.train.trackers.wandb"
 
@@ -134,8 +135,8 @@ def check(loaded: Loaded, data: Data, plan: Plan) -> Checked:
         if name not in (*passes, *sampled):
             what = "is no metric" if name not in cards.METRICS else "is none that this model can have"
             raise UserError(f"metrics={wanted}: {name} {what}; it can have {', '.join([*passes, *sampled])}")
-    text = "tokenizer" in loaded.assets
-    if n > size and not (text and not any(name in passes for name in wanted)):
+    featured = images.modality.compared == "samples"
+    if n > size and (featured or any(name in passes for name in wanted)):
         raise UserError(f"n={n} is more than the {size} items of split={plan.split}: give at most those")
     named = [name for name in wanted if name in passes]
     if plan.likelihood is not None and not named:
@@ -145,7 +146,7 @@ def check(loaded: Loaded, data: Data, plan: Plan) -> Checked:
     names, extractor = [name for name in wanted if name in sampled], None
     if names:
         sampling.bind(loaded, loaded.config["sampler"], {})
-    if names and not text:
+    if names and featured:
         at_least(n, 2, "n")
         extractor = plan.extractor(images, node, str(loaded.device))
         samples.check_extractor(extractor, images, plan.split, names)
@@ -164,7 +165,7 @@ def evaluate(loaded: Loaded, data: Data, plan: Plan) -> tuple[dict[str, Any], li
     if checked.passes or plan.metrics is None:
         facts, found = _pass(loaded, data, images, node, checked.passes, n, plan)
     if checked.extractor is not None:
-        found += samples.of_images(
+        found += samples.of_samples(
             loaded, images, node, checked.extractor, names, plan.split, n, plan.repeats, plan.seed, plan.batch_size,
             plan.baselines, folder / "cards",
         )  # fmt: skip
@@ -183,9 +184,7 @@ def _pass(
     model: Any = loaded.model
     levels = facts.get("levels", data.levels)
     latents = torch.Size(getattr(model, "latent_shape", (getattr(model, "latents", 0),))).numel()
-    whole = (
-        data.field != "tokens" or data is not images or n == len(data.splits[plan.split])
-    )  # an n-gram scores a text whole
+    whole = not images.modality.windowed or n == len(data.splits[plan.split])  # an n-gram scores a text whole
     others = {}
     if plan.baselines and whole and levels == data.values:
         others = beside(images, names, plan.split, n, numbers=latents)
@@ -208,10 +207,8 @@ def data_of(loaded: Loaded, root: str | None) -> Data:
     if root is not None:
         node["path" if "path" in node else "root"] = root
     data = build_stored(node, loaded.trust, (MODELS, DATA))
-    assets = data.assets()
-    for name, what in (("tokenizer", "vocabulary"), ("class_names", "list of classes")):
-        if assets.get(name) != loaded.assets.get(name):
-            raise UserError(
-                f"the {what} of {loaded.path} is not that of its data now: give the data it was trained on with root="
-            )
+    if what := difference(nodes_of(loaded.modality, loaded.conditions), data.modality, data.conditions):
+        raise UserError(
+            f"the {what} of {loaded.path} is not that of its data now: give the data it was trained on with root="
+        )
     return data

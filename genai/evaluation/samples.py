@@ -13,17 +13,15 @@ from genai import sampling
 from genai.baselines.beside import COPIER, beside
 from genai.cards import METRICS, STREAMED, Seen, Sets, Texts, card, data_facts
 from genai.checkpoint import Loaded
-from genai.core import files
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
 from genai.data.base import Data, Split, part, random_order
-from genai.data.io import grid, rounded, to_pil
 from genai.data.stream import batches
-from genai.data.text import texts
 from genai.evaluation.clock import Clock
-from genai.extractors import Extractor
+from genai.extractors import Extractor, own
 from genai.metrics.intervals import over_seeds
 from genai.metrics.memorisation import memorisation
+from genai.modalities.base import save
 
 LOOKED_AT = 1000  # samples and held-out items whose nearest training item is looked for
 FIRST = 16  # samples that an estimate of the time is made from
@@ -32,20 +30,17 @@ CHARACTERS = 10_000_000  # of training text that copies are looked for in
 
 def possible(loaded: Loaded, data: Data) -> list[str]:
     """The metrics that a model can have of its samples; `data` are images, if it makes any."""
-    if "tokenizer" in loaded.assets:
-        return [name for name, metric in METRICS.items() if metric.of == "texts"]
-    if data.field != "image":
-        return []
-    labelled = loaded.config["model"].get("classes") is not None
-    return [name for name, metric in METRICS.items() if metric.of == "samples" and (labelled or name != "accuracy")]
+    without = set() if "label" in loaded.conditions else {"accuracy"}
+    without |= {"accuracy", "inception_score"} if own(data) else set()
+    return [name for name, metric in METRICS.items() if metric.of == data.modality.compared and name not in without]
 
 
 def drawn(loaded: Loaded, n: int, seed: int, batch_size: int, clock: Clock) -> Iterator[Batch]:
     """n samples, the classes in turn, batch by batch; the first is small."""
-    classes, names = loaded.config["model"].get("classes"), loaded.assets.get("class_names")
+    told: Any = loaded.conditions.get("label")
     starts = [0, *range(min(FIRST, n), n, batch_size), n]
     for start, stop in itertools.pairwise(starts):
-        label = None if classes is None else [names[i % classes] if names else i % classes for i in range(start, stop)]
+        label = None if told is None else told.preview({"label": torch.arange(start, stop) % told.classes})
         yield sampling.sample(loaded, stop - start, seed + start, label=label, batch_size=batch_size)
         clock.add(stop - start)
 
@@ -57,22 +52,22 @@ def check_extractor(extractor: Extractor, data: Data, split: str, names: list[st
         raise UserError("metrics: accuracy needs extractor=judge, inception_score that or inception: leave them out")
 
 
-def of_images(
+def of_samples(
     loaded: Loaded, data: Data, node: Any, extractor: Extractor, names: list[str], split: str, n: int, repeats: int, seed: int,
     batch_size: int, baselines: bool, folder: Path,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Cards by metric of `repeats` sets of n samples beside the images of a split, and the nearest pairs as a picture."""
+    """Cards by metric of `repeats` sets of n samples beside the items of a split, and the nearest pairs to look at."""
     kept = any(name not in STREAMED for name in names)
     whole = data.splits[split]
-    real = _seen(random_order(whole) if split == "train" else whole, extractor, kept)
+    real = _seen(random_order(whole) if split == "train" else whole, data.field, extractor, kept)
     clock, values, first = Clock(n * repeats, "samples"), {name: [] for name in names}, []
     for k in range(repeats):
         fake = Seen(extractor, kept)
         for batch in drawn(loaded, n, seed + k * n, batch_size, clock):
-            images = rounded(batch["image"], data.levels)
-            fake.add(images, batch.get("label"))
+            x = data.modality.on_levels(batch[data.field], data.levels)
+            fake.add(x, batch.get("label"))
             if k == 0 and sum(map(len, first)) < LOOKED_AT:
-                first.append(images)
+                first.append(x)
         sets = Sets(real, fake)
         for name in names:
             values[name].append(_measured(name, sets))
@@ -100,32 +95,31 @@ def _measured(name: str, sets: Any) -> float:
 
 
 def _floors(data: Data, names: list[str], split: str, n: int, real: Seen) -> tuple[str | None, dict[str, float]]:
-    """What n images of another split score against those of this one, and which has as many; one that a judge did not learn
+    """What n items of another split score against those of this one, and which has as many; one that a judge did not learn
     from comes first."""
     for other in ("val", "test", "train"):
         if other != split and other in data.splits and len(data.splits[other]) >= n:
-            sets = Sets(real, _seen(part(data, other, n), real.extractor, real.kept))
+            sets = Sets(real, _seen(part(data, other, n), data.field, real.extractor, real.kept))
             return other, {name: _measured(name, sets) for name in names if name != "accuracy"}
     return None, {}
 
 
-def _seen(split: Split, extractor: Extractor, kept: bool) -> Seen:
+def _seen(split: Split, field: str, extractor: Extractor, kept: bool) -> Seen:
     seen = Seen(extractor, kept)
     for batch in batches(split, 1000):
-        seen.add(batch["image"])
+        seen.add(batch[field])
     return seen
 
 
 def _copies(data: Data, samples: Tensor, folder: Path) -> dict[str, Any]:
-    """Whether samples are copies of training images, and the ten nearest pairs as nearest.png."""
+    """Whether samples are copies of training items, and the ten nearest pairs as nearest.png or .txt."""
     train = (batch[data.field] for batch in batches(data.splits["train"], 5000))
     held_out = data.splits["test" if "test" in data.splits else "val"]
     copies = memorisation(samples, train, next(batches(held_out, LOOKED_AT))[data.field])
     nearest = copies.closest(10)
     theirs = data.items("train", torch.tensor([j for _, j in nearest]))
     pairs = torch.stack([samples[[i for i, _ in nearest]], theirs]).flatten(0, 1)
-    picture = to_pil(grid(pairs, len(nearest)))
-    files.write(folder / "nearest.png", lambda file: picture.save(file, "png"), within=folder.parent)
+    save(data.modality.preview({data.field: pairs}, len(nearest)), folder / "nearest", folder.parent)
     reason = {} if copies.reason is None else {"memorised_reason": copies.reason}
     return {
         "memorised": copies.flagged, **reason, "copies": copies.copies, "distance_ratio": round(copies.ratio, 4),
@@ -142,7 +136,7 @@ def of_texts(
     longest = 1
     for k in range(repeats):
         made = [
-            text for batch in drawn(loaded, n, seed + k * n, batch_size, clock) for text in texts(data.tokenizer, batch)
+            text for batch in drawn(loaded, n, seed + k * n, batch_size, clock) for text in data.modality.preview(batch)
         ]
         longest = max(longest, *map(len, made))
         for name in names:
@@ -167,7 +161,8 @@ def _text(data: Any, split: str, most: int) -> str:
     """The first characters of a split, at most so many."""
     part, parts, length = data.splits[split], [], 0
     for batch in batches(part, max(1, min(1024, math.ceil(most / part.length)))):
-        parts.append(data.tokenizer.decode(batch["tokens"][:, 1:][batch["mask"][:, 1:]].tolist()))
+        fresh = batch[data.field][:, 1:][batch["mask"][:, 1:]]
+        parts += data.modality.preview({data.field: fresh[None]})
         length += len(parts[-1])
         if length >= most:
             break

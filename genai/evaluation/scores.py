@@ -28,8 +28,7 @@ def possible(loaded: Loaded, data: Data, method: Any = None) -> list[str]:
     """The metrics that a model can have of its data's items."""
     names = []
     if isinstance(loaded.model, Scorable) or method is not None:
-        text = "tokenizer" in loaded.assets
-        names += ["nats_per_token", "bits_per_character"] if text else ["bits_per_dim"]
+        names += data.modality.likelihoods
     if isinstance(loaded.model, Reconstructing):
         names += ["reconstruction_psnr_db"]
         names += ["reconstruction_ssim"] if min(data.shape[1:], default=0) >= WINDOW else []

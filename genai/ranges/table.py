@@ -115,7 +115,7 @@ RANGES: dict[str, Any] = {
     # data
     "data": Node(),
     "data.images": Node(),
-    "data.**.field": Choice(("image", "tokens", "vector")),
+    "data.**.field": WORD,
     "text_file:shape": CONTEXT,
     "text_folder:shape": CONTEXT,
     "lines:shape": CONTEXT,

@@ -126,17 +126,18 @@ class Cards(Between):
         self.every_steps = _every(every_steps, "cards.every_steps")
         self.plan = Plan(metrics, split, n, repeats, extractor=extractor, baselines=baselines)
 
-    def try_out(self, lit: LitModel, config: dict, assets: dict, trust: Sequence[str]) -> None:
+    def try_out(self, lit: LitModel, config: dict, trust: Sequence[str]) -> None:
         """Refuse now, and not after hours, what cannot be measured; `trust` names what the config's sampler may build from."""
         self.trust = tuple(trust)
         if self.every_steps is not None:
             with torch.random.fork_rng(devices=[]):
-                check(self.loaded(lit, config, assets), lit.data, self.plan)
+                check(self.loaded(lit, config), lit.data, self.plan)
 
-    def loaded(self, lit: LitModel, config: dict, assets: dict, step: int = 0) -> Loaded:
+    def loaded(self, lit: LitModel, config: dict, step: int = 0) -> Loaded:
         """The averaged model, as from a checkpoint."""
-        path = lit.record.folder / "checkpoints" / "last.ckpt"
-        return Loaded(lit.ema.module, config, assets, step, path, self.trust)
+        model, data, path = lit.ema.module, lit.data, lit.record.folder / "checkpoints" / "last.ckpt"
+        conditions = checkpoint.told(model, config, data.conditions)
+        return Loaded(model, config, data.modality, conditions, step, path, self.trust)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
         if self.every_steps is not None and due(trainer, self.every_steps):
@@ -146,7 +147,7 @@ class Cards(Between):
 
     def evaluate(self, trainer: L.Trainer, lit: LitModel) -> None:
         file: Any = trainer.strategy.checkpoint_io
-        loaded = self.loaded(lit, file.config, file.assets, trainer.global_step)
+        loaded = self.loaded(lit, file.config, trainer.global_step)
         lit.record.cards(trainer.global_step, evaluate(loaded, lit.data, self.plan)[1])
 
 
@@ -333,6 +334,7 @@ class File(CheckpointIO):
     `trainer`.
 
     Args:
+        modalities: see modalities.stored.nodes_of.
         train_split: what tells whether a resumed run has the same training items.
         found: (content, path) of what is resumed, so that it is not read twice.
     """
@@ -340,18 +342,18 @@ class File(CheckpointIO):
     def __init__(
         self,
         config: dict,
-        assets: dict,
+        modalities: dict,
         train_split: dict[str, Any] | None = None,
         found: tuple[dict, Path] | None = None,
     ):
-        self.config, self.assets, self.train_split, self.found = config, assets, train_split, found
+        self.config, self.modalities, self.train_split, self.found = config, modalities, train_split, found
 
     def save_checkpoint(self, checkpoint_dict: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         own = dict(checkpoint_dict)
         content = {
             "step": own["global_step"],
             "config": self.config,
-            "assets": self.assets,
+            "modalities": self.modalities,
             "model": own.pop("state_dict"),
             "ema": own.pop("ema"),
             "trainer": {**own, "train_split": self.train_split},

@@ -11,6 +11,7 @@ from torch import Tensor
 from genai import checkpoint
 from genai.cards import table
 from genai.core import files, metrics_csv
+from genai.modalities.base import Picture, Texts, save
 
 
 class Record:
@@ -40,15 +41,19 @@ class Record:
             csv.writer(file, lineterminator="\n").writerows((step, name, value) for name, value in values.items())
         self._track("log_metrics", dict(values), step)
 
-    def samples(self, step: int, name: str, shown: Tensor | list[str], caption: str = "") -> None:
-        """A picture, uint8 (C, H, W), to samples/<name>_<step>.png, or texts to .txt, and to the tracker, where a picture has
-        its step and the caption below it."""
-        if self.writes:
-            path = self.folder / "samples" / f"{name}_{step:07d}"
-            if isinstance(shown, list):
-                self._texts(step, name, shown, path)
-            else:
-                self._picture(step, name, shown, path, caption)
+    def samples(self, step: int, name: str, shown: Picture | Texts, caption: str = "") -> None:
+        """A picture to samples/<name>_<step>.png, or texts to .txt, and to the tracker, where a picture has its step and the
+        caption below it."""
+        if not self.writes:
+            return
+        path = save(shown, self.folder / "samples" / f"{name}_{step:07d}", self.folder)
+        if isinstance(shown, list):
+            self._track("log_text", name, ["sample", "text"], [[i, text] for i, text in enumerate(shown)], step=step)
+            self._track("add_text", name, "\n\n".join(shown), step)
+        else:
+            below = f"step {step}" + (f", {caption}" if caption else "")
+            self._track("log_image", name, [str(path)], step=step, caption=[below])
+            self._track("add_image", name, shown, step)
 
     def cards(self, step: int, found: list[dict[str, Any]]) -> None:
         """Figures of an evaluation as `card/<metric>`, and all of them as a table of the tracker."""
@@ -66,22 +71,6 @@ class Record:
         except Exception as error:
             print(f"the tracker failed, the run goes on without it ({type(error).__name__}: {error})", flush=True)
             self.tracker = None
-
-    def _picture(self, step: int, name: str, picture: Tensor, path: Path, caption: str) -> None:
-        from genai.data.io import to_pil
-
-        path = path.with_suffix(".png")
-        image = to_pil(picture)
-        files.write(path, lambda file: image.save(file, "png"), within=self.folder)
-        below = f"step {step}" + (f", {caption}" if caption else "")
-        self._track("log_image", name, [str(path)], step=step, caption=[below])
-        self._track("add_image", name, picture, step)
-
-    def _texts(self, step: int, name: str, texts: list[str], path: Path) -> None:
-        whole = "\n\n".join(f"--- {i}\n{text}" for i, text in enumerate(texts)) + "\n"
-        files.write_text(path.with_suffix(".txt"), whole, within=self.folder)
-        self._track("log_text", name, ["sample", "text"], [[i, text] for i, text in enumerate(texts)], step=step)
-        self._track("add_text", name, "\n\n".join(texts), step)
 
 
 class Means:

@@ -7,7 +7,6 @@ import os
 import subprocess
 import time
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,8 @@ from genai.core.protocols import Prepared
 from genai.data.base import Data, some
 from genai.data.fingerprint import of_split
 from genai.data.stream import batches
+from genai.modalities.base import Modality
+from genai.modalities.stored import difference, nodes_of
 from genai.ranges import check as ranges
 from genai.train import codec, trackers
 from genai.train.callbacks import Cards, File, Progress, Samples, Stop
@@ -35,6 +36,9 @@ from genai.train.record import Record
 from genai.train.strategy import Ranks, launched
 
 LOOKED_AT = 4096  # samples that a model may look at before its first step
+Known = tuple[Modality, dict[str, Modality]]
+"""The modality of what a model makes, and those of its conditions."""
+
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true")  # fp16 would need its loss scaled
 
 
@@ -81,7 +85,7 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     weights = codec.adopt(cfg, data, build, trust, resumed is not None)
     config: dict[str, Any] = {**OmegaConf.to_container(cfg, resolve=True), "resume": None}  # type: ignore[dict-item]
     if resumed is not None:
-        _same_names(resumed[0]["assets"], data.assets(), resumed[1])
+        _same_meaning(*resumed, data.modality, data.conditions)
         _same_items(resumed[0]["trainer"].get("train_split"), train_split, resumed[1])
     torch.manual_seed(rng.mix(cfg.seed))
     model: Any = (
@@ -90,6 +94,7 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
         else checkpoint.build_model(config["model"], resumed[0]["model"], trust)
     )
     _check_model(model, data, cfg)
+    known = data.modality, checkpoint.told(model, config, data.conditions)
     if weights is not None:
         codec.fill(model, weights, cfg.codec.ckpt)
     device = _device(hardware, ranks)
@@ -99,8 +104,7 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     if resumed is None:
         config["model"] |= _prepare(model, data, device)
     if cfg.init_from is not None:
-        unused = () if config["model"].get("classes") else ("class_names",)
-        _init_from(model, data.assets(), cfg.init_from, cfg.init_strict, unused)
+        _init_from(model, known, cfg.init_from, cfg.init_strict)
     model = precision.halved(model, hardware["precision"]) if hardware["precision"] == "bf16-true" else model
     record = Record(folder, writes=ranks.first)
     lit = _lit(cfg, config, build, model, data, record, resumed[0] if resumed else None)
@@ -109,7 +113,7 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
         if isinstance(callback, Samples):
             callback.try_out(lit)
         elif isinstance(callback, Cards) and ranks.first:
-            callback.try_out(lit, config, data.assets(), named_packages(config) if cfg.resume is None else trust)
+            callback.try_out(lit, config, named_packages(config) if cfg.resume is None else trust)
     tracker = trackers.none
     if config["logger"] is not None:  # before anything is written
         tracker = trackers.checked(build({**config["logger"], "_partial_": True}))
@@ -126,7 +130,7 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     trainer = L.Trainer(
         **{**hardware, "precision": hardware["precision"].replace("bf16-true", "32-true")},  # the model is in it already
         max_steps=cfg.max_steps, max_epochs=-1, logger=False, default_root_dir=folder,
-        callbacks=[*callbacks, Progress(), stop], plugins=[File(config, data.assets(), train_split, resumed), ranks],
+        callbacks=[*callbacks, Progress(), stop], plugins=[File(config, nodes_of(*known), train_split, resumed), ranks],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
         limit_val_batches=0, use_distributed_sampler=False, profiler=Unprofiled(),
     )  # fmt: skip
@@ -318,14 +322,14 @@ def _check_unused(folder: Path) -> None:
         raise UserError(f"run_dir={folder} already holds a run: resume={folder} goes on with it, or name another")
 
 
-def _same_names(stored: dict, found: dict, path: Path, other: str = "") -> None:
-    """Raise UserError if a label or a token meant something else when the checkpoint was written; `other` ends its hint."""
-    for name in stored.keys() | found.keys():
-        if stored.get(name) != found.get(name):
-            what = {"tokenizer": "vocabulary", "class_names": "list of classes"}.get(name, name.replace("_", " "))
-            raise UserError(
-                f"the {what} of this data is not that of {path}: give the data= it was trained on{other and ', ' + other}"
-            )
+def _same_meaning(
+    content: dict, path: Path, output: Modality, conditions: dict[str, Modality], other: str = ""
+) -> None:
+    """Raise UserError if a token or a label meant something else when a checkpoint was written; `other` ends its hint."""
+    if what := difference(checkpoint.modalities(content), output, conditions):
+        raise UserError(
+            f"the {what} of this data is not that of {path}: give the data= it was trained on{other and ', ' + other}"
+        )
 
 
 def _same_items(stored: dict[str, Any] | None, found: dict[str, Any], path: Path) -> None:
@@ -339,13 +343,11 @@ def _same_items(stored: dict[str, Any] | None, found: dict[str, Any], path: Path
         )
 
 
-def _init_from(model: torch.nn.Module, assets: dict, ckpt: str, strict: bool, unused: Sequence[str] = ()) -> None:
-    """Averaged weights of another run. Raises UserError, if strict, where they or the names that they learned do not fit;
-    `unused` are assets that the model does not look at."""
+def _init_from(model: torch.nn.Module, known: Known, ckpt: str, strict: bool) -> None:
+    """Averaged weights of another run. Raises UserError, if strict, where they, or the modalities `known` to both, differ."""
     content, path = checkpoint.locate(ckpt)
     if strict:
-        stored, found = ({k: v for k, v in names.items() if k not in unused} for names in (content["assets"], assets))
-        _same_names(stored, found, path, "or init_strict=false, if only the weights matter")
+        _same_meaning(content, path, *known, "or init_strict=false, if only the weights matter")
     state = {**content["model"], **content["ema"]}
     if getattr(model, "codec", None) is not None:  # the first stage is the one that codec= names
         own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("latent.")}

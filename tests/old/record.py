@@ -41,6 +41,7 @@ from genai.cli import PLAYERS, composed, conf_dir, resumed
 from genai.core.errors import UserError
 from genai.core.protocols import AdversarialModel, Losses, Scorable
 from genai.core.stored import up_to_date
+from genai.modalities.pixels import Pixels
 from genai.train.run import run
 
 HERE = Path(__file__).parent
@@ -161,10 +162,10 @@ def plan(name: str) -> dict[str, Any]:
     """What `results` needs to know of a run: the runs that it `needs` beside it, and `samples` by key, each a sampler node of
     conf/sampler that fits, and what else genai.sample is given."""
     loaded, samples = genai.load(name), {}
-    asked = PROMPTS.get("tokens" if "tokenizer" in loaded.assets else "caption" if reads(loaded.model) else "", [{}])
+    asked = PROMPTS.get("caption" if "caption" in loaded.conditions else loaded.modality.field, [{}])
     for path in sorted((Path(conf_dir()) / "sampler").glob("*.yaml")):
         node: Any = OmegaConf.to_container(OmegaConf.load(path))
-        few = {} if "pixels" in loaded.assets else {key: FEW[key] for key in node.keys() & FEW.keys()}
+        few = {} if isinstance(loaded.modality, Pixels) else {key: FEW[key] for key in node.keys() & FEW.keys()}
         for i, way in enumerate(WAYS.get(path.stem, [{}])):
             for j, given in enumerate(asked if i == 0 else asked[1:] or asked):
                 arguments = {"sampler": {**node, **few, **way}, **given}
@@ -173,10 +174,6 @@ def plan(name: str) -> dict[str, Any]:
                     samples[f"{path.stem}.{i}.{j}"] = arguments
     needs = {loaded.config.get("codec", {}).get("ckpt"), *(a["sampler"].get("draft") for a in samples.values())}
     return {"needs": sorted(needs - {None, name}), "samples": samples}
-
-
-def reads(model: Any) -> bool:
-    return getattr(model, "text", None) is not None
 
 
 def results(name: str, planned: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -12,6 +12,8 @@ from genai.core.protocols import Batch, Losses
 from genai.nn.cache import Cache
 from genai.nn.transformer import Transformer
 
+FIELD = "tokens"  # of a batch, all that a GPT reads
+
 
 class Decoder(nn.Module):
     """Token ids (B, T) -> logits (B, T, vocab_size) of the next ones.
@@ -77,7 +79,7 @@ class GPT(nn.Module):
 
     def __init__(self, field: str, vocab_size: int, length: int, net: Decoder):
         super().__init__()
-        if field != "tokens":
+        if field != FIELD:
             raise UserError(f"a GPT takes tokens, but this data has {field}: choose a text with data=")
         most = net.transformer.positions
         if most is not None and length > most:
@@ -89,7 +91,7 @@ class GPT(nn.Module):
 
     def nats(self, batch: Batch) -> Tensor:
         """-ln p of each token (B, T) given those before it, 0 where `mask` is false: (B, T - 1)."""
-        tokens = batch["tokens"]
+        tokens = batch[FIELD]
         logits = self.net(tokens[:, :-1]).float()
         nats = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view_as(tokens[:, 1:])
         return nats * batch["mask"][:, 1:] if "mask" in batch else nats

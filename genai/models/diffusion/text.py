@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import at_least
-from genai.data.captions import PAD
+from genai.core.protocols import PAD
 from genai.nn.attention import Attention, Context, Learned
 from genai.nn.norm import LayerNorm
 from genai.nn.transformer import GELU, MLP, Transformer

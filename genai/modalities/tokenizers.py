@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from genai.core import stored
 from genai.core.errors import UserError
 
 SAMPLE_BYTES = 64 * 2**20  # of text, at most, that a vocabulary of merges is learned from
@@ -52,7 +53,7 @@ class Byte:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
     def state(self) -> dict[str, Any]:
-        return {"_target_": "genai.data.tokenizers.Byte", "end": self.end is not None}
+        return {"_target_": "genai.modalities.tokenizers.Byte", "end": self.end is not None}
 
 
 class Char:
@@ -90,7 +91,7 @@ class Char:
         return "".join(self.chars[i] for i in ids if i < len(self.chars))
 
     def state(self) -> dict[str, Any]:
-        return {"_target_": "genai.data.tokenizers.Char", "chars": self.chars, "end": self.end is not None}
+        return {"_target_": "genai.modalities.tokenizers.Char", "chars": self.chars, "end": self.end is not None}
 
 
 class BPE:
@@ -146,7 +147,24 @@ class BPE:
         return self.bpe.decode([i for i in ids if i < self.words], skip_special_tokens=False)
 
     def state(self) -> dict[str, Any]:
-        return {"_target_": "genai.data.tokenizers.BPE", "spec": self.spec, "end": self.end is not None}
+        return {"_target_": "genai.modalities.tokenizers.BPE", "spec": self.spec, "end": self.end is not None}
+
+
+def from_state(node: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that `state()` described; nothing but one of this project's is built.
+
+    Raises UserError if there is none of that description.
+    """
+    if not isinstance(node, dict):
+        raise UserError(f"a tokenizer is described by a dict with a _target_, not by a {type(node).__name__}")
+    arguments = stored.up_to_date(node)
+    target = arguments.pop("_target_", None)
+    kind = {f"{__name__}.{kind.__name__}": kind for kind in (Byte, Char, BPE)}.get(str(target))
+    if kind is None:
+        raise UserError(f"{target} is no tokenizer of this project")
+    if {name: type(value) for name, value in arguments.items()} != {**kind.SPELLED, "end": bool}:
+        raise UserError(f"a tokenizer {kind.__name__} is described by {', '.join([*kind.SPELLED, 'end'])} alone")
+    return kind(**arguments)
 
 
 def learned(kind: str, chunks: Iterator[str], size_bytes: int, vocab_size: int | None, end: bool) -> Tokenizer:

@@ -1,0 +1,73 @@
+"""A caption: a sentence that a model is told, as bytes."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genai.core.errors import UserError, at_least
+from genai.core.protocols import PAD, Batch
+from genai.modalities.base import Modality, Request, Texts, repeated
+
+LONGEST = 2**20  # bytes of one
+
+
+class Caption(Modality):
+    """The bytes of a text, int64 (B, length), then `PAD`.
+
+    Args:
+        length: bytes of the longest.
+    """
+
+    field, keys, meaning, compared = "caption", ("prompt", "negative_prompt"), "caption's length", None
+
+    def __init__(self, length: int):
+        if at_least(length, 1, "length of a caption") > LONGEST:
+            raise UserError(f"length={length} bytes of a caption are more than {LONGEST}")
+        self.length = length
+
+    def state(self) -> dict[str, Any]:
+        return {"length": self.length}
+
+    def condition(self, request: Request, n: int) -> Batch:
+        """The prompts, and as `negative` what guidance leads away from; nothing where no prompt was given.
+
+        Raises UserError for one that is too long, and for a negative prompt alone.
+        """
+        prompt, negative = (request.get(key) for key in self.keys)
+        if negative is not None and prompt is None:
+            raise UserError(
+                f"negative_prompt={negative!r} was given, but there is no prompt= to guide towards: leave negative_prompt= out"
+            )
+        given = {"caption": ("prompt", prompt), "negative": ("negative_prompt", negative)}
+        return {
+            name: encode(repeated(text, n, key), self.length, "data.length of this model")
+            for name, (key, text) in given.items() if text is not None
+        }  # fmt: skip
+
+    def preview(self, batch: Batch, columns: int | None = None) -> Texts:
+        return [bytes(i for i in row if i != PAD).decode(errors="replace") for row in batch["caption"].tolist()]
+
+    def note(self, folder: Path, names: Sequence[str], request: Request) -> None:
+        """captions.jsonl of images, as `data.captions.Captioned` reads it."""
+        if request.get("prompt") is not None:
+            texts = repeated(request["prompt"], len(names), "prompt")
+            pairs = zip(names, texts, strict=True)
+            lines = (json.dumps({"file_name": f"{name}.png", "text": text}) for name, text in pairs)
+            (folder / "captions.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def encode(texts: Sequence[str], length: int, key: str) -> Tensor:
+    """The bytes of texts, int64 (B, length), then `PAD`. Raises UserError for one that is longer."""
+    rows = torch.full((len(texts), length), PAD)
+    for row, text in zip(rows, texts, strict=True):
+        data = text.encode(errors="surrogatepass")
+        if len(data) > length:
+            raise UserError(
+                f"{text[:60]!r} is {len(data)} bytes long, but {key} is {length}: shorten it or train with more"
+            )
+        row[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).long() if data else row[:0]
+    return rows

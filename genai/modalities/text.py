@@ -1,0 +1,136 @@
+"""Text: what a model of token ids is told to go on with, and what it writes."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genai.core.errors import UserError
+from genai.core.protocols import Batch, OnStep
+from genai.core.rng import RNG_VERSION
+from genai.modalities import tokenizers
+from genai.modalities.base import Modality, Request, Texts, repeated
+from genai.modalities.tokenizers import Tokenizer
+
+
+class Text(Modality):
+    """The token ids of texts, int64 (B, T), each up to its `length` (B,) where there is one."""
+
+    field, keys, meaning, windowed = "tokens", ("prompt", "stop"), "vocabulary", True
+    compared, likelihoods = "texts", ("nats_per_token", "bits_per_character")
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def state(self) -> dict[str, Any]:
+        return {"tokenizer": self.tokenizer.state()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Text":
+        if state.keys() != {"tokenizer"}:
+            raise UserError("a text is described by its tokenizer alone")
+        return cls(tokenizers.from_state(state["tokenizer"]))
+
+    def condition(self, request: Request, n: int) -> Batch:
+        """The prompts, a text's beginning where there are none, as `prompts` says; by `stop`, a text of one token, the id
+        that ends a sample."""
+        prompt, stop = (request.get(key) for key in self.keys)
+        cond = prompts(self.tokenizer, repeated("" if prompt is None else prompt, n, "prompt"))
+        if stop is not None:
+            if not isinstance(stop, str | int | float):
+                raise UserError(f"stop={stop} must be one text of one token")
+            ids = self.tokenizer.encode(str(stop))
+            if len(ids) != 1:
+                raise UserError(
+                    f"stop={stop!r} is {len(ids)} tokens of this model's tokenizer: give a text that is one"
+                )
+            cond["stop"] = torch.full((n,), int(ids[0]))
+        return cond
+
+    def preview(self, batch: Batch, columns: int | None = None) -> Texts:
+        rows = batch[self.field]
+        lengths = batch["length"].tolist() if "length" in batch else [rows.shape[1]] * len(rows)
+        return [self.tokenizer.decode(row[:n]) for row, n in zip(rows.tolist(), lengths, strict=True)]
+
+    def write(
+        self, folder: Path, batch: Batch, names: Sequence[str], request: Request, columns: int | None = None
+    ) -> list[str]:
+        """samples.txt to read, and samples.jsonl: seed, prompt, text, its ln p by the model and that of each token."""
+        folder.mkdir(parents=True, exist_ok=True)
+        given = self.condition({"prompt": request.get("prompt")}, len(batch["seeds"]))
+        begun = [row[pad:] for row, pad in zip(given["tokens"].tolist(), given["pad"].tolist(), strict=True)]
+        each = batch["seeds"].tolist(), begun, self.preview(batch), batch["tokens"], batch["log_prob"]
+        with (
+            (folder / "samples.txt").open("w", encoding="utf-8") as plain,
+            (folder / "samples.jsonl").open("w") as lines,
+        ):
+            for seed, start, text, tokens, log_prob in zip(*each, strict=True):
+                prompt = self.tokenizer.decode(start)
+                plain.write(f"--- seed {seed}\n{prompt}{text}\n\n")
+                facts = {
+                    "seed": seed, "prompt": prompt, "text": text, "log_prob": round(log_prob.double().sum().item(), 4),
+                    "tokens": tokens.tolist(), "log_probs": [round(x, 4) for x in log_prob.tolist()],
+                    "rng_version": RNG_VERSION,
+                }  # fmt: skip
+                lines.write(json.dumps(facts) + "\n")
+        return ["samples.txt", "samples.jsonl"]
+
+    @contextlib.contextmanager
+    def watch(self, request: Request) -> Iterator[OnStep]:
+        """Prints the first text while it is written, up to where it stops."""
+        prompt = request.get("prompt")
+        given, shown = self.condition(request, 1), ""
+        first = prompt[0] if isinstance(prompt, list | tuple) and prompt else prompt
+        start = "" if first is None else self.tokenizer.decode(self.tokenizer.encode(str(first)).tolist())
+        end, width = int(given["stop"]) if "stop" in given else None, 0
+
+        def on_step(i: int, n: int, state: Batch) -> None:
+            nonlocal shown, width
+            tokens = state["tokens"][0].tolist()
+            if len(tokens) <= width:  # another text
+                width = sys.maxsize
+                return
+            width = len(tokens)
+            ends = [k for k, token in enumerate(tokens) if token == end]
+            written = start + self.tokenizer.decode(tokens[: ends[0]] if ends else tokens)
+            written = written.rstrip("\ufffd")  # half a character
+            if len(written) > len(shown):
+                print(written[len(shown) :], end="", flush=True)
+                shown = written
+
+        yield on_step
+        print()
+
+
+def prompts(tokenizer: Tokenizer, given: Sequence[str]) -> Batch:
+    """Conditions of a text sampler: tokens int64 (B, T), prompts of different length padded on the left, `pad` (B,)
+    how much, `lead` (B,) how many ids before the prompt's own begin a text, and, where documents end, `stop` (B,), the id that
+    ends a sample.
+
+    A text begins with the end of the document before; without ends, an empty prompt with a line break, or else the first id.
+    """
+    own = [torch.from_numpy(tokenizer.encode(text).astype(np.int64)) for text in given]
+    rows = [torch.cat([_lead(tokenizer, text), row]) for text, row in zip(given, own, strict=True)]
+    longest = max(map(len, rows))
+    tokens = torch.stack([torch.cat([row.new_zeros(longest - len(row)), row]) for row in rows])
+    cond = {"tokens": tokens, "pad": torch.tensor([longest - len(row) for row in rows])}
+    cond["lead"] = torch.tensor([len(row) - len(text) for row, text in zip(rows, own, strict=True)])
+    if tokenizer.end is not None:
+        cond["stop"] = torch.full((len(rows),), tokenizer.end)
+    return cond
+
+
+def _lead(tokenizer: Tokenizer, text: str) -> Tensor:
+    start = [] if tokenizer.end is None else [tokenizer.end]
+    if not text and not start:
+        try:
+            start = tokenizer.encode("\n").tolist()
+        except UserError:
+            start = [0]
+    return torch.tensor(start, dtype=torch.int64)

@@ -1,0 +1,189 @@
+"""Modalities: their states come back, older checkpoints had them in other words, and one may live in a user's own package."""
+
+import json
+import wave
+
+import numpy as np
+import pytest
+import torch
+
+import genai
+from genai import checkpoint, evaluation, sampling
+from genai.build import build_modality
+from genai.cli import composed, resumed, with_sampler
+from genai.compare.page import report
+from genai.compare.runs import read_all
+from genai.core.errors import UserError
+from genai.core.stored import up_to_date
+from genai.data.images import Digits
+from genai.modalities.caption import Caption
+from genai.modalities.image import Image
+from genai.modalities.label import Label
+from genai.modalities.pixels import Pixels
+from genai.modalities.stored import difference, node_of, nodes_of, of_older
+from genai.modalities.text import Text
+from genai.modalities.tokenizers import Byte, Char
+from genai.modalities.vector import Vector
+from genai.train.run import run
+
+WAVES = '''
+import wave
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from genai.data.base import Arrays, Data
+from genai.modalities.base import Modality
+
+
+class Waves(Modality):
+    """Waveforms (B, T) in [-1, 1]: a bar for each sample, a .wav file for each wave, compared by their spectra."""
+
+    field, meaning = "wave", "sample rate"
+
+    def __init__(self, sr_hz):
+        self.sr_hz = sr_hz
+
+    def state(self):
+        return {"sr_hz": self.sr_hz}
+
+    def preview(self, batch, columns=None):
+        return ["".join("_-=^"[i] for i in row) for row in ((batch["wave"].clamp(-1, 0.99) + 1) * 2).int().tolist()]
+
+    def write(self, folder, batch, names, request, columns=None):
+        written = super().write(folder, batch, names, request, columns)
+        for row, name in zip(batch["wave"], names, strict=True):
+            with wave.open(str(Path(folder) / f"{name}.wav"), "wb") as file:
+                file.setparams((1, 2, self.sr_hz, 0, "NONE", ""))
+                file.writeframes((row.clamp(-1, 1) * 32767).short().numpy().tobytes())
+        return written
+
+    def features(self, x):
+        return torch.fft.rfft(x).abs()
+
+
+class Tones(Data):
+    def __init__(self, sr_hz, field, shape, classes, levels, batch_size, num_workers=0):
+        phase = np.random.default_rng(0).uniform(0, 7, (300, 1)) + np.arange(8)
+        parts = {"train": phase[:200], "val": phase[200:240], "test": phase[240:]}
+        splits = {name: Arrays(field, np.sin(x).astype(np.float32), None) for name, x in parts.items()}
+        super().__init__(field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, splits=splits,
+                         num_workers=num_workers, found_shape=[8], class_names=None, found_levels=None,
+                         modality=Waves(sr_hz))
+'''
+TRACKER = """
+class Notes:
+    def __init__(self, folder):
+        self.path = folder / "tracked.txt"
+
+    def log_text(self, name, columns, rows, step):
+        with self.path.open("a") as file:
+            file.writelines(f"{step} {name} {text}\\n" for _, text in rows)
+
+
+def notes(folder, title, config):
+    return Notes(folder)
+"""
+
+
+def test_a_modality_in_ones_own_package(tmp_path, monkeypatch):
+    """Forty lines: train.py trains it, the tracker and the page show it, sample.py writes it, evaluate.py compares it."""
+    assert len([line for line in WAVES.splitlines() if line.strip()]) <= 45
+    (tmp_path / "my_waves.py").write_text(WAVES)
+    (tmp_path / "my_notes.py").write_text(TRACKER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    given = ["data=toy2d", "data._target_=my_waves.Tones", "data.sr_hz=8000", "data.field=wave", "data.shape=[8]",
+             "model=ddpm_mlp", "model.net.width=8", "model.net.blocks=1", "model.schedule.steps=4", "sampler.steps=2",
+             "max_steps=2", "data.batch_size=4", "callbacks.samples.every_steps=2", "callbacks.samples.n=3",
+             "callbacks.evaluate.n=4", "logger._target_=my_notes.notes", "run_dir=run"]  # fmt: skip
+    folder = run(composed("train", given, resumed))
+    shown = (folder / "samples" / "samples_0000002.txt").read_text()
+    bars = shown.split()[2::3]
+    assert len(bars) == 3 and all(len(bar) == 8 and set(bar) <= set("_-=^") for bar in bars)
+    assert (folder / "tracked.txt").read_text().splitlines() == [f"2 samples {bar}" for bar in bars]
+    assert all(bar in report(read_all([folder])) for bar in bars)
+
+    stored = checkpoint.read(folder / "checkpoints" / "last.ckpt")["modalities"]
+    assert stored == {"output": {"_target_": "my_waves.Waves", "state": {"sr_hz": 8000}}, "conditions": {}}
+    with pytest.raises(UserError, match=r"wants to build my_waves.Waves, .* add trust=my_waves"):
+        genai.load(folder)
+
+    mine = [f"ckpt={folder}", "trust=my_waves", "device=cpu"]
+    out = sampling.run(composed("sample", [*mine, "n=3", "out=out"], with_sampler))
+    files = sorted(path.name for path in out.iterdir())
+    assert files == ["grid.txt", "samples.npz", "seed_000000.wav", "seed_000001.wav", "seed_000002.wav"]
+    with wave.open("out/seed_000001.wav") as file, np.load("out/samples.npz") as arrays:
+        assert (file.getframerate(), file.getnframes()) == (8000, 8)
+        heard = np.frombuffer(file.readframes(8), np.int16) / 32767
+        assert np.abs(heard - arrays["samples"][1].clip(-1, 1)).max() < 1e-4
+    wanted = ["metrics=[frechet,recall]", "n=20", "repeats=2", "split=test"]
+    cards = evaluation.run(composed("evaluate", [*mine, *wanted]))["cards"]
+    assert [card["metric"] for card in cards] == ["frechet", "recall"]
+    assert cards[0]["protocol"]["extractor"]["kind"] == "Waves" and cards[0]["value"] > cards[0]["floor"]
+    assert set((folder / "cards" / "nearest.txt").read_text().split()[2]) <= set("_-=^")
+
+    run(composed("train", [f"resume={folder}", "max_steps=3", "trust=[my_waves,my_notes]"], resumed))
+    assert checkpoint.read(folder / "checkpoints" / "last.ckpt")["step"] == 3
+    with pytest.raises(UserError, match=r"the sample rate of this data is not that of .* or init_strict=false"):
+        run(composed("train", [*given[:-1], "run_dir=other", "data.sr_hz=16000", f"init_from={folder}"], resumed))
+
+
+MODALITIES = [
+    Image(), Image("face"), Vector(), Pixels([3, 4, 5], 17), Text(Char("ab", end=True)), Caption(12), Label(2, ["a", "b"]),
+    Label(3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("modality", MODALITIES, ids=lambda m: type(m).__name__)
+def test_a_state_is_plain_and_makes_the_same_modality(modality):
+    again = build_modality(json.loads(json.dumps(node_of(modality))))
+    assert type(again) is type(modality) and again.state() == modality.state() and again.field == modality.field
+
+
+@pytest.mark.parametrize(
+    ("assets", "data", "model", "null", "output", "conditions"),
+    [
+        ({"class_names": ["a", "b"]}, {"field": "image"}, {"classes": 2}, {}, Image(), [Label(2, ["a", "b"])]),
+        ({"class_names": ["a", "b"]}, {"field": "image"}, {"classes": None}, {}, Image(), []),
+        ({"class_names": None}, {"field": "vector"}, {}, {}, Vector(), []),
+        ({}, {}, {"classes": 3}, {"label": torch.tensor(3)}, Image(), [Label(3)]),
+        ({"class_names": None}, {"field": "image"}, {}, {"caption": torch.zeros(9)}, Image(), [Caption(9)]),
+        ({"pixels": {"shape": [1, 8, 8], "levels": 17}}, {"field": "tokens"}, {}, {}, Pixels([1, 8, 8], 17), []),
+        ({"tokenizer": {"_target_": "genai.data.tokenizers.Byte", "end": True}}, {}, {}, {}, Text(Byte(end=True)), []),
+    ],
+)
+def test_an_older_checkpoint_meant_the_same_in_other_words(assets, data, model, null, output, conditions):
+    node = of_older(up_to_date(assets), {"data": data, "model": model}, null)
+    found = build_modality(node["output"]), {name: build_modality(n) for name, n in node["conditions"].items()}
+    assert type(found[0]) is type(output)
+    assert difference(node, output, {m.field: m for m in conditions}) is None
+    assert list(found[1]) == [m.field for m in conditions]
+
+
+def test_what_means_something_else_is_said_in_words():
+    stored = nodes_of(Image(), {"label": Label(2, ["a", "b"])})
+    assert difference(stored, Image(), {"label": Label(2, ["a", "b"])}) is None
+    assert difference(stored, Image(), {"label": Label(2, ["b", "a"])}) == "list of classes"
+    assert difference(stored, Image(), {}) is None, "a model that is told no label knows no names"
+    assert difference(nodes_of(Text(Char("ab")), {}), Text(Char("abc")), {}) == "vocabulary"
+
+
+def test_data_show_and_tell_by_their_modalities():
+    data = Digits("image", [1, 8, 8], 10, 17, 4)
+    assert (data.cond(12) or {})["label"].tolist() == [*range(10), 0, 1] and data.told(12)[-1] == "1"
+    shown = data.show({"image": torch.zeros(20, 1, 8, 8)})
+    assert isinstance(shown, torch.Tensor) and shown.shape[2] > 4 * shown.shape[1], "ten columns for ten classes"
+    assert Vector().preview({"vector": torch.tensor([[0.5, 1.0, -2.0]])}) == ["0.5 1 -2"]
+
+
+def test_files_of_images_and_their_captions_name_each_other(tmp_path):
+    """Where a model is told both, a caption's line names the file that its label's number is part of."""
+    batch = {"image": torch.zeros(2, 1, 4, 4), "label": torch.tensor([3, 4]), "seeds": torch.tensor([5, 6])}
+    names, request = sampling.file_names(batch["seeds"], batch["label"]), {"prompt": ["three", "four"]}
+    Image().write(tmp_path, batch, names, request)
+    Caption(9).note(tmp_path, names, request)
+    lines = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in lines] == ["three", "four"]
+    assert all((tmp_path / line["file_name"]).is_file() for line in lines)
