@@ -174,7 +174,8 @@ def test_on_200_images_the_discriminator_overfits_less_with_it_than_without(tmp_
         )
         trainer = L.Trainer(
             max_steps=1500, max_epochs=-1, logger=False, enable_checkpointing=False, accelerator="cpu", devices=1,
-            enable_progress_bar=False, enable_model_summary=False, plugins=[File(CONFIG, nodes_of(Image(), {}))], use_distributed_sampler=False,
+            enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+            plugins=[File(CONFIG, nodes_of(Image(), {}))],
         )  # fmt: skip
         trainer.fit(lit)
         found[name] = record.latest["train/r_t"]

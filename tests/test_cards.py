@@ -18,7 +18,8 @@ from genai.compare.runs import check_protocols, read
 from genai.core.errors import UserError
 from genai.evaluation import run, samples
 from genai.metrics.frechet import Moments, frechet
-from genai.modalities.image import rounded, to_pil
+from genai.modalities.base import to_pil
+from genai.modalities.image import rounded
 from genai.train.run import run as train
 from tests.test_tracking import offline_runs
 

@@ -16,7 +16,7 @@ from PIL import Image
 from genai.compare.page import chart, report
 from genai.compare.runs import Run, check_protocols, differences, ranked, read, read_all, table
 from genai.core.errors import UserError
-from genai.modalities.image import to_pil
+from genai.modalities.base import to_pil
 from tests.conftest import python
 
 PROTOCOL = {

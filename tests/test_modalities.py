@@ -51,7 +51,7 @@ class Waves(Modality):
     def preview(self, batch, columns=None):
         return ["".join("_-=^"[i] for i in row) for row in ((batch["wave"].clamp(-1, 0.99) + 1) * 2).int().tolist()]
 
-    def write(self, folder, batch, names, request, columns=None):
+    def write(self, folder, batch, names, request, columns):
         written = super().write(folder, batch, names, request, columns)
         for row, name in zip(batch["wave"], names, strict=True):
             with wave.open(str(Path(folder) / f"{name}.wav"), "wb") as file:
@@ -111,9 +111,11 @@ def test_a_modality_in_ones_own_package(tmp_path, monkeypatch):
         genai.load(folder)
 
     mine = [f"ckpt={folder}", "trust=my_waves", "device=cpu"]
-    out = sampling.run(composed("sample", [*mine, "n=3", "out=out"], with_sampler))
+    out = sampling.run(composed("sample", [*mine, "n=3", "frames=true", "out=out"], with_sampler))
     files = sorted(path.name for path in out.iterdir())
-    assert files == ["grid.txt", "samples.npz", "seed_000000.wav", "seed_000001.wav", "seed_000002.wav"]
+    assert files == ["grid.txt", "path.txt", "samples.npz", "seed_000000.wav", "seed_000001.wav", "seed_000002.wav"]
+    path, written = ((out / f"{name}.txt").read_text().split()[2::3] for name in ("path", "grid"))
+    assert len(path) == 3 and path[-1] == written[0], "noise, a step and the first sample itself"
     with wave.open("out/seed_000001.wav") as file, np.load("out/samples.npz") as arrays:
         assert (file.getframerate(), file.getnframes()) == (8000, 8)
         heard = np.frombuffer(file.readframes(8), np.int16) / 32767
@@ -182,7 +184,7 @@ def test_files_of_images_and_their_captions_name_each_other(tmp_path):
     """Where a model is told both, a caption's line names the file that its label's number is part of."""
     batch = {"image": torch.zeros(2, 1, 4, 4), "label": torch.tensor([3, 4]), "seeds": torch.tensor([5, 6])}
     names, request = sampling.file_names(batch["seeds"], batch["label"]), {"prompt": ["three", "four"]}
-    Image().write(tmp_path, batch, names, request)
+    Image().write(tmp_path, batch, names, request, None)
     Caption(9).note(tmp_path, names, request)
     lines = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     assert [line["text"] for line in lines] == ["three", "four"]

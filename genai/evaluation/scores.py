@@ -28,7 +28,7 @@ def possible(loaded: Loaded, data: Data, method: Any = None) -> list[str]:
     """The metrics that a model can have of its data's items."""
     names = []
     if isinstance(loaded.model, Scorable) or method is not None:
-        names += data.modality.likelihoods
+        names += ["nats_per_token", "bits_per_character"] if data.modality.windowed else ["bits_per_dim"]
     if isinstance(loaded.model, Reconstructing):
         names += ["reconstruction_psnr_db"]
         names += ["reconstruction_ssim"] if min(data.shape[1:], default=0) >= WINDOW else []

@@ -38,12 +38,15 @@ class Modality:
     """Of a Request, those that `condition` reads."""
     meaning = "modality"
     """What two data sets must share for weights of one to mean the same on the other, in words."""
-    likelihoods: tuple[str, ...] = ("bits_per_dim",)
-    """The metrics that a likelihood is given in."""
     compared: str | None = "samples"
     """How sets of samples are measured: "samples", by features; "texts", by their words; None, not at all."""
     windowed = False
-    """Whether an item is a window of one long sequence, cut as long as a run chooses."""
+    """Whether an item is a window of one long sequence, cut as long as a run chooses, with a likelihood for each token."""
+
+    def __init__(self, field: str | None = None):
+        if field is not None and not isinstance(field, str):
+            raise UserError(f"field={field!r} of a modality must be the name of a tensor")
+        self.field = self.field if field is None else field
 
     def state(self) -> dict[str, Any]:
         """Plain values that `from_state` makes it of again."""
@@ -69,9 +72,7 @@ class Modality:
         """Samples as trackers and pages show them, `columns` a row where that is one picture."""
         return [" ".join(f"{v:.4g}" for v in row) for row in batch[self.field].flatten(1).tolist()]
 
-    def write(
-        self, folder: Path, batch: Batch, names: Sequence[str], request: Request, columns: int | None = None
-    ) -> list[str]:
+    def write(self, folder: Path, batch: Batch, names: list[str], request: Request, columns: int | None) -> list[str]:
         """Write samples with their `seeds` and, if they have any, `label`s; returns the names of the files that hold all of
         them. `names` are for files of single samples."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +86,7 @@ class Modality:
     def film(self, folder: Path, frames: Tensor, columns: int | None = None) -> list[str]:
         """Write the states (N, K, ...) of samples from noise to data, as path.gif, which moves, and as path.png, a row for each
         sample, or of the first sample as path.txt where a modality shows texts; returns the names of the files."""
-        shown = [self.preview({self.field: states[:SHOWN]}, columns) for states in frames.unbind(1)]
+        shown: list[Any] = [self.preview({self.field: states[:SHOWN]}, columns) for states in frames.unbind(1)]
         if isinstance(shown[0], list):
             return [save([texts[0] for texts in shown], folder / "path").name]
         first, *others = map(to_pil, shown)
@@ -105,7 +106,7 @@ class Modality:
         """
         raise UserError(f"{key}= is for a model of images, and samples of this one are {list(shape)}: leave {key}= out")
 
-    def note(self, folder: Path, names: Sequence[str], request: Request) -> None:
+    def note(self, folder: Path, names: list[str], request: Request) -> None:
         """Write what samples of another modality, files of these names, were told."""
 
     def watch(self, request: Request) -> contextlib.AbstractContextManager[OnStep] | None:
@@ -123,13 +124,6 @@ class Modality:
     def features(self, x: Tensor) -> Tensor | None:
         """Samples (N, ...) to features (N, D) that sets of them are compared in; None: an evaluation's extractor has them."""
         return x.flatten(1)
-
-
-def field_name(field: Any) -> str:
-    """The name of a tensor in a Batch. Raises UserError for what is none."""
-    if not isinstance(field, str):
-        raise UserError(f"field={field!r} of a modality must be the name of a tensor")
-    return field
 
 
 def save(shown: Picture | Texts, path: Path, within: Path | None = None) -> Path:

@@ -51,7 +51,7 @@ class Caption(Modality):
     def preview(self, batch: Batch, columns: int | None = None) -> Texts:
         return [bytes(i for i in row if i != PAD).decode(errors="replace") for row in batch["caption"].tolist()]
 
-    def note(self, folder: Path, names: Sequence[str], request: Request) -> None:
+    def note(self, folder: Path, names: list[str], request: Request) -> None:
         """captions.jsonl of images, as `data.captions.Captioned` reads it."""
         if request.get("prompt") is not None:
             texts = repeated(request["prompt"], len(names), "prompt")

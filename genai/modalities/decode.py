@@ -10,15 +10,11 @@ import numpy as np
 
 from genai.core.errors import UserError
 
-FLAT_PIXELS, FLAT = (
-    10_000_000,
-    200,
-)  # of an image whose pixels' bytes are over 200 times its file's: no picture compresses so
+# Of an image whose pixels' bytes are over 200 times its file's: no picture compresses so.
+FLAT_PIXELS, FLAT = 10_000_000, 200
 LARGEST = 2**28  # pixels of one image that are decoded, 0.8 GB in RGB
 ORIENTATION = 0x0112  # the EXIF tag that says how the camera was held; 5 to 8 swap height and width
-GAP = (
-    2.0  # how many times the wanted size a JPEG is decoded to at least, so that the filter after it decides the pixels
-)
+GAP = 2.0  # times the wanted size a JPEG is decoded to at least, so that the filter after it decides the pixels
 
 
 class Reading(NamedTuple):

@@ -9,22 +9,19 @@ from torch import Tensor
 
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
-from genai.modalities.base import Modality, Picture, Request, field_name, to_pil
+from genai.modalities.base import Modality, Picture, Request, to_pil
 from genai.modalities.decode import Reading, resized
 
 
 class Image(Modality):
     """Images (B, C, H, W) in [-1, 1], C 1 or 3."""
 
-    def __init__(self, field: str = "image"):
-        self.field = field_name(field)
+    field = "image"
 
     def preview(self, batch: Batch, columns: int | None = None) -> Picture:
         return grid(batch[self.field], columns)
 
-    def write(
-        self, folder: Path, batch: Batch, names: Sequence[str], request: Request, columns: int | None = None
-    ) -> list[str]:
+    def write(self, folder: Path, batch: Batch, names: list[str], request: Request, columns: int | None) -> list[str]:
         """grid.png, samples.npz (uint8) and a PNG for each image."""
         written = super().write(folder, batch, names, request, columns)
         for image, name in zip(to_uint8(batch[self.field]).cpu(), names, strict=True):

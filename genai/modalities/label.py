@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from genai.core.errors import UserError
+from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch
 from genai.modalities.base import Modality, Request, Texts
 
@@ -22,8 +22,7 @@ class Label(Modality):
     field, keys, meaning, compared = "label", ("label",), "list of classes", None
 
     def __init__(self, classes: int, names: Sequence[str] | None = None):
-        if type(classes) is not int or classes < 1:
-            raise UserError(f"classes={classes!r} of labels must be a whole number, at least 1")
+        at_least(classes, 1, "classes of labels")
         if names is not None and not (
             isinstance(names, list) and len(names) == classes and all(type(name) is str for name in names)
         ):

@@ -56,7 +56,5 @@ class Pixels(Modality):
     def preview(self, batch: Batch, columns: int | None = None) -> Picture:
         return self.image.preview(self.decode(batch), columns)
 
-    def write(
-        self, folder: Path, batch: Batch, names: Sequence[str], request: Request, columns: int | None = None
-    ) -> list[str]:
+    def write(self, folder: Path, batch: Batch, names: list[str], request: Request, columns: int | None) -> list[str]:
         return self.image.write(folder, {**batch, **self.decode(batch)}, names, request, columns)

@@ -32,18 +32,17 @@ def of_field(field: str) -> Modality:
 
 def of_older(assets: Node, config: Node, null: Batch) -> Node:
     """`modalities` of a checkpoint that kept none: what its `assets`, its config and its model's null conditions meant."""
-    kinds = {"tokenizer": Text, "pixels": Pixels}
-    found = [(kind, assets[name]) for name, kind in kinds.items() if name in assets]
-    field, classes = config["data"].get("field", "image"), config["model"].get("classes")
-    if found:
-        kind, state = found[0]
-        output = _node(kind, {"tokenizer": state} if kind is Text else state)
-    else:
-        output = _node(Image if field == "image" else Vector, {"field": field})
-    conditions = {"caption": _node(Caption, {"length": len(null["caption"])})} if "caption" in null else {}
-    if classes is not None:
-        conditions["label"] = _node(Label, {"classes": classes, "names": assets.get("class_names")})
-    return {"output": output, "conditions": conditions}
+    conditions: dict[str, Modality] = {}
+    if "caption" in null:
+        conditions["caption"] = Caption(len(null["caption"]))
+    if (classes := config["model"].get("classes")) is not None:
+        conditions["label"] = Label(classes, assets.get("class_names"))
+    older = nodes_of(of_field(config["data"].get("field", "image")), conditions)
+    if "tokenizer" in assets:
+        older["output"] = _node(Text, {"tokenizer": assets["tokenizer"]})
+    elif "pixels" in assets:
+        older["output"] = _node(Pixels, assets["pixels"])
+    return older
 
 
 def difference(stored: Node, output: Modality, conditions: Mapping[str, Modality]) -> str | None:

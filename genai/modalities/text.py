@@ -22,8 +22,8 @@ from genai.modalities.tokenizers import Tokenizer
 class Text(Modality):
     """The token ids of texts, int64 (B, T), each up to its `length` (B,) where there is one."""
 
-    field, keys, meaning, windowed = "tokens", ("prompt", "stop"), "vocabulary", True
-    compared, likelihoods = "texts", ("nats_per_token", "bits_per_character")
+    field, keys, meaning = "tokens", ("prompt", "stop"), "vocabulary"
+    compared, windowed = "texts", True
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -58,27 +58,23 @@ class Text(Modality):
         lengths = batch["length"].tolist() if "length" in batch else [rows.shape[1]] * len(rows)
         return [self.tokenizer.decode(row[:n]) for row, n in zip(rows.tolist(), lengths, strict=True)]
 
-    def write(
-        self, folder: Path, batch: Batch, names: Sequence[str], request: Request, columns: int | None = None
-    ) -> list[str]:
+    def write(self, folder: Path, batch: Batch, names: list[str], request: Request, columns: int | None) -> list[str]:
         """samples.txt to read, and samples.jsonl: seed, prompt, text, its ln p by the model and that of each token."""
         folder.mkdir(parents=True, exist_ok=True)
         given = self.condition({"prompt": request.get("prompt")}, len(batch["seeds"]))
         begun = [row[pad:] for row, pad in zip(given["tokens"].tolist(), given["pad"].tolist(), strict=True)]
         each = batch["seeds"].tolist(), begun, self.preview(batch), batch["tokens"], batch["log_prob"]
-        with (
-            (folder / "samples.txt").open("w", encoding="utf-8") as plain,
-            (folder / "samples.jsonl").open("w") as lines,
-        ):
-            for seed, start, text, tokens, log_prob in zip(*each, strict=True):
-                prompt = self.tokenizer.decode(start)
-                plain.write(f"--- seed {seed}\n{prompt}{text}\n\n")
-                facts = {
-                    "seed": seed, "prompt": prompt, "text": text, "log_prob": round(log_prob.double().sum().item(), 4),
-                    "tokens": tokens.tolist(), "log_probs": [round(x, 4) for x in log_prob.tolist()],
-                    "rng_version": RNG_VERSION,
-                }  # fmt: skip
-                lines.write(json.dumps(facts) + "\n")
+        plain, lines = [], []
+        for seed, start, text, tokens, log_prob in zip(*each, strict=True):
+            prompt = self.tokenizer.decode(start)
+            plain.append(f"--- seed {seed}\n{prompt}{text}\n\n")
+            facts = {
+                "seed": seed, "prompt": prompt, "text": text, "log_prob": round(log_prob.double().sum().item(), 4),
+                "tokens": tokens.tolist(), "log_probs": [round(x, 4) for x in log_prob.tolist()], "rng_version": RNG_VERSION,
+            }  # fmt: skip
+            lines.append(json.dumps(facts) + "\n")
+        (folder / "samples.txt").write_text("".join(plain), encoding="utf-8")
+        (folder / "samples.jsonl").write_text("".join(lines))
         return ["samples.txt", "samples.jsonl"]
 
     @contextlib.contextmanager

@@ -5,14 +5,13 @@ import torch
 from torch import Tensor
 
 from genai.core.protocols import Batch
-from genai.modalities.base import Modality, Picture, Texts, field_name
+from genai.modalities.base import Modality, Picture, Texts
 
 
 class Vector(Modality):
     """Tensors (B, ...) of numbers as they are; those (B, 2) are shown as a density plot of the square [-4, 4]^2."""
 
-    def __init__(self, field: str = "vector"):
-        self.field = field_name(field)
+    field = "vector"
 
     def preview(self, batch: Batch, columns: int | None = None) -> Picture | Texts:
         x = batch[self.field]
