@@ -291,10 +291,10 @@ def test_the_judge_recognises_digits_it_has_not_seen(digits):
 # What is refused
 
 REFUSED = {
-    ("baseline=ngram",): "baseline=ngram is of texts, and this data is image of shape [1, 8, 8]",
-    ("baseline=mixture", "data=python_docs"): "baseline=mixture is of images, and this data is tokens of shape [128]",
+    ("baseline=ngram",): "baseline=ngram takes tokens, and this data is image of shape [1, 8, 8]",
+    ("baseline=mixture", "data=python_docs"): "baseline=mixture takes image, and this data is tokens of shape [128]",
     ("data=toy2d",): "there are no baselines of vector, only of image, tokens",
-    ("baseline=gmm", "data=toy2d"): "baseline=gmm is of images, and this data is vector",
+    ("baseline=gmm", "data=toy2d"): "baseline=gmm takes image, and this data is vector",
     ("baseline=mixtur",): "is none of copier, gmm, knn, markov, mixture, ngram, pca, uniform, did you mean mixture?",
     ("baseline=pca", "baseline.component=3"): "did you mean baseline.components?",
     ("baseline=pca", "baseline.components=65"): "baseline.components=65, but these images have at most 64",

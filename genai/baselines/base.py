@@ -10,8 +10,6 @@ from genai.core.errors import UserError
 from genai.data.base import Data, Split, some
 from genai.data.stream import batches
 
-KINDS = {"image": "images", "tokens": "texts"}
-
 
 @dataclass
 class Known:
@@ -53,7 +51,7 @@ def check(baseline: Baseline, data: Data) -> None:
     name = type(baseline).__name__.lower()
     if data.field != baseline.field:
         raise UserError(
-            f"baseline={name} is of {KINDS[baseline.field]}, and this data is {data.field} of shape {data.shape}: "
+            f"baseline={name} takes {baseline.field}, and this data is {data.field} of shape {data.shape}: "
             "choose another with baseline="
         )
     for need, words in (("levels", "grey levels (data.levels)"), ("classes", "labels (data.classes)")):

@@ -12,8 +12,6 @@ from genai.core.protocols import Batch, Losses
 from genai.nn.cache import Cache
 from genai.nn.transformer import Transformer
 
-FIELD = "tokens"  # of a batch, all that a GPT reads
-
 
 class Decoder(nn.Module):
     """Token ids (B, T) -> logits (B, T, vocab_size) of the next ones.
@@ -74,13 +72,14 @@ class GPT(nn.Module):
         net: tokens and an optional cache -> logits, such as Decoder.
     """
 
+    field = "tokens"
     bound = "exact"
     first = 0
 
     def __init__(self, field: str, vocab_size: int, length: int, net: Decoder):
         super().__init__()
-        if field != FIELD:
-            raise UserError(f"a GPT takes tokens, but this data has {field}: choose a text with data=")
+        if field != self.field:
+            raise UserError(f"a GPT takes {self.field}, but this data has {field}: choose a text with data=")
         most = net.transformer.positions
         if most is not None and length > most:
             raise UserError(f"data.shape=[{length}] is longer than the {most} positions of model.net")
@@ -91,7 +90,7 @@ class GPT(nn.Module):
 
     def nats(self, batch: Batch) -> Tensor:
         """-ln p of each token (B, T) given those before it, 0 where `mask` is false: (B, T - 1)."""
-        tokens = batch[FIELD]
+        tokens = batch[self.field]
         logits = self.net(tokens[:, :-1]).float()
         nats = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view_as(tokens[:, 1:])
         return nats * batch["mask"][:, 1:] if "mask" in batch else nats
