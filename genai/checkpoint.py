@@ -293,8 +293,10 @@ def load(
         for net in model.nets().values():  # type: ignore[operator]
             net.compile()
     kinds = modalities(content, model)
-    told = {name: build_modality(node, trust) for name, node in kinds["conditions"].items()}
     output = build_modality(kinds["output"], trust)
+    told = {name: build_modality(node, trust) for name, node in kinds["conditions"].items()}
+    if wrong := [name for name, modality in told.items() if modality.field != name]:
+        raise UserError(f"{path} is refused: it tells its model a {told[wrong[0]].field} by the name of {wrong[0]}")
     return Loaded(model, content["config"], output, told, content["step"], path, trust, precision)
 
 

@@ -219,9 +219,10 @@ def _write(out: Path, loaded: Loaded, batch: Batch, request: Request, node: dict
     several = len(prompt) if isinstance(prompt, list) and 1 < len(prompt) <= 20 else None
     columns = node.get("columns") or several or (10 if "label" in batch and n >= 10 else None)
     names = file_names(batch["seeds"], batch.get("label"))
-    written = loaded.modality.write(out, batch, names, request, columns)
-    for condition in loaded.conditions.values():
-        condition.note(out, names, request)
+    with checkpoint.blamed(loaded):
+        written = loaded.modality.write(out, batch, names, request, columns)
+        for condition in loaded.conditions.values():
+            condition.note(out, names, request)
     return f"{out}/{', '.join(written)}"
 
 

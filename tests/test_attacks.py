@@ -20,11 +20,12 @@ import torch
 from omegaconf import OmegaConf
 
 import genai
-from genai import build, checkpoint, evaluation
+from genai import build, checkpoint, evaluation, sampling
 from genai.build import build_stored, build_typed, check_target
-from genai.cli import composed
+from genai.cli import composed, with_sampler
 from genai.core.errors import UserError
 from genai.modalities.caption import Caption
+from genai.modalities.image import Image
 from genai.modalities.label import Label
 from genai.modalities.pixels import Pixels
 from genai.modalities.stored import nodes_of
@@ -468,6 +469,7 @@ def wrong(content, words):
         "class names that are a text": (content, "modalities.conditions.label", label(2, "ab")),
         "a name too few": (content, "modalities.conditions.label", label(2, ["a"])),
         "a text for classes": (content, "modalities.conditions.label", label("2", None)),
+        "a caption by the name of a label": (content, "modalities.conditions.label", caption(9)),
         "a caption of no length": (content, "modalities.conditions.caption", caption(0)),
         "a huge caption": (content, "modalities.conditions.caption", caption(10**12)),
         "no config": (content, "config", ...),
@@ -606,6 +608,13 @@ def test_wrong_content_and_bombs_are_refused_at_once(content, words, tmp_path):
     accepted = {name.removesuffix(".ckpt") for name, line in found.items() if line["answer"] is None}
     assert accepted == HARMLESS | {"0 good", "0 good words"}
     assert len(found) > 100
+
+
+def test_a_modality_that_cannot_write_what_was_sampled_is_named(content, tmp_path):
+    path = tmp_path / "bad.ckpt"
+    torch.save(put(copy.deepcopy(content), "modalities.output", node_like(Image, ["vector"])), path)
+    with pytest.raises(UserError, match=r"bad.ckpt fails with what its config and this call say \(ValueError"):
+        sampling.run(composed("sample", [f"ckpt={path}", "device=cpu", "n=2", f"out={tmp_path / 'out'}"], with_sampler))
 
 
 # Three hundred mutations
