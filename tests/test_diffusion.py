@@ -21,9 +21,9 @@ from genai.models.diffusion.levels import LevelPosterior
 from genai.models.diffusion.mlp import MLP
 from genai.models.diffusion.ode import probability_flow
 from genai.models.diffusion.paths import combination, to_x0
-from genai.models.diffusion.text import TextEncoder
 from genai.models.diffusion.unet import UNet
 from genai.nn.embed import time_embedding
+from genai.nn.text_encoder import TextEncoder
 
 SCHEDULES = {
     "linear": schedules.linear,

@@ -283,7 +283,7 @@ def test_latents_are_measured_and_precomputed_where_the_run_trains(gpu, tmp_path
     config = config_of("model=latent")
     lit = loop_of(config | {"accumulate": 1}, tmp_path)
     run._prepare(lit.model, lit.data, GPU)
-    assert ("call", "latent.Latent.measure", "read") in gpu.seen
+    assert ("call", "latent_space.Latent.measure", "read") in gpu.seen
     cfg = OmegaConf.create({"codec": {**config["codec"], "cache": str(tmp_path)}, "resume": None})
     lit.data.splits = {"val": lit.data.splits["val"]}
     codec.precompute(lit.model, lit.data, cfg)

@@ -30,14 +30,14 @@ from genai.modalities.vector import Vector
 from genai.models.diffusion import samplers, tables
 from genai.models.diffusion.dit import DiT
 from genai.models.diffusion.flow import Flow
-from genai.models.diffusion.latent import Latent, SpaceToDepth
-from genai.models.diffusion.text import TextEncoder
 from genai.models.diffusion.unet import UNet
 from genai.models.vae.autoencoder import Autoencoder
 from genai.models.vae.nets import MapDecoder, MapEncoder
 from genai.models.vae.quantize import ResidualQuantizer, VectorQuantizer
 from genai.models.vae.vqvae import VQVAE
 from genai.nn.attention import CrossAttention
+from genai.nn.latent_space import Latent, SpaceToDepth
+from genai.nn.text_encoder import TextEncoder
 from genai.train.codec import digest
 from genai.train.ema import EMA
 from genai.train.run import run
@@ -48,7 +48,7 @@ DDIM = {
     "solver": {"_target_": "genai.models.diffusion.tables.ddim", "_partial_": True},
 }  # fmt: skip
 SMALL = ["logger=none", "max_steps=4", "data.batch_size=8", "callbacks.evaluate.n=16", "callbacks.samples.n=2"]
-TEXT = ["+model.net.text._target_=genai.models.diffusion.text.TextEncoder", "+model.net.text.length=32"]
+TEXT = ["+model.net.text._target_=genai.nn.text_encoder.TextEncoder", "+model.net.text.length=32"]
 
 
 def maps(latent_shape, outputs, channels=8):

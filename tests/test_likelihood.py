@@ -21,10 +21,10 @@ from genai.modalities import pixels as modalities
 from genai.modalities.pixels import BEGIN
 from genai.models.autoregressive.gpt import GPT
 from genai.models.diffusion.base import Diffusion
-from genai.models.diffusion.latent import Latent, SpaceToDepth
 from genai.models.diffusion.ode import probability_flow
 from genai.models.diffusion.paths import Straight, VarianceExploding
 from genai.models.diffusion.schedules import cosine
+from genai.nn.latent_space import Latent, SpaceToDepth
 from genai.train.run import run
 
 LEVELS, SHAPE = 5, (1, 3, 4)

@@ -22,7 +22,6 @@ from genai.models.diffusion import ode, samplers, schedules, tables
 from genai.models.diffusion.ddpm import DDPM
 from genai.models.diffusion.edm import EDM
 from genai.models.diffusion.flow import Flow
-from genai.models.diffusion.latent import Latent
 from genai.models.diffusion.levels import LevelPosterior
 from genai.models.diffusion.mlp import MLP
 from genai.models.diffusion.unet import UNet
@@ -32,6 +31,7 @@ from genai.models.vae.likelihoods import Categorical
 from genai.models.vae.quantize import VectorQuantizer
 from genai.nn.attention import Attention, Rotary
 from genai.nn.embed import time_embedding
+from genai.nn.latent_space import Latent
 from genai.ranges.table import RANGES
 from genai.train.ema import EMA
 from genai.train.muon import orthogonalised

@@ -13,9 +13,9 @@ from genai.cli import composed
 from genai.core.errors import UserError
 from genai.data import captions
 from genai.models.diffusion.dit import DiT, DiTBlock
-from genai.models.diffusion.text import TextEncoder
 from genai.models.diffusion.unet import AttentionBlock, UNet
 from genai.models.gan import biggan
+from genai.nn.text_encoder import TextEncoder
 from tests.conftest import ROOT
 
 TABLE = next(line for line in (ROOT / "README.md").read_text().splitlines() if "python train.py data=mnist`" in line)
@@ -53,7 +53,7 @@ def networks(choice, data=None):
         node.update({key: value for key, value in NARROW.items() if key in node})
         if "text" in node:
             length = OmegaConf.select(cfg, "data.length", default=32)
-            node.text = {"_target_": "genai.models.diffusion.text.TextEncoder", "length": length, "width": 16}
+            node.text = {"_target_": "genai.nn.text_encoder.TextEncoder", "length": length, "width": 16}
         net = build_typed(OmegaConf.to_container(node, resolve=True)).eval()
         for p in net.parameters():
             nn.init.normal_(p, 0.0, 0.3 if p.ndim < 2 else p[0].numel() ** -0.5)

@@ -39,6 +39,8 @@ MOVED: dict[str, str | Callable[[Node], Node]] = {
     f"{DIFFUSION}.samplers.heun": solved("heun", {"space": "sigma"}, steps=20, spacing="karras"),
     f"{DIFFUSION}.samplers.midpoint": solved("midpoint", {"space": "flow"}, steps=20, spacing="trailing"),
     f"{DIFFUSION}.samplers.dpmpp_2m": solved("dpmpp_2m", {"eta": 0.0}, steps=20, spacing="log_snr"),
+    f"{DIFFUSION}.text.TextEncoder": "genai.nn.text_encoder.TextEncoder",
+    **{f"{DIFFUSION}.latent.{name}": f"genai.nn.latent_space.{name}" for name in ("Latent", "SpaceToDepth")},
     **{f"genai.data.tokenizers.{name}": f"genai.modalities.tokenizers.{name}" for name in ("Byte", "Char", "BPE")},
 }
 """Old `_target_` -> its name today or, where its keys change too, a function from the old node to the new, as `into` and

@@ -49,9 +49,7 @@ TEXT, LINES = "text.txt", "lines.txt"
 WRITES_TEXT = ["data=text_file", f"data.path={TEXT}", "data.shape=[16]"]
 DIGITS = ["data=digits"]
 CAPTIONS = ["data=digits_text", "codec.ckpt=first"]
-ENCODER = (
-    "{_target_: genai.models.diffusion.text.TextEncoder, length: 32, width: 16, layers: 1, heads: 2}"  # of captions
-)
+ENCODER = "{_target_: genai.nn.text_encoder.TextEncoder, length: 32, width: 16, layers: 1, heads: 2}"  # of captions
 ADA = (
     "{_target_: genai.models.gan.ada.ADA, p: 0.5, ramp_images: 500, augment: {_target_: genai.models.gan.ada.Augment}}"
 )

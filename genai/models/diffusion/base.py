@@ -12,11 +12,11 @@ from genai.core.errors import UserError
 from genai.core.precision import WideBuffers, exact, wide
 from genai.core.protocols import Batch, Losses, Prediction
 from genai.core.shapes import check_shape
-from genai.models.diffusion.latent import Latent
 from genai.models.diffusion.levels import LevelPosterior
 from genai.models.diffusion.paths import Path
-from genai.models.diffusion.text import TextEncoder
 from genai.nn.attention import Context
+from genai.nn.latent_space import Latent
+from genai.nn.text_encoder import TextEncoder
 
 Told = Mapping[str, Any]
 """Keyword arguments of a network: a label, the `Context` of a caption, and what the network's `project` made of that."""

@@ -10,10 +10,10 @@ from genai.core.protocols import Batch, Losses, Prediction
 from genai.core.shapes import expand_like, mean_flat
 from genai.models.diffusion import vlb, weightings
 from genai.models.diffusion.base import Diffusion, Told
-from genai.models.diffusion.latent import Latent
 from genai.models.diffusion.levels import LevelPosterior
 from genai.models.diffusion.paths import Parameterization, combination, to_x0
 from genai.models.diffusion.schedules import Schedule
+from genai.nn.latent_space import Latent
 
 
 class DDPM(Diffusion):

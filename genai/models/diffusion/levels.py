@@ -10,8 +10,8 @@ from genai.core import stored
 from genai.core.errors import UserError
 from genai.core.precision import WideBuffers
 from genai.models.diffusion.schedules import Schedule
-from genai.models.diffusion.text import TextEncoder
 from genai.nn.attention import Context
+from genai.nn.text_encoder import TextEncoder
 
 
 class LevelPosterior(WideBuffers):

@@ -39,18 +39,3 @@ class TextEncoder(nn.Module):
         x = self.embed(caption.clamp_max(PAD - 1))
         x = torch.cat([self.begin.expand(len(x), 1, -1), x], 1)
         return Context(self.transformer(x, mask=real[:, None, None]), real)
-
-
-def conditioned(
-    emb: Tensor, of_label: nn.Module | None, label: Tensor | None, of_summary: nn.Module | None, states: Tensor | None,
-    real: Tensor | None,
-) -> tuple[Tensor, Context | None]:  # fmt: skip
-    """An embedding of the time (B, width) with those of label and caption, where a network has them, activated; and what it
-    attends to."""
-    if of_label is not None:
-        emb = emb + of_label(label)
-    context = None
-    if of_summary is not None:
-        assert states is not None and real is not None
-        context, emb = Context(states, real), emb + of_summary(states[:, 0])
-    return nn.functional.silu(emb), context
