@@ -27,8 +27,8 @@ from genai.cli import composed
 from genai.core import rng
 from genai.core.protocols import Batch
 from genai.data.base import example
-from genai.models.diffusion.samplers import sample
-from genai.models.diffusion.tables import ddim
+from genai.models.diffusion.sampling.samplers import sample
+from genai.models.diffusion.sampling.tables import ddim
 
 STEPS = 2, 10
 

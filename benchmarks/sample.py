@@ -6,8 +6,8 @@
 
 A step is the difference between a call of 50 steps and one of 10, divided by 40; beside it the whole call divided by its
 steps, in which initial noise, tables and conversions count. Ours goes through
-`genai.models.diffusion.samplers.sample` and a DDPM; diffusers' is DDIMPipeline itself, tensors out, its progress bar off;
-the hand loop is the least that torch can do, with its coefficients computed beforehand. At eta 1 both add noise.
+`genai.models.diffusion.sampling.samplers.sample` and a DDPM; diffusers' is DDIMPipeline itself, tensors out, its progress bar
+off; the hand loop is the least that torch can do, with its coefficients computed beforehand. At eta 1 both add noise.
 Targets: ours <= 0.25x diffusers and <= 100 us a step.
 
 With --network, the whole of sampling instead: a U-Net of that many channels, its rate in GFLOP/s so that the ratio is
@@ -28,10 +28,10 @@ from benchmarks.common import interleave, parse, ratio, report, setup, spread
 from benchmarks.unet import MULTIPLIERS, SHAPE, Diffusers, forward_gflop
 from genai.core import rng
 from genai.models.diffusion.ddpm import DDPM
-from genai.models.diffusion.samplers import sample
-from genai.models.diffusion.schedules import linear
-from genai.models.diffusion.tables import ddim, levels
-from genai.models.diffusion.unet import UNet
+from genai.models.diffusion.nets.unet import UNet
+from genai.models.diffusion.process.schedules import linear
+from genai.models.diffusion.sampling.samplers import sample
+from genai.models.diffusion.sampling.tables import ddim, levels
 
 
 class Constant(nn.Module):

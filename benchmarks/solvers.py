@@ -5,7 +5,7 @@
 The data are a mixture of Gaussians, one for each of the ten digits, with the mean and covariance of the training images (8x8, in
 [-1, 1]), so that the denoiser is exact and the only error is the solver's: the root mean square over pixels of what it makes
 of a seed less what Heun's method makes of it in 400 steps spaced in log SNR. A path names the spacing that is best for most
-solvers (`spacing` in genai/models/diffusion/paths.py and schedules.py). Prints a table for the README and writes
+solvers (`spacing` in genai/models/diffusion/process/paths.py and schedules.py). Prints a table for the README and writes
 results/solvers.json.
 """
 
@@ -22,9 +22,10 @@ from genai.core.errors import UserError
 from genai.core.protocols import Denoiser, Prediction
 from genai.data.images import Digits
 from genai.data.stream import batches
-from genai.models.diffusion import schedules, tables
-from genai.models.diffusion.paths import CLEAN, Path, Straight, VarianceExploding
-from genai.models.diffusion.samplers import walk
+from genai.models.diffusion.process import schedules
+from genai.models.diffusion.process.paths import CLEAN, Path, Straight, VarianceExploding
+from genai.models.diffusion.sampling import tables
+from genai.models.diffusion.sampling.samplers import walk
 
 PATHS: dict[str, Path] = {"DDPM": schedules.cosine(200), "EDM": VarianceExploding(), "Flow": Straight()}
 SOLVERS = {"ddim": tables.ddim, "dpmpp_2m": tables.dpmpp_2m, "heun": tables.heun, "midpoint": tables.midpoint}

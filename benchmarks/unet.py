@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import installed, interleave, parse, ratio, report, setup, spread
-from genai.models.diffusion.unet import UNet
+from genai.models.diffusion.nets.unet import UNet
 
 SHAPE = (3, 32, 32)
 MULTIPLIERS = (1, 2, 2)

@@ -43,7 +43,7 @@ SHARED = ROOT.parent / "shared" / "data"
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload([
     "genai.train.run", "genai.sampling", "genai.evaluation", "genai.sweeps", "genai.data.images",
-    "genai.models.diffusion.samplers", "hydra.main", "sklearn.datasets", "pytest", "tests.conftest",
+    "genai.models.diffusion.sampling.samplers", "hydra.main", "sklearn.datasets", "pytest", "tests.conftest",
 ])  # fmt: skip
 
 

@@ -38,6 +38,9 @@ BYTES, BPE, CHAR = (
 )
 
 
+SCHEDULES = "genai.models.diffusion.process.schedules"
+
+
 def content_of(overrides):
     """What a checkpoint of this model before its first step holds."""
     cfg = composed("train", overrides)
@@ -492,7 +495,7 @@ def wrong(content, words):
         ),
         "a sampler without an argument": (content, "config.sampler.solver.eta", ...),
         "a solver that is code": (content, "config.sampler.solver._target_", "os.system"),
-        "a solver that is no solver": (content, "config.sampler.solver._target_", "genai.models.diffusion.schedules.cosine"),
+        "a solver that is no solver": (content, "config.sampler.solver._target_", f"{SCHEDULES}.cosine"),
         "a solver that is called at once": (content, "config.sampler.solver._partial_", False),
         "a solver that is a text": (content, "config.sampler.solver", "ddim"),
         "no solver": (content, "config.sampler.solver", ...),
@@ -631,7 +634,7 @@ def places(node, way=()):
 NAMES = [
     "os.system", "builtins.exec", "subprocess.Popen", "genai.checkpoint.save", "genai.data.text.text_file",
     "genai.modalities.base.save", "genai.models.gan.gan.GAN", "genai.models.diffusion.ddpm.DDPM", "genai.nn.norm.LayerNorm",
-    "genai.models.diffusion.samplers.sample", "genai.models.diffusion.schedules.cosine", "genai.train.run.run", "torch.load",
+    "genai.models.diffusion.sampling.samplers.sample", f"{SCHEDULES}.cosine", "genai.train.run.run", "torch.load",
 ]  # fmt: skip
 
 

@@ -111,7 +111,7 @@ def test_a_pickle_payload_is_refused_and_does_not_run(tmp_path, content):
         "genai.train.run.subprocess.run",
         "genai.checkpoint.save",
         "genai.models.diffusion.ddpm.UserError",
-        "genai.models.diffusion.unet.checkpoint",
+        "genai.models.diffusion.nets.unet.checkpoint",
         "genai.models.diffusion.ddpm.DDPM.forward",
         "genai.models.diffusion.ddpm.no_such_thing",
         "genai.models.no_such_module.DDPM",
@@ -133,7 +133,7 @@ def test_targets_that_are_not_what_they_say_are_refused(content, tmp_path, targe
     [
         ("${oc.env:HOME}", "is an interpolation"),
         (["a", {"b": "${oc.env:HOME}"}], "is an interpolation"),
-        ({"_target_": "genai.models.diffusion.schedules.cosine", "_args_": [5]}, "uses _args_"),
+        ({"_target_": "genai.models.diffusion.process.schedules.cosine", "_args_": [5]}, "uses _args_"),
         ({"_recursive_": False}, "uses _recursive_"),
     ],
 )

@@ -13,15 +13,17 @@ from genai.cli import composed
 from genai.core import stored
 from genai.core.errors import UserError
 from genai.data.captions import encode
-from genai.models.diffusion import samplers, schedules, tables, vlb, weightings
 from genai.models.diffusion.ddpm import DDPM
 from genai.models.diffusion.edm import EDM
 from genai.models.diffusion.flow import Flow
-from genai.models.diffusion.levels import LevelPosterior
-from genai.models.diffusion.mlp import MLP
-from genai.models.diffusion.ode import probability_flow
-from genai.models.diffusion.paths import combination, to_x0
-from genai.models.diffusion.unet import UNet
+from genai.models.diffusion.likelihood import vlb
+from genai.models.diffusion.likelihood.ode import probability_flow
+from genai.models.diffusion.nets.levels import LevelPosterior
+from genai.models.diffusion.nets.mlp import MLP
+from genai.models.diffusion.nets.unet import UNet
+from genai.models.diffusion.process import schedules, weightings
+from genai.models.diffusion.process.paths import combination, to_x0
+from genai.models.diffusion.sampling import samplers, tables
 from genai.nn.embed import time_embedding
 from genai.nn.text_encoder import TextEncoder
 

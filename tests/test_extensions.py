@@ -38,7 +38,7 @@ def twice(schedule, q):
     "my_lab/solvers.py": """
 import itertools
 from genai.kernels.affine_step import Row
-from genai.models.diffusion.tables import Table
+from genai.models.diffusion.sampling.tables import Table
 
 def mine(path, levels):
     rows = []

@@ -28,8 +28,8 @@ from genai.core.protocols import check_sampler, with_items
 from genai.data.base import example
 from genai.kernels import affine_step
 from genai.models.autoregressive import decode
-from genai.models.diffusion import samplers
 from genai.models.diffusion.base import Diffusion
+from genai.models.diffusion.sampling import samplers
 from genai.train import codec, run
 from genai.train.callbacks import Evaluate
 from genai.train.ema import EMA

@@ -27,10 +27,10 @@ from genai.losses.perceptual import LPIPS, RandomFeatures
 from genai.modalities.caption import Caption
 from genai.modalities.label import Label
 from genai.modalities.vector import Vector
-from genai.models.diffusion import samplers, tables
-from genai.models.diffusion.dit import DiT
 from genai.models.diffusion.flow import Flow
-from genai.models.diffusion.unet import UNet
+from genai.models.diffusion.nets.dit import DiT
+from genai.models.diffusion.nets.unet import UNet
+from genai.models.diffusion.sampling import samplers, tables
 from genai.models.vae.autoencoder import Autoencoder
 from genai.models.vae.nets import MapDecoder, MapEncoder
 from genai.models.vae.quantize import ResidualQuantizer, VectorQuantizer
@@ -44,8 +44,8 @@ from genai.train.run import run
 
 ddim = functools.partial(samplers.sample, solver=tables.ddim)
 DDIM = {
-    "_target_": "genai.models.diffusion.samplers.sample", "_partial_": True, "steps": 2, "guidance": None,
-    "solver": {"_target_": "genai.models.diffusion.tables.ddim", "_partial_": True},
+    "_target_": "genai.models.diffusion.sampling.samplers.sample", "_partial_": True, "steps": 2, "guidance": None,
+    "solver": {"_target_": "genai.models.diffusion.sampling.tables.ddim", "_partial_": True},
 }  # fmt: skip
 SMALL = ["logger=none", "max_steps=4", "data.batch_size=8", "callbacks.evaluate.n=16", "callbacks.samples.n=2"]
 TEXT = ["+model.net.text._target_=genai.nn.text_encoder.TextEncoder", "+model.net.text.length=32"]

@@ -21,9 +21,9 @@ from genai.modalities import pixels as modalities
 from genai.modalities.pixels import BEGIN
 from genai.models.autoregressive.gpt import GPT
 from genai.models.diffusion.base import Diffusion
-from genai.models.diffusion.ode import probability_flow
-from genai.models.diffusion.paths import Straight, VarianceExploding
-from genai.models.diffusion.schedules import cosine
+from genai.models.diffusion.likelihood.ode import probability_flow
+from genai.models.diffusion.process.paths import Straight, VarianceExploding
+from genai.models.diffusion.process.schedules import cosine
 from genai.nn.latent_space import Latent, SpaceToDepth
 from genai.train.run import run
 

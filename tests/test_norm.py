@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from genai.kernels import norm as kernels
-from genai.models.diffusion.unet import UNet
+from genai.models.diffusion.nets.unet import UNet
 from tests.conftest import compiled_for_gpus, fake_device
 from tests.test_kernels import in_the_interpreter
 

@@ -200,7 +200,7 @@ def test_a_stored_node_is_brought_up_to_date_from_within(monkeypatch):
 
 @pytest.mark.parametrize("now", ["os.system", "genai.checkpoint.save", "genai.models.nothing.Here", into("os.system")])
 def test_what_a_target_has_become_is_checked_as_any_other(recorded, monkeypatch, now):
-    monkeypatch.setitem(checkpoint.MOVED, "genai.models.diffusion.unet.UNet", now)
+    monkeypatch.setitem(checkpoint.MOVED, "genai.models.diffusion.nets.unet.UNet", now)
     called = []
     monkeypatch.setattr("os.system", called.append)
     with pytest.raises(UserError, match=r"^the checkpoint wants to build ") as refused:

@@ -124,12 +124,12 @@ def places(node, path="model", owner=None):
 
 STAGE = "{_target_: genai.models.vae.quantize.VectorQuantizer, codes: 8, dim: 16}"
 NEEDS = {  # a part -> what a person types besides its name, where @ is its path
-    "diffusion.schedules.zero_terminal_snr": [
-        "@.schedule._target_=genai.models.diffusion.schedules.cosine", "@.schedule.steps=2", "model.parameterization=v"
+    "diffusion.process.schedules.zero_terminal_snr": [
+        "@.schedule._target_=genai.models.diffusion.process.schedules.cosine", "@.schedule.steps=2", "model.parameterization=v"
     ],
-    "diffusion.dit.DiT": ["@.patch=2", "@.width=24", "@.layers=2", "@.heads=2"],
+    "diffusion.nets.dit.DiT": ["@.patch=2", "@.width=24", "@.layers=2", "@.heads=2"],
     "gan.stylegan2_nets.Discriminator": ["@.widths=[8]", "@.group=1"],
-    "diffusion.unet.UNet": ["@.channels=8", "@.multipliers=[1]", "@.blocks=1"],
+    "diffusion.nets.unet.UNet": ["@.channels=8", "@.multipliers=[1]", "@.blocks=1"],
     "vae.quantize.FiniteScalarQuantizer": ["@.levels=[4,3,2]", "model.map_shape=[3,2,2]", "model.encoder.outputs=3"],
     "vae.quantize.ResidualQuantizer": [f"@.stages=[{STAGE},{STAGE}]"],
     "vae.likelihoods.Bernoulli": ["model.decoder.outputs=1"],
@@ -190,7 +190,7 @@ def test_every_part_of_every_model_gives_way_to_whatever_fits_or_says_why_not():
 
 
 NAMED = {  # parts that no file of conf/ chooses, or not in this place
-    "ddpm": ("model.schedule", "genai.models.diffusion.schedules.zero_terminal_snr"),
+    "ddpm": ("model.schedule", "genai.models.diffusion.process.schedules.zero_terminal_snr"),
     "vqvae": ("model.quantizer", "genai.models.vae.quantize.FiniteScalarQuantizer"),
     "vae": ("model.likelihood", "genai.models.vae.likelihoods.Gaussian"),
     "vae_binary": ("model.likelihood", "genai.models.vae.likelihoods.DiscretizedLogistic"),
@@ -215,7 +215,7 @@ def test_a_sample_of_swaps_builds_or_says_why_not():
 
 # How a node is replaced
 
-Q, S = "genai.models.vae.quantize", "genai.models.diffusion.schedules"
+Q, S = "genai.models.vae.quantize", "genai.models.diffusion.process.schedules"
 WIDE = {"_target_": f"{S}.karras", "steps": 200, "rho": 5}
 REPLACED = [  # what is typed -> what becomes of a node
     ([f"model.schedule._target_={S}.karras", "model.schedule.rho=5"], "model.schedule", WIDE),

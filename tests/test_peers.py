@@ -5,9 +5,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from genai.core.protocols import Prediction
-from genai.models.diffusion import samplers, schedules, tables
-from genai.models.diffusion.paths import to_x0
-from genai.models.diffusion.unet import UNet
+from genai.models.diffusion.nets.unet import UNet
+from genai.models.diffusion.process import schedules
+from genai.models.diffusion.process.paths import to_x0
+from genai.models.diffusion.sampling import samplers, tables
 
 KINDS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 

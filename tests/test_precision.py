@@ -18,13 +18,15 @@ from genai.core.errors import UserError
 from genai.core.protocols import Prediction
 from genai.extractors import Extractor
 from genai.losses import adversarial
-from genai.models.diffusion import ode, samplers, schedules, tables
 from genai.models.diffusion.ddpm import DDPM
 from genai.models.diffusion.edm import EDM
 from genai.models.diffusion.flow import Flow
-from genai.models.diffusion.levels import LevelPosterior
-from genai.models.diffusion.mlp import MLP
-from genai.models.diffusion.unet import UNet
+from genai.models.diffusion.likelihood import ode
+from genai.models.diffusion.nets.levels import LevelPosterior
+from genai.models.diffusion.nets.mlp import MLP
+from genai.models.diffusion.nets.unet import UNet
+from genai.models.diffusion.process import schedules
+from genai.models.diffusion.sampling import samplers, tables
 from genai.models.gan.biggan import orthogonal_penalty
 from genai.models.gan.dcgan import Generator
 from genai.models.vae.likelihoods import Categorical

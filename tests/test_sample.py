@@ -10,12 +10,13 @@ from torch import nn
 
 from genai.core import rng
 from genai.core.errors import UserError
-from genai.models.diffusion import samplers, schedules, tables
 from genai.models.diffusion.ddpm import DDPM
 from genai.models.diffusion.edm import EDM
 from genai.models.diffusion.flow import Flow
-from genai.models.diffusion.paths import to_x0
-from genai.models.diffusion.samplers import sample
+from genai.models.diffusion.process import schedules
+from genai.models.diffusion.process.paths import to_x0
+from genai.models.diffusion.sampling import samplers, tables
+from genai.models.diffusion.sampling.samplers import sample
 
 MEANS, STD, SHAPE = (-0.5, 0.5), 0.15, (1, 2, 2)
 

@@ -16,14 +16,16 @@ from genai.core import cuda_graph, rng
 from genai.core.errors import UserError
 from genai.core.protocols import Prediction
 from genai.kernels.affine_step import Row
-from genai.models.diffusion import samplers, schedules, tables, vlb
 from genai.models.diffusion.ddpm import DDPM
 from genai.models.diffusion.edm import EDM
 from genai.models.diffusion.flow import Flow
-from genai.models.diffusion.guidance import autoguidance, classifier_free, plain
-from genai.models.diffusion.paths import CLEAN, Level, Straight, VarianceExploding, to_x0
-from genai.models.diffusion.samplers import sample
-from genai.models.diffusion.unet import UNet
+from genai.models.diffusion.likelihood import vlb
+from genai.models.diffusion.nets.unet import UNet
+from genai.models.diffusion.process import schedules
+from genai.models.diffusion.process.paths import CLEAN, Level, Straight, VarianceExploding, to_x0
+from genai.models.diffusion.sampling import samplers, tables
+from genai.models.diffusion.sampling.guidance import autoguidance, classifier_free, plain
+from genai.models.diffusion.sampling.samplers import sample
 from tests.test_diffusion import MEAN, SCHEDULES, VAR, gaussian_model
 from tests.test_kernels import in_the_interpreter
 
@@ -457,7 +459,7 @@ IN_TRITON = """
 import functools, torch
 torch.set_num_threads(1)
 from genai.core import rng
-from genai.models.diffusion import samplers, tables
+from genai.models.diffusion.sampling import samplers, tables
 from tests.test_samplers import tiny_unet
 model, seeds, label = tiny_unet(), rng.seed_range(3, 16), torch.arange(16) % 10
 for solver in (functools.partial(tables.ddim, eta=1.0), tables.dpmpp_2m):

@@ -12,8 +12,8 @@ from genai.build import build_stored, build_typed
 from genai.cli import composed
 from genai.core.errors import UserError
 from genai.data import captions
-from genai.models.diffusion.dit import DiT, DiTBlock
-from genai.models.diffusion.unet import AttentionBlock, UNet
+from genai.models.diffusion.nets.dit import DiT, DiTBlock
+from genai.models.diffusion.nets.unet import AttentionBlock, UNet
 from genai.models.gan import biggan
 from genai.nn.text_encoder import TextEncoder
 from tests.conftest import ROOT
@@ -107,7 +107,7 @@ def attends(net, shape):
 
 
 DIGITS = {"shape": [1, 8, 8], "channels": 8, "multipliers": [1, 2], "blocks": 1}
-TARGET = {"_target_": "genai.models.diffusion.unet.UNet"}
+TARGET = {"_target_": "genai.models.diffusion.nets.unet.UNet"}
 
 
 def where(net):

@@ -23,12 +23,18 @@ def solved(solver: str, own: Node, **meant: Any) -> Callable[[Node], Node]:
     """A value of MOVED for a sampler of diffusion that is a solver of the one sampler now, with the keys `own` of it;
     keys that an older file lacks are what they meant then."""
     levels = {"rho": 7.0, "shift": 1.0, "sigma_min": None, "sigma_max": None}
-    target = {"_target_": f"{DIFFUSION}.tables.{solver}", "_partial_": True}
+    target = {"_target_": f"{DIFFUSION}.sampling.tables.{solver}", "_partial_": True}
 
     def move(node: Node) -> Node:
         rest = {key: value for key, value in node.items() if key not in own}
         told = {key: node.get(key, value) for key, value in own.items()}
-        return {**meant, **levels, **rest, "_target_": f"{DIFFUSION}.samplers.sample", "solver": {**target, **told}}
+        return {
+            **meant,
+            **levels,
+            **rest,
+            "_target_": f"{DIFFUSION}.sampling.samplers.sample",
+            "solver": {**target, **told},
+        }
 
     return move
 
@@ -39,12 +45,23 @@ MOVED: dict[str, str | Callable[[Node], Node]] = {
     f"{DIFFUSION}.samplers.heun": solved("heun", {"space": "sigma"}, steps=20, spacing="karras"),
     f"{DIFFUSION}.samplers.midpoint": solved("midpoint", {"space": "flow"}, steps=20, spacing="trailing"),
     f"{DIFFUSION}.samplers.dpmpp_2m": solved("dpmpp_2m", {"eta": 0.0}, steps=20, spacing="log_snr"),
-    f"{DIFFUSION}.text.TextEncoder": "genai.nn.text_encoder.TextEncoder",
-    **{f"{DIFFUSION}.latent.{name}": f"genai.nn.latent_space.{name}" for name in ("Latent", "SpaceToDepth")},
-    **{f"genai.data.tokenizers.{name}": f"genai.modalities.tokenizers.{name}" for name in ("Byte", "Char", "BPE")},
+    **{f"{DIFFUSION}.{name}": f"{DIFFUSION}.process.{name}" for name in ("paths", "schedules", "weightings")},
+    **{f"{DIFFUSION}.{name}": f"{DIFFUSION}.nets.{name}" for name in ("dit", "levels", "mlp", "unet")},
+    **{f"{DIFFUSION}.{name}": f"{DIFFUSION}.sampling.{name}" for name in ("samplers", "tables")},
+    f"{DIFFUSION}.ode": f"{DIFFUSION}.likelihood.ode",
+    f"{DIFFUSION}.text": "genai.nn.text_encoder",
+    f"{DIFFUSION}.latent": "genai.nn.latent_space",
+    "genai.data.tokenizers": "genai.modalities.tokenizers",
 }
 """Old `_target_` -> its name today or, where its keys change too, a function from the old node to the new, as `into` and
-`solved` make one. A row stays for ever."""
+`solved` make one; old module -> its name today, for every target in it that has no row of its own. A row stays for ever."""
+
+
+def moved(target: str) -> str | Callable[[Node], Node] | None:
+    """What MOVED says of a target, None if nothing."""
+    module, _, name = target.rpartition(".")
+    found = MOVED.get(module)
+    return MOVED.get(target, f"{found}.{name}" if isinstance(found, str) else None)
 
 
 def up_to_date(node: Any) -> Any:
@@ -54,9 +71,8 @@ def up_to_date(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     node, passed = {key: up_to_date(value) for key, value in node.items()}, set()
-    while type(target := node.get("_target_")) is str and target in MOVED and target not in passed:
+    while type(target := node.get("_target_")) is str and target not in passed and (move := moved(target)) is not None:
         passed.add(target)  # whose keys alone may have changed
-        move = MOVED[target]
         node = move(node) if callable(move) else {**node, "_target_": move}
     return node
 

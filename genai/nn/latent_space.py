@@ -1,4 +1,4 @@
-"""The latents of a frozen first stage, for any model that works in them (Rombach et al., "High-Resolution Image Synthesis", 2022)."""
+"""The latents of a frozen first stage, for any model that works in them (Rombach et al. 2022, section 3.1)."""
 
 from collections.abc import Iterable, Sequence
 

@@ -73,8 +73,8 @@ VARIANTS = {
     "ddpm_v_unconditional": [
         "model=ddpm", *DIGITS, "model.parameterization=v", "model.classes=null", "model.net.classes=null", "model.guidance=1",
         "model.variance=large",
-        "model.schedule._target_=genai.models.diffusion.schedules.linear",
-        "model.weighting._target_=genai.models.diffusion.weightings.min_snr", "model.net.dropout=0.1",
+        "model.schedule._target_=genai.models.diffusion.process.schedules.linear",
+        "model.weighting._target_=genai.models.diffusion.process.weightings.min_snr", "model.net.dropout=0.1",
     ],
     "dit_captions": ["model=dit", *CAPTIONS, f"model.net.text={ENCODER}"],
     "autoencoder_perceptual": ["experiment=autoencoder_cifar10", *DIGITS, "model.latent_shape=[4,4,4]"],
@@ -117,7 +117,7 @@ WAYS: dict[str, list[dict[str, Any]]] = {
     "traverse": [{}, {"pixels": "draw"}],
     "style_mix": [{}, {"truncation": 0.7, "cut": 1}],
 }  # fmt: skip
-FLOW = {"_target_": "genai.models.diffusion.ode.probability_flow", "steps": 2}
+FLOW = {"_target_": "genai.models.diffusion.likelihood.ode.probability_flow", "steps": 2}
 PROMPTS = {
     "tokens": [{}, {"prompt": "a", "stop": "e"}, {"prompt": ["the ", "a", "some rain "]}],
     "caption": [

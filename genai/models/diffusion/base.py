@@ -12,8 +12,8 @@ from genai.core.errors import UserError
 from genai.core.precision import WideBuffers, exact, wide
 from genai.core.protocols import Batch, Losses, Prediction
 from genai.core.shapes import check_shape
-from genai.models.diffusion.levels import LevelPosterior
-from genai.models.diffusion.paths import Path
+from genai.models.diffusion.nets.levels import LevelPosterior
+from genai.models.diffusion.process.paths import Path
 from genai.nn.attention import Context
 from genai.nn.latent_space import Latent
 from genai.nn.text_encoder import TextEncoder

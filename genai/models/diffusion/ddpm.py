@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from genai.core import rng, stored
 from genai.core.protocols import Batch, Losses, Prediction
 from genai.core.shapes import expand_like, mean_flat
-from genai.models.diffusion import vlb, weightings
 from genai.models.diffusion.base import Diffusion, Told
-from genai.models.diffusion.levels import LevelPosterior
-from genai.models.diffusion.paths import Parameterization, combination, to_x0
-from genai.models.diffusion.schedules import Schedule
+from genai.models.diffusion.likelihood import vlb
+from genai.models.diffusion.nets.levels import LevelPosterior
+from genai.models.diffusion.process import weightings
+from genai.models.diffusion.process.paths import Parameterization, combination, to_x0
+from genai.models.diffusion.process.schedules import Schedule
 from genai.nn.latent_space import Latent
 
 

@@ -12,7 +12,7 @@ from genai.core.errors import UserError
 from genai.core.protocols import Batch, Losses, Prediction
 from genai.core.shapes import expand_like, mean_flat
 from genai.models.diffusion.base import Diffusion, Told
-from genai.models.diffusion.paths import Straight, to_x0
+from genai.models.diffusion.process.paths import Straight, to_x0
 from genai.nn.latent_space import Latent
 
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from genai.core.errors import UserError, at_least
 from genai.core.precision import fitted
-from genai.models.diffusion.conditioning import conditioned
+from genai.models.diffusion.nets.conditioning import conditioned
 from genai.nn.attention import Attention, Context, CrossAttention, Projected
 from genai.nn.embed import time_embedding
 from genai.nn.init import zero

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from genai.core import stored
 from genai.core.errors import UserError
 from genai.core.precision import WideBuffers
-from genai.models.diffusion.schedules import Schedule
+from genai.models.diffusion.process.schedules import Schedule
 from genai.nn.attention import Context
 from genai.nn.text_encoder import TextEncoder
 

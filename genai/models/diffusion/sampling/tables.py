@@ -15,7 +15,7 @@ from typing import Literal
 
 from genai.core.errors import UserError, number
 from genai.kernels.affine_step import Row
-from genai.models.diffusion.paths import CLEAN, Level, Path, Spacing
+from genai.models.diffusion.process.paths import CLEAN, Level, Path, Spacing
 
 Space = Literal["sigma", "flow"]
 

@@ -13,7 +13,7 @@ from genai.core import stored
 from genai.core.errors import UserError
 from genai.core.precision import fitted
 from genai.kernels.norm import normalize
-from genai.models.diffusion.conditioning import conditioned
+from genai.models.diffusion.nets.conditioning import conditioned
 from genai.nn.attention import Context, CrossAttention, Projected, attending
 from genai.nn.embed import time_embedding
 from genai.nn.init import zero

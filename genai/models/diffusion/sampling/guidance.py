@@ -10,7 +10,7 @@ from torch import Tensor
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, Denoiser, Prediction
 from genai.models.diffusion.base import Condition, Diffusion
-from genai.models.diffusion.paths import Path
+from genai.models.diffusion.process.paths import Path
 
 
 def plain(model: Diffusion, condition: Condition) -> Denoiser:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from genai.core.errors import UserError
-from genai.models.diffusion.paths import Level, Spacing
+from genai.models.diffusion.process.paths import Level, Spacing
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from genai.core.errors import UserError
 from genai.core.precision import wide
 from genai.core.protocols import Batch, Denoiser, OnStep, Prediction, for_models
 from genai.kernels.affine_step import Impl, affine_step, prefer
-from genai.models.diffusion import guidance as guides
-from genai.models.diffusion import tables
 from genai.models.diffusion.base import Diffusion
-from genai.models.diffusion.paths import Level, Spacing
-from genai.models.diffusion.tables import Solver, Table, levels, remaining
+from genai.models.diffusion.process.paths import Level, Spacing
+from genai.models.diffusion.sampling import guidance as guides
+from genai.models.diffusion.sampling import tables
+from genai.models.diffusion.sampling.tables import Solver, Table, levels, remaining
 
 STEPS = 1000  # of all steps where the path's time is continuous, as many as DDPM's
 FILM = 2**25  # numbers of the frames of one call

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from genai.core.errors import UserError
-from genai.models.diffusion.schedules import Schedule
+from genai.models.diffusion.process.schedules import Schedule
 
 
 def simple(schedule: Schedule, q: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from genai.models.diffusion.schedules import Schedule
+from genai.models.diffusion.process.schedules import Schedule
 
 Variance = Literal["small", "large"]
 

@@ -1,0 +1,1 @@
+"""The bound, and the exact likelihood by the ODE."""

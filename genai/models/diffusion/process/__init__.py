@@ -1,0 +1,1 @@
+"""What is added to data, and how much at which time."""

@@ -1,0 +1,1 @@
+"""From noise to data: levels, solvers, guidance, and the sampler."""
