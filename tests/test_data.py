@@ -152,7 +152,7 @@ def test_grids():
 def test_samples_are_written_whole(tmp_path):
     x, labels, seeds = torch.rand(3, 3, 4, 5) * 2 - 1, torch.tensor([1, 2, 1]), torch.arange(7, 10)
     names = sampling.file_names(seeds, labels)
-    written = Image().write(tmp_path / "out", {"image": x, "label": labels, "seeds": seeds}, names, {})
+    written = Image().write(tmp_path / "out", {"image": x, "label": labels, "seeds": seeds}, names, {}, None)
     assert written == ["grid.png", "samples.npz"]
     stored = np.load(tmp_path / "out" / "samples.npz")
     assert np.array_equal(stored["samples"], to_uint8(x).numpy())
@@ -162,7 +162,7 @@ def test_samples_are_written_whole(tmp_path):
     one = np.asarray(PIL.Image.open(tmp_path / "out" / "seed_000008_label_2.png"))
     assert np.array_equal(one.transpose(2, 0, 1), stored["samples"][1])
     assert (tmp_path / "out" / "grid.png").exists()
-    Vector().write(tmp_path / "vectors", {"vector": torch.randn(4, 2), "seeds": torch.arange(4)}, [], {})
+    Vector().write(tmp_path / "vectors", {"vector": torch.randn(4, 2), "seeds": torch.arange(4)}, [], {}, None)
     assert np.load(tmp_path / "vectors" / "samples.npz")["samples"].dtype == np.float32
 
 
