@@ -29,6 +29,9 @@ by `build_modality` alone."""
 ROOMS = ("genai.models.", "genai.nn.", "genai.losses.")
 """Any public class or function that is defined there: nothing there writes, downloads or runs."""
 
+PARTS = (stored.PRETRAINED,)
+"""Functions of other rooms that may be part of a model: they give back the module that they are given."""
+
 OF_A_RUN = (
     "genai.extractors.inception",
     "genai.extractors.judge",
@@ -189,7 +192,7 @@ def check_target(target: Any, trust: Sequence[str] = (), kinds: Sequence[str] = 
     listed = RUN in kinds and target in OF_A_RUN
     modality = MODALITIES in kinds and module.startswith("genai.modalities.")
     data = DATA in kinds and module.startswith("genai.data.")
-    if not (trusted or listed or modality or data or f"{module}.".startswith(ROOMS)):
+    if not (trusted or listed or modality or data or target in PARTS or f"{module}.".startswith(ROOMS)):
         package = target.partition(".")[0]
         hint = f"; if you trust it, add trust={package}" if package not in ("genai", "os", "builtins") else ""
         what = "models" if DATA not in kinds else "models and data"

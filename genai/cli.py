@@ -32,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 from genai import nodes
 from genai.core.errors import UserError
 from genai.core.interrupt import answered
-from genai.core.stored import up_to_date
+from genai.core.stored import PRETRAINED, up_to_date
 from genai.ranges import check as ranges
 
 # A disk that is full or may not be written, wherever a package met it.
@@ -504,6 +504,8 @@ RESUMABLE = (
     "trust",
     *(f"{player}.{key}" for player in PLAYERS for key in SCHEDULE),
 )
+PART_FILE = re.compile(r"model\..+\.ckpt")
+"""Where the file of a part lies, whose weights a run that goes on has in its own checkpoints."""
 
 
 def check_unchanged(config: Mapping[str, Any], stored: Mapping[str, Any], run: Path) -> None:
@@ -516,6 +518,7 @@ def check_unchanged(config: Mapping[str, Any], stored: Mapping[str, Any], run: P
         for key in {**then, **now}
         if (key not in now or key not in then or repr(now[key]) != repr(then[key]))
         and not any(f"{key}.".startswith(f"{name}.") for name in free)
+        and not PART_FILE.fullmatch(key)
     ]
     if changed:
         raise UserError(
@@ -540,7 +543,7 @@ def resumed(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
         hint = f", did you mean resume={runs[-1].parent}?" if runs else ""
         raise UserError(f"resume={resume} is no run directory: there is no {path}{hint}")
     for key in given:
-        if key not in (*RESUMABLE, "resume") and not key.startswith("logger."):
+        if key not in (*RESUMABLE, "resume") and not key.startswith("logger.") and not PART_FILE.fullmatch(key):
             raise UserError(f"{key}= cannot change when a run is resumed, only {', '.join(RESUMABLE)} can")
     stored: Any = OmegaConf.create(stored_config(path, RUN_GROUPS))
     stored.trust = None  # what a run may build is for the user to say, each time
@@ -604,6 +607,9 @@ def _completed(stored: DictConfig, given: Iterable[str], cfg: DictConfig) -> Non
         for key in (key.removeprefix("logger.") for key in given if key.startswith("logger.")):
             if key in cfg.logger:
                 logger.setdefault(key, cfg.logger[key])
+    first_stage = OmegaConf.select(stored, "model.latent.codec")
+    if "codec" in stored and nodes.target_of(first_stage) == PRETRAINED:  # where it is from was stored twice
+        first_stage.update({key: f"${{codec.{key}}}" for key in ("ckpt", "sha256") if key in stored.codec})
     loop = stored.get("loop") or {}
     for player, key in (key.split(".") for key in given if key in RESUMABLE and key.startswith(tuple(PLAYERS))):
         if player in stored:
@@ -620,7 +626,8 @@ def with_sampler(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
     given = {o.key_or_group: o for o in overrides}
     if cfg.get("sampler") is None:
         cfg.ckpt, stored = _stored_config(given["ckpt"].value() if "ckpt" in given else None)
-        cfg.sampler = OmegaConf.create(stored["sampler"])
+        theirs = {key: None if key in PATHS else value for key, value in stored["sampler"].items()}
+        cfg.sampler = OmegaConf.create(theirs)  # a file names no other files
     node: Any = cfg.sampler
     own = nodes.arguments(node)
     remaining = []

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genai import checkpoint, nodes
-from genai.build import DATA, MODELS, build_stored
+from genai.build import DATA, MODELS, build_stored, check_target
 from genai.checkpoint import Loaded
 from genai.core import files, rng, stored
 from genai.core.errors import UserError, at_least
-from genai.core.protocols import Batch, OnStep, check_sampler, with_items
+from genai.core.precision import halved
+from genai.core.protocols import Batch, OnStep, check_sampler, model_parts, with_items
 from genai.modalities.base import Request
-from genai.modalities.stored import difference, nodes_of
+from genai.modalities.stored import difference
 
 MOST = 10**8  # samples of one call
 ARGUMENTS = ("guidance", "guidance_interval", "autoguidance", "image", "strength", "mask", "invert", "frames")
@@ -81,7 +82,7 @@ def sample(
     with checkpoint.blamed(loaded):
         started = {"image": image, "mask": mask, "frames": frames or None}
         wanted = [key for key, value in started.items() if value is not None]
-        run = bind(loaded, sampler or loaded.config["sampler"], arguments, wanted)
+        run = bind(loaded, sampler, arguments, wanted)
         request = {"label": label, "prompt": prompt, "negative_prompt": negative_prompt, "stop": stop}
         cond, pictures = conditions(request, n, loaded), resolve_images(image, mask, n, loaded)
         chunks, starts = [], range(0, n, batch_size)
@@ -103,13 +104,19 @@ def _shifted(on_step: OnStep, k: int, chunks: int) -> OnStep:
     return lambda i, steps, state: on_step(k * steps + i, chunks * steps, state)
 
 
-def bind(loaded: Loaded, node: dict, arguments: dict[str, Any], wanted: Sequence[str] = ()) -> Callable[..., Batch]:
+def bind(
+    loaded: Loaded, given: dict | None, arguments: dict[str, Any], wanted: Sequence[str] = ()
+) -> Callable[..., Batch]:
     """The sampler of a config node, also of an older one, with arguments of its own, or of a part of it, changed; it must take
-    those in `wanted` too.
+    those in `wanted` too. None is the one that the checkpoint was trained with, but for other checkpoints, which are for the user
+    to name.
 
-    Raises UserError for one that it lacks.
+    Raises UserError for an argument that it lacks.
     """
-    node = copy.deepcopy(stored.up_to_date(node))
+    node = copy.deepcopy(stored.up_to_date(given or loaded.config["sampler"]))
+    kinds = model_parts(check_target(node.get("_target_"), loaded.trust))
+    parts = {key: node[key] for key in kinds if given and isinstance(node.get(key), str | dict)}
+    node |= dict.fromkeys(kinds.keys() & node.keys())
     made = build_stored(node, loaded.trust)
     own, more = nodes.arguments(node), inspect.signature(made).parameters.values()
     own = {**own, **{p.name: p.name for p in more if p.kind is p.KEYWORD_ONLY and p.name not in own}}
@@ -117,10 +124,10 @@ def bind(loaded: Loaded, node: dict, arguments: dict[str, Any], wanted: Sequence
         if key not in own:
             raise UserError(f"the sampler {nodes.name_of(node)} has no {key}; it has {', '.join(own)}")
     for key, value in arguments.items():
-        *parts, last = own[key].split(".")
-        functools.reduce(lambda at, part: at[part], parts, node)[last] = value
-    others = {key: node.pop(key) for key in ("draft", "autoguidance") if isinstance(node.get(key), str)}
-    extras = {key: _other(loaded, key, path).model for key, path in others.items()}
+        *groups, last = own[key].split(".")
+        functools.reduce(lambda at, group: at[group], groups, node)[last] = value
+    parts |= {key: node.pop(key) for key in kinds if isinstance(node.get(key), str | dict)}
+    extras = {key: _part(loaded, key, value, kinds[key]) for key, value in parts.items()}
     run = with_items(functools.partial(build_stored(node, loaded.trust), **extras), items_of(loaded))
     try:
         inspect.signature(run).bind(None, None, None, None)
@@ -130,12 +137,19 @@ def bind(loaded: Loaded, node: dict, arguments: dict[str, Any], wanted: Sequence
     return run
 
 
-def _other(loaded: Loaded, key: str, path: str) -> Loaded:
-    """Another model that a sampler calls. Raises UserError unless it is told the same words."""
-    other = checkpoint.load(path, device=str(loaded.device), trust=loaded.trust, precision=loaded.precision)
-    if what := difference(nodes_of(other.modality, other.conditions), loaded.modality, loaded.conditions):
-        raise UserError(f"{key}={other.path} has another {what} than {loaded.path}: they must share one")
-    return other
+def _part(loaded: Loaded, key: str, named: str | dict, kind: type) -> nn.Module:
+    """Another model that a sampler calls, named by its run or checkpoint, or by a node of `pretrained`.
+
+    Raises UserError unless it is of the kind that the sampler calls, and is told the same words.
+    """
+    node = {"ckpt": named} if isinstance(named, str) else named
+    part = checkpoint.adopt(node, key, loaded.trust)
+    if not isinstance(part.model, kind):
+        raise UserError(f"{key}={part.path} is a {type(part.model).__name__}, and this sampler needs a {kind.__name__}")
+    kinds = checkpoint.modalities(part.content, part.model)
+    if what := difference(kinds, loaded.modality, loaded.conditions):
+        raise UserError(f"{key}={part.path} has another {what} than {loaded.path}: they must share one")
+    return halved(part.model, loaded.precision).requires_grad_(False).eval().to(loaded.device)
 
 
 def resolve_images(image: Any, mask: Any, n: int, loaded: Loaded) -> Batch:

@@ -354,7 +354,7 @@ def test_a_runs_config_admits_no_package_of_its_own(content, tmp_path, refused):
     for key, node in {
         "callbacks": {"x": call},
         "logger": call,
-        "codec": {"ckpt": None, "sha256": None, "model": call},
+        "model": {"_target_": "genai.checkpoint.pretrained", "ckpt": None, "model": call},
     }.items():
         run = tmp_path / key
         run.mkdir()

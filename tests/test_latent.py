@@ -38,7 +38,6 @@ from genai.models.vae.vqvae import VQVAE
 from genai.nn.attention import CrossAttention
 from genai.nn.latent_space import Latent, SpaceToDepth
 from genai.nn.text_encoder import TextEncoder
-from genai.train.codec import digest
 from genai.train.ema import EMA
 from genai.train.run import run
 
@@ -531,7 +530,7 @@ def test_a_checksum_does_not_depend_on_the_layout_in_memory():
         {"config": {"model": {}}, "model": {"w": w}, "ema": {}}
         for w in (weight, weight.to(memory_format=torch.channels_last))
     ]
-    assert digest(contents[0]) == digest(contents[1])
+    assert checkpoint.digest(contents[0]) == checkpoint.digest(contents[1])
 
 
 def test_a_caption_alone_leaves_the_label_out():

@@ -21,7 +21,6 @@ from genai import checkpoint
 from genai.cli import composed, resumed, with_sampler
 from genai.core.errors import UserError
 from genai.core.stored import into, up_to_date
-from genai.train.codec import digest
 from genai.train.run import run
 from tests.old import record
 
@@ -149,7 +148,9 @@ def age(folder, moved):
     content |= {part: aged(content[part], moved) for part in ("config", "assets")}
     codec = content["config"].get("codec")
     if codec is not None:
-        codec["sha256"] = digest(torch.load(Path(codec["ckpt"]) / "checkpoints" / "last.ckpt", weights_only=True))
+        codec["sha256"] = checkpoint.digest(
+            torch.load(Path(codec["ckpt"]) / "checkpoints" / "last.ckpt", weights_only=True)
+        )
     torch.save(content, path)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(content["config"])))
 

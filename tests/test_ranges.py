@@ -83,8 +83,9 @@ def test_every_row_is_of_some_key():
     known += [ranges.Leaf(f"sweep.{key}", (f"sweep.{key}",), 0) for key in SWEEP]
     part = {"_target_": "genai.models.vae.quantize.FiniteScalarQuantizer", "levels": [2]}
     distance = {"_target_": "genai.losses.perceptual.LPIPS", "net": "vgg"}
-    chosen = OmegaConf.create({"model": {"quantizer": part, "perceptual": distance}})  # in no file, but by hand
-    known += ranges.leaves(chosen, "train")
+    teacher = {"_target_": "genai.checkpoint.pretrained", "frozen": False}
+    chosen = {"model": {"quantizer": part, "perceptual": distance, "teacher": teacher}}  # in no file, but by hand
+    known += ranges.leaves(OmegaConf.create(chosen), "train")
     used = {"shown"}  # the place of a sampler in configs of some models
     for leaf in known:
         keys = [name.split(".") for name in leaf.names]

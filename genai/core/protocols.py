@@ -234,17 +234,26 @@ class Sampler(Protocol):
 Called = TypeVar("Called", bound=Callable)
 
 
-def for_models(*kinds: type) -> Callable[[Called], Called]:
-    """Mark a sampler, or a likelihood, with the models it is for: classes, or protocols that can be checked at run time.
+def for_models(*kinds: type, **parts: type) -> Callable[[Called], Called]:
+    """Mark a sampler, or a likelihood, with the models it is for: classes, or protocols that can be checked at run time; `parts`
+    are arguments of its own that are models of other checkpoints.
 
-    The mark is the attribute `model_types`, of a function or of a class of callables; without one it is for any model.
+    The marks are the attributes `model_types` and `model_parts`, of a function or of a class of callables; without the first it
+    is for any model.
     """
 
     def mark(function: Called) -> Called:
-        function.model_types = kinds  # type: ignore[attr-defined]
+        function.model_types, function.model_parts = kinds, parts  # type: ignore[attr-defined]
         return function
 
     return mark
+
+
+def model_parts(sampler: Callable) -> Mapping[str, type]:
+    """The arguments of a sampler that are models of other checkpoints, with what they must be."""
+    while isinstance(sampler, functools.partial):
+        sampler = sampler.func
+    return getattr(sampler, "model_parts", {})
 
 
 def check_sampler(sampler: Callable, model: nn.Module, key: str = "sampler") -> None:

@@ -9,6 +9,8 @@ from contextvars import ContextVar
 from typing import Any
 
 Node = dict[str, Any]
+PRETRAINED = "genai.checkpoint.pretrained"
+"""Target of the one node for a module whose weights are another checkpoint's."""
 
 
 def into(target: str, renamed: Mapping[str, str] = {}, **added: Any) -> Callable[[Node], Node]:
@@ -74,7 +76,21 @@ def up_to_date(node: Any) -> Any:
     while type(target := node.get("_target_")) is str and target not in passed and (move := moved(target)) is not None:
         passed.add(target)  # whose keys alone may have changed
         node = move(node) if callable(move) else {**node, "_target_": move}
-    return node
+    return _named_first_stage(node) if "codec" in node and "model" in node else node
+
+
+def _named_first_stage(config: Node) -> Node:
+    """A run's config whose latent space says itself where its first stage is from; up to format 2 `codec` alone said so."""
+    codec, model = config["codec"], config["model"]
+    latent = model.get("latent") if isinstance(model, dict) else None
+    if not (isinstance(codec, dict) and isinstance(model, dict) and isinstance(latent, dict)):
+        return config
+    built = latent.get("codec")
+    if not isinstance(built, dict) or built.get("_target_") == PRETRAINED:
+        return config
+    said = {key: codec.get(key) for key in ("ckpt", "sha256", "shape")}
+    node = {"_target_": PRETRAINED, **said, "weights": "ema", "model": built}
+    return {**config, "model": {**model, "latent": {**latent, "codec": node}}}
 
 
 _building = ContextVar("building what a file says", default=False)

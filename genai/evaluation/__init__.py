@@ -145,7 +145,7 @@ def check(loaded: Loaded, data: Data, plan: Plan) -> Checked:
         scores.scorer(loaded, data, plan.likelihood)
     names, extractor = [name for name in wanted if name in sampled], None
     if names:
-        sampling.bind(loaded, loaded.config["sampler"], {})
+        sampling.bind(loaded, None, {})
     if names and featured:
         at_least(n, 2, "n")
         extractor = plan.extractor(images, node, str(loaded.device))

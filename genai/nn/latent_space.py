@@ -31,6 +31,10 @@ class Latent(Wide):
                 f"codec= is a {type(codec).__name__}, which has no continuous latents: choose an autoencoder such as "
                 "model=autoencoder trains"
             )
+        if not getattr(getattr(codec, "pretrained_from", None), "frozen", True):
+            raise UserError(
+                "model.latent.codec.frozen=false would change latents whose scale is measured once: leave it out"
+            )
         self.codec: nn.Module = codec.requires_grad_(False).eval()  # type: ignore[attr-defined]
         self.field, self.shape = codec.field, codec.latent_shape
         per_channel = (self.shape[0], *[1] * (len(self.shape) - 1))
@@ -61,6 +65,15 @@ class Latent(Wide):
             raise UserError(f"mask= needs latents that are a map, and this first stage's are {list(self.shape)}")
         lost = nn.functional.adaptive_max_pool2d(1 - mask.amin(1, keepdim=True), self.shape[1:])
         return (1 - lost).expand(-1, *self.shape)
+
+    def check(self, batch: Batch, field: str) -> None:
+        """Raise UserError where the first stage takes other data than those of a batch's field."""
+        shape, given = list(self.codec.shape), list(batch[field].shape[1:])  # type: ignore[arg-type]
+        if (self.field, shape) != (field, given):
+            raise UserError(
+                f"the first stage takes {self.field} of shape {shape}, but this data is {field} of shape {given}: choose the "
+                "data= it was trained on, or another codec.ckpt"
+            )
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Batch]) -> None:

@@ -28,6 +28,8 @@ DROPOUT = Number(0, 1, below=True)
 GUIDANCE = Number(0, 1000)
 FLAG = Choice((True, False))
 PATH = Text("a path", null=True)
+DIGEST = Text("64 hexadecimal digits", "[0-9a-f]{64}", null=True)
+WEIGHTS = Choice(("ema", "raw"))
 WORD = Text("a text")
 SPLIT = Choice(("train", "val", "test"))
 BATCH = whole(1, 10**7, "items in memory at once")
@@ -154,9 +156,14 @@ RANGES: dict[str, Any] = {
     # first stages
     "codec": Group(),
     "codec.ckpt": PATH,
-    "codec.sha256": Text("64 hexadecimal digits", "[0-9a-f]{64}", null=True),
+    "codec.sha256": DIGEST,
     "codec.cache": PATH,
     "codec.shape": MAP,
+    "pretrained:ckpt": PATH,
+    "pretrained:sha256": DIGEST,
+    "pretrained:weights": WEIGHTS,
+    "pretrained:frozen": FLAG,
+    "pretrained:model": Node(null=True),
     "codec.model": Node(),
     "codec.model.factor": SIZE,
     # models of any family
@@ -324,7 +331,7 @@ RANGES: dict[str, Any] = {
     "device": DEVICE,
     "precision": Choice(("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true")),
     "out": PATH,
-    "weights": Choice(("ema", "raw")),
+    "weights": WEIGHTS,
     "evaluate:split": SPLIT,
     "split": Choice(("train", "val", "test"), null=True),
     "metrics": Many(WORD, null=True, alone=True),

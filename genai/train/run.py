@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from genai import checkpoint
 from genai.build import DATA, MODELS, RUN, build_stored, build_typed, named_packages
+from genai.checkpoint import Part
 from genai.cli import check_unchanged
 from genai.core import files, precision, rng
 from genai.core.errors import UserError, at_least
@@ -82,7 +84,7 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     if cfg.resume is None:
         ranges.agree(cfg)
     train_split = {"items": len(data.splits["train"]), "checksum": of_split(data.splits["train"], quick=True)}
-    weights = codec.adopt(cfg, data, build, trust, resumed is not None)
+    adopted = _adopt(cfg, build, trust, resumed is not None)
     config: dict[str, Any] = {**OmegaConf.to_container(cfg, resolve=True), "resume": None}  # type: ignore[dict-item]
     if resumed is not None:
         _same_meaning(*resumed, data.modality, data.conditions)
@@ -95,16 +97,16 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     )
     _check_model(model, data, cfg)
     known = data.modality, checkpoint.told(model, config, data.conditions)
-    if weights is not None:
-        codec.fill(model, weights, cfg.codec.ckpt)
+    checkpoint.fill(model, adopted)
+    del adopted  # and all that their files hold
     device = _device(hardware, ranks)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     model.to(device)
     if resumed is None:
+        if cfg.init_from is not None:
+            _init_from(model, known, cfg.init_from, cfg.init_strict)
         config["model"] |= _prepare(model, data, device)
-    if cfg.init_from is not None:
-        _init_from(model, known, cfg.init_from, cfg.init_strict)
     model = precision.halved(model, hardware["precision"]) if hardware["precision"] == "bf16-true" else model
     record = Record(folder, writes=ranks.first)
     lit = _lit(cfg, config, build, model, data, record, resumed[0] if resumed else None)
@@ -253,6 +255,39 @@ def _hardware(trainer: DictConfig, ranks: Ranks) -> dict[str, Any]:
     }
 
 
+def _adopt(cfg: DictConfig, build: Any, trust: Sequence[str], resumed: bool) -> dict[str, Part]:
+    """The checkpoints that are to be parts of the model, by key; cfg notes what they are.
+
+    A run that is resumed has them in its own: nothing is noted then, and none returned. Raises UserError if a file is no longer
+    what it was.
+    """
+    adopted = {}
+    for path, node in checkpoint.parts(OmegaConf.to_container(cfg.model, resolve=True), "model"):
+        ckpt = node.get("ckpt")
+        if resumed and (ckpt is None or not Path(str(ckpt)).expanduser().exists()):
+            continue
+        at = OmegaConf.select(cfg, path)
+        if ckpt is not None:
+            key = _said_at(cfg, at, "ckpt").removesuffix(".ckpt")
+            part = checkpoint.adopt(node, key, trust)
+            noted = {name: part.node[name] for name in ("sha256", "model", "shape") if name in part.node}
+            adopted[key] = part
+        else:  # one that needs no training may still be asked for its shape
+            shape = getattr(build(node.get("model")), "latent_shape", None)
+            noted = {"shape": list(shape)} if shape is not None and node.get("shape") is not None else {}
+        for name, value in ({} if resumed else noted).items():
+            OmegaConf.update(cfg, _said_at(cfg, at, name), value, merge=False, force_add=True)
+    return {} if resumed else adopted
+
+
+def _said_at(cfg: DictConfig, node: DictConfig, name: str) -> str:
+    """The dotted key that gives a node's value of this name: that of another where it is taken from there."""
+    if not OmegaConf.is_interpolation(node, name):
+        return node._get_full_key(name)
+    parent, _, last = str(node._get_node(name)._value())[2:-1].rpartition(".")  # type: ignore[union-attr]
+    return _said_at(cfg, OmegaConf.select(cfg, parent), last)
+
+
 def _device(hardware: dict[str, Any], ranks: Ranks) -> torch.device:
     """Where this rank trains, and what comes before the first step is computed."""
     return torch.device("cuda", ranks.local) if hardware["accelerator"] == "gpu" else torch.device("cpu")
@@ -344,14 +379,16 @@ def _same_items(stored: dict[str, Any] | None, found: dict[str, Any], path: Path
 
 
 def _init_from(model: torch.nn.Module, known: Known, ckpt: str, strict: bool) -> None:
-    """Averaged weights of another run. Raises UserError, if strict, where they, or the modalities `known` to both, differ."""
+    """Averaged weights of another run, but for frozen parts, whose own nodes say where theirs are from.
+
+    Raises UserError, if strict, where the weights, or the modalities `known` to both, differ.
+    """
     content, path = checkpoint.locate(ckpt)
     if strict:
         _same_meaning(content, path, *known, "or init_strict=false, if only the weights matter")
-    state = {**content["model"], **content["ema"]}
-    if getattr(model, "codec", None) is not None:  # the first stage is the one that codec= names
-        own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("latent.")}
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("latent.")} | own
+    frozen = tuple(f"{name}." for name, part in checkpoint.placed(model) if part.pretrained_from.frozen)
+    state = {name: tensor for name, tensor in checkpoint.weights_of(content).items() if not name.startswith(frozen)}
+    state |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith(frozen)}
     skipped = checkpoint.load_weights(model, state, path, strict)
     print(f"weights from the average in {path}" + (f", without {', '.join(skipped)}" if skipped else ""))
 

@@ -10,7 +10,7 @@ from genai.core.protocols import Batch, OnStep, Rewindable, for_models
 from genai.models.autoregressive.decode import check, cut_at_stop, distribution, draw, prompt_of
 
 
-@for_models(Rewindable)
+@for_models(Rewindable, draft=Rewindable)
 def speculative(
     model: Rewindable,
     seeds: Tensor,

@@ -121,7 +121,7 @@ class Diffusion(WideBuffers):
 
     def prepare(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """Measure the scale of the latents, see `Prepared`. Raises UserError for captions of another length than the network
-        reads."""
+        reads, and for data that the first stage does not take."""
         first = next(stream := iter(batches))
         if self.text is not None and "caption" in first and first["caption"].shape[1] != self.text.length:
             raise UserError(
@@ -129,6 +129,7 @@ class Diffusion(WideBuffers):
                 "give both the same"
             )
         if self.latent is not None:
+            self.latent.check(first, self.field)
             self.latent.measure(itertools.chain([first], stream))
         return {}
 

@@ -66,7 +66,7 @@ def ordinary(x: Tensor) -> Tensor:
         return x.clone() if x.is_inference() else x
 
 
-@for_models(Diffusion)
+@for_models(Diffusion, autoguidance=Diffusion)
 @torch.inference_mode()
 def sample(
     model: Diffusion,
