@@ -11,7 +11,7 @@ from genai.cli import main
 
 
 def task(cfg: DictConfig) -> None:
-    from genai.evaluation import run, tracked
+    from genai.evaluation.run import run, tracked
 
     result = run(cfg)
     folder = tracked(result["cards"]) if cfg.track else None

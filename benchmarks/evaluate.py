@@ -18,12 +18,13 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from benchmarks.common import RESULTS, hardware
-from genai import extractors
 from genai.build import build_typed
-from genai.cards import METRICS
 from genai.checkpoint import Loaded
 from genai.cli import composed
-from genai.evaluation import Plan, evaluate, samples
+from genai.evaluation import features as extractors
+from genai.evaluation import samples
+from genai.evaluation.cards import METRICS
+from genai.evaluation.run import Plan, evaluate
 
 
 def main() -> None:

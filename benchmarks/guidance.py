@@ -21,7 +21,7 @@ from benchmarks.quality import ROOT
 from genai import checkpoint
 from genai.build import build_typed
 from genai.data.stream import batches
-from genai.judge import Judge, trained
+from genai.evaluation.judge import Judge, trained
 from genai.metrics.manifold import precision_recall
 
 

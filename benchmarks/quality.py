@@ -3,7 +3,7 @@
     pip install -e ".[notebooks]"
     python -m benchmarks.quality <run> [--n 1437] [--steps 5 10 20 50]
 
-Distances are taken in the last hidden layer of a small multilayer perceptron (genai/baselines/judge.py) trained on the
+Distances are taken in the last hidden layer of a small multilayer perceptron (genai/evaluation/baselines/judge.py) trained on the
 training digits, against the 1,437 of them, and are not those of cards; compare only figures with one n, for the distance has
 a bias. Seeds and guidance are those of sample.py. Prints a table for the README and writes results/quality.json and
 docs/quality.png.
@@ -20,9 +20,9 @@ from omegaconf import OmegaConf
 
 import genai
 from benchmarks.common import RESULTS, hardware
-from genai.baselines.judge import Judge
 from genai.core.errors import UserError
 from genai.data.images import Digits
+from genai.evaluation.baselines.judge import Judge
 
 ROOT = Path(__file__).parent.parent
 

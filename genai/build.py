@@ -33,9 +33,9 @@ PARTS = (stored.PRETRAINED,)
 """Functions of other rooms that may be part of a model: they give back the module that they are given."""
 
 OF_A_RUN = (
-    "genai.extractors.inception",
-    "genai.extractors.judge",
-    "genai.extractors.module",
+    "genai.evaluation.features.inception",
+    "genai.evaluation.features.judge",
+    "genai.evaluation.features.module",
     "genai.train.callbacks.Cards",
     "genai.train.callbacks.Evaluate",
     "genai.train.callbacks.Samples",

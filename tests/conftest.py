@@ -42,7 +42,7 @@ SHARED = ROOT.parent / "shared" / "data"
 # Packages take seconds of a core to load: processes whose start is not the point are forked from one that has them.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload([
-    "genai.train.run", "genai.sampling", "genai.evaluation", "genai.sweeps", "genai.data.images",
+    "genai.train.run", "genai.sampling", "genai.evaluation.run", "genai.sweeps", "genai.data.images",
     "genai.models.diffusion.sampling.samplers", "hydra.main", "sklearn.datasets", "pytest", "tests.conftest",
 ])  # fmt: skip
 

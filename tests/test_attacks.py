@@ -20,10 +20,11 @@ import torch
 from omegaconf import OmegaConf
 
 import genai
-from genai import build, checkpoint, evaluation, sampling
+from genai import build, checkpoint, sampling
 from genai.build import build_stored, build_typed, check_target
 from genai.cli import composed, with_sampler
 from genai.core.errors import UserError
+from genai.evaluation.run import data_of
 from genai.modalities.caption import Caption
 from genai.modalities.image import Image
 from genai.modalities.label import Label
@@ -307,7 +308,7 @@ def test_a_stored_data_node_downloads_nothing(tmp_path, content):
         checkpoint.save(put(copy.deepcopy(content), key, node), path)
         with pytest.raises(UserError):
             loaded = genai.load(path)
-            evaluation.data_of(loaded, None) if key == "config.data" else genai.sample(loaded, n=1)
+            data_of(loaded, None) if key == "config.data" else genai.sample(loaded, n=1)
     with pytest.raises(UserError, match=r"train\.py with the data= it was trained on downloads it"):
         build_stored(node, kinds=(build.DATA,))
     assert not (tmp_path / "new.txt").exists()

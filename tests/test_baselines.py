@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from genai.baselines import beside
-from genai.baselines.base import Known, check, from_levels, known, stream, to_levels
-from genai.baselines.judge import Judge
-from genai.baselines.ngram import NGram
-from genai.baselines.pixels import Markov, Mixture, Uniform
-from genai.baselines.run import run
-from genai.baselines.vectors import GMM, KNN, PCA, Copier
 from genai.build import build_typed
-from genai.cards import Seen
 from genai.cli import composed
 from genai.core.errors import UserError
 from genai.data.base import Arrays, Data, part
 from genai.data.images import Digits
-from genai.extractors import Extractor
+from genai.evaluation.baselines import beside
+from genai.evaluation.baselines.base import Known, check, from_levels, known, stream, to_levels
+from genai.evaluation.baselines.judge import Judge
+from genai.evaluation.baselines.ngram import NGram
+from genai.evaluation.baselines.pixels import Markov, Mixture, Uniform
+from genai.evaluation.baselines.run import run
+from genai.evaluation.baselines.vectors import GMM, KNN, PCA, Copier
+from genai.evaluation.cards import Seen
+from genai.evaluation.features import Extractor
 
 LEVELS, SHAPE = 4, [1, 2, 3]
 
@@ -272,7 +272,7 @@ def test_pixels_as_tokens_have_the_baselines_of_images(tmp_path):
 
 
 def test_a_judge_of_the_cards_network_compares_as_many_images_as_the_split_has(tmp_path, monkeypatch):
-    from genai import judge
+    from genai.evaluation import judge
 
     monkeypatch.setattr(judge, "STEPS", 20)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -311,7 +311,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("given", REFUSED, ids=" ".join)
 def test_what_this_data_cannot_have_is_refused_in_one_sentence(given, refused):
-    assert REFUSED[given] in refused("genai/baselines/__main__.py", *given)
+    assert REFUSED[given] in refused("genai/evaluation/baselines/__main__.py", *given)
 
 
 def test_classes_and_levels_are_needed_by_name(tmp_path):

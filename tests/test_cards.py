@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 import genai
-from genai import cards, extractors, judge
-from genai.baselines.beside import beside
 from genai.build import build_typed
 from genai.cli import composed, resumed
 from genai.compare.runs import check_protocols, read
 from genai.core.errors import UserError
-from genai.evaluation import run, samples
+from genai.evaluation import cards, judge, samples
+from genai.evaluation import features as extractors
+from genai.evaluation.baselines.beside import beside
+from genai.evaluation.run import run
 from genai.metrics.frechet import Moments, frechet
 from genai.modalities.base import to_pil
 from genai.modalities.image import rounded
@@ -383,6 +384,7 @@ def test_what_cannot_be_measured_is_refused(runs, refused, tmp_path):
         assert message in refused("evaluate.py", *given)
 
 
+MODULE = "_target_: genai.evaluation.features.module, _partial_: true"
 CARDS = {
     ("metrics=[fid]",): "fid is no metric; it can have frechet",
     ("metrics=[bits_per_dim]",): "bits_per_dim is none that this model can have",
@@ -391,8 +393,8 @@ CARDS = {
     ("metrics=[recall]", "split=dev"): "split=dev is none of train, val, test",
     ("metrics=[recall]", "repeats=0"): "repeats=0 must be a whole number",
     (): "has no likelihood of its own",
-    ("metrics=[recall]", "extractor={_target_: genai.extractors.module, _partial_: true, weights: gone}"): "extractor.net=",
-    ("metrics=[accuracy]", "extractor={_target_: genai.extractors.module, _partial_: true, net: {_target_: torch.nn.Flatten}}"):
+    ("metrics=[recall]", f"extractor={{{MODULE}, weights: gone}}"): "extractor.net=",
+    ("metrics=[accuracy]", f"extractor={{{MODULE}, net: {{_target_: torch.nn.Flatten}}}}"):
         "accuracy needs extractor=judge",
 }  # fmt: skip
 

@@ -405,7 +405,7 @@ def test_wrong_comparisons(refused, folder, runs, arguments):
 
 @pytest.mark.parametrize("argument", BASELINES)
 def test_wrong_baselines(refused, folder, argument):
-    assert BASELINES[argument] in refused("genai/baselines/__main__.py", argument)
+    assert BASELINES[argument] in refused("genai/evaluation/baselines/__main__.py", argument)
 
 
 def test_wrong_calls_from_python(runs):

@@ -8,14 +8,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from genai import checkpoint, judge
-from genai.baselines import beside
+from genai import checkpoint
 from genai.build import build_typed
 from genai.cli import composed
 from genai.compare import runs
 from genai.core import archive, metrics_csv
 from genai.core.cache import cache_folder
 from genai.core.errors import UserError
+from genai.evaluation import judge
+from genai.evaluation.baselines import beside
 from genai.sweeps import jobs
 from genai.train.record import Record
 

@@ -62,18 +62,17 @@ FLAT = ["extractor=module", "extractor.net={_target_: torch.nn.Flatten}"]  # no 
 
 def used(folder):
     """Go on with a run, evaluate it and sample from it, as its new owner does."""
-    from genai import evaluation, sampling
+    from genai import sampling
     from genai.cli import composed, resumed, with_sampler
+    from genai.evaluation.run import run as evaluate
     from genai.train.run import run
 
     run(composed("train", [f"resume={folder}", "max_steps=7"], resumed))
     ckpt = [f"ckpt={folder}", "device=cpu"]
-    evaluation.run(
+    evaluate(
         composed("evaluate", [*ckpt, "metrics=[frechet]", "n=20", "repeats=1", "baselines=false", "split=val", *FLAT])
     )
-    evaluation.run(
-        composed("evaluate", [*ckpt, "n=4", "split=val", "likelihood=probability_flow", "likelihood.steps=1"])
-    )
+    evaluate(composed("evaluate", [*ckpt, "n=4", "split=val", "likelihood=probability_flow", "likelihood.steps=1"]))
     sampling.run(composed("sample", [*ckpt, "n=2", "steps=1"], with_sampler))
 
 

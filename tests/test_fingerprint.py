@@ -11,7 +11,6 @@ from PIL import Image
 from torch import nn
 
 from genai import checkpoint
-from genai.baselines.beside import beside
 from genai.build import build_typed
 from genai.cli import composed, resumed
 from genai.core import cache
@@ -19,6 +18,7 @@ from genai.core.errors import UserError
 from genai.data import fingerprint
 from genai.data.base import Arrays, Data
 from genai.data.fingerprint import of_data, of_split
+from genai.evaluation.baselines.beside import beside
 from genai.train.codec import precompute
 from genai.train.run import run
 

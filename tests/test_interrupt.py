@@ -15,7 +15,7 @@ COMMANDS = {
     "train": [str(ROOT / "train.py"), "debug=true", "logger=none"],
     "sample": [str(ROOT / "sample.py"), "ckpt=gone"],
     "evaluate": [str(ROOT / "evaluate.py"), "ckpt=gone"],
-    "baselines": ["-m", "genai.baselines", "data=digits"],
+    "baselines": ["-m", "genai.evaluation.baselines", "data=digits"],
     "compare": ["-m", "genai.compare", "gone"],
 }
 CASES = [("train", signal.SIGINT, "omegaconf"), ("train", signal.SIGINT, "torch._C"), ("train", signal.SIGTERM, "lightning"),

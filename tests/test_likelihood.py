@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 import genai
-from genai import evaluation
 from genai.cli import composed, resumed
 from genai.core import rng
 from genai.core.errors import UserError
 from genai.core.protocols import Prediction
 from genai.data.images import Digits
 from genai.data.pixels import Pixels
+from genai.evaluation.run import run as measure
 from genai.metrics import likelihood
 from genai.modalities import pixels as modalities
 from genai.modalities.pixels import BEGIN
@@ -173,7 +173,7 @@ SMALL = [
 
 
 def test_one_command_for_every_family(tmp_path, refused):
-    evaluate = lambda *given: evaluation.run(composed("evaluate", list(given)))  # noqa: E731
+    evaluate = lambda *given: measure(composed("evaluate", list(given)))  # noqa: E731
     for name, given in {
         "flow": ["model=flow", "sampler.steps=2", "model.net.channels=8"],
         "gpt": ["experiment=gpt_digits", "model.net.transformer.width=16"],

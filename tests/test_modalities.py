@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import genai
-from genai import checkpoint, evaluation, sampling
+from genai import checkpoint, sampling
 from genai.build import build_modality
 from genai.cli import composed, resumed, with_sampler
 from genai.compare.page import report
@@ -16,6 +16,7 @@ from genai.compare.runs import read_all
 from genai.core.errors import UserError
 from genai.core.stored import up_to_date
 from genai.data.images import Digits
+from genai.evaluation.run import run as evaluate
 from genai.modalities.caption import Caption
 from genai.modalities.image import Image
 from genai.modalities.label import Label
@@ -121,7 +122,7 @@ def test_a_modality_in_ones_own_package(tmp_path, monkeypatch):
         heard = np.frombuffer(file.readframes(8), np.int16) / 32767
         assert np.abs(heard - arrays["samples"][1].clip(-1, 1)).max() < 1e-4
     wanted = ["metrics=[frechet,recall]", "n=20", "repeats=2", "split=test"]
-    cards = evaluation.run(composed("evaluate", [*mine, *wanted]))["cards"]
+    cards = evaluate(composed("evaluate", [*mine, *wanted]))["cards"]
     assert [card["metric"] for card in cards] == ["frechet", "recall"]
     assert cards[0]["protocol"]["extractor"]["kind"] == "Waves" and cards[0]["value"] > cards[0]["floor"]
     assert set((folder / "cards" / "nearest.txt").read_text().split()[2]) <= set("_-=^")

@@ -16,7 +16,7 @@ import genai
 from genai.core import precision
 from genai.core.errors import UserError
 from genai.core.protocols import Prediction
-from genai.extractors import Extractor
+from genai.evaluation.features import Extractor
 from genai.losses import adversarial
 from genai.models.diffusion.ddpm import DDPM
 from genai.models.diffusion.edm import EDM

@@ -528,10 +528,11 @@ def test_a_run_that_may_not_be_written_is_one_sentence(uninterrupted, disk):
             UserError, match=r"cannot be written( \(Read-only file system\))?: (make room, or )?name another"
         ):
             run(composed("train", given, resumed))
-    from genai import evaluation, sampling
+    from genai import sampling
+    from genai.evaluation.run import run as evaluate
 
     with pytest.raises(UserError, match="run cannot be written, and what is measured is kept there"):
-        evaluation.run(composed("evaluate", [f"ckpt={disk / 'run'}", "n=4", "likelihood=probability_flow"]))
+        evaluate(composed("evaluate", [f"ckpt={disk / 'run'}", "n=4", "likelihood=probability_flow"]))
     with pytest.raises(UserError, match=r"out cannot be written: name another folder"):
         sampling.run(composed("sample", [f"ckpt={disk / 'run'}", "n=1", f"out={disk / 'out'}"], with_sampler))
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import genai
-from genai import evaluation
 from genai.cli import composed, quoted, with_sampler
 from genai.core.errors import UserError
 from genai.data import text
 from genai.data.stream import batches, train_loader
+from genai.evaluation.run import run as evaluate
 from genai.modalities import tokenizers
 from genai.modalities.text import prompts
 from genai.sampling import run as sampled
@@ -537,7 +537,7 @@ def test_a_stop_is_what_its_escapes_say(runs, tmp_path):
 
 def test_evaluation_is_of_the_whole_split(runs, capsys):
     cfg = composed("evaluate", [f"ckpt={runs / 'chars'}", "split=val", "batch_size=7"])
-    result = evaluation.run(cfg)
+    result = evaluate(cfg)
     loaded = genai.load(runs / "chars")
     content = (runs / "chars.txt").read_text()
     tokenizer = loaded.modality.tokenizer
@@ -660,7 +660,7 @@ def test_a_text_of_one_symbol_costs_nothing(tmp_path):
     folder = run(
         composed("train", [*given, f"data.cache={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}"], resumed)
     )
-    result = evaluation.run(composed("evaluate", [f"ckpt={folder}", "split=val"]))
+    result = evaluate(composed("evaluate", [f"ckpt={folder}", "split=val"]))
     assert result["nats_per_token"] == result["bits_per_character"] == 0 and result["perplexity"] == 1
     assert [(card["value"], card["low"], card["high"]) for card in result["cards"]] == [(0, 0, 0)] * 2
     assert "-0.0" not in json.dumps(result)

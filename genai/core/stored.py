@@ -54,6 +54,7 @@ MOVED: dict[str, str | Callable[[Node], Node]] = {
     f"{DIFFUSION}.text": "genai.nn.text_encoder",
     f"{DIFFUSION}.latent": "genai.nn.latent_space",
     "genai.data.tokenizers": "genai.modalities.tokenizers",
+    "genai.extractors": "genai.evaluation.features",
 }
 """Old `_target_` -> its name today or, where its keys change too, a function from the old node to the new, as `into` and
 `solved` make one; old module -> its name today, for every target in it that has no row of its own. A row stays for ever."""

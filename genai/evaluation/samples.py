@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from genai import sampling
-from genai.baselines.beside import COPIER, beside
-from genai.cards import METRICS, STREAMED, Seen, Sets, Texts, card, data_facts
 from genai.checkpoint import Loaded
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
 from genai.data.base import Data, Split, part, random_order
 from genai.data.stream import batches
+from genai.evaluation.baselines.beside import COPIER, beside
+from genai.evaluation.cards import METRICS, STREAMED, Seen, Sets, Texts, card, data_facts
 from genai.evaluation.clock import Clock
-from genai.extractors import Extractor, own
+from genai.evaluation.features import Extractor, own
 from genai.metrics.intervals import over_seeds
 from genai.metrics.memorisation import memorisation
 from genai.modalities.base import save

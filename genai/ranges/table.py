@@ -311,7 +311,7 @@ RANGES: dict[str, Any] = {
     "*.extent": Number(0, 1000, "standard deviations", above=True),
     "*.pixels": Choice(("mean", "draw")),
     "*.split": SPLIT,
-    # sample.py, evaluate.py, python -m genai.baselines
+    # sample.py, evaluate.py, python -m genai.evaluation.baselines
     "ckpt": PATH,
     "sample:n": whole(1, 10**8, "samples"),
     "n": ITEMS,

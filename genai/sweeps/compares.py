@@ -70,7 +70,7 @@ def stated(metric: str) -> bool:
     """Whether a metric has units of its own, whatever the model: a card's, or one of its name on the validation data."""
     if metric.startswith("card/") or metric.rpartition("/")[2].startswith("loss"):
         return metric.startswith("card/")
-    from genai.cards import METRICS  # torch with it
+    from genai.evaluation.cards import METRICS  # torch with it
 
     return metric.rpartition("/")[2] in METRICS
 

@@ -21,8 +21,8 @@ from genai.checkpoint import Loaded
 from genai.core import files, rng
 from genai.core.errors import at_least
 from genai.core.protocols import Batch, OnStep, Sampler, check_sampler, with_items
-from genai.evaluation import Plan, check, evaluate
-from genai.extractors import Extractor
+from genai.evaluation.features import Extractor
+from genai.evaluation.run import Plan, check, evaluate
 from genai.train.lit import LitModel
 from genai.train.strategy import TIMEOUT, Ranks
 
@@ -116,7 +116,7 @@ class Samples(Between):
 
 
 class Cards(Between):
-    """Every `every_steps`, what `python evaluate.py` measures of the averaged model: see evaluation.Plan for the other
+    """Every `every_steps`, what `python evaluate.py` measures of the averaged model: see evaluation.run.Plan for the other
     arguments."""
 
     def __init__(

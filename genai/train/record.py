@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from genai import checkpoint
-from genai.cards import table
 from genai.core import files, metrics_csv
+from genai.evaluation.cards import table
 from genai.modalities.base import Picture, Texts, save
 
 

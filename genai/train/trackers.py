@@ -16,11 +16,11 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from genai.cards import METRICS, table
 from genai.cli import stored_config
 from genai.core import metrics_csv
 from genai.core.errors import UserError
 from genai.core.files import write_text
+from genai.evaluation.cards import METRICS, table
 
 Tracker = Callable[[Path, str, dict], Logger | None]
 REACHED_SECONDS = 5.0  # for a first answer of the server

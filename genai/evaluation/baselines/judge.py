@@ -1,6 +1,6 @@
 """The small judge that figures of digits are taken by: a multilayer perceptron of scikit-learn, whose last hidden layer serves
-as features. Cards of checkpoints have another, `genai.judge`. Figures by one and by the other do not compare, so the names of
-those by this one end in `_mlp`."""
+as features. Cards of checkpoints have another, `genai.evaluation.judge`. Figures by one and by the other do not compare,
+so the names of those by this one end in `_mlp`."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ class Judge:
     @classmethod
     def of(cls, data: Data, splits: tuple[str, ...] = ("train", "val")) -> "Judge":
         """Trained on all images of some splits. Raises UserError for data without labels."""
-        from genai.baselines.base import known
+        from genai.evaluation.baselines.base import known
 
         if len(data.shape) != 3 or data.classes is None:
             raise UserError(f"a judge needs labelled images, and this data is {data.field} of shape {data.shape}")

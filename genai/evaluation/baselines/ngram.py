@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genai.baselines.base import Baseline, Known
 from genai.core.errors import at_least
 from genai.core.protocols import Batch
+from genai.evaluation.baselines.base import Baseline, Known
 
 
 class Order(NamedTuple):

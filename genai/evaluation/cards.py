@@ -18,7 +18,7 @@ from torch import Tensor
 from genai.core import files
 from genai.data.base import Data
 from genai.data.fingerprint import of_split
-from genai.extractors import Extractor
+from genai.evaluation.features import Extractor
 from genai.metrics.frechet import Moments, frechet
 from genai.metrics.inception_score import inception_score
 from genai.metrics.kid import kid

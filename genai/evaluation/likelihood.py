@@ -15,7 +15,7 @@ from genai.core.protocols import Batch, Reconstructing, Scorable, check_sampler
 from genai.data.base import Data, part
 from genai.data.stream import batches
 from genai.evaluation.clock import Clock
-from genai.metrics import likelihood
+from genai.metrics import likelihood as units
 from genai.metrics.images import WINDOW, psnr, ssim
 from genai.metrics.intervals import Interval, bootstrap
 
@@ -103,10 +103,10 @@ def scorer(loaded: Loaded, data: Data, method: Any) -> Score | None:
 def _likelihood(nats: Tensor, targets: Tensor | None, data: Any, split: str, model: Any) -> dict[str, Any]:
     """In the unit of the data's kind; a model of binary images counts two values of grey ones."""
     if targets is None:
-        return likelihood.per_dimension(nats, math.prod(data.shape), getattr(model, "levels", data.values))
+        return units.per_dimension(nats, math.prod(data.shape), getattr(model, "levels", data.values))
     part, tokens = data.splits[split], int(targets.sum())
     window = {"context": part.length, "context_overlap": part.overlap, "vocabulary": data.levels}
-    return likelihood.per_token(nats, tokens, tokens * part.characters / part.tokens) | window
+    return units.per_token(nats, tokens, tokens * part.characters / part.tokens) | window
 
 
 def _means(facts: dict[str, Any], nats: Tensor) -> Iterator[tuple[str, Interval]]:
@@ -126,6 +126,6 @@ def _interval(values: Tensor) -> Interval:
 
 def _codes(counts: Tensor, n: int) -> dict[str, Any]:
     """What the token ids of n samples are worth: code perplexity, and bits of a sample if each costs its entropy."""
-    perplexity, tokens = likelihood.perplexity(counts), int(counts.sum()) // n
+    perplexity, tokens = units.perplexity(counts), int(counts.sum()) // n
     bits = {"bits_per_sample": round(tokens * math.log2(perplexity), 1), "tokens_per_sample": tokens}
     return {"code_perplexity": round(perplexity, 1), "codes": len(counts), **bits}

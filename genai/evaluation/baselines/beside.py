@@ -9,11 +9,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from genai.baselines.base import check, known
-from genai.baselines.run import held, nats_of, row_node
-from genai.baselines.vectors import Copier
 from genai.build import build_typed
-from genai.cards import METRICS, Seen, Sets
 from genai.cli import conf_dir
 from genai.core import files
 from genai.core.cache import CACHE_HINT, cache_folder
@@ -21,6 +17,10 @@ from genai.core.errors import UserError
 from genai.data.base import Data, part
 from genai.data.fingerprint import checksum, of_data
 from genai.data.stream import batches
+from genai.evaluation.baselines.base import check, known
+from genai.evaluation.baselines.run import held, nats_of, row_node
+from genai.evaluation.baselines.vectors import Copier
+from genai.evaluation.cards import METRICS, Seen, Sets
 from genai.metrics.images import psnr, ssim
 
 COPIER = Copier.what

@@ -1,4 +1,4 @@
-"""`python -m genai.baselines data=digits [baseline=] [key=value ...]`: the trivial baselines of a data set."""
+"""`python -m genai.evaluation.baselines data=digits [baseline=] [key=value ...]`: the trivial baselines of a data set."""
 
 from genai.core import interrupt
 
@@ -11,7 +11,7 @@ from genai.cli import main
 
 
 def task(cfg: DictConfig) -> None:
-    from genai.baselines.run import run
+    from genai.evaluation.baselines.run import run
 
     run(cfg)
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genai import judge as judges
 from genai.core.errors import UserError
 from genai.core.precision import full
 from genai.data.base import Data
+from genai.evaluation import judge as judges
 from genai.modalities.image import to_uint8
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity names the file that it downloads

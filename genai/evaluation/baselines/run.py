@@ -13,9 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from genai import judge as networks
-from genai.baselines.base import Baseline, Known, check, known, stream
-from genai.baselines.judge import HIDDEN, Judge
 from genai.build import build_typed
 from genai.cli import choices_of, conf_dir, config_folders, nearest
 from genai.core import files
@@ -24,7 +21,10 @@ from genai.core.protocols import Batch
 from genai.data.base import Data
 from genai.data.pixels import images_behind
 from genai.data.stream import batches
-from genai.extractors import sha256
+from genai.evaluation import judge as networks
+from genai.evaluation.baselines.base import Baseline, Known, check, known, stream
+from genai.evaluation.baselines.judge import HIDDEN, Judge
+from genai.evaluation.features import sha256
 from genai.metrics import likelihood
 from genai.metrics.frechet import Moments, frechet
 from genai.metrics.images import psnr
@@ -51,7 +51,7 @@ class Ruler:
 
 
 def run(cfg: Any) -> dict[str, Any]:
-    """`python -m genai.baselines`: fit, score, print and write; returns what is written."""
+    """`python -m genai.evaluation.baselines`: fit, score, print and write; returns what is written."""
     node: Any = OmegaConf.to_container(cfg.data, resolve=True)
     data, node = images_behind(build_typed(node), node)
     out = Path(cfg.out or f"runs/baselines/{title(node)}.json")

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genai.baselines.base import Baseline, Known
-from genai.baselines.pixels import inverse
 from genai.core import rng
 from genai.core.errors import UserError, at_least, number
 from genai.core.protocols import Batch
+from genai.evaluation.baselines.base import Baseline, Known
+from genai.evaluation.baselines.pixels import inverse
 
 
 class GMM(Baseline):

@@ -1,0 +1,214 @@
+"""How good a checkpoint is on a split its training did not touch: likelihoods of that split's items, cards of samples."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from genai import checkpoint, sampling
+from genai.build import DATA, MODELS, build_stored, build_typed
+from genai.checkpoint import Loaded
+from genai.cli import stored_config
+from genai.core import files, rng
+from genai.core.errors import UserError, at_least
+from genai.data.base import Data
+from genai.data.pixels import images_behind
+from genai.evaluation import cards, likelihood, samples
+from genai.evaluation.baselines.beside import COPIER, LIKELIHOODS, beside
+from genai.evaluation.features import Extractor, judge
+from genai.modalities.stored import difference, nodes_of
+
+WANDB = "genai.train.trackers.wandb"
+
+
+@dataclass
+class Plan:
+    """What is measured and how.
+
+    Args:
+        metrics: names of cards.METRICS; None: all that one pass over the split gives.
+        n: items of the split, or samples of each set; None: as many as the split has.
+        repeats: independent sets of samples.
+        extractor: what images are compared in, of the data, its config and a device.
+        likelihood: config node of a method, None for the model's own.
+        baselines: whether cards have trivial models beside them.
+    """
+
+    metrics: Sequence[str] | None
+    split: str = "test"
+    n: int | None = None
+    repeats: int = 5
+    seed: int = 0
+    batch_size: int = 256
+    extractor: Callable[[Data, Any, str], Extractor] = judge
+    likelihood: dict[str, Any] | None = None
+    baselines: bool = True
+
+
+def run(cfg: Any) -> dict[str, Any]:
+    """`evaluate.py`: one JSON line of the pass over the split, also written beside the checkpoint, and one for each card, which
+    go to the run's `cards/`. Returns the facts of the pass, and `cards`."""
+    loaded = checkpoint.load(cfg.ckpt, cfg.weights, cfg.device, cfg.trust, cfg.precision, cfg.compile)
+    method: Any = None if cfg.get("likelihood") is None else OmegaConf.to_container(cfg.likelihood)
+    plan = Plan(
+        names_in(cfg.metrics, "metrics"), cfg.split, cfg.n, cfg.repeats, cfg.seed, cfg.batch_size,
+        build_typed(OmegaConf.to_container(cfg.extractor)), method, cfg.baselines,
+    )  # fmt: skip
+    with checkpoint.blamed(loaded):
+        facts, found = evaluate(loaded, data_of(loaded, cfg.root), plan)
+    if facts:
+        facts |= {"seed": cfg.seed, "weights": cfg.weights, "step": loaded.step, "checkpoint": str(loaded.path)}
+        facts["rng_version"] = rng.RNG_VERSION
+        print(json.dumps(facts))
+        kind = cfg.split if method is None else f"{cfg.split}.{method['_target_'].rpartition('.')[2]}"
+        out = loaded.path.with_suffix(f".{kind}.json")
+        files.write_text(out, json.dumps(facts, indent=2) + "\n", within=folder_of(loaded.path))
+    short = "metric", "value", "low", "high", "floor", "beats_baseline", "memorised", "memorised_reason", "why"
+    for card in found if plan.metrics is not None else ():
+        print(json.dumps({key: card[key] for key in short if key in card}))
+    return {**facts, "cards": found}
+
+
+def names_in(value: Any, key: str) -> list[str] | None:
+    """A name or a list of them as a list, None as it is. Raises UserError for anything else, and for an empty list."""
+    names = [value] if isinstance(value, str) else value
+    if names is None:
+        return None
+    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{key}={value} must be names, such as {key}=[frechet,recall], or null")
+    return list(names)
+
+
+def folder_of(checkpoint: Path) -> Path:
+    """The run of a checkpoint, or the folder that it lies in."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+
+
+def tracked(found: Sequence[dict[str, Any]]) -> Path | None:
+    """The run that cards are of, if it was tracked by W&B."""
+    for card in found[:1]:
+        config = folder_of(Path(card["checkpoint"])) / "config.yaml"
+        with contextlib.suppress(UserError):  # a config.yaml that cannot be read says nothing
+            if config.is_file() and (stored_config(config).get("logger") or {}).get("_target_") == WANDB:
+                return config.parent
+    return None
+
+
+@dataclass
+class Checked:
+    """A plan that can be carried out.
+
+    Args:
+        images, node: the data, as images where it is images as tokens, and its config.
+        n: of the plan, or all there are.
+        passes, sampled: the metrics of one pass over the split, and of samples.
+        extractor: what images are compared in, None where none are.
+    """
+
+    images: Data
+    node: Any
+    n: int
+    wanted: list[str]
+    passes: list[str]
+    sampled: list[str]
+    extractor: Extractor | None
+
+
+def check(loaded: Loaded, data: Data, plan: Plan) -> Checked:
+    """Everything that can be said before anything is measured. Raises UserError for what cannot be."""
+    images, node = images_behind(data, loaded.config["data"])
+    for key, least in {"repeats": 1, "seed": 0, "batch_size": 1}.items():
+        at_least(getattr(plan, key), least, key)
+    if plan.split not in data.splits:
+        raise UserError(f"split={plan.split} is none of {', '.join(data.splits)}")
+    size = len(data.splits[plan.split])
+    n = size if plan.n is None else at_least(plan.n, 1, "n")
+    passes, sampled = likelihood.possible(loaded, images, plan.likelihood), samples.possible(loaded, images)
+    wanted = passes if plan.metrics is None else list(plan.metrics)
+    for name in wanted:
+        if name not in (*passes, *sampled):
+            what = "is no metric" if name not in cards.METRICS else "is none that this model can have"
+            raise UserError(f"metrics={wanted}: {name} {what}; it can have {', '.join([*passes, *sampled])}")
+    featured = images.modality.compared == "samples"
+    if n > size and (featured or any(name in passes for name in wanted)):
+        raise UserError(f"n={n} is more than the {size} items of split={plan.split}: give at most those")
+    named = [name for name in wanted if name in passes]
+    if plan.likelihood is not None and not named:
+        raise UserError("likelihood= is of the data's items: add bits_per_dim to metrics=, or leave one of them out")
+    if named or plan.metrics is None:
+        likelihood.scorer(loaded, data, plan.likelihood)
+    names, extractor = [name for name in wanted if name in sampled], None
+    if names:
+        sampling.bind(loaded, None, {})
+    if names and featured:
+        at_least(n, 2, "n")
+        extractor = plan.extractor(images, node, str(loaded.device))
+        samples.check_extractor(extractor, images, plan.split, names)
+    return Checked(images, node, n, wanted, named, names, extractor)
+
+
+def evaluate(loaded: Loaded, data: Data, plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(facts of the pass, cards in the order asked for); all cards are written to the run. Raises UserError before anything is
+    measured for what cannot be."""
+    checked, folder = check(loaded, data, plan), folder_of(loaded.path)
+    if folder.exists() and not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} cannot be written, and what is measured is kept there: copy the run to where it can")
+    images, node, n, names = checked.images, checked.node, checked.n, checked.sampled
+    facts: dict[str, Any] = {}
+    found: list[dict[str, Any]] = []
+    if checked.passes or plan.metrics is None:
+        facts, found = _pass(loaded, data, images, node, checked.passes, n, plan)
+    if checked.extractor is not None:
+        found += samples.of_samples(
+            loaded, images, node, checked.extractor, names, plan.split, n, plan.repeats, plan.seed, plan.batch_size,
+            plan.baselines, folder / "cards",
+        )  # fmt: skip
+    elif names:
+        found += samples.of_texts(loaded, data, node, names, plan.split, n, plan.repeats, plan.seed, plan.batch_size)
+    found = [card | {"seed": plan.seed, "checkpoint": str(loaded.path), "step": loaded.step} for card in found]
+    cards.write(found, folder)
+    return facts, sorted(found, key=lambda card: checked.wanted.index(card["metric"]))
+
+
+def _pass(
+    loaded: Loaded, data: Data, images: Data, node: Any, names: list[str], n: int, plan: Plan
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Facts and cards of one pass over the first n items of the split."""
+    facts, means = likelihood.run(loaded, data, plan.split, n, plan.seed, plan.batch_size, plan.likelihood)
+    model: Any = loaded.model
+    levels = facts.get("levels", data.levels)
+    latents = torch.Size(getattr(model, "latent_shape", (getattr(model, "latents", 0),))).numel()
+    whole = not images.modality.windowed or n == len(data.splits[plan.split])  # an n-gram scores a text whole
+    others = {}
+    if plan.baselines and whole and levels == data.values:
+        others = beside(images, names, plan.split, n, numbers=latents)
+    protocol = {"n": n, "split": plan.split, **cards.data_facts(images, node, plan.split), "levels": levels}
+    protocol["dtype"] = loaded.dtype
+    protocol |= {key: facts[key] for key in ("context", "context_overlap", "given", "likelihood") if key in facts}
+    own = {"protocol": protocol, **({"bound": facts["bound"]} if "bound" in facts else {})}
+    found = [cards.card(name, *means[name], None, others.get(name, {}), COPIER, own) for name in names]
+    objective = getattr(model, "objective", None)
+    for card in found:
+        if card["metric"] in LIKELIHOODS and card["beats_baseline"] is False and objective is not None:
+            what, figure = min(card["baselines"].items(), key=lambda item: item[1])
+            facts["why"] = card["why"] = f"no better than a {what} ({figure:.3f}): {objective}"
+    return {**facts, "split": plan.split, "n": n}, found
+
+
+def data_of(loaded: Loaded, root: str | None) -> Data:
+    """The data the checkpoint was trained on, from `root` if that is given. Raises UserError if other data are there."""
+    node = dict(loaded.config["data"])
+    if root is not None:
+        node["path" if "path" in node else "root"] = root
+    data = build_stored(node, loaded.trust, (MODELS, DATA))
+    if what := difference(nodes_of(loaded.modality, loaded.conditions), data.modality, data.conditions):
+        raise UserError(
+            f"the {what} of {loaded.path} is not that of its data now: give the data it was trained on with root="
+        )
+    return data
