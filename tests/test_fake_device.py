@@ -48,7 +48,6 @@ ITEMS, BATCHES = "items of the data come from the host, once a call", "batches c
 WAITS: dict[tuple[str, str, str], tuple[str, str]] = {
     ("call", "callbacks.Evaluate.evaluate", "read"): ("model=ddpm_mlp", "how far the average is, once an evaluation"),
     ("call", "lit.LitModel.evaluate", "copy"): ("model=ddpm_mlp", BATCHES),
-    ("call", "lit_adversarial.LitAdversarial.evaluate", "copy"): ("model=gan", BATCHES),
     ("call", "lit.Guard.stop_if_bad", "read"): ("model=ddpm_mlp", "whether all was finite, on logging steps"),
     ("call", "record.Means.read", "read"): (
         "model=ddpm_mlp",

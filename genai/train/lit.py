@@ -254,16 +254,21 @@ class LitModel(L.LightningModule):
             self.means.sums = dict(checkpoint["means"])
 
     def evaluate(self, split: str = "val", limit: int | None = None) -> dict[str, float]:
-        """Mean loss and logs of the averaged model on a split, on the same noise every time.
+        """Means of the averaged model's `losses` on a split, on the same noise every time.
 
         Batch i draws from (evaluation seed, i); ranks share the batches.
         """
-        means, average, step = Means().to(self.device), self.ema.module, self.trainer.global_step
+        means = Means().to(self.device)
         for i, batch in enumerate(batches(self.data.splits[split], self.data.batch_size, limit)):
             if i % self.trainer.world_size == self.trainer.global_rank:
                 batch = self.transfer_batch_to_device(batch, self.device, 0)
                 rng.seed_torch(rng.mix(EVALUATION, i), self.device)  # training seeds itself anew each step
                 with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-                    loss: Losses = average(batch, step)
-                means.add({"loss": (loss.total, loss.weight), **loss.logs})
+                    values = self.losses(self.ema.module, batch)
+                means.add(values)
         return means.reduce().read()
+
+    def losses(self, average: Any, batch: Batch) -> dict[str, tuple[Tensor, Tensor | float]]:
+        """Of a batch, what an evaluation logs: the loss and what it logs itself, each with its weight."""
+        loss: Losses = average(batch, self.trainer.global_step)
+        return {"loss": (loss.total, loss.weight), **loss.logs}

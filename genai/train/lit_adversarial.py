@@ -7,18 +7,17 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from genai.core import rng
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import AdversarialModel, Batch, Losses
 from genai.data.base import Data
-from genai.data.stream import batches, train_loader
+from genai.data.stream import train_loader
 from genai.train.ema import EMA
-from genai.train.lit import EVALUATION, LitModel, Player
+from genai.train.lit import LitModel, Player
 from genai.train.optim import set_lr
-from genai.train.record import Means, Record
+from genai.train.record import Record
 
 DISCRIMINATOR, GENERATOR = 1, 2  # what a round's draws are mixed for
 
@@ -125,23 +124,15 @@ class LitAdversarial(LitModel):
 
         return loss_of
 
-    def evaluate(self, split: str = "val", limit: int | None = None) -> dict[str, float]:
-        """What both players log on a split, the averaged generator against the discriminator as it is; a game has no one loss
-        that falls as it gets better, so there is none called so, and no best checkpoint."""
-        means, average, step = Means().to(self.device), cast(Any, self.ema.module), self.trainer.global_step
-        for i, batch in enumerate(batches(self.data.splits[split], self.data.batch_size, limit)):
-            if i % self.trainer.world_size == self.trainer.global_rank:
-                batch = self.transfer_batch_to_device(batch, self.device, 0)
-                rng.seed_torch(rng.mix(EVALUATION, i), self.device)
-                with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-                    fake = average.generate(batch, step)
-                    theirs: Losses = average.discriminator_loss(batch, fake, step)
-                    ours: Losses = average.generator_loss(batch, fake, step)
-                means.add(
-                    {"discriminator_loss": (theirs.total, theirs.weight), "generator_loss": (ours.total, ours.weight)}
-                )
-                means.add({**theirs.logs, **ours.logs})
-        return means.reduce().read()
+    def losses(self, average: Any, batch: Batch) -> dict[str, tuple[Tensor, Tensor | float]]:
+        """Those of both players, the averaged generator against the discriminator as it is; a game has no one loss that falls
+        as it gets better, so there is none called so, and no best checkpoint."""
+        step = self.trainer.global_step
+        fake = average.generate(batch, step)
+        theirs: Losses = average.discriminator_loss(batch, fake, step)
+        ours: Losses = average.generator_loss(batch, fake, step)
+        losses = {"discriminator_loss": (theirs.total, theirs.weight), "generator_loss": (ours.total, ours.weight)}
+        return {**losses, **theirs.logs, **ours.logs}
 
 
 @contextlib.contextmanager
