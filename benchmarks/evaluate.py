@@ -23,7 +23,7 @@ from genai.checkpoint import Loaded
 from genai.cli import composed
 from genai.evaluation import features as extractors
 from genai.evaluation import samples
-from genai.evaluation.cards import METRICS
+from genai.evaluation.metrics import standard
 from genai.evaluation.run import Plan, evaluate
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     node = OmegaConf.to_container(composed("train", ["data=mnist", f"data.root={args.root}"]).data, resolve=True)
     data = build_typed(node)
     extractors.judge(data, node, "cpu")
-    names = [name for name, metric in METRICS.items() if metric.of == "samples"]
+    names = [name for name, metric in standard().items() if metric.of == "samples"]
     config = {"data": node, "model": {"classes": 10}, "sampler": {}}
 
     def noisy(loaded, n, seed, label, batch_size):

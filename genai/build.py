@@ -49,6 +49,8 @@ OF_A_RUN = (
     "genai.train.trackers.tensorboard",
     "genai.train.trackers.wandb",
 )
+METRICS = "genai.evaluation.metrics"
+"""Of a run too: nothing there writes, downloads or runs."""
 LARGEST = 10**7  # number in a stored config that no weight stands for, such as a count of steps
 DEPTH = 64  # of nodes in nodes
 
@@ -189,7 +191,7 @@ def check_target(target: Any, trust: Sequence[str] = (), kinds: Sequence[str] = 
     if not (module and all(part.isidentifier() for part in target.split("."))):
         raise UserError(f"{wants}, which names no class or function")
     trusted = f"{module}.".startswith(tuple(f"{package}." for package in trust))
-    listed = RUN in kinds and target in OF_A_RUN
+    listed = RUN in kinds and (target in OF_A_RUN or module == METRICS)
     modality = MODALITIES in kinds and module.startswith("genai.modalities.")
     data = DATA in kinds and module.startswith("genai.data.")
     if not (trusted or listed or modality or data or target in PARTS or f"{module}.".startswith(ROOMS)):

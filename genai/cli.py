@@ -204,6 +204,7 @@ def composed(
         values = [o for o in prepare(cfg, [*groups, *values]) if o not in groups]
     before = set(keys(cfg))
     apply_all(cfg, values, loader.changed)
+    _expand_metrics(cfg, folders[1:])
     _expand_home(cfg)
     try:
         OmegaConf.to_container(cfg, resolve=True)
@@ -320,6 +321,23 @@ def _expand_home(cfg: DictConfig) -> None:
             value = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
             if isinstance(value, str) and value.startswith("~"):
                 OmegaConf.update(cfg, key, os.path.expanduser(value))
+
+
+def _expand_metrics(cfg: DictConfig, folders: Iterable[Path]) -> None:
+    """Give each name in metrics= that the user's own metrics.yaml has the node that it stands for, {name: node}."""
+    for path in (folder / "metrics.yaml" for folder in folders):
+        if not path.is_file():
+            continue
+        try:
+            own: Any = OmegaConf.to_container(OmegaConf.load(path))
+        except (OmegaConfBaseException, yaml.YAMLError, OSError) as error:
+            raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        for key in [key for key in keys(cfg) if key.rpartition(".")[2] == "metrics"]:
+            value = OmegaConf.select(cfg, key)
+            names = [value] if isinstance(value, str) else value
+            if OmegaConf.is_list(names) or isinstance(names, list):
+                expanded = [{one: own[one]} if isinstance(one, str) and one in own else one for one in names]
+                OmegaConf.update(cfg, key, expanded)
 
 
 def _split(

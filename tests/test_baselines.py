@@ -19,8 +19,8 @@ from genai.evaluation.baselines.ngram import NGram
 from genai.evaluation.baselines.pixels import Markov, Mixture, Uniform
 from genai.evaluation.baselines.run import run
 from genai.evaluation.baselines.vectors import GMM, KNN, PCA, Copier
-from genai.evaluation.cards import Seen
-from genai.evaluation.features import Extractor
+from genai.evaluation.features import Extractor, Seen
+from genai.evaluation.metrics import standard
 
 LEVELS, SHAPE = 4, [1, 2, 3]
 
@@ -188,12 +188,12 @@ def test_samples_are_asked_of_classes_that_were_hardly_seen(by_class, monkeypatc
     """Of the third class there are none among what is learned from, or one: its samples come from all."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     net = torch.nn.Flatten()
-    real = Seen(Extractor(net, lambda x: (net(x), None), False, "cpu"), True).add(
+    real = Seen(Extractor(net, lambda x: (net(x), None), False, "cpu"), ()).add(
         by_class.items("test", torch.arange(30))
     )
     for most in (60, 300):
         monkeypatch.setattr(beside, "MOST", most)
-        found = beside.beside(by_class, ["frechet"], "test", 30 + most // 10, real)["frechet"]
+        found = beside.beside(by_class, {"frechet": standard()["frechet"]}, "test", 30 + most // 10, real)["frechet"]
         assert len(found) == 3 and all(value < 0.2 for value in found.values()), found
     asked = torch.tensor([0, 2, 2])
     for baseline in (GMM(3, by_class=True), Copier()):

@@ -14,14 +14,18 @@ from genai.build import build_typed
 from genai.cli import composed, resumed
 from genai.compare.runs import check_protocols, read
 from genai.core.errors import UserError
+from genai.data.base import part
+from genai.data.stream import batches
 from genai.evaluation import cards, judge, samples
 from genai.evaluation import features as extractors
-from genai.evaluation.baselines.beside import beside
-from genai.evaluation.run import run
+from genai.evaluation.baselines.beside import beside, kept_as
+from genai.evaluation.metrics import Metric, standard
+from genai.evaluation.run import named, run
 from genai.metrics.frechet import Moments, frechet
 from genai.modalities.base import to_pil
 from genai.modalities.image import rounded
 from genai.train.run import run as train
+from tests.test_readme import FILES
 from tests.test_tracking import offline_runs
 
 SMALL = ["max_steps=3", "data.batch_size=8", "callbacks.evaluate.n=16", "callbacks.samples.n=2"]
@@ -123,7 +127,8 @@ def test_to_beat_a_baseline_is_to_beat_it_at_the_worse_end():
     """A copier need not be beaten: nothing it gives is its own."""
 
     def beats(metric, low, high, **baselines):
-        return cards.card(metric, (low + high) / 2, low, high, None, baselines, "copies", {})["beats_baseline"]
+        figures = (low + high) / 2, low, high, None, baselines, "copies", {}
+        return cards.card(metric, standard()[metric], *figures)["beats_baseline"]
 
     assert beats("frechet", 1, 2, mixture=3, copies=0) is True
     assert beats("frechet", 1, 4, mixture=3) is False and beats("frechet", 1, 2, mixture=3, gaussian=1.5) is False
@@ -175,9 +180,109 @@ def test_baselines_are_fitted_once(runs, monkeypatch, capsys, tmp_path):
     loaded = genai.load(runs[0])
     node = loaded.config["data"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = [beside(build_typed(node), ["bits_per_dim"], "test", 360) for _ in range(2)]
+    found = [beside(build_typed(node), {"bits_per_dim": standard()["bits_per_dim"]}, "test", 360) for _ in range(2)]
     assert found[0] == found[1] and capsys.readouterr().out.count("once: mixture") == 1
     assert found[0]["bits_per_dim"]["Markov chain over pixels"] == pytest.approx(2.29, abs=0.01)
+
+
+# Metrics of one's own
+
+
+@pytest.fixture
+def my_lab(tmp_path, monkeypatch):
+    """The README's metric and its three lines of yaml, in a folder that is on nobody's path but Python's."""
+    for name in ("my_lab/brightness.py", "my_lab/conf/metrics.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(dict(FILES)[name])
+    assert len((tmp_path / "my_lab/conf/metrics.yaml").read_text().splitlines()) == 3
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_lab"]:
+        del sys.modules[name]
+
+
+def test_a_metric_in_ones_own_package(runs, my_lab, command, monkeypatch):
+    """Its card by the command, with a floor and baselines; the same while a run trains; and it is resumed where that is trusted."""
+    data = build_typed(genai.load(runs[0]).config["data"])
+    judge.trained(data)
+    given = ["--config-dir", "my_lab/conf", f"ckpt={runs[0]}", "metrics=[frechet,brightness]", "n=30", "repeats=2"]
+    done = command("evaluate.py", *given, cwd=my_lab)
+    assert done.returncode == 0, done.stderr
+    card = json.loads((runs[0] / "cards" / "brightness.json").read_text())
+    real = data.items("test", torch.arange(360)).mean()
+    sets = [rounded(genai.sample(genai.load(runs[0]), n=30, seed=seed)["image"], 17) for seed in (0, 30)]
+    values = [abs((fake.mean() - real).item()) for fake in sets]
+    assert (card["value"], card["low"], card["high"]) == pytest.approx(
+        (sum(values) / 2, min(values), max(values)), abs=1e-4
+    )
+    held_out = next(batches(part(data, "val", 30), 30))["image"]
+    assert card["floor"] == pytest.approx(abs((held_out.mean() - real).item()), abs=1e-5) and card["floor_of"] == "val"
+    assert len(card["baselines"]) == 3 and card["beats_baseline"] is False and card["baselines"]["one Gaussian"] < 0.1
+    target = {"_target_": "my_lab.brightness.Brightness", "power": 1}
+    assert card["protocol"]["metric"] == target and "metric" not in read(runs[0]).cards["frechet"]["protocol"]
+
+    monkeypatch.syspath_prepend(my_lab)
+    keys = ["every_steps=2", "metrics=[frechet,brightness]", "n=30", "baselines=false"]
+    keys = ["model=gan", *DIGITS, *(f"callbacks.cards.{key}" for key in keys), "run_dir=run"]
+    folder = train(composed("train", keys, resumed, config_dir="my_lab/conf"))
+    assert [step for step, _ in read(folder).curves["card/brightness"]] == [2, 3]
+    (after,) = evaluate("ckpt=run", f"metrics=[{{brightness:{target}}}]".replace("'", ""), "n=30", "repeats=1", "split=val",
+                        "baselines=false")["cards"]  # fmt: skip
+    assert after == read(folder).cards["brightness"]
+    long = ["resume=run", "max_steps=4", "optim.decay_steps=4", "discriminator_optim.decay_steps=4"]
+    with pytest.raises(UserError, match=r"wants to build my_lab.brightness.Brightness, .* add trust=my_lab"):
+        train(composed("train", long, resumed))
+    train(composed("train", [*long, "trust=my_lab"], resumed))
+    assert [step for step, _ in read(folder).curves["card/brightness"]] == [2, 3, 4]
+
+
+def test_a_metrics_arguments_and_code_decide_its_figures(my_lab, monkeypatch):
+    monkeypatch.syspath_prepend(my_lab)
+    made = lambda power: build_typed({"_target_": "my_lab.brightness.Brightness", "power": power})  # noqa: E731
+    assert kept_as("brightness", made(1)) == kept_as("brightness", made(1)) != kept_as("brightness", made(2))
+    before = kept_as("brightness", made(1))
+    path = my_lab / "my_lab" / "brightness.py"
+    path.write_text(path.read_text() + "# changed\n")
+    assert kept_as("brightness", made(1)) != before
+    assert kept_as("recall", standard()["recall"]) == "recall" != kept_as("recall", made(1))
+
+
+class Worst(Metric):
+    """Of single items, the highest squared error."""
+
+    of = "reconstructions"
+
+    def __call__(self, again, x):
+        return (again - x).square().flatten(1).amax(1)
+
+
+def test_a_metric_of_reconstructions_has_their_baselines(runs, tmp_path):
+    """The worst pixel of what a VAE gives back, which has PCA beside it."""
+    vae = train(composed("train", ["model=vae", f"run_dir={tmp_path / 'vae'}", *DIGITS], resumed))
+    worst = "{worst:{_target_:tests.test_cards.Worst}}"
+    result = evaluate(f"ckpt={vae}", f"metrics=[{worst},reconstruction_psnr_db]", "n=40")
+    card = result["cards"][0]
+    loaded = genai.load(vae)
+    batch = next(batches(build_typed(loaded.config["data"]).splits["test"], 40))
+    expected = Worst()(loaded.model.reconstruct(batch), batch["image"]).mean().item()
+    assert card["metric"] == "worst" and card["value"] == pytest.approx(expected, abs=1e-4)
+    assert list(card["baselines"]) == ["PCA with 8 components"] and result["worst"] == pytest.approx(expected, abs=1e-4)
+    plain = evaluate(f"ckpt={vae}", "metrics=[reconstruction_psnr_db]", "n=40")
+    assert result["cards"][1] == plain["cards"][0] and "worst" not in plain
+    with pytest.raises(UserError, match=r"distinct_3 is none that this model can have; it can have bits_per_dim"):
+        evaluate(f"ckpt={vae}", "metrics=[{distinct_3:{_target_:genai.evaluation.metrics.Distinct,n:3}}]")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"of": "images"}, "of=images of mine is none of samples, texts, likelihoods"), ({"better": "more"}, "better=more of mine"),
+     ({"reads": ("pixels",)}, r"reads=\('pixels',\) of mine is none of features, probabilities, images")],
+)  # fmt: skip
+def test_a_metric_that_says_what_there_is_not_is_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        named({"mine": type("Mine", (Metric,), change)()})
+    with pytest.raises(UserError, match="mine is a ReLU: give the node of a genai.evaluation.metrics.Metric"):
+        named({"mine": nn.ReLU()})
 
 
 # Extractors

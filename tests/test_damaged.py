@@ -17,9 +17,11 @@ from genai.core.cache import cache_folder
 from genai.core.errors import UserError
 from genai.evaluation import judge
 from genai.evaluation.baselines import beside
+from genai.evaluation.metrics import standard
 from genai.sweeps import jobs
 from genai.train.record import Record
 
+BITS = {"bits_per_dim": standard()["bits_per_dim"]}
 GOOD = b"step,name,value\n1,train/loss,0.5\n2,train/loss,nan\n"
 DAMAGED = b"\xff\xfe\x00garbage\n3,train/loss\n4,val/loss,0.1,9\nx,val/loss,1\n5,val/loss,\n\n"
 
@@ -81,11 +83,11 @@ def test_damaged_caches_are_made_again(tmp_path, monkeypatch, capsys):
         assert all(map(torch.equal, first.state_dict().values(), again.state_dict().values()))
         assert "is damaged" in capsys.readouterr().out
     assert judge.trained(data) and "damaged" not in capsys.readouterr().out
-    figures = beside.beside(data, ["bits_per_dim"], "val", 20)
+    figures = beside.beside(data, BITS, "val", 20)
     for content in ('{"bits_per', "[1]", '{"bits_per_dim": null}', "\0"):
         for path in cache_folder("baselines").iterdir():
             path.write_text(content)
-        assert beside.beside(data, ["bits_per_dim"], "val", 20) == figures
+        assert beside.beside(data, BITS, "val", 20) == figures
         assert "is damaged" in capsys.readouterr().out
 
 

@@ -19,8 +19,11 @@ from genai.data import fingerprint
 from genai.data.base import Arrays, Data
 from genai.data.fingerprint import of_data, of_split
 from genai.evaluation.baselines.beside import beside
+from genai.evaluation.metrics import standard
 from genai.train.codec import precompute
 from genai.train.run import run
+
+BITS = {"bits_per_dim": standard()["bits_per_dim"]}
 
 
 def data_of(*given):
@@ -54,14 +57,14 @@ CHANGES = {
 def test_baselines_are_those_of_the_data_as_they_are(source, change, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     images, labels = source
-    before = beside(arrays(images, labels), ["bits_per_dim"], "test", 100)
-    again = beside(arrays(images, labels, batch_size=7), ["bits_per_dim"], "test", 100)
+    before = beside(arrays(images, labels), BITS, "test", 100)
+    again = beside(arrays(images, labels, batch_size=7), BITS, "test", 100)
     assert again == before and capsys.readouterr().out.count("baselines of this data, once") == 2
     change(images, labels)
-    after = beside(arrays(images, labels), ["bits_per_dim"], "test", 100)
+    after = beside(arrays(images, labels), BITS, "test", 100)
     assert capsys.readouterr().out.count("baselines of this data, once") == 2
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
-    assert after == beside(arrays(images, labels), ["bits_per_dim"], "test", 100)
+    assert after == beside(arrays(images, labels), BITS, "test", 100)
 
 
 def photos(folder, shift=0, count=20):

@@ -63,7 +63,7 @@ WRITTEN = sorted(
 def test_every_command_of_the_readme_and_the_configs_composes(line):
     """Those of sample.py with the sampler of some model: which one, the run decides."""
     words = shlex.split(line)
-    name = words[1].removesuffix(".py") if words[1] != "-m" else words[2].removeprefix("genai.")
+    name = words[1].removesuffix(".py") if words[1] != "-m" else words[2].rpartition(".")[2]
     arguments = [a for a in words[2 if words[1] != "-m" else 3 :] if a != "-m"]
     if name == "compare":
         assert all(not a.startswith("-") or a in ("--out", "--wandb", "--unranked") for a in arguments)

@@ -1,7 +1,7 @@
 """What sets of images are compared in: the features of a network, and the classes that it sees where it sees any."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from genai.core.errors import UserError
 from genai.core.precision import full
 from genai.data.base import Data
 from genai.evaluation import judge as judges
+from genai.metrics.frechet import Moments
 from genai.modalities.image import to_uint8
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity names the file that it downloads
@@ -43,6 +44,32 @@ class Extractor:
         features = torch.cat([part.flatten(1).cpu() for part, _ in seen])
         logits = [part.cpu() for _, part in seen if part is not None]
         return features, torch.cat(logits) if logits else None
+
+
+class Seen:
+    """A set of images as an extractor sees it, batch by batch: the moments of their features and how many show the label
+    asked for, in memory that does not grow; of each image only what `reads` names: features, probabilities, images."""
+
+    def __init__(self, extractor: Extractor, reads: Iterable[str]):
+        self.extractor, self.moments, self.right = extractor, Moments(), 0
+        self.parts: dict[str, list[Tensor]] = {name: [] for name in reads}
+
+    def add(self, images: Tensor, label: Tensor | None = None) -> "Seen":
+        """Images (B, C, H, W) in [-1, 1], labels (B,); returns itself."""
+        features, logits = self.extractor(images)
+        self.moments.add(features)
+        if logits is not None and label is not None and self.extractor.labels:
+            self.right += int((logits.argmax(1) == label).sum())
+        found: dict[str, Any] = {"features": features, "images": images.cpu()}
+        found["probabilities"] = None if logits is None else logits.softmax(1)
+        for name, parts in self.parts.items():
+            parts.append(found[name])
+        return self
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in self.__dict__.get("parts", ()):
+            raise AttributeError(f"no {name} of single samples are kept: a metric must say that it reads them")
+        return torch.cat(self.parts[name])
 
 
 def sha256(net: nn.Module) -> str:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from genai.core.protocols import Batch, Reconstructing, Scorable, check_sampler
 from genai.data.base import Data, part
 from genai.data.stream import batches
 from genai.evaluation.clock import Clock
+from genai.evaluation.metrics import Metric
 from genai.metrics import likelihood as units
-from genai.metrics.images import WINDOW, psnr, ssim
 from genai.metrics.intervals import Interval, bootstrap
 
 Score = Callable[[Batch, int], Tensor]
@@ -24,26 +24,23 @@ REPORTED = {"lower bound": "upper bound"}  # of ln p, and so of what is reported
 SOLVED = "upper bound up to the error of the ODE's solver"
 
 
-def possible(loaded: Loaded, data: Data, method: Any = None) -> list[str]:
-    """The metrics that a model can have of its data's items."""
-    names = []
-    if isinstance(loaded.model, Scorable) or method is not None:
-        names += ["nats_per_token", "bits_per_character"] if data.modality.windowed else ["bits_per_dim"]
-    if isinstance(loaded.model, Reconstructing):
-        names += ["reconstruction_psnr_db"]
-        names += ["reconstruction_ssim"] if min(data.shape[1:], default=0) >= WINDOW else []
-    return names
-
-
 def run(
-    loaded: Loaded, data: Data, split: str, n: int, seed: int, batch_size: int, method: Any
+    loaded: Loaded,
+    data: Data,
+    metrics: Mapping[str, Metric],
+    split: str,
+    n: int,
+    seed: int,
+    batch_size: int,
+    method: Any,
 ) -> tuple[dict[str, Any], dict[str, Interval]]:
     """The facts of one pass, and the mean of each metric with its bootstrap interval."""
     model: Any = loaded.model
     reconstructs = isinstance(loaded.model, Reconstructing)
     score, device = scorer(loaded, data, method), loaded.device
     codes = torch.zeros(getattr(model, "vocabulary", None) or 0, dtype=torch.int64)
-    nats, decibels, likeness, targets, clock = [], [], [], [], Clock(n, "items")
+    values = {name: [] for name, metric in metrics.items() if metric.of == "reconstructions"}
+    nats, targets, clock = [], [], Clock(n, "items")
     for batch in batches(part(data, split, n), batch_size):
         batch = {name: value.to(device) for name, value in batch.items()}
         if score is not None:
@@ -52,9 +49,8 @@ def run(
         if reconstructs:
             with loaded.computing():
                 again = model.reconstruct(batch)
-            decibels.append(psnr(again, batch[model.field]).cpu())
-            if again.ndim == 4 and min(again.shape[2:]) >= WINDOW:
-                likeness.append(ssim(again, batch[model.field]).cpu())
+            for name, found in values.items():
+                found.append(metrics[name](again, batch[model.field]).cpu())
         if len(codes):
             with loaded.computing():
                 codes += model.encode(batch[data.field]).flatten().bincount(minlength=len(codes)).cpu()
@@ -71,11 +67,11 @@ def run(
         facts |= {} if method is None else {"likelihood": method}
         given = list(model.null()) if hasattr(model, "null") else []
         facts |= {"given": given} if given else {}
-        means |= _means(facts, each)
-    for name, values in (("reconstruction_psnr_db", decibels), ("reconstruction_ssim", likeness)):
-        if values:
-            means[name] = _interval(torch.cat(values))
-            facts[name] = round(means[name].mean, 2 if name.endswith("db") else 4)
+        scored = {name: metric for name, metric in metrics.items() if metric.of == "likelihoods"}
+        means |= {name: _interval(metric(each, facts)) for name, metric in scored.items()}
+    for name, found in values.items():
+        means[name] = _interval(torch.cat(found))
+        facts[name] = round(means[name].mean, 2 if metrics[name].unit == "dB" else 4)
     facts |= _codes(codes, n) if len(codes) else {}
     return facts, means
 
@@ -107,14 +103,6 @@ def _likelihood(nats: Tensor, targets: Tensor | None, data: Any, split: str, mod
     part, tokens = data.splits[split], int(targets.sum())
     window = {"context": part.length, "context_overlap": part.overlap, "vocabulary": data.levels}
     return units.per_token(nats, tokens, tokens * part.characters / part.tokens) | window
-
-
-def _means(facts: dict[str, Any], nats: Tensor) -> Iterator[tuple[str, Interval]]:
-    """Nats of each item in the units of the facts: all are in proportion to their sum."""
-    mean = nats.mean().item()  # 0 of a text of one symbol
-    for name in ("bits_per_dim", "nats_per_token", "bits_per_character"):
-        if name in facts:
-            yield name, _interval(nats * (facts[name] / mean if mean else 1.0))
 
 
 def _interval(values: Tensor) -> Interval:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from genai.core.errors import UserError, at_least
 from genai.data.base import Data
 from genai.data.pixels import images_behind
 from genai.evaluation import cards, likelihood, samples
-from genai.evaluation.baselines.beside import COPIER, LIKELIHOODS, beside
+from genai.evaluation.baselines.beside import COPIER, beside
 from genai.evaluation.features import Extractor, judge
+from genai.evaluation.metrics import KINDS, PASS, READ, Metric, possible, standard
 from genai.modalities.stored import difference, nodes_of
 
 WANDB = "genai.train.trackers.wandb"
@@ -32,7 +33,7 @@ class Plan:
     """What is measured and how.
 
     Args:
-        metrics: names of cards.METRICS; None: all that one pass over the split gives.
+        metrics: names of conf/metrics.yaml, and {name: metric} for others; None: all that one pass over the split gives.
         n: items of the split, or samples of each set; None: as many as the split has.
         repeats: independent sets of samples.
         extractor: what images are compared in, of the data, its config and a device.
@@ -40,7 +41,7 @@ class Plan:
         baselines: whether cards have trivial models beside them.
     """
 
-    metrics: Sequence[str] | None
+    metrics: Sequence[str | Mapping[str, Metric]] | None
     split: str = "test"
     n: int | None = None
     repeats: int = 5
@@ -57,7 +58,7 @@ def run(cfg: Any) -> dict[str, Any]:
     loaded = checkpoint.load(cfg.ckpt, cfg.weights, cfg.device, cfg.trust, cfg.precision, cfg.compile)
     method: Any = None if cfg.get("likelihood") is None else OmegaConf.to_container(cfg.likelihood)
     plan = Plan(
-        names_in(cfg.metrics, "metrics"), cfg.split, cfg.n, cfg.repeats, cfg.seed, cfg.batch_size,
+        built(cfg.metrics), cfg.split, cfg.n, cfg.repeats, cfg.seed, cfg.batch_size,
         build_typed(OmegaConf.to_container(cfg.extractor)), method, cfg.baselines,
     )  # fmt: skip
     with checkpoint.blamed(loaded):
@@ -75,14 +76,12 @@ def run(cfg: Any) -> dict[str, Any]:
     return {**facts, "cards": found}
 
 
-def names_in(value: Any, key: str) -> list[str] | None:
-    """A name or a list of them as a list, None as it is. Raises UserError for anything else, and for an empty list."""
-    names = [value] if isinstance(value, str) else value
-    if names is None:
+def built(value: Any) -> list[str | dict[str, Metric]] | None:
+    """metrics= of the command line: a name, or a list of names and of {name: node}, with the nodes built; None as it is."""
+    if value is None:
         return None
-    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{key}={value} must be names, such as {key}=[frechet,recall], or null")
-    return list(names)
+    entries: Any = [value] if isinstance(value, str) else OmegaConf.to_container(value)
+    return [entry if isinstance(entry, str) else build_typed(entry) for entry in entries]
 
 
 def folder_of(checkpoint: Path) -> Path:
@@ -107,16 +106,18 @@ class Checked:
     Args:
         images, node: the data, as images where it is images as tokens, and its config.
         n: of the plan, or all there are.
-        passes, sampled: the metrics of one pass over the split, and of samples.
+        can: the standard metrics that it can have; wanted: those asked for, in their order.
+        passes, sampled: those of one pass over the split, and of samples.
         extractor: what images are compared in, None where none are.
     """
 
     images: Data
     node: Any
     n: int
-    wanted: list[str]
-    passes: list[str]
-    sampled: list[str]
+    can: dict[str, Metric]
+    wanted: dict[str, Metric]
+    passes: dict[str, Metric]
+    sampled: dict[str, Metric]
     extractor: Extractor | None
 
 
@@ -129,28 +130,48 @@ def check(loaded: Loaded, data: Data, plan: Plan) -> Checked:
         raise UserError(f"split={plan.split} is none of {', '.join(data.splits)}")
     size = len(data.splits[plan.split])
     n = size if plan.n is None else at_least(plan.n, 1, "n")
-    passes, sampled = likelihood.possible(loaded, images, plan.likelihood), samples.possible(loaded, images)
-    wanted = passes if plan.metrics is None else list(plan.metrics)
-    for name in wanted:
-        if name not in (*passes, *sampled):
-            what = "is no metric" if name not in cards.METRICS else "is none that this model can have"
-            raise UserError(f"metrics={wanted}: {name} {what}; it can have {', '.join([*passes, *sampled])}")
+    can = {name: metric for name, metric in standard().items() if possible(metric, loaded, images, plan.likelihood)}
+    if plan.metrics is None:
+        wanted = {name: metric for name, metric in can.items() if metric.of in PASS}
+    else:
+        wanted = {name: metric for entry in plan.metrics for name, metric in named(entry).items()}
+    for name, metric in wanted.items():
+        if metric is None or not possible(metric, loaded, images, plan.likelihood):
+            what = "is no metric" if metric is None else "is none that this model can have"
+            raise UserError(f"metrics={list(wanted)}: {name} {what}; it can have {', '.join(can)}")
+    passes = {name: metric for name, metric in wanted.items() if metric.of in PASS}
+    sampled = {name: metric for name, metric in wanted.items() if metric.of not in PASS}
     featured = images.modality.compared == "samples"
-    if n > size and (featured or any(name in passes for name in wanted)):
+    if n > size and (featured or passes):
         raise UserError(f"n={n} is more than the {size} items of split={plan.split}: give at most those")
-    named = [name for name in wanted if name in passes]
-    if plan.likelihood is not None and not named:
+    if plan.likelihood is not None and not passes:
         raise UserError("likelihood= is of the data's items: add bits_per_dim to metrics=, or leave one of them out")
-    if named or plan.metrics is None:
+    if passes or plan.metrics is None:
         likelihood.scorer(loaded, data, plan.likelihood)
-    names, extractor = [name for name in wanted if name in sampled], None
-    if names:
+    extractor = None
+    if sampled:
         sampling.bind(loaded, None, {})
-    if names and featured:
+    if sampled and featured:
         at_least(n, 2, "n")
         extractor = plan.extractor(images, node, str(loaded.device))
-        samples.check_extractor(extractor, images, plan.split, names)
-    return Checked(images, node, n, wanted, named, names, extractor)
+        samples.check_extractor(extractor, images, plan.split, sampled)
+    return Checked(images, node, n, can, wanted, passes, sampled, extractor)
+
+
+def named(entry: str | Mapping[str, Metric]) -> dict[str, Any]:
+    """One of metrics= as {name: metric}; None for a name that conf/metrics.yaml lacks. Raises UserError for what is no metric."""
+    if isinstance(entry, str):
+        return {entry: standard().get(entry)}
+    for name, metric in entry.items():
+        if not isinstance(metric, Metric):
+            raise UserError(
+                f"metrics: {name} is a {type(metric).__name__}: give the node of a genai.evaluation.metrics.Metric"
+            )
+        for key, allowed in {"of": KINDS, "better": ("lower", "higher"), "reads": READ}.items():
+            value = getattr(metric, key)
+            if not {*([value] if isinstance(value, str) else value)} <= {*allowed}:
+                raise UserError(f"metrics: {key}={value} of {name} is none of {', '.join(allowed)}: change its class")
+    return dict(entry)
 
 
 def evaluate(loaded: Loaded, data: Data, plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -159,43 +180,47 @@ def evaluate(loaded: Loaded, data: Data, plan: Plan) -> tuple[dict[str, Any], li
     checked, folder = check(loaded, data, plan), folder_of(loaded.path)
     if folder.exists() and not os.access(folder, os.W_OK):
         raise UserError(f"{folder} cannot be written, and what is measured is kept there: copy the run to where it can")
-    images, node, n, names = checked.images, checked.node, checked.n, checked.sampled
+    images, node, n, sampled = checked.images, checked.node, checked.n, checked.sampled
     facts: dict[str, Any] = {}
     found: list[dict[str, Any]] = []
     if checked.passes or plan.metrics is None:
-        facts, found = _pass(loaded, data, images, node, checked.passes, n, plan)
+        facts, found = _pass(loaded, data, checked, plan)
     if checked.extractor is not None:
         found += samples.of_samples(
-            loaded, images, node, checked.extractor, names, plan.split, n, plan.repeats, plan.seed, plan.batch_size,
+            loaded, images, node, checked.extractor, sampled, plan.split, n, plan.repeats, plan.seed, plan.batch_size,
             plan.baselines, folder / "cards",
         )  # fmt: skip
-    elif names:
-        found += samples.of_texts(loaded, data, node, names, plan.split, n, plan.repeats, plan.seed, plan.batch_size)
+    elif sampled:
+        found += samples.of_texts(loaded, data, node, sampled, plan.split, n, plan.repeats, plan.seed, plan.batch_size)
     found = [card | {"seed": plan.seed, "checkpoint": str(loaded.path), "step": loaded.step} for card in found]
     cards.write(found, folder)
-    return facts, sorted(found, key=lambda card: checked.wanted.index(card["metric"]))
+    return facts, sorted(found, key=lambda card: [*checked.wanted].index(card["metric"]))
 
 
-def _pass(
-    loaded: Loaded, data: Data, images: Data, node: Any, names: list[str], n: int, plan: Plan
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _pass(loaded: Loaded, data: Data, checked: Checked, plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Facts and cards of one pass over the first n items of the split."""
-    facts, means = likelihood.run(loaded, data, plan.split, n, plan.seed, plan.batch_size, plan.likelihood)
+    images, n, metrics = checked.images, checked.n, checked.passes
+    facts, means = likelihood.run(
+        loaded, data, {**checked.can, **metrics}, plan.split, n, plan.seed, plan.batch_size, plan.likelihood
+    )
     model: Any = loaded.model
     levels = facts.get("levels", data.levels)
     latents = torch.Size(getattr(model, "latent_shape", (getattr(model, "latents", 0),))).numel()
     whole = not images.modality.windowed or n == len(data.splits[plan.split])  # an n-gram scores a text whole
     others = {}
     if plan.baselines and whole and levels == data.values:
-        others = beside(images, names, plan.split, n, numbers=latents)
-    protocol = {"n": n, "split": plan.split, **cards.data_facts(images, node, plan.split), "levels": levels}
+        others = beside(images, metrics, plan.split, n, numbers=latents)
+    protocol = {"n": n, "split": plan.split, **cards.data_facts(images, checked.node, plan.split), "levels": levels}
     protocol["dtype"] = loaded.dtype
     protocol |= {key: facts[key] for key in ("context", "context_overlap", "given", "likelihood") if key in facts}
     own = {"protocol": protocol, **({"bound": facts["bound"]} if "bound" in facts else {})}
-    found = [cards.card(name, *means[name], None, others.get(name, {}), COPIER, own) for name in names]
+    found = [
+        cards.card(name, metric, *means[name], None, others.get(name, {}), COPIER, own)
+        for name, metric in metrics.items()
+    ]
     objective = getattr(model, "objective", None)
     for card in found:
-        if card["metric"] in LIKELIHOODS and card["beats_baseline"] is False and objective is not None:
+        if metrics[card["metric"]].of == "likelihoods" and card["beats_baseline"] is False and objective is not None:
             what, figure = min(card["baselines"].items(), key=lambda item: item[1])
             facts["why"] = card["why"] = f"no better than a {what} ({figure:.3f}): {objective}"
     return {**facts, "split": plan.split, "n": n}, found

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from genai.core.protocols import Batch
 from genai.data.base import Data, Split, part, random_order
 from genai.data.stream import batches
 from genai.evaluation.baselines.beside import COPIER, beside
-from genai.evaluation.cards import METRICS, STREAMED, Seen, Sets, Texts, card, data_facts
+from genai.evaluation.cards import card, data_facts
 from genai.evaluation.clock import Clock
-from genai.evaluation.features import Extractor, own
+from genai.evaluation.features import Extractor, Seen
+from genai.evaluation.metrics import Metric, Sets, Texts
 from genai.metrics.intervals import over_seeds
 from genai.metrics.memorisation import memorisation
 from genai.modalities.base import save
@@ -26,13 +27,6 @@ from genai.modalities.base import save
 LOOKED_AT = 1000  # samples and held-out items whose nearest training item is looked for
 FIRST = 16  # samples that an estimate of the time is made from
 CHARACTERS = 10_000_000  # of training text that copies are looked for in
-
-
-def possible(loaded: Loaded, data: Data) -> list[str]:
-    """The metrics that a model can have of its samples; `data` are images, if it makes any."""
-    without = set() if "label" in loaded.conditions else {"accuracy"}
-    without |= {"accuracy", "inception_score"} if own(data) else set()
-    return [name for name, metric in METRICS.items() if metric.of == data.modality.compared and name not in without]
 
 
 def drawn(loaded: Loaded, n: int, seed: int, batch_size: int, clock: Clock) -> Iterator[Batch]:
@@ -45,35 +39,38 @@ def drawn(loaded: Loaded, n: int, seed: int, batch_size: int, clock: Clock) -> I
         clock.add(stop - start)
 
 
-def check_extractor(extractor: Extractor, data: Data, split: str, names: list[str]) -> None:
+def check_extractor(extractor: Extractor, data: Data, split: str, metrics: Mapping[str, Metric]) -> None:
     """Let it see one image. Raises UserError for a metric that it cannot serve."""
     _, logits = extractor(next(batches(data.splits[split], 1, 1))[data.field])
-    if (logits is None and "inception_score" in names) or ("accuracy" in names and not extractor.labels):
-        raise UserError("metrics: accuracy needs extractor=judge, inception_score that or inception: leave them out")
+    for name, metric in metrics.items():
+        if metric.of_labels and not extractor.labels:
+            raise UserError(f"metrics: {name} needs extractor=judge: choose that, or leave it out")
+        if "probabilities" in metric.reads and logits is None:
+            raise UserError(f"metrics: {name} needs extractor=judge or inception: choose one of these, or leave it out")
 
 
 def of_samples(
-    loaded: Loaded, data: Data, node: Any, extractor: Extractor, names: list[str], split: str, n: int, repeats: int, seed: int,
-    batch_size: int, baselines: bool, folder: Path,
+    loaded: Loaded, data: Data, node: Any, extractor: Extractor, metrics: Mapping[str, Metric], split: str, n: int,
+    repeats: int, seed: int, batch_size: int, baselines: bool, folder: Path,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Cards by metric of `repeats` sets of n samples beside the items of a split, and the nearest pairs to look at."""
-    kept = any(name not in STREAMED for name in names)
+    reads = {name for metric in metrics.values() for name in metric.reads}
     whole = data.splits[split]
-    real = _seen(random_order(whole) if split == "train" else whole, data.field, extractor, kept)
-    clock, values, first = Clock(n * repeats, "samples"), {name: [] for name in names}, []
+    real = _seen(random_order(whole) if split == "train" else whole, data.field, extractor, reads)
+    clock, values, first = Clock(n * repeats, "samples"), {name: [] for name in metrics}, []
     for k in range(repeats):
-        fake = Seen(extractor, kept)
+        fake = Seen(extractor, reads)
         for batch in drawn(loaded, n, seed + k * n, batch_size, clock):
             x = data.modality.on_levels(batch[data.field], data.levels)
             fake.add(x, batch.get("label"))
             if k == 0 and sum(map(len, first)) < LOOKED_AT:
                 first.append(x)
         sets = Sets(real, fake)
-        for name in names:
-            values[name].append(_measured(name, sets))
+        for name, metric in metrics.items():
+            values[name].append(metric(sets))
     clock.stop()
-    floor, floors = _floors(data, names, split, n, real)
-    others = beside(data, names, split, n, real) if baselines else {}
+    floor, floors = _floors(data, metrics, split, n, real)
+    others = beside(data, metrics, split, n, real) if baselines else {}
     facts = {
         "protocol": {
             "n": n, "split": split, "real": real.moments.n, "repeats": repeats, **data_facts(data, node, split),
@@ -83,29 +80,25 @@ def of_samples(
     }  # fmt: skip
     spreads = {name: over_seeds(found) for name, found in values.items()}
     return [
-        card(name, s.mean, s.min, s.max, floors.get(name), others.get(name, {}), COPIER, facts)
+        card(name, metrics[name], s.mean, s.min, s.max, floors.get(name), others.get(name, {}), COPIER, facts)
         for name, s in spreads.items()
     ]
 
 
-def _measured(name: str, sets: Any) -> float:
-    measure = METRICS[name].measure
-    assert measure is not None
-    return measure(sets)
-
-
-def _floors(data: Data, names: list[str], split: str, n: int, real: Seen) -> tuple[str | None, dict[str, float]]:
+def _floors(
+    data: Data, metrics: Mapping[str, Metric], split: str, n: int, real: Seen
+) -> tuple[str | None, dict[str, float]]:
     """What n items of another split score against those of this one, and which has as many; one that a judge did not learn
     from comes first."""
     for other in ("val", "test", "train"):
         if other != split and other in data.splits and len(data.splits[other]) >= n:
-            sets = Sets(real, _seen(part(data, other, n), data.field, real.extractor, real.kept))
-            return other, {name: _measured(name, sets) for name in names if name != "accuracy"}
+            sets = Sets(real, _seen(part(data, other, n), data.field, real.extractor, real.parts))
+            return other, {name: metric(sets) for name, metric in metrics.items() if not metric.of_labels}
     return None, {}
 
 
-def _seen(split: Split, field: str, extractor: Extractor, kept: bool) -> Seen:
-    seen = Seen(extractor, kept)
+def _seen(split: Split, field: str, extractor: Extractor, reads: Iterable[str]) -> Seen:
+    seen = Seen(extractor, reads)
     for batch in batches(split, 1000):
         seen.add(batch[field])
     return seen
@@ -128,24 +121,25 @@ def _copies(data: Data, samples: Tensor, folder: Path) -> dict[str, Any]:
 
 
 def of_texts(
-    loaded: Loaded, data: Any, node: Any, names: list[str], split: str, n: int, repeats: int, seed: int, batch_size: int
-) -> list[dict[str, Any]]:
+    loaded: Loaded, data: Any, node: Any, metrics: Mapping[str, Metric], split: str, n: int, repeats: int, seed: int,
+    batch_size: int,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Cards by metric of `repeats` sets of n texts; their floor is what as many as long pieces of the split have."""
     train = _text(data, "train", CHARACTERS)
-    clock, values = Clock(n * repeats, "texts"), {name: [] for name in names}
+    clock, values = Clock(n * repeats, "texts"), {name: [] for name in metrics}
     longest = 1
     for k in range(repeats):
         made = [
             text for batch in drawn(loaded, n, seed + k * n, batch_size, clock) for text in data.modality.preview(batch)
         ]
         longest = max(longest, *map(len, made))
-        for name in names:
-            values[name].append(_measured(name, Texts(made, train)))
+        for name, metric in metrics.items():
+            values[name].append(metric(Texts(made, train)))
     clock.stop()
     whole = _text(data, split, n * longest)
     length = len(whole) // n
     pieces = Texts([whole[i * length : (i + 1) * length] for i in range(n)], train)
-    floors = {} if split == "train" else {name: _measured(name, pieces) for name in names}
+    floors = {} if split == "train" else {name: metric(pieces) for name, metric in metrics.items()}
     facts = {
         "protocol": {
             "n": n, "split": split, "repeats": repeats, **data_facts(data, node, split), "vocabulary": data.levels,
@@ -154,7 +148,10 @@ def of_texts(
         "sampler": loaded.config["sampler"],
     }  # fmt: skip
     spreads = {name: over_seeds(found) for name, found in values.items()}
-    return [card(name, s.mean, s.min, s.max, floors.get(name), {}, COPIER, facts) for name, s in spreads.items()]
+    return [
+        card(name, metrics[name], s.mean, s.min, s.max, floors.get(name), {}, COPIER, facts)
+        for name, s in spreads.items()
+    ]
 
 
 def _text(data: Any, split: str, most: int) -> str:

@@ -133,6 +133,18 @@ class Node:
         return "a node with a _target_" + (", or null to leave it out" if self.null else "")
 
 
+class Named:
+    """A name, or a name with the node that it stands for."""
+
+    def holds(self, value: Any) -> bool:
+        if isinstance(value, dict):
+            return len(value) == 1 and all(isinstance(key, str) and Node().holds(node) for key, node in value.items())
+        return isinstance(value, str) and value.strip() != ""
+
+    def __str__(self) -> str:
+        return "a name or {name: {_target_: my_lab.Metric}}"
+
+
 class Group:
     """Keys that stay together: each is set by its own name."""
 

@@ -9,7 +9,7 @@ import functools
 from typing import Any
 
 from genai.core.errors import SEED
-from genai.ranges.kinds import Choice, Free, Group, Many, Node, Number, Row, Text
+from genai.ranges.kinds import Choice, Free, Group, Many, Named, Node, Number, Row, Text
 
 whole = functools.partial(Number, whole=True)
 STEPS = whole(1, 10**12, "steps")
@@ -109,7 +109,7 @@ RANGES: dict[str, Any] = {
     "callbacks.samples.n": whole(1, 10**9, "samples"),
     "callbacks.*.n": ITEMS,
     "callbacks.samples.seed": whole(0, SEED),
-    "callbacks.cards.metrics": Many(WORD, null=True),
+    "callbacks.cards.metrics": Many(Named(), null=True),
     "callbacks.cards.split": SPLIT,
     "callbacks.cards.repeats": whole(1, 10**4, "sets of samples"),
     "callbacks.cards.baselines": FLAG,
@@ -334,7 +334,7 @@ RANGES: dict[str, Any] = {
     "weights": WEIGHTS,
     "evaluate:split": SPLIT,
     "split": Choice(("train", "val", "test"), null=True),
-    "metrics": Many(WORD, null=True, alone=True),
+    "metrics": Many(Named(), null=True, alone=True),
     "repeats": whole(1, 10**4, "sets of samples"),
     "baselines": FLAG,
     "track": FLAG,

@@ -1,10 +1,12 @@
 """Whether a sweep's metric means the same in all of its jobs."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from genai.cli import conf_dir
 from genai.core.errors import UserError
 
 DATA = "batch_size", "num_workers"  # what of the data changes no figure's meaning
@@ -70,9 +72,7 @@ def stated(metric: str) -> bool:
     """Whether a metric has units of its own, whatever the model: a card's, or one of its name on the validation data."""
     if metric.startswith("card/") or metric.rpartition("/")[2].startswith("loss"):
         return metric.startswith("card/")
-    from genai.evaluation.cards import METRICS  # torch with it
-
-    return metric.rpartition("/")[2] in METRICS
+    return metric.rpartition("/")[2] in OmegaConf.load(Path(conf_dir()) / "metrics.yaml")
 
 
 def leaves(prefix: str, node: Any) -> Iterable[tuple[str, Any]]:

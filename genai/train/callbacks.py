@@ -120,7 +120,7 @@ class Cards(Between):
     arguments."""
 
     def __init__(
-        self, every_steps: int | None, metrics: Sequence[str] | None, split: str, n: int | None, repeats: int,
+        self, every_steps: int | None, metrics: Sequence[Any] | None, split: str, n: int | None, repeats: int,
         extractor: Callable[..., Extractor], baselines: bool = True,
     ):  # fmt: skip
         self.every_steps = _every(every_steps, "cards.every_steps")

@@ -20,7 +20,7 @@ from genai.cli import stored_config
 from genai.core import metrics_csv
 from genai.core.errors import UserError
 from genai.core.files import write_text
-from genai.evaluation.cards import METRICS, table
+from genai.evaluation.cards import direction, table
 
 Tracker = Callable[[Path, str, dict], Logger | None]
 REACHED_SECONDS = 5.0  # for a first answer of the server
@@ -93,9 +93,9 @@ class WandB(WandbLogger):
     def keep_best(self, metrics: Mapping[str, float]) -> None:
         """Note in the summary the values that are better than all before them; nan is never."""
         for key, value in metrics.items():
-            card = METRICS.get(key.removeprefix("card/")) if key.startswith("card/") else None
-            if key == "val/loss" or card is not None:
-                sign = -1 if card is not None and card.better == "higher" else 1
+            better = direction(self.folder, key.removeprefix("card/")) if key.startswith("card/") else None
+            if key == "val/loss" or better is not None:
+                sign = -1 if better == "higher" else 1
                 if sign * value < sign * self.best.get(key, sign * float("inf")):
                     self.best[key] = value
                     self.run.summary[f"best/{key}"] = value

@@ -1,8 +1,9 @@
 """What trivial models reach by the protocol of a card: computed when a data set is first evaluated so, and kept."""
 
+import inspect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,23 @@ from genai.data.stream import batches
 from genai.evaluation.baselines.base import check, known
 from genai.evaluation.baselines.run import held, nats_of, row_node
 from genai.evaluation.baselines.vectors import Copier
-from genai.evaluation.cards import METRICS, Seen, Sets
-from genai.metrics.images import psnr, ssim
+from genai.evaluation.features import Seen
+from genai.evaluation.metrics import Metric, Sets, own_facts
 
 COPIER = Copier.what
 MOST = 10_000  # training images that they learn from, and
 TOKENS = 10_000_000  # tokens
 FORMAT = 2  # of what is kept
-LIKELIHOODS = "bits_per_dim", "nats_per_token", "bits_per_character"
+ANSWERS = {
+    "samples": "sample",
+    "likelihoods": "log_prob",
+    "reconstructions": "reconstruct",
+}  # to metrics, by what they are of
 
 
 def beside(
     data: Data,
-    names: Sequence[str],
+    metrics: Mapping[str, Metric],
     split: str,
     n: int,
     real: Seen | None = None,
@@ -45,7 +50,7 @@ def beside(
         data: images or a text.
         numbers: that a model keeps of an image, for principal components.
     """
-    figures: dict[str, dict[str, float]] = {name: {} for name in names}
+    figures: dict[str, dict[str, float]] = {name: {} for name in metrics}
     of, facts = ("split", []) if real is None else ("samples", [real.extractor.facts])
     rows: Any = OmegaConf.to_container(OmegaConf.load(Path(conf_dir()) / "baselines.yaml").beside)
     content = of_data(data, list(dict.fromkeys(["train", split])))
@@ -53,23 +58,30 @@ def beside(
         if row["baseline"] == "pca":
             row["components"] = min(numbers, math.prod(data.shape), MOST, len(data.splits["train"]))
         baseline = build_typed(row_node(row)[1])
-        wanted = [name for name in names if answers(baseline, name)]
+        wanted = {name: metric for name, metric in metrics.items() if hasattr(baseline, ANSWERS[metric.of])}
         try:
             check(baseline, data)
         except UserError:
             continue
         path = cache_folder("baselines") / f"{checksum(content, FORMAT, row, split, n, *facts)}.json"
         kept = _kept(path)
-        if any(name not in kept for name in wanted):
+        if any(kept_as(name, metric) not in kept for name, metric in wanted.items()):
             print(f"baselines of this data, once: {baseline.what}", flush=True)
             baseline.fit(known(data, ["train"], TOKENS if data.modality.windowed else MOST), 0)
-            kept |= (
+            found = (
                 items(baseline, data, wanted, split, n) if real is None else samples(baseline, data, wanted, n, real)
             )
+            kept |= {kept_as(name, wanted[name]): value for name, value in found.items()}
             files.write_text(path, json.dumps(kept), hint=CACHE_HINT)
-        for name in wanted:
-            figures[name][baseline.what] = kept[name]
+        for name, metric in wanted.items():
+            figures[name][baseline.what] = kept[kept_as(name, metric)]
     return figures
+
+
+def kept_as(name: str, metric: Metric) -> str:
+    """What a baseline's figure is kept as: of a metric that is not a standard one, anew where that or its module changes."""
+    own = own_facts(name, metric)
+    return f"{name} {checksum(own, inspect.getsource(inspect.getmodule(type(metric))))}" if own else name  # type: ignore[arg-type]
 
 
 def _kept(path: Path) -> dict[str, float]:
@@ -84,32 +96,22 @@ def _kept(path: Path) -> dict[str, float]:
         return {}
 
 
-def answers(baseline: Any, name: str) -> bool:
-    """Whether a baseline has this figure."""
-    if METRICS[name].of == "samples":
-        return hasattr(baseline, "sample")
-    return hasattr(baseline, "log_prob" if name in LIKELIHOODS else "reconstruct")
-
-
-def samples(baseline: Any, data: Data, names: Sequence[str], n: int, real: Seen) -> dict[str, float]:
+def samples(baseline: Any, data: Data, metrics: Mapping[str, Metric], n: int, real: Seen) -> dict[str, float]:
     """Of n samples, the classes in turn."""
-    fake = Seen(real.extractor, True)
+    fake = Seen(real.extractor, real.parts)
     for first in range(0, n, 500):
         label = None if data.classes is None else torch.arange(first, min(first + 500, n)) % data.classes
         fake.add(data.modality.on_levels(baseline.sample(min(500, n - first), first, label), data.levels), label)
     sets = Sets(real, fake)
-    return {name: measure(sets) for name in names if (measure := METRICS[name].measure) is not None}
+    return {name: metric(sets) for name, metric in metrics.items()}
 
 
-def items(baseline: Any, data: Data, names: Sequence[str], split: str, n: int) -> dict[str, float]:
+def items(baseline: Any, data: Data, metrics: Mapping[str, Metric], split: str, n: int) -> dict[str, float]:
     """Figures of a baseline on the n items of a split that a pass measures; on the whole split of a text."""
     scored = held(data, split) if data.modality.windowed else next(batches(part(data, split, n), n))
-    found: dict[str, float] = {}
-    if any(name in LIKELIHOODS for name in names):
-        found = nats_of(-baseline.log_prob(scored, 0).double(), scored, data, split)
+    if any(metric.of == "likelihoods" for metric in metrics.values()):
+        nats = -baseline.log_prob(scored, 0).double()
+        given = nats, nats_of(nats, scored, data, split)
     else:
-        again = baseline.reconstruct(scored)
-        for name, measure in (("reconstruction_psnr_db", psnr), ("reconstruction_ssim", ssim)):
-            if name in names:
-                found[name] = measure(again, scored[data.field]).double().mean().item()
-    return {name: found[name] for name in names}
+        given = baseline.reconstruct(scored), scored[data.field]
+    return {name: metric(*given).double().mean().item() for name, metric in metrics.items()}

@@ -1,0 +1,202 @@
+"""Metrics: what each is a figure of, which way is better, its unit, and how it is taken; conf/metrics.yaml names them."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from genai.build import build_typed
+from genai.checkpoint import Loaded
+from genai.cli import conf_dir
+from genai.core.errors import at_least
+from genai.core.protocols import Reconstructing, Scorable
+from genai.data.base import Data
+from genai.evaluation import features
+from genai.metrics import frechet, images, inception_score, kid, manifold, text
+
+
+@dataclass
+class Sets:
+    """Real images, all of a split, beside n fakes."""
+
+    real: features.Seen
+    fake: features.Seen
+
+    @functools.cached_property
+    def precision_recall(self) -> manifold.PrecisionRecall:
+        fake = self.fake.features
+        return manifold.precision_recall(self.real.features[: len(fake)], fake)
+
+    @functools.cached_property
+    def density_coverage(self) -> manifold.DensityCoverage:
+        fake = self.fake.features
+        return manifold.density_coverage(self.real.features[: len(fake)], fake)
+
+
+@dataclass
+class Texts:
+    """Strings beside those that a model learned from."""
+
+    texts: list[str]
+    train: str
+
+
+class Metric:
+    """A figure of a checkpoint, which says itself what decides how it is taken; one of a user's own package is a subclass.
+
+    Its card has an interval, a floor and the baselines that `of` gives:
+
+    - "samples": called with `Sets`, gives one number; `repeats` sets, a floor of real samples, baselines that sample.
+    - "texts": called with `Texts`, likewise; a floor, no baselines.
+    - "likelihoods": called with nats (N,) of a split's items and the facts of that pass, gives values (N,), whose mean it is.
+    - "reconstructions": called with what a model gives back of a batch and with the batch (B, ...), gives values (B,).
+    """
+
+    of: str = "samples"
+    better: str = "lower"
+    unit: str = ""
+    reads: tuple[str, ...] = ()
+    """What it reads of each sample, of "features", "probabilities" and "images", which are then all kept; a metric that reads
+    none takes what is summed up batch by batch, `moments` and `right`, in memory that does not grow."""
+    of_labels = False
+    """Whether it counts the labels that were asked for: real samples, which were asked for nothing, are then no floor."""
+
+    def __call__(self, *given: Any) -> Any:
+        raise NotImplementedError
+
+    def suits(self, loaded: Loaded, data: Data) -> bool:
+        """Whether a model that gives what it is of can have it on this data."""
+        return True
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the figure, in plain values: two that differ in them are not compared."""
+        kind = type(self)
+        plain = {key: value for key, value in vars(self).items() if isinstance(value, str | int | float | list | None)}
+        return {"_target_": f"{kind.__module__}.{kind.__qualname__}", **plain}
+
+
+class Frechet(Metric):
+    def __call__(self, sets: Sets) -> float:
+        return frechet.frechet(sets.fake.moments, sets.real.moments)
+
+
+class KID(Metric):
+    reads = ("features",)
+
+    def __call__(self, sets: Sets) -> float:
+        return kid.kid(sets.real.features, sets.fake.features)
+
+
+class InceptionScore(Metric):
+    better, reads = "higher", ("probabilities",)
+
+    def __call__(self, sets: Sets) -> float:
+        return inception_score.inception_score(sets.fake.probabilities).mean
+
+    def suits(self, loaded: Loaded, data: Data) -> bool:
+        return features.own(data) is None
+
+
+class Manifold(Metric):
+    """A `figure` of the balls around features: precision, recall, density or coverage."""
+
+    better, reads = "higher", ("features",)
+
+    def __init__(self, figure: str):
+        self.figure = figure
+
+    def __call__(self, sets: Sets) -> float:
+        found = sets.precision_recall if self.figure in ("precision", "recall") else sets.density_coverage
+        return getattr(found, self.figure)
+
+
+class Accuracy(Metric):
+    better, of_labels = "higher", True
+
+    def __call__(self, sets: Sets) -> float:
+        return sets.fake.right / sets.fake.moments.n
+
+    def suits(self, loaded: Loaded, data: Data) -> bool:
+        return "label" in loaded.conditions and features.own(data) is None
+
+
+class Distinct(Metric):
+    """The share of n-grams of words that are different."""
+
+    of, better = "texts", "higher"
+
+    def __init__(self, n: int):
+        self.n = at_least(n, 1, "n")
+
+    def __call__(self, texts: Texts) -> float:
+        return text.distinct([one.split() for one in texts.texts], self.n)
+
+
+class LongestCopy(Metric):
+    of, unit = "texts", "characters"
+
+    def __call__(self, texts: Texts) -> float:
+        return text.longest_copy("\n\n".join(texts.texts), texts.train).length
+
+
+class Likelihood(Metric):
+    """The nats of items in the unit of a `fact` of their pass: all are in proportion to their sum."""
+
+    of = "likelihoods"
+
+    def __init__(self, fact: str):
+        self.fact, self.unit = fact, fact.replace("_per_", "/")
+
+    def __call__(self, nats: Tensor, facts: Mapping[str, Any]) -> Tensor:
+        mean = nats.mean().item()  # 0 of a text of one symbol
+        return nats * (facts[self.fact] / mean if mean else 1.0)
+
+    def suits(self, loaded: Loaded, data: Data) -> bool:
+        return self.fact in data.modality.likelihoods
+
+
+class PSNR(Metric):
+    of, better, unit = "reconstructions", "higher", "dB"
+
+    def __call__(self, again: Tensor, x: Tensor) -> Tensor:
+        return images.psnr(again, x)
+
+
+class SSIM(Metric):
+    of, better = "reconstructions", "higher"
+
+    def __call__(self, again: Tensor, x: Tensor) -> Tensor:
+        return images.ssim(again, x)
+
+    def suits(self, loaded: Loaded, data: Data) -> bool:
+        return min(data.shape[1:], default=0) >= images.WINDOW
+
+
+PASS = "likelihoods", "reconstructions"  # what one pass over a split gives
+KINDS = "samples", "texts", *PASS
+READ = "features", "probabilities", "images"  # what is kept of single samples
+
+
+@functools.cache
+def standard() -> dict[str, Metric]:
+    """Those of conf/metrics.yaml by name."""
+    table: Any = OmegaConf.to_container(OmegaConf.load(Path(conf_dir()) / "metrics.yaml"))
+    return {name: build_typed(node) for name, node in table.items()}
+
+
+def own_facts(name: str, metric: Metric) -> dict[str, Any]:
+    """What decides a metric that is not the standard one of that name; nothing for one that is."""
+    return {} if standard().get(name) is metric else metric.facts()
+
+
+def possible(metric: Metric, loaded: Loaded, data: Data, method: Any = None) -> bool:
+    """Whether a model can have a metric; `data` are images, if it makes any, and `method` a likelihood that is not its own."""
+    given = {
+        "likelihoods": isinstance(loaded.model, Scorable) or method is not None,
+        "reconstructions": isinstance(loaded.model, Reconstructing),
+    }
+    return given.get(metric.of, data.modality.compared == metric.of) and metric.suits(loaded, data)
