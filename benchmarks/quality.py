@@ -1,12 +1,11 @@
-"""MLP Fréchet distance against steps, for every sampler of conf/sampler, on one checkpoint of digits.
+"""Fréchet distance against steps, for every sampler of conf/sampler, on one checkpoint of digits.
 
     pip install -e ".[notebooks]"
     python -m benchmarks.quality <run> [--n 1437] [--steps 5 10 20 50]
 
-Distances are taken in the last hidden layer of a small multilayer perceptron (genai/evaluation/baselines/judge.py) trained on the
-training digits, against the 1,437 of them, and are not those of cards; compare only figures with one n, for the distance has
-a bias. Seeds and guidance are those of sample.py. Prints a table for the README and writes results/quality.json and
-docs/quality.png.
+Distances are taken in the features of the judge that cards have (genai/evaluation/judge.py), but against the 1,437 training
+images; compare only figures with one n, for the distance has a bias. Seeds and guidance are those of sample.py. Prints a table
+for the README and writes results/quality.json and docs/quality.png.
 """
 
 import argparse
@@ -22,7 +21,9 @@ import genai
 from benchmarks.common import RESULTS, hardware
 from genai.core.errors import UserError
 from genai.data.images import Digits
-from genai.evaluation.baselines.judge import Judge
+from genai.evaluation.baselines.base import known
+from genai.evaluation.features import Seen, judge
+from genai.metrics.frechet import frechet
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,7 +34,7 @@ def plot(rows: dict[str, dict[int, float]], calls: dict[str, int], path: Path) -
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for (name, row), marker in zip(rows.items(), itertools.cycle("osD^v<>pP*X"), strict=False):
         axes.plot([calls[name] * n for n in row], list(row.values()), f"{marker}-", label=name, alpha=0.7)
-    axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel="MLP Fréchet distance")
+    axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel="Fréchet distance")
     axes.legend(fontsize=8, ncols=2)
     figure.savefig(path, dpi=110)
 
@@ -44,7 +45,9 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1437)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50])
     args = parser.parse_args()
-    loaded, judge = genai.load(args.run), Judge.of(Digits("image", [1, 8, 8], 10, 17, 64, 0))
+    loaded, data = genai.load(args.run), Digits("image", [1, 8, 8], 10, 17, 64, 0)
+    extractor = judge(data, None, "cpu")
+    real = Seen(extractor, ()).add(known(data, ["train", "val"]).x).moments
     rows: dict[str, dict[int, float]] = {}
     calls: dict[str, int] = {}
     for path in sorted((ROOT / "conf" / "sampler").glob("*.yaml")):
@@ -53,7 +56,8 @@ def main() -> None:
         try:
             for steps in args.steps:
                 images = genai.sample(loaded, n=args.n, sampler={**node, "steps": steps})["image"]
-                rows.setdefault(path.stem, {})[steps] = round(judge.distance(images), 3)
+                fake = Seen(extractor, ()).add(data.modality.on_levels(images, data.levels)).moments
+                rows.setdefault(path.stem, {})[steps] = round(frechet(fake, real), 3)
         except UserError as error:
             print(f"{path.stem}: {error}", file=sys.stderr)
     print("| sampler | network calls a step |" + "".join(f" {n} steps |" for n in args.steps))
@@ -63,7 +67,7 @@ def main() -> None:
     about = {
         "hardware": hardware(torch.device("cpu")),
         "n": args.n,
-        "metric": "frechet_mlp",
+        "metric": "frechet",
         "model": loaded.config["model"]["_target_"],
     }
     (RESULTS / "quality.json").write_text(json.dumps({**about, "step": loaded.step, "rows": rows}, indent=1) + "\n")

@@ -202,7 +202,7 @@ def my_lab(tmp_path, monkeypatch):
 
 
 def test_a_metric_in_ones_own_package(runs, my_lab, command, monkeypatch):
-    """Its card by the command, with a floor and baselines; the same while a run trains; and it is resumed where that is trusted."""
+    """Its card by the command, with a floor and baselines; the same while a run trains, which is resumed where it is trusted."""
     data = build_typed(genai.load(runs[0]).config["data"])
     judge.trained(data)
     given = ["--config-dir", "my_lab/conf", f"ckpt={runs[0]}", "metrics=[frechet,brightness]", "n=30", "repeats=2"]

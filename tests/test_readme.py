@@ -53,7 +53,7 @@ WRITTEN = sorted(
     {
         re.sub("<[^>]*>", "x", line).strip()
         for text in [README, *TEXTS.values()]
-        for line in re.findall(r"python (?:\w+\.py|-m genai\.\w+)(?![\w:])[^|`\n#&;]*?(?=  |[|`\n#&;])", text)
+        for line in re.findall(r"python (?:\w+\.py|-m genai[.\w]+)(?![.\w:])[^|`\n#&;]*?(?=  |[|`\n#&;])", text)
         if not re.search(r"my_lab|--help|=\]|\.\.\.", line)
     }.difference(map(str.strip, COMMANDS))
 )

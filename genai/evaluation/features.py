@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from genai.core.errors import UserError
 from genai.core.precision import full
-from genai.data.base import Data
+from genai.data.base import Data, Split
+from genai.data.stream import batches
 from genai.evaluation import judge as judges
 from genai.metrics.frechet import Moments
 from genai.modalities.image import to_uint8
@@ -70,6 +71,14 @@ class Seen:
         if name not in self.__dict__.get("parts", ()):
             raise AttributeError(f"no {name} of single samples are kept: a metric must say that it reads them")
         return torch.cat(self.parts[name])
+
+
+def seen(split: Split, field: str, extractor: Extractor, reads: Iterable[str]) -> Seen:
+    """All of a split."""
+    found = Seen(extractor, reads)
+    for batch in batches(split, 1000):
+        found.add(batch[field])
+    return found
 
 
 def sha256(net: nn.Module) -> str:

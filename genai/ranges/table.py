@@ -346,7 +346,7 @@ RANGES: dict[str, Any] = {
     "extractor.net": Node(null=True),
     "extractor.weights": PATH,
     "fit": Many(SPLIT, 1, 3, null=True),
-    "judge": Choice(("mlp", "network"), null=True),
+    "judge": Choice(("network",), null=True),
     "baseline": Node(null=True),
     "PCA:components": whole(0, 10**6),
     "pca:components": whole(0, 10**6),

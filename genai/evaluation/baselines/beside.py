@@ -9,20 +9,21 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from genai.build import build_typed
-from genai.cli import conf_dir
+from genai.cli import choices_of, conf_dir, config_folders, nearest
 from genai.core import files
 from genai.core.cache import CACHE_HINT, cache_folder
 from genai.core.errors import UserError
 from genai.data.base import Data, part
 from genai.data.fingerprint import checksum, of_data
 from genai.data.stream import batches
-from genai.evaluation.baselines.base import check, known
-from genai.evaluation.baselines.run import held, nats_of, row_node
+from genai.evaluation.baselines.base import check, known, stream
 from genai.evaluation.baselines.vectors import Copier
 from genai.evaluation.features import Seen
 from genai.evaluation.metrics import Metric, Sets, own_facts
+from genai.metrics import likelihood
 
 COPIER = Copier.what
 MOST = 10_000  # training images that they learn from, and
@@ -58,7 +59,7 @@ def beside(
         if row["baseline"] == "pca":
             row["components"] = min(numbers, math.prod(data.shape), MOST, len(data.splits["train"]))
         baseline = build_typed(row_node(row)[1])
-        wanted = {name: metric for name, metric in metrics.items() if hasattr(baseline, ANSWERS[metric.of])}
+        wanted = {name: metric for name, metric in metrics.items() if can_answer(baseline, metric)}
         try:
             check(baseline, data)
         except UserError:
@@ -68,9 +69,7 @@ def beside(
         if any(kept_as(name, metric) not in kept for name, metric in wanted.items()):
             print(f"baselines of this data, once: {baseline.what}", flush=True)
             baseline.fit(known(data, ["train"], TOKENS if data.modality.windowed else MOST), 0)
-            found = (
-                items(baseline, data, wanted, split, n) if real is None else samples(baseline, data, wanted, n, real)
-            )
+            found = answers(baseline, data, wanted, split, n, real)
             kept |= {kept_as(name, wanted[name]): value for name, value in found.items()}
             files.write_text(path, json.dumps(kept), hint=CACHE_HINT)
         for name, metric in wanted.items():
@@ -96,22 +95,59 @@ def _kept(path: Path) -> dict[str, float]:
         return {}
 
 
-def samples(baseline: Any, data: Data, metrics: Mapping[str, Metric], n: int, real: Seen) -> dict[str, float]:
-    """Of n samples, the classes in turn."""
+def can_answer(baseline: Any, metric: Metric) -> bool:
+    return hasattr(baseline, ANSWERS[metric.of])
+
+
+def answers(
+    baseline: Any,
+    data: Data,
+    metrics: Mapping[str, Metric],
+    split: str,
+    n: int,
+    real: Seen | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """What a baseline reaches: on the n items of a split that a pass measures, on the whole split of a text; and of n samples,
+    the classes in turn."""
+    found = {}
+    for of in dict.fromkeys(metric.of for metric in metrics.values()):
+        given = (
+            _sets(baseline, data, n, real, seed) if of == "samples" and real else _items(baseline, data, of, split, n)
+        )
+        for name in [name for name, metric in metrics.items() if metric.of == of]:
+            found[name] = torch.as_tensor(metrics[name](*given)).double().mean().item()
+    return found
+
+
+def _sets(baseline: Any, data: Data, n: int, real: Seen, seed: int) -> tuple[Sets]:
     fake = Seen(real.extractor, real.parts)
     for first in range(0, n, 500):
         label = None if data.classes is None else torch.arange(first, min(first + 500, n)) % data.classes
-        fake.add(data.modality.on_levels(baseline.sample(min(500, n - first), first, label), data.levels), label)
-    sets = Sets(real, fake)
-    return {name: metric(sets) for name, metric in metrics.items()}
+        samples = baseline.sample(min(500, n - first), seed + first, label)
+        fake.add(data.modality.on_levels(samples, data.levels), label)
+    return (Sets(real, fake),)
 
 
-def items(baseline: Any, data: Data, metrics: Mapping[str, Metric], split: str, n: int) -> dict[str, float]:
-    """Figures of a baseline on the n items of a split that a pass measures; on the whole split of a text."""
-    scored = held(data, split) if data.modality.windowed else next(batches(part(data, split, n), n))
-    if any(metric.of == "likelihoods" for metric in metrics.values()):
-        nats = -baseline.log_prob(scored, 0).double()
-        given = nats, nats_of(nats, scored, data, split)
-    else:
-        given = baseline.reconstruct(scored), scored[data.field]
-    return {name: metric(*given).double().mean().item() for name, metric in metrics.items()}
+def _items(baseline: Any, data: Any, of: str, split: str, n: int) -> tuple[Tensor, Any]:
+    """Nats and, in the unit of the data's kind, the facts of them; or what the baseline gives back, and the items."""
+    whole = data.splits[split]
+    windowed = data.modality.windowed  # then one row, so that context is short at its beginning alone
+    items = {data.field: stream(whole)[None]} if windowed else next(batches(part(data, split, n), n))
+    if of == "reconstructions":
+        return baseline.reconstruct(items), items[data.field]
+    nats = -baseline.log_prob(items, 0).double()
+    if not windowed:
+        return nats, likelihood.per_dimension(nats, math.prod(data.shape), data.levels)
+    tokens = items[data.field].shape[1] - 1
+    return nats, likelihood.per_token(nats, tokens, tokens * whole.characters / whole.tokens)
+
+
+def row_node(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A row of the config, its baseline's file with the row's own keys on top."""
+    name = str(row.get("baseline")) if isinstance(row, dict) else str(row)
+    names = choices_of("baseline", config_folders(None))
+    if name not in names:
+        raise UserError(f"rows: baseline={name} is none of {', '.join(names)}{nearest(name, names)}")
+    node: Any = OmegaConf.to_container(OmegaConf.load(Path(conf_dir()) / "baseline" / f"{name}.yaml"))
+    return name, {**node, **{key: value for key, value in row.items() if key != "baseline"}}
