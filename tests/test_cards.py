@@ -18,9 +18,9 @@ from genai.data.base import part
 from genai.data.stream import batches
 from genai.evaluation import cards, judge, samples
 from genai.evaluation import features as extractors
-from genai.evaluation.baselines.beside import beside, kept_as
+from genai.evaluation.baselines.beside import beside, key_of
 from genai.evaluation.metrics import Metric, standard
-from genai.evaluation.run import named, run
+from genai.evaluation.run import resolve, run
 from genai.metrics.frechet import Moments, frechet
 from genai.modalities.base import to_pil
 from genai.modalities.image import rounded
@@ -239,12 +239,12 @@ def test_a_metric_in_ones_own_package(runs, my_lab, command, monkeypatch):
 def test_a_metrics_arguments_and_code_decide_its_figures(my_lab, monkeypatch):
     monkeypatch.syspath_prepend(my_lab)
     made = lambda power: build_typed({"_target_": "my_lab.brightness.Brightness", "power": power})  # noqa: E731
-    assert kept_as("brightness", made(1)) == kept_as("brightness", made(1)) != kept_as("brightness", made(2))
-    before = kept_as("brightness", made(1))
+    assert key_of("brightness", made(1)) == key_of("brightness", made(1)) != key_of("brightness", made(2))
+    before = key_of("brightness", made(1))
     path = my_lab / "my_lab" / "brightness.py"
     path.write_text(path.read_text() + "# changed\n")
-    assert kept_as("brightness", made(1)) != before
-    assert kept_as("recall", standard()["recall"]) == "recall" != kept_as("recall", made(1))
+    assert key_of("brightness", made(1)) != before
+    assert key_of("recall", standard()["recall"]) == "recall" != key_of("recall", made(1))
 
 
 class Worst(Metric):
@@ -280,9 +280,11 @@ def test_a_metric_of_reconstructions_has_their_baselines(runs, tmp_path):
 )  # fmt: skip
 def test_a_metric_that_says_what_there_is_not_is_refused(change, message):
     with pytest.raises(UserError, match=message):
-        named({"mine": type("Mine", (Metric,), change)()})
+        resolve({"mine": type("Mine", (Metric,), change)()})
     with pytest.raises(UserError, match="mine is a ReLU: give the node of a genai.evaluation.metrics.Metric"):
-        named({"mine": nn.ReLU()})
+        resolve({"mine": nn.ReLU()})
+    with pytest.raises(UserError, match=r"'../mine' names a file of cards/"):
+        resolve({"../mine": Worst()})
 
 
 # Extractors

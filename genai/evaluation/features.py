@@ -73,7 +73,7 @@ class Seen:
         return torch.cat(self.parts[name])
 
 
-def seen(split: Split, field: str, extractor: Extractor, reads: Iterable[str]) -> Seen:
+def see(split: Split, field: str, extractor: Extractor, reads: Iterable[str]) -> Seen:
     """All of a split."""
     found = Seen(extractor, reads)
     for batch in batches(split, 1000):

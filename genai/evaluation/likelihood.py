@@ -62,7 +62,8 @@ def run(
     means: dict[str, Interval] = {}
     if nats:
         each = torch.cat(nats).double() + 0.0  # 0, not -0, for what is certain
-        facts |= _likelihood(each, torch.cat(targets) if targets else None, data, split, model)
+        tokens = int(torch.cat(targets).sum()) if targets else None
+        facts |= in_units(each, tokens, data, split, getattr(model, "levels", data.values))
         facts["bound"] = REPORTED.get(model.bound, model.bound) if method is None else SOLVED
         facts |= {} if method is None else {"likelihood": method}
         given = list(model.null()) if hasattr(model, "null") else []
@@ -96,13 +97,14 @@ def scorer(loaded: Loaded, data: Data, method: Any) -> Score | None:
     )
 
 
-def _likelihood(nats: Tensor, targets: Tensor | None, data: Any, split: str, model: Any) -> dict[str, Any]:
-    """In the unit of the data's kind; a model of binary images counts two values of grey ones."""
-    if targets is None:
-        return units.per_dimension(nats, math.prod(data.shape), getattr(model, "levels", data.values))
-    part, tokens = data.splits[split], int(targets.sum())
-    window = {"context": part.length, "context_overlap": part.overlap, "vocabulary": data.levels}
-    return units.per_token(nats, tokens, tokens * part.characters / part.tokens) | window
+def in_units(nats: Tensor, tokens: int | None, data: Any, split: str, values: int | None) -> dict[str, Any]:
+    """Nats (N,) in the unit of the data's kind, of so many tokens or of numbers with so many values: a model of binary images
+    counts two of grey ones."""
+    if tokens is None:
+        return units.per_dimension(nats, math.prod(data.shape), values)
+    whole = data.splits[split]
+    window = {"context": whole.length, "context_overlap": whole.overlap, "vocabulary": data.levels}
+    return units.per_token(nats, tokens, tokens * whole.characters / whole.tokens) | window
 
 
 def _interval(values: Tensor) -> Interval:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def run(cfg: Any) -> dict[str, Any]:
     loaded = checkpoint.load(cfg.ckpt, cfg.weights, cfg.device, cfg.trust, cfg.precision, cfg.compile)
     method: Any = None if cfg.get("likelihood") is None else OmegaConf.to_container(cfg.likelihood)
     plan = Plan(
-        built(cfg.metrics), cfg.split, cfg.n, cfg.repeats, cfg.seed, cfg.batch_size,
+        build_metrics(cfg.metrics), cfg.split, cfg.n, cfg.repeats, cfg.seed, cfg.batch_size,
         build_typed(OmegaConf.to_container(cfg.extractor)), method, cfg.baselines,
     )  # fmt: skip
     with checkpoint.blamed(loaded):
@@ -76,7 +77,7 @@ def run(cfg: Any) -> dict[str, Any]:
     return {**facts, "cards": found}
 
 
-def built(value: Any) -> list[str | dict[str, Metric]] | None:
+def build_metrics(value: Any) -> list[str | dict[str, Metric]] | None:
     """metrics= of the command line: a name, or a list of names and of {name: node}, with the nodes built; None as it is."""
     if value is None:
         return None
@@ -134,7 +135,7 @@ def check(loaded: Loaded, data: Data, plan: Plan) -> Checked:
     if plan.metrics is None:
         wanted = {name: metric for name, metric in can.items() if metric.of in PASS}
     else:
-        wanted = {name: metric for entry in plan.metrics for name, metric in named(entry).items()}
+        wanted = {name: metric for entry in plan.metrics for name, metric in resolve(entry).items()}
     for name, metric in wanted.items():
         if metric is None or not possible(metric, loaded, images, plan.likelihood):
             what = "is no metric" if metric is None else "is none that this model can have"
@@ -158,11 +159,13 @@ def check(loaded: Loaded, data: Data, plan: Plan) -> Checked:
     return Checked(images, node, n, can, wanted, passes, sampled, extractor)
 
 
-def named(entry: str | Mapping[str, Metric]) -> dict[str, Any]:
+def resolve(entry: str | Mapping[str, Metric]) -> dict[str, Any]:
     """One of metrics= as {name: metric}; None for a name that conf/metrics.yaml lacks. Raises UserError for what is no metric."""
     if isinstance(entry, str):
         return {entry: standard().get(entry)}
     for name, metric in entry.items():
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise UserError(f"metrics: {name!r} names a file of cards/: give letters, digits, and _ . - within")
         if not isinstance(metric, Metric):
             raise UserError(
                 f"metrics: {name} is a {type(metric).__name__}: give the node of a genai.evaluation.metrics.Metric"

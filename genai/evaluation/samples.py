@@ -18,7 +18,7 @@ from genai.data.stream import batches
 from genai.evaluation.baselines.beside import COPIER, beside
 from genai.evaluation.cards import card, data_facts
 from genai.evaluation.clock import Clock
-from genai.evaluation.features import Extractor, Seen, seen
+from genai.evaluation.features import Extractor, Seen, see
 from genai.evaluation.metrics import Metric, Sets, Texts
 from genai.metrics.intervals import over_seeds
 from genai.metrics.memorisation import memorisation
@@ -56,7 +56,7 @@ def of_samples(
     """Cards by metric of `repeats` sets of n samples beside the items of a split, and the nearest pairs to look at."""
     reads = {name for metric in metrics.values() for name in metric.reads}
     whole = data.splits[split]
-    real = seen(random_order(whole) if split == "train" else whole, data.field, extractor, reads)
+    real = see(random_order(whole) if split == "train" else whole, data.field, extractor, reads)
     clock, values, first = Clock(n * repeats, "samples"), {name: [] for name in metrics}, []
     for k in range(repeats):
         fake = Seen(extractor, reads)
@@ -92,7 +92,7 @@ def _floors(
     from comes first."""
     for other in ("val", "test", "train"):
         if other != split and other in data.splits and len(data.splits[other]) >= n:
-            sets = Sets(real, seen(part(data, other, n), data.field, real.extractor, real.parts))
+            sets = Sets(real, see(part(data, other, n), data.field, real.extractor, real.parts))
             return other, {name: metric(sets) for name, metric in metrics.items() if not metric.of_labels}
     return None, {}
 

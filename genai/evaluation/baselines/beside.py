@@ -22,8 +22,8 @@ from genai.data.stream import batches
 from genai.evaluation.baselines.base import check, known, stream
 from genai.evaluation.baselines.vectors import Copier
 from genai.evaluation.features import Seen
+from genai.evaluation.likelihood import in_units
 from genai.evaluation.metrics import Metric, Sets, own_facts
-from genai.metrics import likelihood
 
 COPIER = Copier.what
 MOST = 10_000  # training images that they learn from, and
@@ -66,18 +66,18 @@ def beside(
             continue
         path = cache_folder("baselines") / f"{checksum(content, FORMAT, row, split, n, *facts)}.json"
         kept = _kept(path)
-        if any(kept_as(name, metric) not in kept for name, metric in wanted.items()):
+        if any(key_of(name, metric) not in kept for name, metric in wanted.items()):
             print(f"baselines of this data, once: {baseline.what}", flush=True)
             baseline.fit(known(data, ["train"], TOKENS if data.modality.windowed else MOST), 0)
             found = answers(baseline, data, wanted, split, n, real)
-            kept |= {kept_as(name, wanted[name]): value for name, value in found.items()}
+            kept |= {key_of(name, wanted[name]): value for name, value in found.items()}
             files.write_text(path, json.dumps(kept), hint=CACHE_HINT)
         for name, metric in wanted.items():
-            figures[name][baseline.what] = kept[kept_as(name, metric)]
+            figures[name][baseline.what] = kept[key_of(name, metric)]
     return figures
 
 
-def kept_as(name: str, metric: Metric) -> str:
+def key_of(name: str, metric: Metric) -> str:
     """What a baseline's figure is kept as: of a metric that is not a standard one, anew where that or its module changes."""
     own = own_facts(name, metric)
     return f"{name} {checksum(own, inspect.getsource(inspect.getmodule(type(metric))))}" if own else name  # type: ignore[arg-type]
@@ -131,16 +131,12 @@ def _sets(baseline: Any, data: Data, n: int, real: Seen, seed: int) -> tuple[Set
 
 def _items(baseline: Any, data: Any, of: str, split: str, n: int) -> tuple[Tensor, Any]:
     """Nats and, in the unit of the data's kind, the facts of them; or what the baseline gives back, and the items."""
-    whole = data.splits[split]
     windowed = data.modality.windowed  # then one row, so that context is short at its beginning alone
-    items = {data.field: stream(whole)[None]} if windowed else next(batches(part(data, split, n), n))
+    items = {data.field: stream(data.splits[split])[None]} if windowed else next(batches(part(data, split, n), n))
     if of == "reconstructions":
         return baseline.reconstruct(items), items[data.field]
     nats = -baseline.log_prob(items, 0).double()
-    if not windowed:
-        return nats, likelihood.per_dimension(nats, math.prod(data.shape), data.levels)
-    tokens = items[data.field].shape[1] - 1
-    return nats, likelihood.per_token(nats, tokens, tokens * whole.characters / whole.tokens)
+    return nats, in_units(nats, items[data.field].shape[1] - 1 if windowed else None, data, split, data.levels)
 
 
 def row_node(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:

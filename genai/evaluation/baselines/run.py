@@ -16,7 +16,7 @@ from genai.data.base import Data
 from genai.data.pixels import images_behind
 from genai.evaluation.baselines.base import Baseline, Known, check, known
 from genai.evaluation.baselines.beside import answers, can_answer, row_node
-from genai.evaluation.features import Seen, judge, seen
+from genai.evaluation.features import Seen, judge, see
 from genai.evaluation.metrics import standard
 from genai.metrics.intervals import over_seeds
 
@@ -46,12 +46,12 @@ def run(cfg: Any) -> dict[str, Any]:
     learned = known(data, fit)
     sampled = any(hasattr(baseline, "sample") for _, _, baseline in chosen)
     judged = sampled and data.classes is not None and cfg.judge is not None
-    real = seen(data.splits[split], data.field, judge(data, node, "cpu"), ("features",)) if judged else None
+    real = see(data.splits[split], data.field, judge(data, node, "cpu"), ("features",)) if judged else None
     found = []
     for name, arguments, baseline in chosen:
         if sys.stdout.isatty():
             print(f"\r{baseline.what:60}", end="", flush=True)
-        metrics = scored(baseline, learned, data, split, real, repeats, cfg.seed)
+        metrics = score(baseline, learned, data, split, real, repeats, cfg.seed)
         found.append({"baseline": name, "arguments": arguments, "what": baseline.what, "metrics": metrics})
     found = measured(found, cfg.get("baseline"))
     result = {
@@ -90,7 +90,7 @@ def baselines(cfg: Any, data: Data) -> list[tuple[str, dict[str, Any], Baseline]
     return found
 
 
-def scored(
+def score(
     baseline: Any, learned: Known, data: Data, split: str, real: Seen | None, repeats: int, seed: int
 ) -> dict[str, dict[str, Any]]:
     """All that a baseline can answer: of each figure its mean over repeats, the least, the greatest and what decides it.
