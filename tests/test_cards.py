@@ -18,7 +18,9 @@ from genai.data.base import part
 from genai.data.stream import batches
 from genai.evaluation import cards, judge, samples
 from genai.evaluation import features as extractors
-from genai.evaluation.baselines.beside import beside, key_of
+from genai.evaluation.baselines.base import known
+from genai.evaluation.baselines.beside import answers, beside, key_of
+from genai.evaluation.baselines.pixels import Uniform
 from genai.evaluation.metrics import Metric, standard
 from genai.evaluation.run import resolve, run
 from genai.metrics.frechet import Moments, frechet
@@ -234,6 +236,14 @@ def test_a_metric_in_ones_own_package(runs, my_lab, command, monkeypatch):
         train(composed("train", long, resumed))
     train(composed("train", [*long, "trust=my_lab"], resumed))
     assert [step for step, _ in read(folder).curves["card/brightness"]] == [2, 3, 4]
+
+
+def test_a_baselines_figures_are_of_float64():
+    """A tenth is not one in float32."""
+    tenth = type("Tenth", (Metric,), {"of": "likelihoods", "__call__": lambda self, nats, facts: 0.1 + 1e-12})()
+    data = build_typed(composed("baselines", ["data=digits"]).data)
+    baseline = Uniform().fit(known(data, ["val"]), 0)
+    assert answers(baseline, data, {"tenth": tenth}, "test", 5) == {"tenth": 0.1 + 1e-12}
 
 
 def test_a_metrics_arguments_and_code_decide_its_figures(my_lab, monkeypatch):

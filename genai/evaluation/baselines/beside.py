@@ -116,7 +116,7 @@ def answers(
             _sets(baseline, data, n, real, seed) if of == "samples" and real else _items(baseline, data, of, split, n)
         )
         for name in [name for name, metric in metrics.items() if metric.of == of]:
-            found[name] = torch.as_tensor(metrics[name](*given)).double().mean().item()
+            found[name] = torch.as_tensor(metrics[name](*given), dtype=torch.float64).mean().item()
     return found
 
 
