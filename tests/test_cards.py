@@ -291,7 +291,7 @@ def test_a_metric_of_reconstructions_has_their_baselines(runs, tmp_path):
 def test_a_metric_that_says_what_there_is_not_is_refused(change, message):
     with pytest.raises(UserError, match=message):
         resolve({"mine": type("Mine", (Metric,), change)()})
-    with pytest.raises(UserError, match="mine is a ReLU: give the node of a genai.evaluation.metrics.Metric"):
+    with pytest.raises(UserError, match=r"mine is a ReLU: give the node of a genai\.evaluation\.metrics\.Metric"):
         resolve({"mine": nn.ReLU()})
     with pytest.raises(UserError, match=r"'../mine' names a file of cards/"):
         resolve({"../mine": Worst()})

@@ -38,6 +38,8 @@ class Modality:
     """Of a Request, those that `condition` reads."""
     meaning = "modality"
     """What two data sets must share for weights of one to mean the same on the other, in words."""
+    likelihoods: tuple[str, ...] = ("bits_per_dim",)
+    """The metrics that a likelihood is given in."""
     compared: str | None = "samples"
     """How sets of samples are measured: "samples", by features; "texts", by their words; None, not at all."""
     windowed = False

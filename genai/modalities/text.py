@@ -23,7 +23,7 @@ class Text(Modality):
     """The token ids of texts, int64 (B, T), each up to its `length` (B,) where there is one."""
 
     field, keys, meaning = "tokens", ("prompt", "stop"), "vocabulary"
-    compared, windowed = "texts", True
+    compared, windowed, likelihoods = "texts", True, ("nats_per_token", "bits_per_character")
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
