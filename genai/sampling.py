@@ -101,7 +101,7 @@ def sample(
 
 
 def _shifted(on_step: OnStep, k: int, chunks: int) -> OnStep:
-    return lambda i, steps, state: on_step(k * steps + i, chunks * steps, state)
+    return functools.wraps(on_step)(lambda i, steps, state: on_step(k * steps + i, chunks * steps, state))
 
 
 def bind(
@@ -254,9 +254,15 @@ def _unused(run: Path) -> Path:
 
 @contextlib.contextmanager
 def bar() -> Iterator[OnStep]:
-    """An on_step that draws a progress bar; nothing where output is no terminal."""
+    """An on_step that draws a progress bar, of whole batches where the sampler replays a CUDA graph; nothing where output is no
+    terminal."""
     from rich.progress import Progress
 
     with Progress(disable=not sys.stdout.isatty(), transient=True) as progress:
         task = progress.add_task("sampling", total=None)
-        yield lambda i, n, state: progress.update(task, completed=i + 1, total=n)
+
+        def on_step(i: int, n: int, state: Batch) -> None:
+            progress.update(task, completed=i + 1, total=n)
+
+        on_step.counts_only = True  # type: ignore[attr-defined]
+        yield on_step

@@ -2,17 +2,15 @@
 
 import copy
 import functools
-import gc
 import itertools
 import math
-import weakref
 
 import diffusers
 import pytest
 import torch
 from torch import nn
 
-from genai.core import cuda_graph, rng
+from genai.core import rng
 from genai.core.errors import UserError
 from genai.core.protocols import Prediction
 from genai.kernels.affine_step import Row
@@ -562,87 +560,6 @@ def test_inpainting_ends_in_the_known_part_and_follows_it_with_noise(name):
         assert torch.allclose(states[k][:, 0], (row.alpha * known + row.sigma * z)[:, 0])
     free = samplers.walk(model.denoise, table, x, seeds)
     assert torch.allclose(out[:, 1:], free[:, 1:])  # coordinates of this Gaussian are independent
-
-
-# One CUDA graph a trajectory
-
-
-def test_a_graph_that_cannot_be_says_why():
-    model, seeds = tiny_unet(), rng.seed_range(0, 2)
-    cond = {"label": torch.tensor([1, 2])}
-    plain = ddim(model, seeds, cond, steps=2)["image"]
-    with pytest.warns(UserWarning, match="sampling step by step, not as a CUDA graph: the model is on cpu"):
-        asked = ddim(model, seeds, cond, steps=2, cuda_graph=True)["image"]
-    assert torch.equal(asked, plain)
-
-
-def test_the_second_batch_of_a_kind_is_captured(monkeypatch):
-    model, calls = nn.Linear(1, 1), []
-
-    def trajectory(inputs):
-        calls.append("walk")
-        return inputs["x"] * 2
-
-    def capture(trajectory, inputs):
-        calls.append("capture")
-        return lambda inputs: calls.append("replay") or inputs["x"] * 2
-
-    monkeypatch.setattr(cuda_graph, "capture", capture)
-    for k, (kind, n) in enumerate([("a", 2), ("a", 2), ("a", 2), ("a", 3), ("b", 3), ("b", 3)]):
-        x = torch.full((n,), float(k))
-        assert torch.equal(cuda_graph.replayed(model, kind, trajectory, {"x": x}), x * 2)
-    assert calls == ["walk", "capture", "replay", "replay", "walk", "walk", "capture", "replay"]
-    model.weight = nn.Parameter(torch.ones(1, 1))  # a graph would read the old memory
-    cuda_graph.replayed(model, "b", trajectory, {"x": torch.ones(3)})
-    assert calls[-1] == "walk"
-
-
-def test_a_capture_that_fails_falls_back_by_name(monkeypatch):
-    def capture(trajectory, inputs):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
-
-    monkeypatch.setattr(cuda_graph, "capture", capture)
-    model, x = nn.Linear(1, 1), torch.ones(2)
-    cuda_graph.replayed(model, "a", lambda inputs: inputs["x"] + 1, {"x": x})
-    with pytest.warns(UserWarning, match="not as a CUDA graph: operation not permitted when stream is capturing$"):
-        assert torch.equal(cuda_graph.replayed(model, "a", lambda inputs: inputs["x"] + 1, {"x": x}), x + 1)
-
-
-def test_a_model_whose_capture_failed_is_freed(monkeypatch):
-    def capture(trajectory, inputs):
-        raise RuntimeError("not permitted")
-
-    monkeypatch.setattr(cuda_graph, "capture", capture)
-
-    def sample():
-        model, calls = nn.Linear(1, 1), []
-
-        def trajectory(inputs):
-            calls.append("walk")
-            return model(inputs["x"]).detach()
-
-        for _ in range(4):
-            cuda_graph.replayed(model, "a", trajectory, {"x": torch.ones(2, 1)})
-        assert len(calls) == 4
-        return weakref.ref(model)
-
-    with pytest.warns(UserWarning, match="not as a CUDA graph"):
-        alive = sample()
-    gc.collect()
-    assert alive() is None
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("solver", FAMILIES, ids=lambda f: f.__name__)
-def test_a_graph_gives_the_samples_of_the_steps(solver):
-    model, label = tiny_unet().cuda(), torch.arange(4)
-    for first in (0, 4, 8, 12):  # walked, captured, replayed twice
-        seeds = rng.seed_range(first, 4)
-        graphed = sample(model, seeds, {"label": label}, solver=solver, steps=5)["image"]
-        walked = sample(model, seeds, {"label": label}, solver=solver, steps=5, cuda_graph=False)["image"]
-        assert (graphed - walked).abs().max() < 1e-5
-        label = label + 1
-    assert cuda_graph._latest[model][1] is not None
 
 
 # Where they start, and what they are told

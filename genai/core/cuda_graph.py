@@ -4,48 +4,66 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from genai.core.protocols import Batch
 
+KEPT = 4  # kinds of a model
+Made = TypeVar("Made")
 Trajectory = Callable[[Batch], Tensor]
+Kinds = dict[Hashable, tuple[int, Trajectory | Literal["walked", "failed"]]]
+"""Largest batch and graph of each kind, the one asked for last at the end."""
 
-_latest: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, Trajectory | Literal["first", "failed"]]] = (
-    weakref.WeakKeyDictionary()
-)
+_kinds: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Kinds]] = weakref.WeakKeyDictionary()
 
 
-def replayed(model: nn.Module, kind: Hashable, trajectory: Trajectory, inputs: Batch) -> Tensor:
-    """trajectory(inputs), by a graph from the second call of a kind on; the latest graph of a model is kept.
-
-    The first call runs as it is, which also warms up what is compiled or chosen at first use; the second is captured,
-    and from then on each is a replay into the same memory.
+def captured(model: nn.Module, kind: Hashable, trajectory: Trajectory, inputs: Batch) -> Trajectory | None:
+    """The graph of a trajectory, from the second batch of a kind on; None says to walk it, which also warms up what is compiled
+    or chosen at first use. It replays smaller batches too. The last KEPT kinds of a model are known.
 
     Args:
         kind: whatever the trajectory depends on besides `inputs` and the model's weights.
-        inputs: tensors on the GPU; their shapes and dtypes count as part of the kind.
+        inputs: tensors (B, ...) on the GPU; their shapes but for B and their dtypes count as part of the kind.
     """
-    weights = tuple(p.data_ptr() for p in model.parameters())
-    key = kind, weights, tuple((name, t.shape, t.dtype) for name, t in inputs.items())
-    seen, graph = _latest.get(model, (None, "first"))
-    if seen != key:
-        _latest[model] = key, "first"
-        return trajectory(inputs)
-    if graph == "first":
+    weights, n = tuple(p.data_ptr() for p in model.parameters()), len(next(iter(inputs.values())))
+    known, kinds = _kinds.get(model, (weights, {}))
+    if known != weights:  # graphs read the memory that they were captured with
+        kinds = {}
+    _kinds[model] = weights, kinds
+    key = kind, tuple((name, t.shape[1:], t.dtype) for name, t in inputs.items())
+    size, graph = kinds.pop(key, (0, "walked"))
+    if n > size:
+        size, graph = n, "walked"
+    elif n == size and graph == "walked":
         try:
-            graph = capture(trajectory, inputs)
+            graph = with_room(model, lambda: capture(trajectory, inputs))
         except RuntimeError as error:
             say(str(error).strip().splitlines()[0])
             graph = "failed"  # and not the trajectory, which holds the model that its entry here is to end with
-        _latest[model] = key, graph
-    return trajectory(inputs) if isinstance(graph, str) else graph(inputs)
+    kinds[key] = size, graph
+    if len(kinds) > KEPT:
+        del kinds[next(iter(kinds))]
+    return None if isinstance(graph, str) else graph
+
+
+def with_room(model: nn.Module, make: Callable[[], Made]) -> Made:
+    """make(), once more without the model's graphs where the device has no memory left beside them."""
+    try:
+        return make()
+    except torch.OutOfMemoryError:
+        _, kinds = _kinds.get(model, ((), {}))
+        if not any(callable(graph) for _, graph in kinds.values()):
+            raise
+    kinds.clear()
+    return make()
 
 
 def capture(trajectory: Trajectory, inputs: Batch) -> Trajectory:
-    """The trajectory as a graph over copies of its inputs. Raises RuntimeError where something in it needs the host."""
+    """The trajectory as a graph over copies of its inputs, which replays batches of up to as many rows. Raises RuntimeError where
+    something in it needs the host."""
     static = {name: t.clone() for name, t in inputs.items()}
     first = next(iter(static.values()))
     with torch.cuda.device_of(first):  # which need not be the current one
@@ -55,10 +73,11 @@ def capture(trajectory: Trajectory, inputs: Batch) -> Trajectory:
             out = trajectory(static)
 
     def replay(inputs: Batch) -> Tensor:
+        n = len(next(iter(inputs.values())))
         for name, t in inputs.items():
-            static[name].copy_(t)
+            static[name][:n].copy_(t)  # the rest stays what an earlier batch was
         graph.replay()
-        return out.clone()
+        return out[:n].clone()
 
     return replay
 

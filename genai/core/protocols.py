@@ -16,7 +16,8 @@ PAD = 256
 """What follows the bytes of a `caption` in a Batch, int64 (B, length)."""
 
 OnStep = Callable[[int, int, Batch], None]
-"""`on_step(i, n, state)` after step i of n of a sampler: progress bars, streaming, films of the denoising path."""
+"""`on_step(i, n, state)` after step i of n of a sampler: progress bars, streaming, films of the denoising path. One with an
+attribute `counts_only` that is true looks at no state, and may hear of a batch's last step alone."""
 
 
 class Losses(NamedTuple):

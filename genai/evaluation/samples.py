@@ -30,9 +30,9 @@ CHARACTERS = 10_000_000  # of training text that copies are looked for in
 
 
 def drawn(loaded: Loaded, n: int, seed: int, batch_size: int, clock: Clock) -> Iterator[Batch]:
-    """n samples, the classes in turn, batch by batch; the first is small."""
+    """n samples, the classes in turn, batch by batch; the first batch of all is small."""
     told: Any = loaded.conditions.get("label")
-    starts = [0, *range(min(FIRST, n), n, batch_size), n]
+    starts = [0, *range(min(batch_size if clock.done else FIRST, n), n, batch_size), n]
     for start, stop in itertools.pairwise(starts):
         label = None if told is None else told.preview({"label": torch.arange(start, stop) % told.classes})
         yield sampling.sample(loaded, stop - start, seed + start, label=label, batch_size=batch_size)

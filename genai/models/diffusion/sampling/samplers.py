@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from genai.core import rng
-from genai.core.cuda_graph import replayed, say
+from genai.core.cuda_graph import captured, say, with_room
 from genai.core.errors import UserError
 from genai.core.precision import wide
 from genai.core.protocols import Batch, Denoiser, OnStep, Prediction, for_models
@@ -109,8 +109,8 @@ def sample(
             instead of from noise by seed.
         frames: also return `frames` (N, K + 1, *data_shape), x / (alpha + sigma) before the first step and after each, of the
             first N samples.
-        cuda_graph: replay batches after the second as one CUDA graph; None does where nothing asks to see the steps. With
-            True on_step hears of the last step only.
+        cuda_graph: replay batches from the second on as one CUDA graph, where on_step hears of the last step alone; None does
+            where nothing asks to see the steps.
 
     Raises UserError for what does not go together, or does not go with this model.
     """
@@ -146,14 +146,17 @@ def sample(
 
     film = _Film(table, x, on_step) if frames else None
     on_step = film or on_step
+    graph = None
     if _graphed(cuda_graph, model, autoguidance, on_step):
         half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         kind = table.start, tuple(table.times), tuple(table.rows), guide, model.clip, impl, half
-        out = replayed(model, kind, trajectory, inputs)
+        graph = captured(model, kind, trajectory, inputs)
+    if graph is None:
+        out = with_room(model, lambda: trajectory(inputs, on_step))
+    else:
+        out = graph(inputs)
         if on_step is not None:
             on_step(len(table.rows) - 1, len(table.rows), {"x": ordinary(out)})
-    else:
-        out = trajectory(inputs, on_step)
     if not out.isfinite().all():  # the same again, with the host looking at every step
         trajectory(inputs, watch=True)
         raise UserError(
@@ -234,11 +237,13 @@ def _graphed(asked: bool | None, model: Diffusion, worse: Diffusion | None, on_s
     reason = None
     if model.device.type != "cuda":
         reason = f"the model is on {model.device}"
+    elif isinstance(on_step, _Film):
+        reason = "frames=true shows every step"
     elif worse is not None or model.training:
         reason = "autoguidance calls two models" if worse is not None else "the model is in training mode"
     if asked and reason:
         say(reason)
-    return reason is None and (on_step is None if asked is None else asked)
+    return reason is None and (getattr(on_step, "counts_only", on_step is None) if asked is None else asked)
 
 
 def _watched(denoiser: Denoiser, steps: int) -> Denoiser:
