@@ -26,8 +26,8 @@ from genai.evaluation.samples import drawn
 from genai.modalities.base import Modality
 from genai.modalities.image import Image
 from genai.modalities.label import Label
-from genai.models.diffusion import samplers
-from genai.models.diffusion.samplers import sample
+from genai.models.diffusion.sampling import samplers
+from genai.models.diffusion.sampling.samplers import sample
 from tests.test_samplers import FAMILIES, ddim, tiny_unet
 
 
@@ -78,13 +78,13 @@ def graphs(monkeypatch):
 
 def loaded(steps=4, **rest):
     node = {
-        "_target_": "genai.models.diffusion.samplers.sample",
+        "_target_": "genai.models.diffusion.sampling.samplers.sample",
         "_partial_": True,
         "steps": steps,
         "impl": "torch",
         **rest,
     }
-    node["solver"] = {"_target_": "genai.models.diffusion.tables.ddim", "_partial_": True}
+    node["solver"] = {"_target_": "genai.models.diffusion.sampling.tables.ddim", "_partial_": True}
     told: dict[str, Modality] = {"label": Label(10)}
     return Loaded(tiny_unet(), {"sampler": node, "data": {}}, Image(), told, 0, Path("runs/x/checkpoints/last.ckpt"))
 

@@ -3,11 +3,14 @@
 import functools
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
+from genai.build import build_typed
 from genai.core import rng
 from genai.core.errors import UserError
 from genai.models.diffusion.ddpm import DDPM
@@ -17,6 +20,7 @@ from genai.models.diffusion.process import schedules
 from genai.models.diffusion.process.paths import to_x0
 from genai.models.diffusion.sampling import samplers, tables
 from genai.models.diffusion.sampling.samplers import sample
+from tests.conftest import ROOT
 
 MEANS, STD, SHAPE = (-0.5, 0.5), 0.15, (1, 2, 2)
 
@@ -244,6 +248,21 @@ def test_each_path_names_the_spacing_that_it_is_sampled_with(monkeypatch):
     for kind, spacing in (("ddpm", "trailing"), ("edm", "karras"), ("flow", "trailing")):
         for solver in ("heun", "dpmpp_2m_sde"):
             assert torch.equal(draw(kind, solver)["image"], draw(kind, solver, spacing=spacing)["image"])
+
+
+NODES = {path.stem: OmegaConf.load(path) for path in sorted((ROOT / "conf" / "sampler").glob("*.yaml"))}
+DIFFUSION = [name for name, node in NODES.items() if node._target_ == "genai.models.diffusion.sampling.samplers.sample"]
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "edm", "flow"])
+@pytest.mark.parametrize("name", DIFFUSION)
+def test_a_sampler_as_it_comes_is_near_the_data_in_few_steps(kind, name):
+    if kind == "flow" and NODES[name].spacing:
+        pytest.skip("karras would visit clean data, where this path ends")
+    node: Any = OmegaConf.to_container(NODES[name])
+    x = build_typed({**node, "steps": 5})(exact(kind), SEEDS, LABEL)["image"]
+    away = x - torch.tensor(MEANS).double()[LABEL["label"]][:, None, None, None]
+    assert away.square().mean().sqrt() < 3 * STD
 
 
 REFUSED = {
