@@ -276,10 +276,13 @@ REFUSED = {
     r"sampler.sigma_min=0.001 is out of range: .* from 0.002 to 80": {"sigma_min": 0.001},
     r"sampler.sigma_min=30 is out of range: .*, and it must lie below sampler.sigma_max=20": {"sigma_min": 30, "sigma_max": 20},
     r"sampler.rho=0 must be a number greater than 0": {"rho": 0},
+    r"sampler.rho=0.1 is too small for levels from 0.002 to 80: give 1 or more": {"rho": 0.1},
+    r"sampler.rho=0.001 is too small for levels from 39 to 40": {"rho": 0.001, "sigma_min": 39, "sigma_max": 40},
     r"sampler.shift=-1 must be a number greater than 0": {"shift": -1},
     r"strength=0.001 must be at least 0.001996": {"image": images(), "strength": 0.001},
     r"guidance_interval= changes nothing at guidance=1": {"guidance_interval": [0.1, 1]},
     r"guidance_interval=\[2, 1\] must be \[low,high\] of sigma / alpha": {"guidance": 2.0, "guidance_interval": [2, 1]},
+    r"autoguidance= at guidance=0 is the worse model alone": {"guidance": 0.0, "autoguidance": exact("edm")},
     r"autoguidance= is a model of \[3\], and this one is of \[1, 2, 2\]": {
         "guidance": 2.0, "autoguidance": Flow(nn.Identity(), [3], "image"),
     },

@@ -98,6 +98,10 @@ def guide(
     if w == 1 and (worse is not None or interval is not None):
         key = "autoguidance" if worse is not None else "guidance_interval"
         raise UserError(f"{key}= changes nothing at guidance=1, which is none: give guidance= above 1")
+    if w == 0 and worse is not None:
+        raise UserError(
+            "autoguidance= at guidance=0 is the worse model alone: give guidance= above 1, or sample from that"
+        )
     if interval is None:
         return Guide(w, worse=worse)
     low, high = interval

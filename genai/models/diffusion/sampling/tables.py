@@ -76,6 +76,10 @@ def levels(
             )
         if spacing == "karras":
             number(rho, "sampler.rho", 0, open_low=True)
+            if math.log(max(high.ratio, 1 / low.ratio, high.ratio / low.ratio)) > 30 * rho:  # float64 has 16 digits
+                raise UserError(
+                    f"sampler.rho={rho} is too small for levels from {low.ratio:g} to {high.ratio:g}: give 1 or more"
+                )
             first, last = high.ratio ** (1 / rho), low.ratio ** (1 / rho)
             ratios = [(first + f * (last - first)) ** rho for f in fractions]
         else:
