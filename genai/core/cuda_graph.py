@@ -14,15 +14,16 @@ from genai.core.protocols import Batch
 KEPT = 4  # kinds of a model
 Made = TypeVar("Made")
 Trajectory = Callable[[Batch], Tensor]
-Kinds = dict[Hashable, tuple[int, Trajectory | Literal["walked", "failed"]]]
-"""Largest batch and graph of each kind, the one asked for last at the end."""
+Kinds = dict[tuple[int, Hashable], Trajectory | Literal["walked", "failed"]]
+"""Graphs by size of the batch and what else they depend on, the one asked for last at the end."""
 
 _kinds: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Kinds]] = weakref.WeakKeyDictionary()
 
 
 def captured(model: nn.Module, kind: Hashable, trajectory: Trajectory, inputs: Batch) -> Trajectory | None:
-    """The graph of a trajectory, from the second batch of a kind on; None says to walk it, which also warms up what is compiled
-    or chosen at first use. It replays smaller batches too. The last KEPT kinds of a model are known.
+    """The graph of a trajectory, from the second batch of a kind and size on; the first borrows that of a larger batch.
+
+    None says to walk it, which also warms up what is compiled or chosen at first use. The last KEPT of a model are known.
 
     Args:
         kind: whatever the trajectory depends on besides `inputs` and the model's weights.
@@ -33,20 +34,21 @@ def captured(model: nn.Module, kind: Hashable, trajectory: Trajectory, inputs: B
     if known != weights:  # graphs read the memory that they were captured with
         kinds = {}
     _kinds[model] = weights, kinds
-    key = kind, tuple((name, t.shape[1:], t.dtype) for name, t in inputs.items())
-    size, graph = kinds.pop(key, (0, "walked"))
-    if n > size:
-        size, graph = n, "walked"
-    elif n == size and graph == "walked":
+    kind = kind, tuple((name, t.shape[1:], t.dtype) for name, t in inputs.items())
+    graph = kinds.pop((n, kind), None)
+    if graph == "walked":
         try:
             graph = with_room(model, lambda: capture(trajectory, inputs))
         except RuntimeError as error:
             say(str(error).strip().splitlines()[0])
             graph = "failed"  # and not the trajectory, which holds the model that its entry here is to end with
-    kinds[key] = size, graph
+    kinds[n, kind] = graph or "walked"
     if len(kinds) > KEPT:
         del kinds[next(iter(kinds))]
-    return None if isinstance(graph, str) else graph
+    if graph is None:
+        larger = [size for (size, other), graph in kinds.items() if other == kind and size > n and callable(graph)]
+        graph = kinds[min(larger), kind] if larger else None
+    return graph if callable(graph) else None
 
 
 def with_room(model: nn.Module, make: Callable[[], Made]) -> Made:
@@ -55,7 +57,7 @@ def with_room(model: nn.Module, make: Callable[[], Made]) -> Made:
         return make()
     except torch.OutOfMemoryError:
         _, kinds = _kinds.get(model, ((), {}))
-        if not any(callable(graph) for _, graph in kinds.values()):
+        if not any(map(callable, kinds.values())):
             raise
     kinds.clear()
     return make()
