@@ -119,6 +119,7 @@ def compiled_for_gpus(script, cases):
 # What these files compute takes long, or runs in processes of its own.
 LONG = (
     "commands",
+    "cuda_graph",
     "gpt",
     "kernels",
     "likelihood",
