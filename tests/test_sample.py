@@ -260,9 +260,17 @@ def test_a_sampler_as_it_comes_is_near_the_data_in_few_steps(kind, name):
     if kind == "flow" and NODES[name].spacing:
         pytest.skip("karras would visit clean data, where this path ends")
     node: Any = OmegaConf.to_container(NODES[name])
-    x = build_typed({**node, "steps": 5})(exact(kind), SEEDS, LABEL)["image"]
+    x = build_typed({**node, "steps": 10})(exact(kind), SEEDS, LABEL)["image"]
     away = x - torch.tensor(MEANS).double()[LABEL["label"]][:, None, None, None]
     assert away.square().mean().sqrt() < 3 * STD
+
+
+def test_heun_steps_in_the_coordinate_of_its_paper_on_the_path_of_its_paper():
+    for kind, space in (("ddpm", "flow"), ("edm", "sigma"), ("flow", "flow")):
+        path = exact(kind).path
+        levels = tables.levels(path, 6, path.spacing)
+        assert tables.heun(path, levels, space=None) == tables.heun(path, levels, space=space)
+    assert NODES["heun"].solver.space is None
 
 
 REFUSED = {

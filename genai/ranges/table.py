@@ -291,7 +291,7 @@ RANGES: dict[str, Any] = {
     "ddim:eta": SHARE,
     "**.eta": Number(0, 10),
     "**.variance": Choice(("small", "large")),
-    "**.space": Choice(("sigma", "flow")),
+    "**.space": Choice(("sigma", "flow"), null=True),
     "*.guidance": nullable(GUIDANCE),
     "*.cuda_graph": Choice((True, False), null=True),
     "*.truncation": Number(0, 1000, null=True),

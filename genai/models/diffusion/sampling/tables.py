@@ -206,9 +206,13 @@ def _checked(levels: Sequence[Level], space: Space) -> None:
         )
 
 
-def heun(path: Path, levels: Sequence[Level], *, space: Space = "flow") -> Table:
+def heun(path: Path, levels: Sequence[Level], *, space: Space | None = "flow") -> Table:
     """An Euler step, then the mean of the slopes at its two ends (Karras et al. 2022, algorithm 1); the slope is
-    (x / m - x0) / u in either coordinate. Where sigma reaches 0 the Euler step stands."""
+    (x / m - x0) / u in either coordinate. Where sigma reaches 0 the Euler step stands.
+
+    space: None for sigma where alpha is 1, as in the paper, else flow.
+    """
+    space = space or ("sigma" if all(level.alpha == 1 for level in levels) else "flow")
     _checked(levels, space)
     steps = []
     for t, s in itertools.pairwise(levels):
