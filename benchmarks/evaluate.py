@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from benchmarks.common import RESULTS, hardware
-from genai.build import build_typed
 from genai.checkpoint import Loaded
+from genai.checkpoint.build import build_typed
 from genai.cli import composed
 from genai.evaluation import features as extractors
 from genai.evaluation import samples

@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from benchmarks.common import interleave, ratio, report, setup, spread
-from genai.build import build_typed
+from genai.checkpoint.build import build_typed
 from genai.core.cache import cache_folder
 from genai.data import fingerprint
 

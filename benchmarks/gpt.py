@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genai.build import build_typed
+from genai.checkpoint.build import build_typed
 from genai.cli import composed
 from genai.models.autoregressive.gpt import GPT
 from genai.nn.transformer import scaled_init

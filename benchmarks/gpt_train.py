@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from benchmarks import gpt
 from benchmarks.common import installed, interleave, parse, ratio, report, setup, spread
-from genai.build import build_typed
+from genai.checkpoint.build import build_typed
 
 BATCH, LENGTH = 12, 64
 

@@ -19,7 +19,7 @@ import genai
 from benchmarks.common import RESULTS, hardware, setup
 from benchmarks.quality import ROOT
 from genai import checkpoint
-from genai.build import build_typed
+from genai.checkpoint.build import build_typed
 from genai.data.stream import batches
 from genai.evaluation.judge import Judge, trained
 from genai.metrics.manifold import precision_recall

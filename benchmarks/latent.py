@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from benchmarks.common import interleave, parse, ratio, report, setup, spread
-from genai.build import build_typed
+from genai.checkpoint.build import build_typed
 from genai.cli import composed
 from genai.core import rng
 from genai.core.protocols import Batch

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from genai import checkpoint, nodes
-from genai.build import DATA, MODELS, build_stored, check_target
 from genai.checkpoint import Loaded
+from genai.checkpoint.build import DATA, MODELS, build_stored, check_target
 from genai.core import files, rng, stored
 from genai.core.errors import UserError, at_least
 from genai.core.precision import halved

@@ -18,7 +18,6 @@ ROWS = [
     ["modalities"],
     ["data"],
     ["models"],
-    ["build"],
     ["checkpoint"],
     ["sampling", "cli"],
     ["evaluation"],
@@ -27,7 +26,7 @@ ROWS = [
 ]
 LEVEL = {room: i for i, row in enumerate(ROWS) for room in row}
 # Heavy packages and the only rooms that may import them anywhere.
-ONLY = {"lightning": ["train"], "triton": ["kernels"], "wandb": ["train"], "hydra": ["cli", "build", "sweeps"]}
+ONLY = {"lightning": ["train"], "triton": ["kernels"], "wandb": ["train"], "hydra": ["cli", "checkpoint", "sweeps"]}
 FILES = sorted((ROOT / "genai").rglob("*.py"))
 
 

@@ -20,8 +20,9 @@ import torch
 from omegaconf import OmegaConf
 
 import genai
-from genai import build, checkpoint, sampling
-from genai.build import build_stored, build_typed, check_target
+from genai import checkpoint, sampling
+from genai.checkpoint import build
+from genai.checkpoint.build import build_stored, build_typed, check_target
 from genai.cli import composed, with_sampler
 from genai.core.errors import UserError
 from genai.evaluation.run import data_of

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from genai.build import build_typed
+from genai.checkpoint.build import build_typed
 from genai.cli import composed
 from genai.core.errors import UserError
 from genai.data.base import Arrays, Data, part

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import genai
-from genai.build import build_typed
+from genai.checkpoint.build import build_typed
 from genai.cli import composed, resumed
 from genai.compare.runs import check_protocols, read
 from genai.core.errors import UserError

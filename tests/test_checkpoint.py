@@ -105,7 +105,7 @@ def test_a_pickle_payload_is_refused_and_does_not_run(tmp_path, content):
     [
         "os.system",
         "builtins.eval",
-        "genai.checkpoint.torch.load",
+        "genai.checkpoint.file.torch.load",
         "genai.models.diffusion.ddpm.torch.load",
         "genai.modalities.image.Path.write_text",
         "genai.train.run.subprocess.run",

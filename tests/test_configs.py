@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import genai
-from genai.build import build_typed
+from genai.checkpoint.build import build_typed
 from genai.cli import composed
 from genai.core.precision import halved
 from genai.data.base import Data, example

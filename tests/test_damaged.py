@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from genai import checkpoint
-from genai.build import build_typed
+from genai.checkpoint.build import build_typed
 from genai.cli import composed
 from genai.compare import runs
 from genai.core import archive, metrics_csv

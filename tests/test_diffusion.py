@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from genai.build import build_stored, build_typed
+from genai.checkpoint.build import build_stored, build_typed
 from genai.cli import composed
 from genai.core import stored
 from genai.core.errors import UserError

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from genai.build import build_typed
+from genai.checkpoint.build import build_typed
 from genai.core import rng
 from genai.core.errors import UserError
 from genai.core.protocols import check_sampler, with_items

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from genai import checkpoint
-from genai.build import build_typed
+from genai.checkpoint.build import build_typed
 from genai.cli import composed, resumed
 from genai.core import cache
 from genai.core.errors import UserError

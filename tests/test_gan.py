@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from genai.build import check_target
+from genai.checkpoint.build import check_target
 from genai.core import rng
 from genai.core.errors import UserError
 from genai.losses import adversarial

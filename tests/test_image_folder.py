@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from genai.build import DATA, MODELS, build_stored, build_typed
+from genai.checkpoint.build import DATA, MODELS, build_stored, build_typed
 from genai.core.cache import cache_folder
 from genai.core.errors import UserError
 from genai.data import fingerprint

@@ -15,7 +15,7 @@ from torch import nn
 
 import genai
 from genai import checkpoint
-from genai.build import build_typed
+from genai.checkpoint.build import build_typed
 from genai.cli import composed, resumed
 from genai.core import rng
 from genai.core.errors import UserError

@@ -9,7 +9,7 @@ import torch
 
 import genai
 from genai import checkpoint, sampling
-from genai.build import build_modality
+from genai.checkpoint.build import build_modality
 from genai.cli import composed, resumed, with_sampler
 from genai.compare.page import report
 from genai.compare.runs import read_all

@@ -19,8 +19,8 @@ from torch import nn
 
 import genai
 from genai import cli, nodes, sampling
-from genai.build import build_stored
 from genai.checkpoint import Loaded
+from genai.checkpoint.build import build_stored
 from genai.cli import apply_all, composed, keys, new_keys, resumed
 from genai.core.errors import UserError
 from genai.modalities.image import Image

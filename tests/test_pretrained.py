@@ -11,8 +11,8 @@ from torch import nn
 
 import genai
 from genai import checkpoint
-from genai.build import build_stored
-from genai.checkpoint import pretrained
+from genai.checkpoint import part, pretrained
+from genai.checkpoint.build import build_stored
 from genai.cli import composed, resumed, with_sampler
 from genai.core.errors import UserError
 from genai.core.stored import PRETRAINED, up_to_date
@@ -113,8 +113,8 @@ def test_a_teacher_of_ones_own_model_is_stored_once_and_its_run_no_longer_needed
     assert torch.equal(genai.sample(genai.load("moved", trust="my_lab"), n=2)["image"], made)
     train("resume=moved", "max_steps=6", "trust=my_lab")
     a, b = last(tmp_path / "moved"), last(long)
-    for part in ("model", "ema"):
-        assert a[part].keys() == b[part].keys() and all(torch.equal(a[part][k], b[part][k]) for k in b[part])
+    for kind in ("model", "ema"):
+        assert a[kind].keys() == b[kind].keys() and all(torch.equal(a[kind][k], b[kind][k]) for k in b[kind])
 
 
 def test_frozen_is_neither_trained_nor_in_training_mode(student):
@@ -259,7 +259,7 @@ def unread(monkeypatch):
     def locate(ckpt, *_):
         raise AssertionError(f"{ckpt} was read")
 
-    return lambda: monkeypatch.setattr(checkpoint, "locate", locate)
+    return lambda: monkeypatch.setattr(part, "locate", locate)
 
 
 def test_a_stored_node_builds_what_it_says_and_reads_no_file(teacher, unread):

@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from genai.build import build_typed
+from genai.checkpoint.build import build_typed
 from genai.cli import apply, composed, keys
 from genai.core import rng
 from genai.core.errors import UserError, at_least, number

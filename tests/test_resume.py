@@ -16,7 +16,7 @@ import torch
 
 from genai import checkpoint
 from genai.cli import check_unchanged, composed, resumed, with_sampler
-from genai.core import interrupt
+from genai.core import archive, interrupt
 from genai.core.errors import UserError
 from genai.modalities.label import Label
 from genai.sweeps.jobs import complete
@@ -397,7 +397,7 @@ def fail_to_read(error):
     def check(path):
         raise error
 
-    return lambda folder, patch: patch.setattr(checkpoint.archive, "read", check)
+    return lambda folder, patch: patch.setattr(archive, "read", check)
 
 
 def newer(folder, patch):

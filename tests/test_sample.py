@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from genai.build import build_typed
+from genai.checkpoint.build import build_typed
 from genai.core import rng
 from genai.core.errors import UserError
 from genai.models.diffusion.ddpm import DDPM

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from scipy.signal import upfirdn
 from torch.nn import functional as F
 
-from genai.build import build_typed
+from genai.checkpoint.build import build_typed
 from genai.cli import composed
 from genai.core import rng
 from genai.core.errors import UserError

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 from omegaconf import OmegaConf
 
-from genai.build import build_typed
+from genai.checkpoint.build import build_typed
 from genai.cli import composed, resumed
 from genai.core.errors import UserError
 from genai.train import trackers

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from genai import checkpoint
-from genai.build import build_typed
+from genai.checkpoint.build import build_typed
 from genai.cli import composed, resumed
 from genai.core.errors import UserError
 from genai.core.protocols import Losses

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import genai
-from genai.build import build_typed
+from genai.checkpoint.build import build_typed
 from genai.cli import composed
 from genai.core.errors import UserError
 from genai.evaluation.run import run as evaluate

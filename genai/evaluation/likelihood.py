@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genai.build import build_typed
 from genai.checkpoint import Loaded
+from genai.checkpoint.build import build_typed
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, Reconstructing, Scorable, check_sampler
 from genai.data.base import Data, part

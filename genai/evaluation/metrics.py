@@ -9,8 +9,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from genai.build import build_typed
 from genai.checkpoint import Loaded
+from genai.checkpoint.build import build_typed
 from genai.cli import conf_dir
 from genai.core.errors import at_least
 from genai.core.protocols import Reconstructing, Scorable

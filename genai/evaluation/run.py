@@ -13,8 +13,8 @@ import torch
 from omegaconf import OmegaConf
 
 from genai import checkpoint, sampling
-from genai.build import DATA, MODELS, build_stored, build_typed
 from genai.checkpoint import Loaded
+from genai.checkpoint.build import DATA, MODELS, build_stored, build_typed
 from genai.cli import stored_config
 from genai.core import files, rng
 from genai.core.errors import UserError, at_least

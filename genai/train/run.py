@@ -17,8 +17,8 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from omegaconf import DictConfig, OmegaConf
 
 from genai import checkpoint
-from genai.build import DATA, MODELS, RUN, build_stored, build_typed, named_packages
 from genai.checkpoint import Part
+from genai.checkpoint.build import DATA, MODELS, RUN, build_stored, build_typed, named_packages
 from genai.cli import check_unchanged
 from genai.core import files, precision, rng
 from genai.core.errors import UserError, at_least

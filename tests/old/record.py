@@ -36,7 +36,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import genai
 from genai import checkpoint
-from genai.build import DATA, MODELS, build_stored
+from genai.checkpoint.build import DATA, MODELS, build_stored
 from genai.cli import PLAYERS, composed, conf_dir, resumed
 from genai.core.errors import UserError
 from genai.core.protocols import AdversarialModel, Losses, Scorable

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from genai.build import build_typed
+from genai.checkpoint.build import build_typed
 from genai.cli import choices_of, conf_dir, config_folders, nearest
 from genai.core import files
 from genai.core.cache import CACHE_HINT, cache_folder

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from genai.build import build_typed
+from genai.checkpoint.build import build_typed
 from genai.core import files
 from genai.core.errors import UserError, at_least
 from genai.data.base import Data
