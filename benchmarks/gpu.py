@@ -144,7 +144,7 @@ def call(name: str, card: str, results: Path, toy: bool, env: Mapping[str, str],
     for part_name in order(name, content["parts"], now):
         part = CALLS[name][part_name]
         arguments = (
-            [*part.arguments, *(["--collect-only", "tests/test_kernels.py"] if name == "tests" else ["--toy"])]
+            [*part.arguments, *(["--collect-only", "tests/kernels/test_kernels.py"] if name == "tests" else ["--toy"])]
             if toy
             else part.arguments
         )

@@ -75,6 +75,13 @@ def test_every_room_of_the_plan_exists():
     assert rooms == set(LEVEL)
 
 
+def test_tests_are_laid_out_as_the_package_is():
+    tests = [path.relative_to(ROOT / "tests").parent for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len({*tests}) > 12
+    for folder in tests:
+        assert (ROOT / "genai" / folder).is_dir(), folder
+
+
 def test_no_module_imports_itself_by_way_of_others():
     """In functions too: each circle is a pair of modules that know each other."""
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}

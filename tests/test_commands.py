@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.checkpoint.test_checkpoint import DEBUG
 from tests.conftest import ROOT
-from tests.test_checkpoint import DEBUG
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from genai.core.errors import UserError
 from genai.modalities.image import Image
 from genai.ranges import check as ranges
 from tests.conftest import ROOT
-from tests.test_ranges import base, step_and_sample
+from tests.ranges.test_ranges import base, step_and_sample
 
 ROOMS = ("models", "nn", "losses")
 
