@@ -207,7 +207,7 @@ def run(cfg: Any) -> Path:
         batch = sample(
             loaded, cfg.n, cfg.seed, sampler=node, batch_size=cfg.batch_size, on_step=on_step, **request, **kwargs
         )
-    home = loaded.path.parent.parent if loaded.path.parent.name == "checkpoints" else loaded.path.parent
+    home = checkpoint.folder_of(loaded.path)
     out = Path(cfg.out) if cfg.out is not None else _unused(home)
     with files.writable(out, "name another folder with out="):
         files.make_folder(out, None if cfg.out is not None else home)

@@ -171,13 +171,18 @@ def newest(run: Path) -> tuple[dict, Path] | None:
     return max(found, key=lambda item: item[0]["step"], default=None)
 
 
-def locate(ckpt: str | None, runs: Path = Path("runs")) -> tuple[dict, Path]:
+def folder_of(ckpt: Path) -> Path:
+    """The run of a checkpoint file, or the folder that it lies in."""
+    return ckpt.parent.parent if ckpt.parent.name == "checkpoints" else ckpt.parent
+
+
+def locate(ckpt: str | None) -> tuple[dict, Path]:
     """The checkpoint that `ckpt` names: a file, a run directory (its newest), a folder of runs, of which the newest is
     taken, or None for the newest run.
 
     Raises UserError if there is none.
     """
-    run = runs if ckpt is None else Path(ckpt).expanduser()
+    run = Path("runs" if ckpt is None else ckpt).expanduser()
     if ckpt is not None and not os.path.isdir(run):
         return read(run), run
     if run.name == "checkpoints":
@@ -185,9 +190,7 @@ def locate(ckpt: str | None, runs: Path = Path("runs")) -> tuple[dict, Path]:
     if ckpt is None or not (run / "checkpoints").exists():
         folders = {path.parent.parent for path in run.glob("**/checkpoints/last.ckpt")}
         if not folders and ckpt is None:
-            raise UserError(
-                f"there is no run below {runs}/ yet: train one with python train.py, or name one with ckpt="
-            )
+            raise UserError("there is no run below runs/ yet: train one with python train.py, or name one with ckpt=")
         if folders:
             run = max(folders, key=lambda folder: (folder / "checkpoints" / "last.ckpt").stat().st_mtime)
             print(f"newest run: {run}")

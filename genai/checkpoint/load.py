@@ -63,15 +63,8 @@ def device_of(name: Any) -> str:
 
 def packages(trust: Any) -> tuple[str, ...]:
     """The packages that trust= names, one or a list. Raises UserError for what is no name of one."""
-    names = (
-        [trust]
-        if isinstance(trust, str)
-        else trust
-        if isinstance(trust, Sequence)
-        else []
-        if trust is None
-        else [trust]
-    )
+    several = isinstance(trust, Sequence) and not isinstance(trust, str)
+    names = trust if several else [] if trust is None else [trust]
     for name in names:
         if not (isinstance(name, str) and all(part.isidentifier() for part in name.split("."))):
             raise UserError(f"trust={name} is no name of a Python package: name one, such as trust=my_lab, or a list")

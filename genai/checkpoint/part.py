@@ -3,11 +3,12 @@
 import hashlib
 import json
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from genai.checkpoint.file import locate
@@ -30,8 +31,8 @@ def pretrained(
 ) -> nn.Module:  # fmt: skip
     """A model of another checkpoint as a module of this one; nothing is read here.
 
-    When a run starts `adopt` reads the file that the config names and completes the node with what it found, and `fill` gives the
-    module its weights. From then on they are part of the run's own checkpoints, and the node builds without the file.
+    When a run starts `adopt_all` reads the file that the config names and completes the node with what it found, and `fill` gives
+    the module its weights. From then on they are part of the run's own checkpoints, and the node builds without the file.
 
     Args:
         ckpt: run or checkpoint, see `locate`; None for a model that needs no training.
@@ -117,6 +118,38 @@ def adopt(node: dict, key: str, trust: Sequence[str] = ()) -> Part:
     if node.get("shape") is not None:
         node["shape"] = list(getattr(model, "latent_shape", node["shape"]))  # type: ignore[call-overload]
     return Part(node, content, path, model)
+
+
+def adopt_all(cfg: DictConfig, build: Callable[[Any], Any], trust: Sequence[str], resumed: bool) -> dict[str, Part]:
+    """The checkpoints that are to be parts of a run's model, by key; cfg notes what they are.
+
+    A run that is resumed has them in its own: nothing is noted then, and none returned. Raises UserError if a file is no longer
+    what it was.
+    """
+    adopted = {}
+    for path, node in parts(OmegaConf.to_container(cfg.model, resolve=True), "model"):
+        ckpt = node.get("ckpt")
+        if resumed and (ckpt is None or not Path(str(ckpt)).expanduser().exists()):
+            continue
+        at = OmegaConf.select(cfg, path)
+        if ckpt is not None:
+            key = _said_at(cfg, at, "ckpt").removesuffix(".ckpt")
+            part = adopted[key] = adopt(node, key, trust)
+            noted = {name: part.node[name] for name in ("sha256", "model", "shape") if name in part.node}
+        else:  # one that needs no training may still be asked for its shape
+            shape = getattr(build(node.get("model")), "latent_shape", None)
+            noted = {"shape": list(shape)} if shape is not None and node.get("shape") is not None else {}
+        for name, value in ({} if resumed else noted).items():
+            OmegaConf.update(cfg, _said_at(cfg, at, name), value, merge=False, force_add=True)
+    return {} if resumed else adopted
+
+
+def _said_at(cfg: DictConfig, node: DictConfig, name: str) -> str:
+    """The dotted key that gives a node's value of this name: that of another where it is taken from there."""
+    if not OmegaConf.is_interpolation(node, name):
+        return node._get_full_key(name)
+    parent, _, last = str(node._get_node(name)._value())[2:-1].rpartition(".")  # type: ignore[union-attr]
+    return _said_at(cfg, OmegaConf.select(cfg, parent), last)
 
 
 def placed(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:

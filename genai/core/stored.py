@@ -4,18 +4,13 @@ Such an object reads what is there: it downloads nothing, and writes nothing whe
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
 Node = dict[str, Any]
 PRETRAINED = "genai.checkpoint.pretrained"
 """Target of the one node for a module whose weights are another checkpoint's."""
-
-
-def into(target: str, renamed: Mapping[str, str] = {}, **added: Any) -> Callable[[Node], Node]:
-    """A value of MOVED whose keys change: builds `target`, with keys `renamed` and those that it lacks `added`."""
-    return lambda node: {**added, **{renamed.get(key, key): value for key, value in node.items()}, "_target_": target}
 
 
 DIFFUSION = "genai.models.diffusion"
@@ -29,14 +24,8 @@ def solved(solver: str, own: Node, **meant: Any) -> Callable[[Node], Node]:
 
     def move(node: Node) -> Node:
         rest = {key: value for key, value in node.items() if key not in own}
-        told = {key: node.get(key, value) for key, value in own.items()}
-        return {
-            **meant,
-            **levels,
-            **rest,
-            "_target_": f"{DIFFUSION}.sampling.samplers.sample",
-            "solver": {**target, **told},
-        }
+        told = {**target, **{key: node.get(key, value) for key, value in own.items()}}
+        return {**meant, **levels, **rest, "_target_": f"{DIFFUSION}.sampling.samplers.sample", "solver": told}
 
     return move
 
@@ -56,8 +45,8 @@ MOVED: dict[str, str | Callable[[Node], Node]] = {
     "genai.data.tokenizers": "genai.modalities.tokenizers",
     "genai.extractors": "genai.evaluation.features",
 }
-"""Old `_target_` -> its name today or, where its keys change too, a function from the old node to the new, as `into` and
-`solved` make one; old module -> its name today, for every target in it that has no row of its own. A row stays for ever."""
+"""Old `_target_` -> its name today or, where its keys change too, a function from the old node to the new, as `solved`
+makes one; old module -> its name today, for every target in it that has no row of its own. A row stays for ever."""
 
 
 def moved(target: str) -> str | Callable[[Node], Node] | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from genai.checkpoint import Loaded
 from genai.checkpoint.build import build_typed
+from genai.checkpoint.load import nulls
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, Reconstructing, Scorable, check_sampler
 from genai.data.base import Data, part
@@ -66,8 +67,7 @@ def run(
         facts |= in_units(each, tokens, data, split, getattr(model, "levels", data.values))
         facts["bound"] = REPORTED.get(model.bound, model.bound) if method is None else SOLVED
         facts |= {} if method is None else {"likelihood": method}
-        given = list(model.null()) if hasattr(model, "null") else []
-        facts |= {"given": given} if given else {}
+        facts |= {"given": given} if (given := [*nulls(model)]) else {}
         scored = {name: metric for name, metric in metrics.items() if metric.of == "likelihoods"}
         means |= {name: _interval(metric(each, facts)) for name, metric in scored.items()}
     for name, found in values.items():

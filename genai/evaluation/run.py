@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from genai import checkpoint, sampling
-from genai.checkpoint import Loaded
+from genai.checkpoint import Loaded, folder_of
 from genai.checkpoint.build import DATA, MODELS, build_stored, build_typed
 from genai.cli import stored_config
 from genai.core import files, rng
@@ -83,11 +83,6 @@ def build_metrics(value: Any) -> list[str | dict[str, Metric]] | None:
         return None
     entries: Any = [value] if isinstance(value, str) else OmegaConf.to_container(value)
     return [entry if isinstance(entry, str) else build_typed(entry) for entry in entries]
-
-
-def folder_of(checkpoint: Path) -> Path:
-    """The run of a checkpoint, or the folder that it lies in."""
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
 
 
 def tracked(found: Sequence[dict[str, Any]]) -> Path | None:

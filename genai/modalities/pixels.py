@@ -44,17 +44,26 @@ class Pixels(Modality):
 
     def encode(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] -> ids (B, 1 + H W C), `BEGIN` before them."""
-        level = ((x + 1) * (self.levels - 1) / 2).round().long()
-        return torch.nn.functional.pad(level.movedim(1, -1).flatten(1) + 1, (1, 0), value=BEGIN)
+        return torch.nn.functional.pad(to_levels(x, self.levels) + 1, (1, 0), value=BEGIN)
 
     def decode(self, batch: Batch) -> Batch:
         """`image` (B, C, H, W) in [-1, 1] of ids (B, H W C)."""
-        (c, h, w), top = self.shape, self.levels - 1
-        level = (batch["tokens"] - 1).clamp(0, top)
-        return {self.image.field: (level * (2 / top) - 1).view(-1, h, w, c).movedim(-1, 1)}
+        level = (batch["tokens"] - 1).clamp(0, self.levels - 1)
+        return {self.image.field: from_levels(level, self.shape, self.levels)}
 
     def preview(self, batch: Batch, columns: int | None = None) -> Picture:
         return self.image.preview(self.decode(batch), columns)
 
     def write(self, folder: Path, batch: Batch, names: list[str], request: Request, columns: int | None) -> list[str]:
         return self.image.write(folder, {**batch, **self.decode(batch)}, names, request, columns)
+
+
+def to_levels(x: Tensor, levels: int) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] -> grey levels 0, ..., levels - 1, int64 (B, H W C), the channels of a pixel together."""
+    return ((x.movedim(1, -1).flatten(1) + 1) * ((levels - 1) / 2)).round().clamp(0, levels - 1).long()
+
+
+def from_levels(level: Tensor, shape: Sequence[int], levels: int) -> Tensor:
+    """The inverse of `to_levels`, float32 (B, C, H, W)."""
+    c, h, w = shape
+    return (level.float() * (2 / (levels - 1)) - 1).view(-1, h, w, c).movedim(-1, 1)

@@ -7,7 +7,6 @@ import os
 import subprocess
 import time
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from omegaconf import DictConfig, OmegaConf
 
 from genai import checkpoint
-from genai.checkpoint import Part
 from genai.checkpoint.build import DATA, MODELS, RUN, build_stored, build_typed, named_packages
+from genai.checkpoint.load import packages
 from genai.cli import check_unchanged
 from genai.core import files, precision, rng
 from genai.core.errors import UserError, at_least
@@ -58,7 +57,7 @@ def run(cfg: DictConfig) -> Path:
 
 def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     """See `run`; the run directory is `held` by the first rank as soon as there is one."""
-    trust = checkpoint.packages(cfg.trust)
+    trust = packages(cfg.trust)
     build = (
         build_typed if cfg.resume is None else functools.partial(build_stored, trust=trust, kinds=(MODELS, DATA, RUN))
     )
@@ -67,10 +66,8 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     at_least(cfg.max_steps, 1, "max_steps")
     at_least(cfg.seed, 0, "seed")
     hardware = _hardware(cfg.trainer, ranks)
-    tf32 = precision.allow_tf32(
-        torch.device("cuda" if hardware["accelerator"] == "gpu" else "cpu"), hardware["precision"]
-    )
-    if tf32 and ranks.first:
+    device = _device(hardware, ranks)
+    if (tf32 := precision.allow_tf32(device, hardware["precision"])) and ranks.first:
         precision.say(tf32)
     for key in ("codec.cache", "data.cache"):
         if (cache := OmegaConf.select(cfg, key)) is not None:
@@ -84,7 +81,7 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     if cfg.resume is None:
         ranges.agree(cfg)
     train_split = {"items": len(data.splits["train"]), "checksum": of_split(data.splits["train"], quick=True)}
-    adopted = _adopt(cfg, build, trust, resumed is not None)
+    adopted = checkpoint.adopt_all(cfg, build, trust, resumed is not None)
     config: dict[str, Any] = {**OmegaConf.to_container(cfg, resolve=True), "resume": None}  # type: ignore[dict-item]
     if resumed is not None:
         _same_meaning(*resumed, data.modality, data.conditions)
@@ -99,7 +96,6 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     known = data.modality, checkpoint.told(model, config, data.conditions)
     checkpoint.fill(model, adopted)
     del adopted  # and all that their files hold
-    device = _device(hardware, ranks)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     model.to(device)
@@ -253,39 +249,6 @@ def _hardware(trainer: DictConfig, ranks: Ranks) -> dict[str, Any]:
         "precision": precision.precision_of(trainer.precision, "cuda" if gpu else "cpu", "trainer.precision"),
         "strategy": "ddp" if ranks.world > 1 else "auto",
     }
-
-
-def _adopt(cfg: DictConfig, build: Any, trust: Sequence[str], resumed: bool) -> dict[str, Part]:
-    """The checkpoints that are to be parts of the model, by key; cfg notes what they are.
-
-    A run that is resumed has them in its own: nothing is noted then, and none returned. Raises UserError if a file is no longer
-    what it was.
-    """
-    adopted = {}
-    for path, node in checkpoint.parts(OmegaConf.to_container(cfg.model, resolve=True), "model"):
-        ckpt = node.get("ckpt")
-        if resumed and (ckpt is None or not Path(str(ckpt)).expanduser().exists()):
-            continue
-        at = OmegaConf.select(cfg, path)
-        if ckpt is not None:
-            key = _said_at(cfg, at, "ckpt").removesuffix(".ckpt")
-            part = checkpoint.adopt(node, key, trust)
-            noted = {name: part.node[name] for name in ("sha256", "model", "shape") if name in part.node}
-            adopted[key] = part
-        else:  # one that needs no training may still be asked for its shape
-            shape = getattr(build(node.get("model")), "latent_shape", None)
-            noted = {"shape": list(shape)} if shape is not None and node.get("shape") is not None else {}
-        for name, value in ({} if resumed else noted).items():
-            OmegaConf.update(cfg, _said_at(cfg, at, name), value, merge=False, force_add=True)
-    return {} if resumed else adopted
-
-
-def _said_at(cfg: DictConfig, node: DictConfig, name: str) -> str:
-    """The dotted key that gives a node's value of this name: that of another where it is taken from there."""
-    if not OmegaConf.is_interpolation(node, name):
-        return node._get_full_key(name)
-    parent, _, last = str(node._get_node(name)._value())[2:-1].rpartition(".")  # type: ignore[union-attr]
-    return _said_at(cfg, OmegaConf.select(cfg, parent), last)
 
 
 def _device(hardware: dict[str, Any], ranks: Ranks) -> torch.device:

@@ -20,7 +20,7 @@ import genai
 from genai import checkpoint
 from genai.cli import composed, resumed, with_sampler
 from genai.core.errors import UserError
-from genai.core.stored import into, up_to_date
+from genai.core.stored import up_to_date
 from genai.train.run import run
 from tests.checkpoint.old import record
 
@@ -121,6 +121,12 @@ def close(value: np.ndarray, before: np.ndarray, spread: np.ndarray, least: floa
 
 
 # What moves since a run was written
+
+
+def into(target, renamed=(), **added):
+    """A value of MOVED whose keys change: builds `target`, with keys `renamed` and those that it lacks `added`."""
+    now = dict(renamed)
+    return lambda node: {**added, **{now.get(key, key): value for key, value in node.items()}, "_target_": target}
 
 
 def aged(node, moved):

@@ -15,13 +15,14 @@ from genai.data.base import Arrays, Data, part
 from genai.data.images import Digits
 from genai.evaluation import judge
 from genai.evaluation.baselines import beside
-from genai.evaluation.baselines.base import Known, check, from_levels, known, stream, to_levels
+from genai.evaluation.baselines.base import Known, check, known, stream
 from genai.evaluation.baselines.ngram import NGram
 from genai.evaluation.baselines.pixels import Markov, Mixture, Uniform
 from genai.evaluation.baselines.run import run
 from genai.evaluation.baselines.vectors import GMM, KNN, PCA, Copier
 from genai.evaluation.features import Extractor, Seen
 from genai.evaluation.metrics import standard
+from genai.modalities.pixels import from_levels, to_levels
 
 LEVELS, SHAPE = 4, [1, 2, 3]
 

@@ -1,4 +1,4 @@
-"""What baselines share: what they are fitted on, what they say of themselves, and images as grey levels."""
+"""What baselines share: what they are fitted on, what they say of themselves."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,14 +83,3 @@ def stream(split: Split) -> Tensor:
     """The token ids of a text's split, int64 (T,), whatever windows it is cut into."""
     parts = [batch["tokens"][:, 1:][batch["mask"][:, 1:]] for batch in batches(split, 1024)]
     return torch.cat([split.batch(torch.tensor([0]), None)["tokens"][0, :1], *parts])
-
-
-def to_levels(x: Tensor, levels: int) -> Tensor:
-    """Images (N, C, H, W) in [-1, 1] -> grey levels 0, ..., levels - 1, int64 (N, H W C), the channels of a pixel together."""
-    return ((x.movedim(1, -1).flatten(1) + 1) * ((levels - 1) / 2)).round().clamp(0, levels - 1).long()
-
-
-def from_levels(level: Tensor, shape: Sequence[int], levels: int) -> Tensor:
-    """The inverse of `to_levels`, float32 (N, C, H, W)."""
-    c, h, w = shape
-    return (level.float() * (2 / (levels - 1)) - 1).view(-1, h, w, c).movedim(-1, 1)

@@ -10,7 +10,8 @@ from torch import Tensor
 from genai.core import rng
 from genai.core.errors import at_least, number
 from genai.core.protocols import Batch
-from genai.evaluation.baselines.base import Baseline, Known, from_levels, to_levels
+from genai.evaluation.baselines.base import Baseline, Known
+from genai.modalities.pixels import from_levels, to_levels
 
 
 def inverse(cumulative: Tensor, u: Tensor) -> Tensor:
