@@ -99,8 +99,7 @@ class Data:
 
     def cond(self, n: int) -> Batch | None:
         """Conditions for n samples that show what a model has learned: the classes in turn; None where there are none."""
-        parts = [modality.condition({}, n) for modality in (self.modality, *self.conditions.values())]
-        return {name: value for part in parts for name, value in part.items()} or None
+        return {k: v for m in (self.modality, *self.conditions.values()) for k, v in m.condition({}, n).items()} or None
 
     def told(self, n: int) -> list[str]:
         """What `cond(n)` asks for, in words: a class name or a caption each; nothing where nothing is asked for."""

@@ -13,6 +13,7 @@ from typing import Any
 from genai.core import files
 from genai.data.base import Data
 from genai.data.fingerprint import of_split
+from genai.evaluation.baselines.vectors import Copier
 from genai.evaluation.metrics import Metric, own_facts
 
 
@@ -24,12 +25,12 @@ def data_facts(data: Data, node: Mapping[str, Any], split: str) -> dict[str, Any
 
 def card(
     name: str, metric: Metric, value: float, low: float, high: float, floor: float | None, baselines: Mapping[str, float],
-    copier: str, facts: Mapping[str, Any],
+    facts: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """One card. A baseline is beaten if even the worse end of the interval is better; one called `copier` makes nothing of its
-    own, and is shown but need not be beaten."""
+    """One card. A baseline is beaten if even the worse end of the interval is better; a Copier makes nothing of its own, and is
+    shown but need not be beaten."""
     worst, sign = (high, -1) if metric.better == "lower" else (low, 1)
-    others = [figure for what, figure in baselines.items() if what != copier]
+    others = [figure for what, figure in baselines.items() if what != Copier.what]
     figures = {"value": value, "low": low, "high": high, **({} if floor is None else {"floor": floor})}
     own = own_facts(name, metric)
     return {

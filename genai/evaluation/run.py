@@ -21,7 +21,7 @@ from genai.core.errors import UserError, at_least
 from genai.data.base import Data
 from genai.data.pixels import images_behind
 from genai.evaluation import cards, likelihood, samples
-from genai.evaluation.baselines.beside import COPIER, beside
+from genai.evaluation.baselines.beside import beside
 from genai.evaluation.features import Extractor, judge
 from genai.evaluation.metrics import KINDS, PASS, READ, Metric, possible, standard
 from genai.modalities.stored import difference, nodes_of
@@ -213,8 +213,7 @@ def _pass(loaded: Loaded, data: Data, checked: Checked, plan: Plan) -> tuple[dic
     protocol |= {key: facts[key] for key in ("context", "context_overlap", "given", "likelihood") if key in facts}
     own = {"protocol": protocol, **({"bound": facts["bound"]} if "bound" in facts else {})}
     found = [
-        cards.card(name, metric, *means[name], None, others.get(name, {}), COPIER, own)
-        for name, metric in metrics.items()
+        cards.card(name, metric, *means[name], None, others.get(name, {}), own) for name, metric in metrics.items()
     ]
     objective = getattr(model, "objective", None)
     for card in found:

@@ -15,7 +15,7 @@ from genai.core.errors import UserError
 from genai.core.protocols import Batch
 from genai.data.base import Data, part, random_order
 from genai.data.stream import batches
-from genai.evaluation.baselines.beside import COPIER, beside
+from genai.evaluation.baselines.beside import beside
 from genai.evaluation.cards import card, data_facts
 from genai.evaluation.clock import Clock
 from genai.evaluation.features import Extractor, Seen, see
@@ -80,7 +80,7 @@ def of_samples(
     }  # fmt: skip
     spreads = {name: over_seeds(found) for name, found in values.items()}
     return [
-        card(name, metrics[name], s.mean, s.min, s.max, floors.get(name), others.get(name, {}), COPIER, facts)
+        card(name, metrics[name], s.mean, s.min, s.max, floors.get(name), others.get(name, {}), facts)
         for name, s in spreads.items()
     ]
 
@@ -141,10 +141,7 @@ def of_texts(
         "sampler": loaded.config["sampler"],
     }  # fmt: skip
     spreads = {name: over_seeds(found) for name, found in values.items()}
-    return [
-        card(name, metrics[name], s.mean, s.min, s.max, floors.get(name), {}, COPIER, facts)
-        for name, s in spreads.items()
-    ]
+    return [card(name, metrics[name], s.mean, s.min, s.max, floors.get(name), {}, facts) for name, s in spreads.items()]
 
 
 def _text(data: Any, split: str, most: int) -> str:

@@ -21,6 +21,7 @@ from genai.evaluation import features as extractors
 from genai.evaluation.baselines.base import known
 from genai.evaluation.baselines.beside import answers, beside, key_of
 from genai.evaluation.baselines.pixels import Uniform
+from genai.evaluation.baselines.vectors import Copier
 from genai.evaluation.metrics import Metric, standard
 from genai.evaluation.run import resolve, run
 from genai.metrics.frechet import Moments, frechet
@@ -129,7 +130,8 @@ def test_to_beat_a_baseline_is_to_beat_it_at_the_worse_end():
     """A copier need not be beaten: nothing it gives is its own."""
 
     def beats(metric, low, high, **baselines):
-        figures = (low + high) / 2, low, high, None, baselines, "copies", {}
+        others = {Copier.what if name == "copies" else name: figure for name, figure in baselines.items()}
+        figures = (low + high) / 2, low, high, None, others, {}
         return cards.card(metric, standard()[metric], *figures)["beats_baseline"]
 
     assert beats("frechet", 1, 2, mixture=3, copies=0) is True

@@ -20,12 +20,10 @@ from genai.data.base import Data, part
 from genai.data.fingerprint import checksum, of_data
 from genai.data.stream import batches
 from genai.evaluation.baselines.base import check, known, stream
-from genai.evaluation.baselines.vectors import Copier
 from genai.evaluation.features import Seen
 from genai.evaluation.likelihood import in_units
 from genai.evaluation.metrics import Metric, Sets, own_facts
 
-COPIER = Copier.what
 MOST = 10_000  # training images that they learn from, and
 TOKENS = 10_000_000  # tokens
 FORMAT = 2  # of what is kept

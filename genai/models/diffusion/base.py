@@ -80,8 +80,8 @@ class Diffusion(WideBuffers):
             )
         self.net, self.shape, self.field = net, tuple(shape), field
         self.classes, self.label_dropout, self.guidance, self.clip = classes, label_dropout, guidance, clip
-        self.latent, self.reads_text = latent, getattr(net, "text", None) is not None
-        if (classes is not None or self.reads_text) and not stored.is_building():
+        self.latent = latent
+        if (classes is not None or self.text is not None) and not stored.is_building():
             self.check_guidance(guidance, "model.guidance")
         if latent is not None and latent.shape != self.shape:
             raise UserError(f"model.shape={list(shape)}, but the first stage's latents are {list(latent.shape)}")
@@ -112,7 +112,7 @@ class Diffusion(WideBuffers):
 
     @property
     def text(self) -> TextEncoder | None:
-        return self.net.text if self.reads_text else None  # type: ignore[return-value]
+        return getattr(self.net, "text", None)
 
     @property
     def codec(self) -> nn.Module | None:
@@ -170,7 +170,7 @@ class Diffusion(WideBuffers):
             )
 
     def given(self, cond: Batch | None, n: int) -> Batch:
-        """What of `cond` n samples are told, on the model's device, null where it is not given; nothing if none is.
+        """What of `cond` n samples are told, on the model's device, null where it is not given.
 
         Raises UserError for what is not one whole number, or one caption, for each of them.
         """
@@ -180,7 +180,7 @@ class Diffusion(WideBuffers):
             if c.shape != nulls[name].shape or c.is_floating_point():
                 kind, wanted = f"{str(c.dtype).removeprefix('torch.')} {list(c.shape)}", list(nulls[name].shape)
                 raise UserError(f"{name} is {kind}, but {n} samples of this model are told int64 {wanted}")
-        return {**nulls, **found} if found else {}
+        return {**nulls, **found}
 
     def condition(self, cond: Batch | None, n: int) -> Condition:
         """What n samples are told, and `negative`, the caption that guidance leads away from; a label or a caption that the model
@@ -194,17 +194,16 @@ class Diffusion(WideBuffers):
                 f"cond has {', '.join(sorted(unknown))}, but this model takes {', '.join(takes) or 'no conditions'}"
             )
         given, null = self.given(cond, n), self.nulls(1)
-        if "negative" in cond and self.text is not None:
-            given = given or self.nulls(n)
+        if "negative" in cond:
             null["caption"] = self.given({"caption": cond["negative"]}, n)["caption"]
-        if not given:
-            return Condition(self.encoded(self.nulls(n)), {})
+        elif not cond.keys() & null.keys():
+            null = {}
         return Condition(self.encoded(given), self.encoded(null))
 
     def told(self, cond: Batch | None, n: int) -> Told:
         """The network's keyword arguments of n samples, null where `cond` says nothing; what is the same at
         every step is computed once for all to come."""
-        return self.projected(self.encoded(self.given(cond, n) or self.nulls(n)))
+        return self.projected(self.encoded(self.given(cond, n)))
 
     def conditions(self, batch: Batch) -> Batch:
         """The network's keyword arguments; in training some samples get the null, as all do that come without."""
