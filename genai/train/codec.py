@@ -58,9 +58,8 @@ def precompute(model: nn.Module, data: Data, cfg: DictConfig) -> None:
             )
         key = hashlib.sha256((first_stage + of_split(images)).encode()).hexdigest()[:16]
         path = Path(cfg.codec.cache) / f"{key}_{name}.npy"
-        if (
-            cfg.get("resume") is not None and not path.exists()
-        ):  # a file chose the folder, and it may be read but not written
+        if cfg.get("resume") is not None and not path.exists():
+            # a file chose the folder, and it may be read but not written
             path = cache_folder("latents") / path.name
         if not path.exists():
 

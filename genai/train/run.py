@@ -123,7 +123,7 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
         for net in model.nets().values():
             net.compile()
     _quiet()
-    ranks.start(hardware["accelerator"] == "gpu")
+    ranks.start(device.type == "cuda")
     stop = Stop()
     trainer = L.Trainer(
         **{**hardware, "precision": hardware["precision"].replace("bf16-true", "32-true")},  # the model is in it already
@@ -144,9 +144,8 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
         started = f" that {ranks.launcher} started" if ranks.launcher else ""
         print(f"{folder}: {parameters:,} parameters, {cfg.max_steps} steps on {where}{started}")
     failed = True
-    trainer._signal_connector.register_signal_handlers = lambda: (
-        None
-    )  # a collective, which hangs if one rank gets SIGTERM
+    # a collective, which hangs if one rank gets SIGTERM
+    trainer._signal_connector.register_signal_handlers = lambda: None
     try:
         with stop.listening():
             trainer.fit(lit, ckpt_path=resumed[1] if resumed else None)

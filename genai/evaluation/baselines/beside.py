@@ -27,11 +27,8 @@ from genai.evaluation.metrics import Metric, Sets, own_facts
 MOST = 10_000  # training images that they learn from, and
 TOKENS = 10_000_000  # tokens
 FORMAT = 2  # of what is kept
-ANSWERS = {
-    "samples": "sample",
-    "likelihoods": "log_prob",
-    "reconstructions": "reconstruct",
-}  # to metrics, by what they are of
+ANSWERS = {"samples": "sample", "likelihoods": "log_prob", "reconstructions": "reconstruct"}
+"""The methods that answer metrics, by what these are of."""
 
 
 def beside(

@@ -126,9 +126,8 @@ class Markov(Baseline):
         both = torch.bincount(pairs.flatten(), minlength=d * count**2).view(d, count, count).double()
         kinds, total = (both > 0).sum(-1, keepdim=True), both.sum(-1, keepdim=True)
         mixed = (both + kinds * alone[:, None]) / (kinds + total).clamp_min(1)
-        self.p = torch.where(
-            total > 0, mixed, alone[:, None]
-        )  # (D, level before, level); the first has no level before
+        # (D, level before, level); the first has no level before
+        self.p = torch.where(total > 0, mixed, alone[:, None])
         return self
 
     def log_prob(self, batch: Batch, seed: int) -> Tensor:

@@ -53,7 +53,7 @@ class EDM(Diffusion):
     def prepare(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """Measure sigma_data, to four digits, where it is not given; of latents it is 1."""
         first = next(stream := iter(batches))
-        found = super().prepare(itertools.chain([first], stream if self.latent is not None else []))
+        found = super().prepare(itertools.chain([first], stream))
         if self.sigma_data is not None:
             return found
         if self.latent is not None:

@@ -91,9 +91,8 @@ class DiT(nn.Module):
         emb = self.time(fitted(time_embedding(time, self.width), self.stem.weight))
         emb, context = conditioned(emb, self.label, label, self.summary, states, real)
         height = x.shape[2] // self.patch
-        h = (
-            self.stem(F.pixel_unshuffle(fitted(x, self.stem.weight), self.patch).flatten(2).mT) + self.positions
-        )  # (B, T, width)
+        patches = F.pixel_unshuffle(fitted(x, self.stem.weight), self.patch).flatten(2).mT
+        h = self.stem(patches) + self.positions  # (B, T, width)
         for block, seen in zip(self.blocks, projected or [context] * len(self.blocks), strict=True):
             if self.gradient_checkpointing and self.training:
                 h = checkpoint(block, h, emb, seen, use_reentrant=False)
