@@ -23,8 +23,8 @@ from genai.checkpoint.build import build_typed
 from genai.cli import composed
 from genai.evaluation import features as extractors
 from genai.evaluation import samples
-from genai.evaluation.metrics import standard
-from genai.evaluation.run import Plan, evaluate
+from genai.evaluation.metrics import Plan, standard
+from genai.evaluation.run import evaluate
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from genai.core.protocols import Batch, Reconstructing, Scorable, check_sampler
 from genai.data.base import Data, part
 from genai.data.stream import batches
 from genai.evaluation.clock import Clock
-from genai.evaluation.metrics import Metric
+from genai.evaluation.metrics import Checked
 from genai.metrics import likelihood as units
 from genai.metrics.intervals import Interval, bootstrap
 
@@ -25,28 +25,20 @@ REPORTED = {"lower bound": "upper bound"}  # of ln p, and so of what is reported
 SOLVED = "upper bound up to the error of the ODE's solver"
 
 
-def run(
-    loaded: Loaded,
-    data: Data,
-    metrics: Mapping[str, Metric],
-    split: str,
-    n: int,
-    seed: int,
-    batch_size: int,
-    method: Any,
-) -> tuple[dict[str, Any], dict[str, Interval]]:
-    """The facts of one pass, and the mean of each metric with its bootstrap interval."""
+def run(loaded: Loaded, data: Data, checked: Checked) -> tuple[dict[str, Any], dict[str, Interval]]:
+    """The facts of one pass, and the mean of each metric with its bootstrap interval: of those that the model can have too."""
+    plan, n, metrics = checked.plan, checked.n, {**checked.can, **checked.passes}
     model: Any = loaded.model
     reconstructs = isinstance(loaded.model, Reconstructing)
-    score, device = scorer(loaded, data, method), loaded.device
+    score, device = scorer(loaded, data, plan.likelihood), loaded.device
     codes = torch.zeros(getattr(model, "vocabulary", None) or 0, dtype=torch.int64)
     values = {name: [] for name, metric in metrics.items() if metric.of == "reconstructions"}
     nats, targets, clock = [], [], Clock(n, "items")
-    for batch in batches(part(data, split, n), batch_size):
+    for batch in batches(part(data, plan.split, n), plan.batch_size):
         batch = {name: value.to(device) for name, value in batch.items()}
         if score is not None:
             with loaded.computing():
-                nats.append(-score(batch, seed + clock.done).cpu())
+                nats.append(-score(batch, plan.seed + clock.done).cpu())
         if reconstructs:
             with loaded.computing():
                 again = model.reconstruct(batch)
@@ -64,9 +56,9 @@ def run(
     if nats:
         each = torch.cat(nats).double() + 0.0  # 0, not -0, for what is certain
         tokens = int(torch.cat(targets).sum()) if targets else None
-        facts |= in_units(each, tokens, data, split, getattr(model, "levels", data.values))
-        facts["bound"] = REPORTED.get(model.bound, model.bound) if method is None else SOLVED
-        facts |= {} if method is None else {"likelihood": method}
+        facts |= in_units(each, tokens, data, plan.split, getattr(model, "levels", data.values))
+        facts["bound"] = REPORTED.get(model.bound, model.bound) if plan.likelihood is None else SOLVED
+        facts |= {} if plan.likelihood is None else {"likelihood": plan.likelihood}
         facts |= {"given": given} if (given := [*nulls(model)]) else {}
         scored = {name: metric for name, metric in metrics.items() if metric.of == "likelihoods"}
         means |= {name: _interval(metric(each, facts)) for name, metric in scored.items()}

@@ -1,7 +1,8 @@
-"""Metrics: what each is a figure of, which way is better, its unit, and how it is taken; conf/metrics.yaml names them."""
+"""Metrics: what each is a figure of, which way is better, its unit, and how it is taken; conf/metrics.yaml names them; and
+the plan of an evaluation that takes them."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,3 +201,51 @@ def possible(metric: Metric, loaded: Loaded, data: Data, method: Any = None) -> 
         "reconstructions": isinstance(loaded.model, Reconstructing),
     }
     return given.get(metric.of, data.modality.compared == metric.of) and metric.suits(loaded, data)
+
+
+@dataclass
+class Plan:
+    """What is measured and how.
+
+    Args:
+        metrics: names of conf/metrics.yaml, and {name: metric} for others; None: all that one pass over the split gives.
+        n: items of the split, or samples of each set; None: as many as the split has.
+        repeats: independent sets of samples.
+        extractor: what images are compared in, of the data, its config and a device.
+        likelihood: config node of a method, None for the model's own.
+        baselines: whether cards have trivial models beside them.
+    """
+
+    metrics: Sequence[str | Mapping[str, Metric]] | None
+    split: str = "test"
+    n: int | None = None
+    repeats: int = 5
+    seed: int = 0
+    batch_size: int = 256
+    extractor: Callable[[Data, Any, str], features.Extractor] = features.judge
+    likelihood: dict[str, Any] | None = None
+    baselines: bool = True
+
+
+@dataclass
+class Checked:
+    """A plan that can be carried out.
+
+    Args:
+        plan: itself.
+        images, node: the data, as images where it is images as tokens, and its config.
+        n: of the plan, or all there are.
+        can: the standard metrics that it can have; wanted: those asked for, in their order.
+        passes, sampled: those of one pass over the split, and of samples.
+        extractor: what images are compared in, None where none are.
+    """
+
+    plan: Plan
+    images: Data
+    node: Any
+    n: int
+    can: dict[str, Metric]
+    wanted: dict[str, Metric]
+    passes: dict[str, Metric]
+    sampled: dict[str, Metric]
+    extractor: features.Extractor | None

@@ -4,8 +4,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +21,10 @@ from genai.data.base import Data
 from genai.data.pixels import images_behind
 from genai.evaluation import cards, likelihood, samples
 from genai.evaluation.baselines.beside import beside
-from genai.evaluation.features import Extractor, judge
-from genai.evaluation.metrics import KINDS, PASS, READ, Metric, possible, standard
+from genai.evaluation.metrics import KINDS, PASS, READ, Checked, Metric, Plan, possible, standard
 from genai.modalities.stored import difference, nodes_of
 
 WANDB = "genai.train.trackers.wandb"
-
-
-@dataclass
-class Plan:
-    """What is measured and how.
-
-    Args:
-        metrics: names of conf/metrics.yaml, and {name: metric} for others; None: all that one pass over the split gives.
-        n: items of the split, or samples of each set; None: as many as the split has.
-        repeats: independent sets of samples.
-        extractor: what images are compared in, of the data, its config and a device.
-        likelihood: config node of a method, None for the model's own.
-        baselines: whether cards have trivial models beside them.
-    """
-
-    metrics: Sequence[str | Mapping[str, Metric]] | None
-    split: str = "test"
-    n: int | None = None
-    repeats: int = 5
-    seed: int = 0
-    batch_size: int = 256
-    extractor: Callable[[Data, Any, str], Extractor] = judge
-    likelihood: dict[str, Any] | None = None
-    baselines: bool = True
 
 
 def run(cfg: Any) -> dict[str, Any]:
@@ -95,28 +69,6 @@ def tracked(found: Sequence[dict[str, Any]]) -> Path | None:
     return None
 
 
-@dataclass
-class Checked:
-    """A plan that can be carried out.
-
-    Args:
-        images, node: the data, as images where it is images as tokens, and its config.
-        n: of the plan, or all there are.
-        can: the standard metrics that it can have; wanted: those asked for, in their order.
-        passes, sampled: those of one pass over the split, and of samples.
-        extractor: what images are compared in, None where none are.
-    """
-
-    images: Data
-    node: Any
-    n: int
-    can: dict[str, Metric]
-    wanted: dict[str, Metric]
-    passes: dict[str, Metric]
-    sampled: dict[str, Metric]
-    extractor: Extractor | None
-
-
 def check(loaded: Loaded, data: Data, plan: Plan) -> Checked:
     """Everything that can be said before anything is measured. Raises UserError for what cannot be."""
     images, node = images_behind(data, loaded.config["data"])
@@ -151,7 +103,7 @@ def check(loaded: Loaded, data: Data, plan: Plan) -> Checked:
         at_least(n, 2, "n")
         extractor = plan.extractor(images, node, str(loaded.device))
         samples.check_extractor(extractor, images, plan.split, sampled)
-    return Checked(images, node, n, can, wanted, passes, sampled, extractor)
+    return Checked(plan, images, node, n, can, wanted, passes, sampled, extractor)
 
 
 def resolve(entry: str | Mapping[str, Metric]) -> dict[str, Any]:
@@ -178,29 +130,23 @@ def evaluate(loaded: Loaded, data: Data, plan: Plan) -> tuple[dict[str, Any], li
     checked, folder = check(loaded, data, plan), folder_of(loaded.path)
     if folder.exists() and not os.access(folder, os.W_OK):
         raise UserError(f"{folder} cannot be written, and what is measured is kept there: copy the run to where it can")
-    images, node, n, sampled = checked.images, checked.node, checked.n, checked.sampled
     facts: dict[str, Any] = {}
     found: list[dict[str, Any]] = []
     if checked.passes or plan.metrics is None:
-        facts, found = _pass(loaded, data, checked, plan)
+        facts, found = _pass(loaded, data, checked)
     if checked.extractor is not None:
-        found += samples.of_samples(
-            loaded, images, node, checked.extractor, sampled, plan.split, n, plan.repeats, plan.seed, plan.batch_size,
-            plan.baselines, folder / "cards",
-        )  # fmt: skip
-    elif sampled:
-        found += samples.of_texts(loaded, data, node, sampled, plan.split, n, plan.repeats, plan.seed, plan.batch_size)
+        found += samples.of_samples(loaded, checked, checked.extractor, folder / "cards")
+    elif checked.sampled:
+        found += samples.of_texts(loaded, checked)
     found = [card | {"seed": plan.seed, "checkpoint": str(loaded.path), "step": loaded.step} for card in found]
     cards.write(found, folder)
     return facts, sorted(found, key=lambda card: [*checked.wanted].index(card["metric"]))
 
 
-def _pass(loaded: Loaded, data: Data, checked: Checked, plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _pass(loaded: Loaded, data: Data, checked: Checked) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Facts and cards of one pass over the first n items of the split."""
-    images, n, metrics = checked.images, checked.n, checked.passes
-    facts, means = likelihood.run(
-        loaded, data, {**checked.can, **metrics}, plan.split, n, plan.seed, plan.batch_size, plan.likelihood
-    )
+    plan, images, n, metrics = checked.plan, checked.images, checked.n, checked.passes
+    facts, means = likelihood.run(loaded, data, checked)
     model: Any = loaded.model
     levels = facts.get("levels", data.levels)
     latents = torch.Size(getattr(model, "latent_shape", (getattr(model, "latents", 0),))).numel()

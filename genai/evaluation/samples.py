@@ -19,7 +19,7 @@ from genai.evaluation.baselines.beside import beside
 from genai.evaluation.cards import card, data_facts
 from genai.evaluation.clock import Clock
 from genai.evaluation.features import Extractor, Seen, see
-from genai.evaluation.metrics import Metric, Sets, Texts
+from genai.evaluation.metrics import Checked, Metric, Sets, Texts
 from genai.metrics.intervals import over_seeds
 from genai.metrics.memorisation import memorisation
 from genai.modalities.base import save
@@ -49,18 +49,17 @@ def check_extractor(extractor: Extractor, data: Data, split: str, metrics: Mappi
             raise UserError(f"metrics: {name} needs extractor=judge or inception: choose one of these, or leave it out")
 
 
-def of_samples(
-    loaded: Loaded, data: Data, node: Any, extractor: Extractor, metrics: Mapping[str, Metric], split: str, n: int,
-    repeats: int, seed: int, batch_size: int, baselines: bool, folder: Path,
-) -> list[dict[str, Any]]:  # fmt: skip
+def of_samples(loaded: Loaded, checked: Checked, extractor: Extractor, folder: Path) -> list[dict[str, Any]]:
     """Cards by metric of `repeats` sets of n samples beside the items of a split, and the nearest pairs to look at."""
+    plan, data, n, metrics = checked.plan, checked.images, checked.n, checked.sampled
+    split = plan.split
     reads = {name for metric in metrics.values() for name in metric.reads}
     whole = data.splits[split]
     real = see(random_order(whole) if split == "train" else whole, data.field, extractor, reads)
-    clock, values, first = Clock(n * repeats, "samples"), {name: [] for name in metrics}, []
-    for k in range(repeats):
+    clock, values, first = Clock(n * plan.repeats, "samples"), {name: [] for name in metrics}, []
+    for k in range(plan.repeats):
         fake = Seen(extractor, reads)
-        for batch in drawn(loaded, n, seed + k * n, batch_size, clock):
+        for batch in drawn(loaded, n, plan.seed + k * n, plan.batch_size, clock):
             x = data.modality.on_levels(batch[data.field], data.levels)
             fake.add(x, batch.get("label"))
             if k == 0 and sum(map(len, first)) < LOOKED_AT:
@@ -70,10 +69,11 @@ def of_samples(
             values[name].append(metric(sets))
     clock.stop()
     floor, floors = _floors(data, metrics, split, n, real)
-    others = beside(data, metrics, split, n, real) if baselines else {}
+    others = beside(data, metrics, split, n, real) if plan.baselines else {}
     facts = {
         "protocol": {
-            "n": n, "split": split, "real": real.moments.n, "repeats": repeats, **data_facts(data, node, split),
+            "n": n, "split": split, "real": real.moments.n, "repeats": plan.repeats,
+            **data_facts(data, checked.node, split),
             "levels": data.levels, **extractor.facts, "dtype": loaded.dtype,
         },
         "floor_of": floor, "sampler": loaded.config["sampler"], **_copies(data, torch.cat(first)[:LOOKED_AT], folder),
@@ -113,18 +113,17 @@ def _copies(data: Data, samples: Tensor, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def of_texts(
-    loaded: Loaded, data: Any, node: Any, metrics: Mapping[str, Metric], split: str, n: int, repeats: int, seed: int,
-    batch_size: int,
-) -> list[dict[str, Any]]:  # fmt: skip
+def of_texts(loaded: Loaded, checked: Checked) -> list[dict[str, Any]]:
     """Cards by metric of `repeats` sets of n texts; their floor is what as many as long pieces of the split have."""
+    plan, n, metrics = checked.plan, checked.n, checked.sampled
+    data: Any = checked.images
+    split = plan.split
     train = _text(data, "train", CHARACTERS)
-    clock, values = Clock(n * repeats, "texts"), {name: [] for name in metrics}
+    clock, values = Clock(n * plan.repeats, "texts"), {name: [] for name in metrics}
     longest = 1
-    for k in range(repeats):
-        made = [
-            text for batch in drawn(loaded, n, seed + k * n, batch_size, clock) for text in data.modality.preview(batch)
-        ]
+    for k in range(plan.repeats):
+        parts = drawn(loaded, n, plan.seed + k * n, plan.batch_size, clock)
+        made = [text for batch in parts for text in data.modality.preview(batch)]
         longest = max(longest, *map(len, made))
         for name, metric in metrics.items():
             values[name].append(metric(Texts(made, train)))
@@ -135,7 +134,7 @@ def of_texts(
     floors = {} if split == "train" else {name: metric(pieces) for name, metric in metrics.items()}
     facts = {
         "protocol": {
-            "n": n, "split": split, "repeats": repeats, **data_facts(data, node, split), "vocabulary": data.levels,
+            "n": n, "split": split, "repeats": plan.repeats, **data_facts(data, checked.node, split), "vocabulary": data.levels,
             "max_new_tokens": loaded.config["sampler"].get("max_new_tokens") or data.shape[0], "train_characters": len(train),
         },
         "sampler": loaded.config["sampler"],

@@ -22,7 +22,8 @@ from genai.core import files, rng
 from genai.core.errors import at_least
 from genai.core.protocols import Batch, OnStep, Sampler, check_sampler, with_items
 from genai.evaluation.features import Extractor
-from genai.evaluation.run import Plan, check, evaluate
+from genai.evaluation.metrics import Plan
+from genai.evaluation.run import check, evaluate
 from genai.train.lit import LitModel
 from genai.train.strategy import TIMEOUT, Ranks
 
@@ -116,8 +117,8 @@ class Samples(Between):
 
 
 class Cards(Between):
-    """Every `every_steps`, what `python evaluate.py` measures of the averaged model: see evaluation.run.Plan for the other
-    arguments."""
+    """Every `every_steps`, what `python evaluate.py` measures of the averaged model: see evaluation.metrics.Plan for the
+    other arguments."""
 
     def __init__(
         self, every_steps: int | None, metrics: Sequence[Any] | None, split: str, n: int | None, repeats: int,
