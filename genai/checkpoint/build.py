@@ -203,10 +203,8 @@ def check_target(target: Any, trust: Sequence[str] = (), kinds: Sequence[str] = 
         found = vars(importlib.import_module(module))[name]
     except (ImportError, KeyError):
         raise UserError(f"{wants}, which is not defined in a module of that name") from None
-    if (
-        not (inspect.isclass(found) or inspect.isfunction(found))
-        or f"{found.__module__}.{found.__qualname__}" != target
-    ):
+    builds = inspect.isclass(found) or inspect.isfunction(found)
+    if not builds or f"{found.__module__}.{found.__qualname__}" != target:
         raise UserError(f"{wants}, which is not a class or function defined there")
     if not trusted and name.startswith("_"):
         raise UserError(f"{wants}, which is not public")

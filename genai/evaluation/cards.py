@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from genai.core import files
-from genai.data.base import Data
 from genai.data.fingerprint import of_split
 from genai.evaluation.baselines.vectors import Copier
-from genai.evaluation.metrics import Metric, own_facts
+from genai.evaluation.metrics import Checked, Metric, own_facts
 
 
-def data_facts(data: Data, node: Mapping[str, Any], split: str) -> dict[str, Any]:
-    """The protocol's fields of the data with config `node`: class, shape of an image, and checksum of the split's items."""
+def data_facts(checked: Checked) -> dict[str, Any]:
+    """The protocol's fields of the data: class, shape of an image, and checksum of the split's items."""
+    data = checked.images
     shape = {} if data.modality.windowed else {"shape": list(data.shape)}
-    return {"data": node["_target_"], **shape, "data_checksum": of_split(data.splits[split])}
+    return {"data": checked.node["_target_"], **shape, "data_checksum": of_split(data.splits[checked.plan.split])}
 
 
 def card(

@@ -19,12 +19,8 @@ class Clock:
             print(f"{self.total} {self.what} take about {duration(whole)}", file=sys.stderr, flush=True)
         self.shown = True
         if sys.stderr.isatty():
-            print(
-                f"\r\033[K{self.done}/{self.total} {self.what}, {duration(whole - spent)} left ",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
+            left = f"{self.done}/{self.total} {self.what}, {duration(whole - spent)} left "
+            print(f"\r\033[K{left}", end="", file=sys.stderr, flush=True)
 
     def stop(self) -> None:
         if sys.stderr.isatty():
@@ -33,10 +29,6 @@ class Clock:
 
 def duration(seconds: float) -> str:
     """Of a person's kind: 40 s, 12 min, 3.5 h."""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -154,7 +154,7 @@ def _pass(loaded: Loaded, data: Data, checked: Checked) -> tuple[dict[str, Any],
     others = {}
     if plan.baselines and whole and levels == data.values:
         others = beside(images, metrics, plan.split, n, numbers=latents)
-    protocol = {"n": n, "split": plan.split, **cards.data_facts(images, checked.node, plan.split), "levels": levels}
+    protocol = {"n": n, "split": plan.split, **cards.data_facts(checked), "levels": levels}
     protocol["dtype"] = loaded.dtype
     protocol |= {key: facts[key] for key in ("context", "context_overlap", "given", "likelihood") if key in facts}
     own = {"protocol": protocol, **({"bound": facts["bound"]} if "bound" in facts else {})}

@@ -72,8 +72,7 @@ def of_samples(loaded: Loaded, checked: Checked, extractor: Extractor, folder: P
     others = beside(data, metrics, split, n, real) if plan.baselines else {}
     facts = {
         "protocol": {
-            "n": n, "split": split, "real": real.moments.n, "repeats": plan.repeats,
-            **data_facts(data, checked.node, split),
+            "n": n, "split": split, "real": real.moments.n, "repeats": plan.repeats, **data_facts(checked),
             "levels": data.levels, **extractor.facts, "dtype": loaded.dtype,
         },
         "floor_of": floor, "sampler": loaded.config["sampler"], **_copies(data, torch.cat(first)[:LOOKED_AT], folder),
@@ -134,7 +133,7 @@ def of_texts(loaded: Loaded, checked: Checked) -> list[dict[str, Any]]:
     floors = {} if split == "train" else {name: metric(pieces) for name, metric in metrics.items()}
     facts = {
         "protocol": {
-            "n": n, "split": split, "repeats": plan.repeats, **data_facts(data, checked.node, split), "vocabulary": data.levels,
+            "n": n, "split": split, "repeats": plan.repeats, **data_facts(checked), "vocabulary": data.levels,
             "max_new_tokens": loaded.config["sampler"].get("max_new_tokens") or data.shape[0], "train_characters": len(train),
         },
         "sampler": loaded.config["sampler"],

@@ -189,7 +189,7 @@ def _at(cfg: DictConfig, key: str) -> Any:
 TIED = by_last_part(TIES)
 
 
-def agree(cfg: DictConfig, typed: Iterable[str] = ()) -> None:
+def agree(cfg: DictConfig) -> None:
     """Raise UserError for a fact of the data, or of the model, that one of its parts was told otherwise.
 
     What the data has yet to say is null in `data` and passes; run once more when it has. A model may leave classes out.
