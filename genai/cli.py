@@ -332,6 +332,8 @@ def _expand_metrics(cfg: DictConfig, folders: Iterable[Path]) -> None:
             own: Any = OmegaConf.to_container(OmegaConf.load(path))
         except (OmegaConfBaseException, yaml.YAMLError, OSError) as error:
             raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        if not isinstance(own, dict):
+            raise UserError(f"{path} must map names to nodes, brightness: {{_target_: my_lab.brightness.Brightness}}")
         for key in [key for key in keys(cfg) if key.rpartition(".")[2] == "metrics"]:
             value = OmegaConf.select(cfg, key)
             names = [value] if isinstance(value, str) else value

@@ -73,7 +73,9 @@ def build_typed(node: Any) -> Any:
             raise cause from None
         refused = {"locating", "blocklisted"} & set(message[0].split())
         if (isinstance(cause, TypeError) and "argument" in str(cause)) or refused:
-            raise UserError(f"{node.get('_target_')} cannot be built: {cause or ' '.join(message[:3])}") from error
+            raise UserError(
+                f"{node.get('_target_')} cannot be built: {cause or ' '.join(message).partition('. ')[0]}"
+            ) from error
         raise (cause or error) from None
 
 

@@ -16,7 +16,7 @@ from genai.core.protocols import Batch, Reconstructing, Scorable, check_sampler
 from genai.data.base import Data, part
 from genai.data.stream import batches
 from genai.evaluation.clock import Clock
-from genai.evaluation.metrics import Checked
+from genai.evaluation.metrics import Checked, measured
 from genai.metrics import likelihood as units
 from genai.metrics.intervals import Interval, bootstrap
 
@@ -43,7 +43,7 @@ def run(loaded: Loaded, data: Data, checked: Checked) -> tuple[dict[str, Any], d
             with loaded.computing():
                 again = model.reconstruct(batch)
             for name, found in values.items():
-                found.append(metrics[name](again, batch[model.field]).cpu())
+                found.append(measured(name, metrics[name], again, batch[model.field]))
         if len(codes):
             with loaded.computing():
                 codes += model.encode(batch[data.field]).flatten().bincount(minlength=len(codes)).cpu()
@@ -61,7 +61,7 @@ def run(loaded: Loaded, data: Data, checked: Checked) -> tuple[dict[str, Any], d
         facts |= {} if plan.likelihood is None else {"likelihood": plan.likelihood}
         facts |= {"given": given} if (given := [*nulls(model)]) else {}
         scored = {name: metric for name, metric in metrics.items() if metric.of == "likelihoods"}
-        means |= {name: _interval(metric(each, facts)) for name, metric in scored.items()}
+        means |= {name: _interval(measured(name, metric, each, facts)) for name, metric in scored.items()}
     for name, found in values.items():
         means[name] = _interval(torch.cat(found))
         facts[name] = round(means[name].mean, 2 if metrics[name].unit == "dB" else 4)

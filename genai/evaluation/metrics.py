@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from genai.checkpoint import Loaded
-from genai.checkpoint.build import build_typed
+from genai.checkpoint.build import build_typed, reason
 from genai.cli import conf_dir
-from genai.core.errors import at_least
+from genai.core.errors import UserError, at_least
 from genai.core.protocols import Reconstructing, Scorable
 from genai.data.base import Data
 from genai.evaluation import features
@@ -187,6 +188,23 @@ def standard() -> dict[str, Metric]:
     """Those of conf/metrics.yaml by name."""
     table: Any = OmegaConf.to_container(OmegaConf.load(Path(conf_dir()) / "metrics.yaml"))
     return {name: build_typed(node) for name, node in table.items()}
+
+
+def measured(name: str, metric: Metric, *given: Any) -> Tensor:
+    """What a metric gives (N,) in float64 on the CPU: one number, or one for each item. Raises UserError where it fails, or gives
+    something else."""
+    count = len(given[0]) if metric.of in PASS else 1
+    try:
+        values = torch.as_tensor(metric(*given), dtype=torch.float64).cpu()
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"metrics: {name} fails ({type(error).__name__}: {reason(error)}): change its class") from error
+    if values.numel() != count or (metric.of not in PASS and not values.isfinite()):
+        wanted = "one number for each item" if metric.of in PASS else "one finite number"
+        what = values.item() if values.numel() == 1 else f"numbers of shape {list(values.shape)}"
+        raise UserError(f"metrics: {name} gives {what}, and {metric.of} need {wanted}: change its class")
+    return values.reshape(count)
 
 
 def own_facts(name: str, metric: Metric) -> dict[str, Any]:

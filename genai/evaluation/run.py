@@ -56,7 +56,10 @@ def build_metrics(value: Any) -> list[str | dict[str, Metric]] | None:
     if value is None:
         return None
     entries: Any = [value] if isinstance(value, str) else OmegaConf.to_container(value)
-    return [entry if isinstance(entry, str) else build_typed(entry) for entry in entries]
+    return [
+        entry if isinstance(entry, str) else {name: build_typed(node) for name, node in entry.items()}
+        for entry in entries
+    ]
 
 
 def tracked(found: Sequence[dict[str, Any]]) -> Path | None:

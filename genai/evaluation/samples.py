@@ -19,7 +19,7 @@ from genai.evaluation.baselines.beside import beside
 from genai.evaluation.cards import card, data_facts
 from genai.evaluation.clock import Clock
 from genai.evaluation.features import Extractor, Seen, see
-from genai.evaluation.metrics import Checked, Metric, Sets, Texts
+from genai.evaluation.metrics import Checked, Metric, Sets, Texts, measured
 from genai.metrics.intervals import over_seeds
 from genai.metrics.memorisation import memorisation
 from genai.modalities.base import save
@@ -66,7 +66,7 @@ def of_samples(loaded: Loaded, checked: Checked, extractor: Extractor, folder: P
                 first.append(x)
         sets = Sets(real, fake)
         for name, metric in metrics.items():
-            values[name].append(metric(sets))
+            values[name].append(measured(name, metric, sets).item())
     clock.stop()
     floor, floors = _floors(data, metrics, split, n, real)
     others = beside(data, metrics, split, n, real) if plan.baselines else {}
@@ -92,7 +92,9 @@ def _floors(
     for other in ("val", "test", "train"):
         if other != split and other in data.splits and len(data.splits[other]) >= n:
             sets = Sets(real, see(part(data, other, n), data.field, real.extractor, real.parts))
-            return other, {name: metric(sets) for name, metric in metrics.items() if not metric.of_labels}
+            return other, {
+                name: measured(name, metric, sets).item() for name, metric in metrics.items() if not metric.of_labels
+            }
     return None, {}
 
 
@@ -125,12 +127,14 @@ def of_texts(loaded: Loaded, checked: Checked) -> list[dict[str, Any]]:
         made = [text for batch in parts for text in data.modality.preview(batch)]
         longest = max(longest, *map(len, made))
         for name, metric in metrics.items():
-            values[name].append(metric(Texts(made, train)))
+            values[name].append(measured(name, metric, Texts(made, train)).item())
     clock.stop()
     whole = _text(data, split, n * longest)
     length = len(whole) // n
     pieces = Texts([whole[i * length : (i + 1) * length] for i in range(n)], train)
-    floors = {} if split == "train" else {name: metric(pieces) for name, metric in metrics.items()}
+    floors = (
+        {} if split == "train" else {name: measured(name, metric, pieces).item() for name, metric in metrics.items()}
+    )
     facts = {
         "protocol": {
             "n": n, "split": split, "repeats": plan.repeats, **data_facts(checked), "vocabulary": data.levels,

@@ -22,7 +22,7 @@ from genai.evaluation.baselines.base import known
 from genai.evaluation.baselines.beside import answers, beside, key_of
 from genai.evaluation.baselines.pixels import Uniform
 from genai.evaluation.baselines.vectors import Copier
-from genai.evaluation.metrics import Metric, standard
+from genai.evaluation.metrics import Metric, measured, standard
 from genai.evaluation.run import resolve, run
 from genai.metrics.frechet import Moments, frechet
 from genai.modalities.base import to_pil
@@ -242,10 +242,10 @@ def test_a_metric_in_ones_own_package(runs, my_lab, command, monkeypatch):
 
 def test_a_baselines_figures_are_of_float64():
     """A tenth is not one in float32."""
-    tenth = type("Tenth", (Metric,), {"of": "likelihoods", "__call__": lambda self, nats, facts: 0.1 + 1e-12})()
+    tenth = type("Tenth", (Metric,), {"of": "likelihoods", "__call__": lambda self, nats, facts: [0.1 + 1e-12] * 2})()
     data = build_typed(composed("baselines", ["data=digits"]).data)
     baseline = Uniform().fit(known(data, ["val"]), 0)
-    assert answers(baseline, data, {"tenth": tenth}, "test", 5) == {"tenth": 0.1 + 1e-12}
+    assert answers(baseline, data, {"tenth": tenth}, "test", 2) == {"tenth": 0.1 + 1e-12}
 
 
 def test_a_metrics_arguments_and_code_decide_its_figures(my_lab, monkeypatch):
@@ -297,6 +297,34 @@ def test_a_metric_that_says_what_there_is_not_is_refused(change, message):
         resolve({"mine": nn.ReLU()})
     with pytest.raises(UserError, match=r"'../mine' names a file of cards/"):
         resolve({"../mine": Worst()})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(torch.nan, "mine gives nan, and samples need one finite number"), (torch.ones(3), r"numbers of shape \[3\]"),
+     ("good", r"mine fails \((Value|Type)Error: "), (None, r"mine fails \(")],
+)  # fmt: skip
+def test_a_metric_that_gives_no_number_is_named(given, message):
+    with pytest.raises(UserError, match=message):
+        measured("mine", type("Mine", (Metric,), {"__call__": lambda self, sets: given})(), None)
+    one = type("One", (Metric,), {"__call__": lambda self, sets: torch.tensor([[3.0]])})()
+    assert measured("mine", one, None).tolist() == [3.0]
+    items = type("Items", (Metric,), {"of": "likelihoods", "__call__": lambda self, nats, facts: nats[:1]})()
+    with pytest.raises(UserError, match="likelihoods need one number for each item"):
+        measured("mine", items, torch.ones(2), {})
+
+
+def test_a_metric_that_fails_is_named(runs, my_lab, refused):
+    """By evaluate.py as by a run that trains, where there is a traceback of nobody's else."""
+    path = my_lab / "my_lab" / "brightness.py"
+    path.write_text(path.read_text().replace("return abs", "raise KeyError('grey')\n        return abs"))
+    named = "metrics=[{mine:{_target_:my_lab.brightness.Brightness}}]"
+    sentence = refused("evaluate.py", f"ckpt={runs[0]}", named, "n=2", "repeats=1", "baselines=false")
+    assert "metrics: mine fails (KeyError: 'grey'): change its class" in sentence
+    assert "Brightness cannot be built" in refused("evaluate.py", f"ckpt={runs[0]}", named.replace("}}]", ",a:1}}]"))
+    (my_lab / "my_lab/conf/metrics.yaml").write_text("- brightness\n")
+    sentence = refused("evaluate.py", "--config-dir", "my_lab/conf", f"ckpt={runs[0]}", "metrics=[frechet]")
+    assert "metrics.yaml must map names to nodes" in sentence
 
 
 # Extractors

@@ -22,7 +22,7 @@ from genai.data.stream import batches
 from genai.evaluation.baselines.base import check, known, stream
 from genai.evaluation.features import Seen
 from genai.evaluation.likelihood import in_units
-from genai.evaluation.metrics import Metric, Sets, own_facts
+from genai.evaluation.metrics import Metric, Sets, measured, own_facts
 
 MOST = 10_000  # training images that they learn from, and
 TOKENS = 10_000_000  # tokens
@@ -111,7 +111,7 @@ def answers(
             _sets(baseline, data, n, real, seed) if of == "samples" and real else _items(baseline, data, of, split, n)
         )
         for name in [name for name, metric in metrics.items() if metric.of == of]:
-            found[name] = torch.as_tensor(metrics[name](*given), dtype=torch.float64).mean().item()
+            found[name] = measured(name, metrics[name], *given).mean().item()
     return found
 
 
