@@ -239,9 +239,8 @@ def test_wrong_resumes(refused, runs, tmp_path):
     assert "already done its 5 steps: give a larger max_steps=" in refused("train.py", f"resume={digits}")
     assert f"resume={digits} goes on with it" in refused("train.py", f"run_dir={digits}")
     assert "does not fit this model" in refused("train.py", f"init_from={digits}", "model.net.channels=16")
-    assert "does not fit this model" in refused(
-        "train.py", f"init_from={digits}", "experiment=ddpm_toy2d", "init_strict=false"
-    )
+    sentence = refused("train.py", f"init_from={digits}", "experiment=ddpm_toy2d", "init_strict=false")
+    assert "does not fit this model" in sentence and "init_strict" not in sentence
 
 
 SAMPLE = {
@@ -513,13 +512,16 @@ def test_an_image_is_changed_filled_in_and_inverted_from_the_command_line(runs, 
 
 REFUSED_IMAGES = {
     ("image=cat.png", "strength=0.5"): "image=cat.png cannot be read as an image (No such file or directory)",
-    ("image=broken.png", "strength=0.5"): "image=broken.png cannot be read as an image (cannot identify image file",
+    (
+        "image=broken.png",
+        "strength=0.5",
+    ): "image=broken.png cannot be read as an image (cannot identify image file): name",
     ("image=empty", "strength=0.5"): "image=empty holds no file",
     ("strength=0.5",): "strength= says what to do with an image, and there is none: give image=",
     ("strength=0",): "strength=0 must be a number greater than 0 and at most 1",
     ("guidance_interval=[2]",): "guidance_interval=[2] must be",
     ("guidance_interval=[2,1]", "guidance=2"): "guidance_interval=[2, 1] must be [low,high]",
-    ("autoguidance=nowhere", "guidance=2"): "there is no checkpoint nowhere",
+    ("autoguidance=nowhere", "guidance=2"): "autoguidance: there is no checkpoint nowhere: name a run",
     ("sampler.sigma_max=1e5",): "sampler.sigma_max=100000.0 is out of range",
     ("sampler.sigma_min=2", "sampler.sigma_max=1"): "sampler.sigma_min=2 must be below sampler.sigma_max=1",
     ("frames=true", "sampler=gan"): "the sampler gan has no frames",

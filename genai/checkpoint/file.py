@@ -67,7 +67,7 @@ def read(path: Path) -> dict:
     try:
         content = archive.read(path)
     except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}: give ckpt= (or resume=, init_from=) a run or a file") from None
+        raise UserError(f"there is no checkpoint {path}: name a run, or a file in its checkpoints/") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, not a checkpoint file") from None
     except archive.Damaged as error:

@@ -180,8 +180,9 @@ def load_weights(model: nn.Module, state: dict, path: Path, strict: bool = True)
     misfit = model.load_state_dict({k: v for k, v in state.items() if k not in other}, strict=False)
     wrong = other.union(misfit.missing_keys, misfit.unexpected_keys)  # modules know what older states of theirs mean
     if wrong and (strict or len(wrong) >= len(own.keys() | state.keys())):
+        skip = ", or init_strict=false to skip what differs" if len(wrong) < len(own.keys() | state.keys()) else ""
         raise UserError(
             f"{path} does not fit this model: {len(wrong)} weights differ, the first is {min(wrong)} "
-            "(give the model= it was trained with, or init_strict=false to skip what differs)"
+            f"(give the model= it was trained with{skip})"
         )
     return sorted(wrong)

@@ -45,9 +45,12 @@ def pretrained(
     Raises UserError for a node that no run has completed.
     """
     check_weights(weights)
+    if ckpt is None and model is None:
+        raise UserError(f"a node of {stored.PRETRAINED} has no ckpt: give it the run or checkpoint that it is to be")
     if not isinstance(model, nn.Module):
         raise UserError(
-            f"ckpt={ckpt} was not read: another checkpoint is read where a new run or a call names it, never because a file does"
+            f"ckpt={ckpt} was not read: another checkpoint is read where a new run or a call names it, "
+            "to be part of a model, never because a file does"
         )
     if frozen:
         model.requires_grad_(False).eval()
@@ -103,9 +106,14 @@ def adopt(node: dict, key: str, trust: Sequence[str] = ()) -> Part:
 
     Raises UserError if there is none, it is no longer what it was, or it holds what may not be built.
     """
-    ckpt, weights = str(node["ckpt"]), node.get("weights", "ema")
+    ckpt, weights, frozen = str(node["ckpt"]), node.get("weights", "ema"), node.get("frozen", True)
     check_weights(weights, f"{key}.weights")
-    content, path = locate(ckpt)
+    if not isinstance(frozen, bool):
+        raise UserError(f"{key}.frozen={frozen} must be true or false")
+    try:
+        content, path = locate(ckpt)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
     found, noted = digest(content, weights), node.get("sha256")
     if noted not in (None, found):
         raise UserError(
@@ -114,7 +122,7 @@ def adopt(node: dict, key: str, trust: Sequence[str] = ()) -> Part:
         )
     node = {**node, "sha256": found, "weights": weights, "model": content["config"]["model"]}
     whole = filled(content, path, weights, trust)
-    model = pretrained(sha256=found, weights=weights, frozen=node.get("frozen", True), model=whole)
+    model = pretrained(sha256=found, weights=weights, frozen=frozen, model=whole)
     if node.get("shape") is not None:
         node["shape"] = list(getattr(model, "latent_shape", node["shape"]))  # type: ignore[call-overload]
     return Part(node, content, path, model)

@@ -40,7 +40,7 @@ class Image(Modality):
             try:
                 found.append(resized(file.read_bytes(), file, Reading(shape[0]), (shape[1], shape[2])))
             except (OSError, ValueError, SyntaxError) as error:  # the last is Pillow's of a broken PNG
-                why = getattr(error, "strerror", None) or " ".join(str(error).split())
+                why = getattr(error, "strerror", None) or " ".join(str(error).split()).partition(" <_io.")[0]
                 raise UserError(f"{key}={file} cannot be read as an image ({why}): name another") from error
         return from_uint8(torch.from_numpy(np.stack(found)))
 

@@ -116,7 +116,7 @@ class Many:
     def __str__(self) -> str:
         size = f"{self.least}" if self.least == self.most else f"{self.least} or more" if self.least else ""
         alone = f"{self.each}, or " if self.alone else ""
-        end = ", or null" if self.null else ""
+        end = "; or null" if self.null else ""
         return f"{alone}a list like [a,b] of {f'{size} values' if size else 'values'}, each {self.each}{end}"
 
 

@@ -154,6 +154,10 @@ def test_the_trained_weights_or_their_average(student, tmp_path):
     assert checkpoint.digest(changed, "raw") != checkpoint.digest(theirs, "raw") != checkpoint.digest(theirs)
     with pytest.raises(UserError, match=r"model.teacher.weights=best is none of ema, raw"):
         student("model.teacher.weights=best", name="best")
+    with pytest.raises(UserError, match=r"model.teacher.frozen=3 must be true or false"):
+        student("model.teacher.frozen=3", name="best")
+    with pytest.raises(UserError, match=r"genai.checkpoint.pretrained has no ckpt: give it the run or checkpoint"):
+        student("model.teacher.ckpt=null", name="best")
 
 
 def test_what_is_no_longer_what_it_was_is_refused(student, tmp_path):
@@ -165,7 +169,7 @@ def test_what_is_no_longer_what_it_was_is_refused(student, tmp_path):
     assert not (tmp_path / "other").exists()
     sha256 = last(folder)["config"]["model"]["teacher"]["sha256"]
     student(f"model.teacher.sha256={sha256}", name="same", steps=1)
-    with pytest.raises(UserError, match="there is no checkpoint nowhere"):
+    with pytest.raises(UserError, match=r"model.teacher: there is no checkpoint nowhere: name a run"):
         student("model.teacher.ckpt=nowhere", name="other")
     with pytest.raises(UserError, match=r"model.teacher is no module of this model"):
         student("model._target_=my_lab.Hidden", name="other")
