@@ -149,7 +149,10 @@ class Diffusion(WideBuffers):
                 f"{self.latent.field}; evaluate a model of the data itself"
             )
         if levels is None:
-            raise UserError(f"a likelihood in bits needs data on grey levels, and {self.field} has none (data.levels)")
+            raise UserError(
+                f"a likelihood in bits needs data on grey levels, and {self.field} has none (data.levels): "
+                "measure samples with metrics="
+            )
         return levels
 
     def null(self) -> Batch:

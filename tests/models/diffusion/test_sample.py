@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -273,6 +274,8 @@ def test_heun_steps_in_the_coordinate_of_its_paper_on_the_path_of_its_paper():
     assert NODES["heun"].solver.space is None
 
 
+ELSEWHERE: Any = Flow(nn.Identity(), SHAPE, "image")
+ELSEWHERE.latent = SimpleNamespace(codec=SimpleNamespace(pretrained_from=("a", "ema", True)))
 REFUSED = {
     "strength= says what to do with an image": {"strength": 0.5},
     "mask= says what to do with an image": {"mask": torch.ones(6, *SHAPE)},
@@ -294,6 +297,7 @@ REFUSED = {
     r"autoguidance= is a model of \[3\], and this one is of \[1, 2, 2\]": {
         "guidance": 2.0, "autoguidance": Flow(nn.Identity(), [3], "image"),
     },
+    r"autoguidance= has another first stage than this model": {"guidance": 2.0, "autoguidance": ELSEWHERE},
 }  # fmt: skip
 
 

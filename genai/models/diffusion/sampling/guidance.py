@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +74,11 @@ class Guide(NamedTuple):
     worse: Diffusion | None = None
 
 
+def first_stage(model: Diffusion) -> Any:
+    """What decides which latents a model is of, as far as that is known."""
+    return getattr(model.codec, "pretrained_from", None)
+
+
 def guide(
     model: Diffusion, cond: Batch, w: float | None, interval: Sequence[float | None] | None, worse: Diffusion | None
 ) -> Guide:
@@ -90,6 +95,8 @@ def guide(
         raise UserError(
             f"autoguidance= is a model of {list(worse.shape)}, and this one is of {list(model.shape)}: they must agree"
         )
+    if worse is not None and first_stage(worse) != first_stage(model):
+        raise UserError("autoguidance= has another first stage than this model: name a run over the same one")
     if worse is not None and "negative" in cond:
         raise UserError(
             "autoguidance= leads away from a worse model, negative_prompt= from a caption: give one of them"
