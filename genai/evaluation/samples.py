@@ -11,6 +11,7 @@ from torch import Tensor
 
 from genai import sampling
 from genai.checkpoint import Loaded
+from genai.checkpoint.build import reason
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
 from genai.data.base import Data, part, random_order
@@ -40,8 +41,14 @@ def drawn(loaded: Loaded, n: int, seed: int, batch_size: int, clock: Clock) -> I
 
 
 def check_extractor(extractor: Extractor, data: Data, split: str, metrics: Mapping[str, Metric]) -> None:
-    """Let it see one image. Raises UserError for a metric that it cannot serve."""
-    _, logits = extractor(next(batches(data.splits[split], 1, 1))[data.field])
+    """Let it see one image. Raises UserError where it fails on it, and for a metric that it cannot serve."""
+    image = next(batches(data.splits[split], 1, 1))[data.field]
+    try:
+        _, logits = extractor(image)
+    except RuntimeError as error:
+        raise UserError(
+            f"the extractor fails on an image {list(image.shape)} ({reason(error)}): choose another network, extractor.net="
+        ) from error
     for name, metric in metrics.items():
         if metric.of_labels and not extractor.labels:
             raise UserError(f"metrics: {name} needs extractor=judge: choose that, or leave it out")

@@ -24,6 +24,7 @@ from genai import checkpoint, sampling
 from genai.checkpoint import build
 from genai.checkpoint.build import build_stored, build_typed, check_target
 from genai.cli import composed, with_sampler
+from genai.core import archive
 from genai.core.errors import UserError
 from genai.evaluation.run import data_of
 from genai.modalities.caption import Caption
@@ -697,3 +698,19 @@ def test_three_hundred_mutations_are_refused_by_name_or_harmless(content, tmp_pa
     found = attacked(tmp_path)
     refusals = [line["answer"] for line in found.values() if line["answer"]]
     assert 150 < len(refusals) < 300
+
+
+class Endless:
+    """/dev/zero, where reading all would fill memory."""
+
+    def seek(self, position):
+        assert position == 0
+
+    def read(self, n=-1):
+        assert n >= 0, "all of a device is read"
+        return bytes(n)
+
+
+def test_no_more_of_a_device_is_read_than_an_end_has():
+    with pytest.raises(archive.Damaged, match="does not end as a zip file does"):
+        archive._check_directory(Endless(), 0)  # type: ignore[arg-type]

@@ -362,6 +362,8 @@ def test_any_network_is_an_extractor_and_stays_as_it_is(runs, tmp_path):
     torch.save({"norm.weight": torch.zeros(2)}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="do not fit"):
         cards_of("metrics=[kid]", f"extractor.weights={tmp_path / 'other.pt'}")
+    with pytest.raises(UserError, match=r"the extractor fails on an image \[1, 1, 8, 8\] .* choose another network"):
+        cards_of("metrics=[kid]", "extractor.net={_target_: torch.nn.Linear, in_features: 3, out_features: 2}")
     with pytest.raises(UserError, match=r"extractor.net=None must build an nn.Module"):
         evaluate(f"ckpt={runs[0]}", "extractor=module", "metrics=[kid]")
 
