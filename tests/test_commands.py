@@ -309,7 +309,7 @@ CKPT = {
     "ckpt=5": "no checkpoint 5",
     "ckpt=afile": "afile is damaged, torn or no checkpoint",
     "ckpt=/dev/null": "/dev/null is damaged, torn or no checkpoint",
-    "ckpt=~/nope": "nope: give ckpt=",
+    "ckpt=~/nope": "nope: name a run, or a file in its checkpoints/",
     "ckpt= empty": "no checkpoint  empty",
     "ckpt=s3://bucket/x.ckpt": "no checkpoint s3:/bucket/x.ckpt",
     "ckpt=not_yaml": "not_yaml/config.yaml is no config of a run",

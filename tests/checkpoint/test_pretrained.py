@@ -79,12 +79,12 @@ def teacher(tmp_path_factory):
 @pytest.fixture
 def student(tmp_path, monkeypatch, teacher):
     """Train a student of a copy of the teacher, `run` below the folder that is current now."""
-    (tmp_path / "my_lab.py").write_text(LAB)
+    (tmp_path / "my_student.py").write_text(LAB)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "my_lab", raising=False)
+    monkeypatch.delitem(sys.modules, "my_student", raising=False)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(teacher, "teacher")
-    own = ["model._target_=my_lab.Student", "sampler._target_=my_lab.draw", *TEACHER, "model.teacher.ckpt=teacher"]
+    own = ["model._target_=my_student.Student", "sampler._target_=my_student.draw", *TEACHER, "model.teacher.ckpt=teacher"]
 
     def of(*arguments, name="run", steps=4):
         return train(*own, *SMALL, f"max_steps={steps}", f"run_dir={tmp_path / name}", *arguments)
@@ -105,13 +105,13 @@ def test_a_teacher_of_ones_own_model_is_stored_once_and_its_run_no_longer_needed
     node = content["config"]["model"]["teacher"]
     assert (node["sha256"], node["model"]) == (checkpoint.digest(theirs), theirs["config"]["model"])
 
-    made = genai.sample(genai.load(folder, trust="my_lab"), n=2)["image"]
+    made = genai.sample(genai.load(folder, trust="my_student"), n=2)["image"]
     shutil.rmtree(tmp_path / "teacher")
     folder.rename("moved")
-    with pytest.raises(UserError, match="add trust=my_lab"):
+    with pytest.raises(UserError, match="add trust=my_student"):
         genai.load("moved")
-    assert torch.equal(genai.sample(genai.load("moved", trust="my_lab"), n=2)["image"], made)
-    train("resume=moved", "max_steps=6", "trust=my_lab")
+    assert torch.equal(genai.sample(genai.load("moved", trust="my_student"), n=2)["image"], made)
+    train("resume=moved", "max_steps=6", "trust=my_student")
     a, b = last(tmp_path / "moved"), last(long)
     for kind in ("model", "ema"):
         assert a[kind].keys() == b[kind].keys() and all(torch.equal(a[kind][k], b[kind][k]) for k in b[kind])
@@ -172,13 +172,13 @@ def test_what_is_no_longer_what_it_was_is_refused(student, tmp_path):
     with pytest.raises(UserError, match=r"model.teacher: there is no checkpoint nowhere: name a run"):
         student("model.teacher.ckpt=nowhere", name="other")
     with pytest.raises(UserError, match=r"model.teacher is no module of this model"):
-        student("model._target_=my_lab.Hidden", name="other")
+        student("model._target_=my_student.Hidden", name="other")
     for path in (tmp_path / "teacher" / "checkpoints").iterdir():
         content = checkpoint.read(path)
         next(iter(content["ema"].values())).add_(1e-3)
         checkpoint.save({k: v for k, v in content.items() if k not in ("format", "rng_version")}, path)
     with pytest.raises(UserError, match=r"model.teacher.ckpt=teacher has changed"):
-        train(f"resume={folder}", "max_steps=5", "trust=my_lab")
+        train(f"resume={folder}", "max_steps=5", "trust=my_student")
 
 
 def test_a_run_without_a_checkpoint_yet_reads_its_part_again(student, tmp_path):
@@ -187,8 +187,8 @@ def test_a_run_without_a_checkpoint_yet_reads_its_part_again(student, tmp_path):
     shutil.rmtree(folder / "checkpoints")
     (tmp_path / "teacher").rename("elsewhere")
     with pytest.raises(UserError, match="there is no checkpoint teacher"):
-        train(f"resume={folder}", "trust=my_lab")
-    train(f"resume={folder}", "trust=my_lab", "model.teacher.ckpt=elsewhere")
+        train(f"resume={folder}", "trust=my_student")
+    train(f"resume={folder}", "trust=my_student", "model.teacher.ckpt=elsewhere")
     assert all(torch.equal(before[name], tensor) for name, tensor in last(folder)["model"].items())
 
 
@@ -204,7 +204,7 @@ def test_old_weights_are_those_of_all_but_frozen_parts(student, tmp_path):
     theirs = checkpoint.weights_of(last(tmp_path / "teacher"))
     assert all(torch.equal(t, theirs[name]) for name, t in of_teacher(b["model"]).items())
     shutil.rmtree(folder)
-    train(f"resume={begun}", "max_steps=2", "trust=my_lab")
+    train(f"resume={begun}", "max_steps=2", "trust=my_student")
 
 
 def test_every_other_checkpoint_is_read_by_one_function(teacher, tmp_path, monkeypatch):

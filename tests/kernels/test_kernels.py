@@ -206,7 +206,7 @@ assert len(tried) == 1  # each try takes seconds
 
 def test_interpreted_triton_is_the_formula():
     in_the_interpreter(
-        "import torch; torch.set_num_threads(1); from tests import test_kernels as t; t.check('triton', 'cpu'); "
+        "import torch; torch.set_num_threads(1); from tests.kernels import test_kernels as t; t.check('triton', 'cpu'); "
         "t.check_layouts('triton', 'cpu'); t.check_refusals('triton', 'cpu'); t.check_triton_has_no_gradient('cpu')"
     )
 

@@ -101,7 +101,7 @@ def check_unet():
 
 def test_interpreted_triton_is_the_formula():
     in_the_interpreter(
-        "import torch; torch.set_num_threads(1); from tests import test_norm as t; "
+        "import torch; torch.set_num_threads(1); from tests.kernels import test_norm as t; "
         "t.check('cpu'); t.check_statistics('cpu'); t.check_unet()"
     )
 
