@@ -84,7 +84,12 @@ def student(tmp_path, monkeypatch, teacher):
     monkeypatch.delitem(sys.modules, "my_student", raising=False)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(teacher, "teacher")
-    own = ["model._target_=my_student.Student", "sampler._target_=my_student.draw", *TEACHER, "model.teacher.ckpt=teacher"]
+    own = [
+        "model._target_=my_student.Student",
+        "sampler._target_=my_student.draw",
+        *TEACHER,
+        "model.teacher.ckpt=teacher",
+    ]
 
     def of(*arguments, name="run", steps=4):
         return train(*own, *SMALL, f"max_steps={steps}", f"run_dir={tmp_path / name}", *arguments)
