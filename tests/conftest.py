@@ -32,6 +32,8 @@ from torch.utils._pytree import tree_leaves
 from genai import cli
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job, whose children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {
