@@ -11,10 +11,10 @@ from genai.cli import main
 
 
 def task(cfg: DictConfig) -> None:
-    from genai.evaluation.run import run, tracked
+    from genai.evaluation.run import run, tracked_run
 
     result = run(cfg)
-    folder = tracked(result["cards"]) if cfg.track else None
+    folder = tracked_run(result["cards"]) if cfg.track else None
     if folder is not None:
         from genai.train.trackers import log_cards
 

@@ -23,7 +23,7 @@ from genai.checkpoint.build import build_typed
 from genai.cli import composed
 from genai.evaluation import features as extractors
 from genai.evaluation import samples
-from genai.evaluation.metrics import Plan, standard
+from genai.evaluation.metrics import Plan, standard_metrics
 from genai.evaluation.run import evaluate
 
 
@@ -35,8 +35,8 @@ def main() -> None:
     args = parser.parse_args()
     node = OmegaConf.to_container(composed("train", ["data=mnist", f"data.root={args.root}"]).data, resolve=True)
     data = build_typed(node)
-    extractors.judge(data, node, "cpu")
-    names = [name for name, metric in standard().items() if metric.of == "samples"]
+    extractors.classifier(data, node, "cpu")
+    names = [name for name, metric in standard_metrics().items() if metric.kind == "samples"]
     config = {"data": node, "model": {"classes": 10}, "sampler": {}}
 
     def noisy(loaded, n, seed, label, batch_size):

@@ -21,7 +21,7 @@ from benchmarks.quality import ROOT
 from genai import checkpoint
 from genai.checkpoint.build import build_typed
 from genai.data.stream import batches
-from genai.evaluation.judge import Judge, trained
+from genai.evaluation.classifier import Classifier, load_or_train
 from genai.metrics.manifold import precision_recall
 
 
@@ -39,14 +39,16 @@ def plot(rows: list[dict], floor: float) -> None:
 
 
 @torch.inference_mode()
-def measure(loaded: checkpoint.Loaded, judge: Judge, real: torch.Tensor, n: int, guidance: list[float]) -> list[dict]:
+def measure(
+    loaded: checkpoint.Loaded, classifier: Classifier, real: torch.Tensor, n: int, guidance: list[float]
+) -> list[dict]:
     names, rows = loaded.config["data"]["names"], []
     wanted = torch.arange(n) % len(names)
     prompts = [f"a handwritten {name}" for name in names]
     for w in guidance:
         x = genai.sample(loaded, n=n, prompt=prompts, guidance=w)["image"]
-        accuracy = (judge(x).argmax(1) == wanted).double().mean().item()
-        covered = precision_recall(judge.features(real), judge.features(x)).recall
+        accuracy = (classifier(x).argmax(1) == wanted).double().mean().item()
+        covered = precision_recall(classifier.features(real), classifier.features(x)).recall
         rows.append({"guidance": w, "accuracy": round(accuracy, 4), "recall": round(covered, 4)})
         print(rows[-1], flush=True)
     return rows
@@ -64,11 +66,11 @@ def main() -> None:
     loaded = genai.load(args.run)
     node = loaded.config["data"]["images"]
     data = build_typed({**node, "root": args.root or node["root"]})
-    judge, images = trained(data), next(batches(data.splits[args.split], 2 * args.n, 2 * args.n))["image"]
-    real, right = images[: args.n], judge.accuracy(data, args.split)
-    floor = precision_recall(judge.features(real), judge.features(images[args.n :])).recall
+    classifier, images = load_or_train(data), next(batches(data.splits[args.split], 2 * args.n, 2 * args.n))["image"]
+    real, right = images[: args.n], classifier.accuracy(data, args.split)
+    floor = precision_recall(classifier.features(real), classifier.features(images[args.n :])).recall
     print(f"judge: {right:.4f} on {args.split} images; recall of {args.n} real images by {args.n} others {floor:.4f}")
-    rows = measure(loaded, judge, real, args.n, args.guidance)
+    rows = measure(loaded, classifier, real, args.n, args.guidance)
     if args.split != "test":
         return
     facts = {"hardware": hardware(device), "n": args.n, "sampler": loaded.config["sampler"], "step": loaded.step}

@@ -26,7 +26,7 @@ from genai.checkpoint.build import build_typed
 from genai.cli import composed
 from genai.core import rng
 from genai.core.protocols import Batch
-from genai.data.base import example
+from genai.data.base import synthetic_batch
 from genai.models.diffusion.sampling.samplers import sample
 from genai.models.diffusion.sampling.tables import ddim
 
@@ -56,7 +56,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Ca
 
 def compare(pixels: Any, latents: Any, n: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
     """A row for each way to train, of batches of n."""
-    batch = {name: value.to(device) for name, value in example(pixels.data.shape, "image", 10, n).items()}
+    batch = {name: value.to(device) for name, value in synthetic_batch(pixels.data.shape, "image", 10, n).items()}
     cases: dict[str, Callable[[], Any]] = {}
     sizes = {}
     for space, cfg in (("pixels", pixels), ("latents", latents)):

@@ -3,7 +3,7 @@
     pip install -e ".[notebooks]"
     python -m benchmarks.quality <run> [--n 1437] [--steps 5 10 20 50]
 
-Distances are taken in the features of the judge that cards have (genai/evaluation/judge.py), but against the 1,437 training
+Distances are taken in the features of the judge that cards have (genai/evaluation/classifier.py), but against the 1,437 training
 images; compare only figures with one n, for the distance has a bias. Seeds and guidance are those of sample.py. Prints a table
 for the README and writes results/quality.json and docs/quality.png.
 """
@@ -23,8 +23,8 @@ from benchmarks.common import RESULTS, hardware
 from genai.checkpoint.build import build_typed
 from genai.core.errors import UserError
 from genai.data.images import Digits
-from genai.evaluation.baselines.base import known
-from genai.evaluation.features import Seen, judge
+from genai.evaluation.baselines.base import training_data
+from genai.evaluation.features import FeatureSet, classifier
 from genai.metrics.frechet import frechet
 from genai.models.diffusion.process.paths import Path
 from genai.models.diffusion.sampling.tables import Table, levels
@@ -60,8 +60,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50])
     args = parser.parse_args()
     loaded, data = genai.load(args.run), Digits("image", [1, 8, 8], 10, 17, 64, 0)
-    extractor = judge(data, None, "cpu")
-    real = Seen(extractor, ()).add(known(data, ["train", "val"]).x).moments
+    extractor = classifier(data, None, "cpu")
+    real = FeatureSet(extractor, ()).add(training_data(data, ["train", "val"]).x).moments
     rows: dict[str, dict[int, float]] = {}
     calls: dict[str, int] = {}
     distances: dict[str, float] = {}  # by table: two names may be one solver on the same levels
@@ -75,7 +75,7 @@ def main() -> None:
                 table = repr(table_of(loaded.model.path, node, steps))
                 if table not in distances:
                     images = genai.sample(loaded, n=args.n, sampler={**node, "steps": steps})["image"]
-                    fake = Seen(extractor, ()).add(data.modality.on_levels(images, data.levels)).moments
+                    fake = FeatureSet(extractor, ()).add(data.modality.quantize(images, data.levels)).moments
                     distances[table] = round(frechet(fake, real), 3)
                 rows.setdefault(path.stem, {})[steps] = distances[table]
         except UserError as error:

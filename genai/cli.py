@@ -32,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 from genai import nodes
 from genai.core.errors import UserError
 from genai.core.interrupt import answered
-from genai.core.stored import PRETRAINED, up_to_date
+from genai.core.stored import PRETRAINED, RENAMED_OVERRIDES, up_to_date
 from genai.ranges import check as ranges
 
 # A disk that is full or may not be written, wherever a package met it.
@@ -251,6 +251,7 @@ def quoted(override: str, sweep: bool = False) -> str:
 
     In a sweep a comma separates values, as of any key, and choice() and the like choose.
     """
+    override = RENAMED_OVERRIDES.get(override, override)
     key, _, value = override.partition("=")
     last = key.lstrip("+").rpartition(".")[2]
     if last not in PATHS + PROSE or value in ("", "null"):
@@ -410,7 +411,7 @@ def apply(cfg: DictConfig, override: Override, parts: dict[str, None] | None = N
     known = list(keys(cfg))
     free = name == "_target_" and (node in known or _takes(cfg, node, parts)) and not _at(cfg, node)
     if not override.is_add() and key not in known and not free and not _takes(cfg, key, parts):
-        adds = f"; +{key}= adds one" if "." in key and ranges.read(cfg, key) else ""
+        adds = f"; +{key}= adds one" if "." in key and ranges.is_read(cfg, key) else ""
         raise UserError(f"there is no key {key}{nearest(key, known)} (--help lists all{adds})")
     value = override.value()
     present = OmegaConf.select(cfg, key, throw_on_missing=False) if key in known else None

@@ -79,7 +79,7 @@ def sample(
             f"sampler={sampler!r} must be a config node such as those in conf/sampler: a dict with _target_"
         )
     seeds = rng.seed_range(seed, n)
-    with checkpoint.blamed(loaded):
+    with checkpoint.explain_errors(loaded):
         started = {"image": image, "mask": mask, "frames": frames or None}
         wanted = [key for key, value in started.items() if value is not None]
         run = bind(loaded, sampler, arguments, wanted)
@@ -233,7 +233,7 @@ def _write(out: Path, loaded: Loaded, batch: Batch, request: Request, node: dict
     several = len(prompt) if isinstance(prompt, list) and 1 < len(prompt) <= 20 else None
     columns = node.get("columns") or several or (10 if "label" in batch and n >= 10 else None)
     names = file_names(batch["seeds"], batch.get("label"))
-    with checkpoint.blamed(loaded):
+    with checkpoint.explain_errors(loaded):
         written = loaded.modality.write(out, batch, names, request, columns)
         for condition in loaded.conditions.values():
             condition.note(out, names, request)

@@ -381,7 +381,7 @@ BASELINES = {
     "fit=5": "fit=5 must be a list",
     "fit=nope": "fit=nope must be a list like [a,b] of 1 or more values, each train, val, test",
     "fit=[]": "fit=[]",
-    "judge=nope": "judge=nope is none of",
+    "features=nope": "features=nope is none of",
     "out=": "out= is empty",
     "out=afile/x": "afile is none",
     "out=empty": "out=empty is a folder",

@@ -13,7 +13,7 @@ import genai
 from genai.checkpoint.build import build_typed
 from genai.cli import composed
 from genai.core.precision import halved
-from genai.data.base import Data, example
+from genai.data.base import Data, synthetic_batch
 from genai.modalities.stored import nodes_of
 from genai.train.callbacks import File
 from genai.train.ema import EMA
@@ -38,7 +38,7 @@ class Synthetic:
         return 16
 
     def batch(self, index, draws):
-        whole = example(*self.facts, n=16)
+        whole = synthetic_batch(*self.facts, n=16)
         return {name: value[index] for name, value in whole.items()}
 
 
@@ -238,7 +238,7 @@ def test_what_an_experiment_says_holds(case):
 
 
 def test_examples_are_of_the_declared_shapes():
-    batch = example([3, 4, 6], "image", 10, 5)
+    batch = synthetic_batch([3, 4, 6], "image", 10, 5)
     assert batch["image"].shape == (5, 3, 4, 6)
     assert batch["label"].tolist() == [0, 1, 2, 3, 4]
     assert np.abs(batch["image"]).max() <= 1

@@ -15,13 +15,13 @@ from genai.compare import runs
 from genai.core import archive, metrics_csv
 from genai.core.cache import cache_folder
 from genai.core.errors import UserError
-from genai.evaluation import judge
-from genai.evaluation.baselines import beside
-from genai.evaluation.metrics import standard
+from genai.evaluation import classifier
+from genai.evaluation.baselines import reference
+from genai.evaluation.metrics import standard_metrics
 from genai.sweeps import jobs
 from genai.train.record import Record
 
-BITS = {"bits_per_dim": standard()["bits_per_dim"]}
+BITS = {"bits_per_dim": standard_metrics()["bits_per_dim"]}
 GOOD = b"step,name,value\n1,train/loss,0.5\n2,train/loss,nan\n"
 DAMAGED = b"\xff\xfe\x00garbage\n3,train/loss\n4,val/loss,0.1,9\nx,val/loss,1\n5,val/loss,\n\n"
 
@@ -45,7 +45,7 @@ def test_damaged_lines_are_left_out_with_one_warning(damaged, capsys):
     assert capsys.readouterr().out == (
         f"warning: {damaged / 'metrics.csv'}: damaged lines are left out: 6, the first is line 4\n"
     )
-    assert jobs.last(damaged)["val/loss"] == 0.25
+    assert jobs.last_values(damaged)["val/loss"] == 0.25
 
 
 def test_a_resumed_run_keeps_the_good_lines(damaged):
@@ -71,23 +71,23 @@ def test_a_torn_journal_line_counts_as_not_written(tmp_path):
 
 def test_damaged_caches_are_made_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(judge, "STEPS", 3)
+    monkeypatch.setattr(classifier, "STEPS", 3)
     node = OmegaConf.to_container(composed("train", ["data=digits"]).data, resolve=True)
     data = build_typed(node)
-    first = judge.trained(data)
-    (path,) = cache_folder("judge").iterdir()
+    first = classifier.load_or_train(data)
+    (path,) = cache_folder("classifier").iterdir()
     for content in (path.read_bytes()[:-50], b"", json.dumps([1]).encode()):
         path.write_bytes(content)
         torch.manual_seed(1)
-        again = judge.trained(data)
+        again = classifier.load_or_train(data)
         assert all(map(torch.equal, first.state_dict().values(), again.state_dict().values()))
         assert "is damaged" in capsys.readouterr().out
-    assert judge.trained(data) and "damaged" not in capsys.readouterr().out
-    figures = beside.beside(data, BITS, "val", 20)
+    assert classifier.load_or_train(data) and "damaged" not in capsys.readouterr().out
+    figures = reference.reference_scores(data, BITS, "val", 20)
     for content in ('{"bits_per', "[1]", '{"bits_per_dim": null}', "\0"):
         for path in cache_folder("baselines").iterdir():
             path.write_text(content)
-        assert beside.beside(data, BITS, "val", 20) == figures
+        assert reference.reference_scores(data, BITS, "val", 20) == figures
         assert "is damaged" in capsys.readouterr().out
 
 

@@ -25,7 +25,7 @@ from genai.checkpoint.build import build_typed
 from genai.core import rng
 from genai.core.errors import UserError
 from genai.core.protocols import check_sampler, with_items
-from genai.data.base import example
+from genai.data.base import synthetic_batch
 from genai.kernels import affine_step
 from genai.models.autoregressive import decode
 from genai.models.diffusion.base import Diffusion
@@ -207,7 +207,7 @@ def facts_of(config: dict) -> tuple:
 
 def train_and_evaluate(gpu: FakeGPU, lit, config: dict) -> None:
     """Make a step of two micro-batches, log, and evaluate."""
-    batch = {name: torch.empty_like(t, device=GPU) for name, t in example(*facts_of(config), n=4).items()}
+    batch = {name: torch.empty_like(t, device=GPU) for name, t in synthetic_batch(*facts_of(config), n=4).items()}
     lit.on_fit_start()
     lit.model.train()
     with gpu.within_step():

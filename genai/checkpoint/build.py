@@ -26,15 +26,15 @@ MODELS, DATA, RUN, MODALITIES = "models", "data", "run", "modalities"
 asks to resume, to evaluate or to draw items; callbacks, loggers, optimisers and loops where the user asks to resume; modalities
 by `build_modality` alone."""
 
-ROOMS = ("genai.models.", "genai.nn.", "genai.losses.")
+MODEL_PACKAGES = ("genai.models.", "genai.nn.", "genai.losses.")
 """Any public class or function that is defined there: nothing there writes, downloads or runs."""
 
 PARTS = (stored.PRETRAINED,)
 """Functions of other rooms that may be part of a model: they give back the module that they are given."""
 
-OF_A_RUN = (
+RUN_TARGETS = (
     "genai.evaluation.features.inception",
-    "genai.evaluation.features.judge",
+    "genai.evaluation.features.classifier",
     "genai.evaluation.features.module",
     "genai.train.callbacks.Cards",
     "genai.train.callbacks.Evaluate",
@@ -193,10 +193,10 @@ def check_target(target: Any, trust: Sequence[str] = (), kinds: Sequence[str] = 
     if not (module and all(part.isidentifier() for part in target.split("."))):
         raise UserError(f"{wants}, which names no class or function")
     trusted = f"{module}.".startswith(tuple(f"{package}." for package in trust))
-    listed = RUN in kinds and (target in OF_A_RUN or module == METRICS)
+    listed = RUN in kinds and (target in RUN_TARGETS or module == METRICS)
     modality = MODALITIES in kinds and module.startswith("genai.modalities.")
     data = DATA in kinds and module.startswith("genai.data.")
-    if not (trusted or listed or modality or data or target in PARTS or f"{module}.".startswith(ROOMS)):
+    if not (trusted or listed or modality or data or target in PARTS or f"{module}.".startswith(MODEL_PACKAGES)):
         package = target.partition(".")[0]
         hint = f"; if you trust it, add trust={package}" if package not in ("genai", "os", "builtins") else ""
         what = "models" if DATA not in kinds else "models and data"
@@ -223,15 +223,15 @@ def _makes_data(found: Any) -> bool:
     return inspect.isclass(made) and issubclass(made, Data)
 
 
-def named_packages(node: Any) -> tuple[str, ...]:
+def packages_of(node: Any) -> tuple[str, ...]:
     """The packages other than genai that a config names, sorted."""
     if isinstance(node, dict):
-        below = {package for value in node.values() for package in named_packages(value)}
+        below = {package for value in node.values() for package in packages_of(value)}
         return tuple(
             sorted(below | ({str(node["_target_"]).partition(".")[0]} - {"genai"} if "_target_" in node else set()))
         )
     if isinstance(node, list):
-        return tuple(sorted({package for value in node for package in named_packages(value)}))
+        return tuple(sorted({package for value in node for package in packages_of(value)}))
     return ()
 
 

@@ -16,10 +16,10 @@ from genai.core.errors import UserError
 from genai.core.rng import RNG_VERSION
 
 FORMAT = 3  # 1 knew no MOVED, 2 no modalities and no pretrained parts
-ROOM = "make room, then resume= goes on from the last good checkpoint"
+DISK_HINT = "make room, then resume= goes on from the last good checkpoint"
 
 
-class Damaged(UserError):
+class DamagedError(UserError):
     """A checkpoint file that is torn or was changed, so that an older one may take its place."""
 
 
@@ -34,7 +34,7 @@ def save(content: dict, path: Path) -> None:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise UserError(f"{part} weight {name} is not finite: {path} is not written, the last good one stays")
     whole = {"format": FORMAT, "rng_version": RNG_VERSION, **content}
-    files.write(path, lambda file: torch.save(whole, file), hint=ROOM)
+    files.write(path, lambda file: torch.save(whole, file), hint=DISK_HINT)
 
 
 def link(path: Path, name: str) -> None:
@@ -54,15 +54,15 @@ def link(path: Path, name: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         with path.open("rb") as source:
-            files.write(target, lambda file: shutil.copyfileobj(source, file), hint=ROOM)
+            files.write(target, lambda file: shutil.copyfileobj(source, file), hint=DISK_HINT)
 
 
 def read(path: Path) -> dict:
     """The content of a checkpoint on the CPU, checked: see `check` for what it is. MOVED has brought its plain values up to
     date, and `written` is the config as it lies in the file.
 
-    Raises Damaged if it is torn, and UserError if it cannot be read now, is no checkpoint, holds code, or claims to be larger
-    than it is.
+    Raises DamagedError if it is torn, and UserError if it cannot be read now, is not a checkpoint, holds code, or claims
+    to be larger than it is.
     """
     try:
         content = archive.read(path)
@@ -71,7 +71,9 @@ def read(path: Path) -> dict:
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, not a checkpoint file") from None
     except archive.Damaged as error:
-        raise Damaged(f"{path} is damaged, torn or no checkpoint ({error}): use another file of its folder") from error
+        raise DamagedError(
+            f"{path} is damaged, torn or no checkpoint ({error}): use another file of its folder"
+        ) from error
     except archive.Refused as error:
         raise UserError(f"{path} is refused, it holds more than tensors and plain values ({error})") from error
     except (OSError, MemoryError, RuntimeError) as error:  # torch's lack of memory has no type of its own
@@ -157,13 +159,13 @@ def newest(run: Path) -> tuple[dict, Path] | None:
     for name in lasting:
         try:
             return read(folder / name), folder / name
-        except Damaged as error:
+        except DamagedError as error:
             print(f"warning: {error}")
     found, problem = [], None
     for name in sorted(names.difference(lasting)):
         try:
             found.append((read(folder / name), folder / name))
-        except Damaged as error:
+        except DamagedError as error:
             problem = error
             print(f"warning: {error}")
     if names and not found:

@@ -16,7 +16,7 @@ from genai.core import precision as precisions
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
 from genai.modalities.base import Modality
-from genai.modalities.stored import of_older
+from genai.modalities.stored import legacy_nodes
 
 
 @dataclass
@@ -61,7 +61,7 @@ def device_of(name: Any) -> str:
     return name
 
 
-def packages(trust: Any) -> tuple[str, ...]:
+def trusted_packages(trust: Any) -> tuple[str, ...]:
     """The packages that trust= names, one or a list. Raises UserError for what is no name of one."""
     several = isinstance(trust, Sequence) and not isinstance(trust, str)
     names = trust if several else [] if trust is None else [trust]
@@ -82,12 +82,12 @@ def load(
         compile: let torch.compile have each network at its first call, which takes a while.
     """
     check_weights(weights)
-    device, trust = device_of(device), packages(trust)
+    device, trust = device_of(device), trusted_packages(trust)
     precision = precisions.precision_of(precision, device)
     if not isinstance(compile, bool):
         raise UserError(f"compile={compile} must be true or false")
     content, path = locate(None if ckpt is None else str(ckpt))
-    model = filled(content, path, weights, trust)
+    model = restore_model(content, path, weights, trust)
     precisions.halved(model, precision).eval().requires_grad_(False).to(device)
     if sentence := precisions.allow_tf32(torch.device(device), precision):
         precisions.say(sentence)
@@ -106,17 +106,17 @@ def modalities(content: dict, model: Any = None) -> dict[str, Any]:
     """What a file keeps of its output's modality and of its conditions'; in an older one captions are known by the model."""
     if "modalities" in content:
         return content["modalities"]
-    return of_older(content["assets"], content["config"], nulls(model))
+    return legacy_nodes(content["assets"], content["config"], null_conditions(model))
 
 
-def nulls(model: Any) -> Batch:
+def null_conditions(model: Any) -> Batch:
     """The null of each condition of a model that can be told nothing."""
     return model.null() if hasattr(model, "null") else {}
 
 
-def told(model: Any, config: dict, conditions: dict[str, Modality]) -> dict[str, Modality]:
+def model_conditions(model: Any, config: dict, conditions: dict[str, Modality]) -> dict[str, Modality]:
     """Of a data set's conditions those that a model of this config is told: what it has a null for, labels if it has classes."""
-    names = {*nulls(model), *(() if config["model"].get("classes") is None else ("label",))}
+    names = {*null_conditions(model), *(() if config["model"].get("classes") is None else ("label",))}
     return {name: modality for name, modality in conditions.items() if name in names}
 
 
@@ -130,7 +130,7 @@ def check_weights(weights: Any, key: str = "weights") -> None:
         raise UserError(f"{key}={weights} is none of ema, raw")
 
 
-def filled(content: dict, path: Path, weights: str, trust: Sequence[str]) -> nn.Module:
+def restore_model(content: dict, path: Path, weights: str, trust: Sequence[str]) -> nn.Module:
     """The model of a file with its weights."""
     state = weights_of(content, weights)
     model = build_model(content["config"]["model"], state, trust)
@@ -152,7 +152,7 @@ def build_model(node: Any, state: dict[str, Tensor], trust: Sequence[str] = ()) 
 
 
 @contextlib.contextmanager
-def blamed(loaded: Loaded) -> Iterator[None]:
+def explain_errors(loaded: Loaded) -> Iterator[None]:
     """Say of an error that a loaded model raises in use which file it is of; the error itself is the cause.
 
     Code of the user's own, admitted with `trust=`, and a lack of memory speak for themselves.

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from genai.checkpoint.file import locate
-from genai.checkpoint.load import check_weights, filled, weights_of
+from genai.checkpoint.load import check_weights, restore_model, weights_of
 from genai.core import stored
 from genai.core.errors import UserError
 
@@ -67,7 +67,7 @@ def _stays(module: nn.Module, mode: bool = True) -> nn.Module:
     return type(module).train(module, False)
 
 
-def parts(node: Any, key: str) -> Iterator[tuple[str, dict]]:
+def pretrained_nodes(node: Any, key: str) -> Iterator[tuple[str, dict]]:
     """The nodes of `pretrained` in a config node of this key, with their own keys; not those within another one, for all their
     weights are in its file."""
     if isinstance(node, dict):
@@ -75,10 +75,10 @@ def parts(node: Any, key: str) -> Iterator[tuple[str, dict]]:
             yield key, node
         else:
             for name, value in node.items():
-                yield from parts(value, f"{key}.{name}")
+                yield from pretrained_nodes(value, f"{key}.{name}")
     elif isinstance(node, list):
         for i, value in enumerate(node):
-            yield from parts(value, f"{key}[{i}]")
+            yield from pretrained_nodes(value, f"{key}[{i}]")
 
 
 def digest(content: dict, weights: str = "ema") -> str:
@@ -121,7 +121,7 @@ def adopt(node: dict, key: str, trust: Sequence[str] = ()) -> Part:
             f"was learned with another means something else, so bring the old file back or train anew ({key}.sha256=null)"
         )
     node = {**node, "sha256": found, "weights": weights, "model": content["config"]["model"]}
-    whole = filled(content, path, weights, trust)
+    whole = restore_model(content, path, weights, trust)
     model = pretrained(sha256=found, weights=weights, frozen=frozen, model=whole)
     if node.get("shape") is not None:
         node["shape"] = list(getattr(model, "latent_shape", node["shape"]))  # type: ignore[call-overload]
@@ -135,44 +135,44 @@ def adopt_all(cfg: DictConfig, build: Callable[[Any], Any], trust: Sequence[str]
     what it was.
     """
     adopted = {}
-    for path, node in parts(OmegaConf.to_container(cfg.model, resolve=True), "model"):
+    for path, node in pretrained_nodes(OmegaConf.to_container(cfg.model, resolve=True), "model"):
         ckpt = node.get("ckpt")
         if resumed and (ckpt is None or not Path(str(ckpt)).expanduser().exists()):
             continue
         at = OmegaConf.select(cfg, path)
         if ckpt is not None:
-            key = _said_at(cfg, at, "ckpt").removesuffix(".ckpt")
+            key = _key_of(cfg, at, "ckpt").removesuffix(".ckpt")
             part = adopted[key] = adopt(node, key, trust)
             noted = {name: part.node[name] for name in ("sha256", "model", "shape") if name in part.node}
         else:  # one that needs no training may still be asked for its shape
             shape = getattr(build(node.get("model")), "latent_shape", None)
             noted = {"shape": list(shape)} if shape is not None and node.get("shape") is not None else {}
         for name, value in ({} if resumed else noted).items():
-            OmegaConf.update(cfg, _said_at(cfg, at, name), value, merge=False, force_add=True)
+            OmegaConf.update(cfg, _key_of(cfg, at, name), value, merge=False, force_add=True)
     return {} if resumed else adopted
 
 
-def _said_at(cfg: DictConfig, node: DictConfig, name: str) -> str:
+def _key_of(cfg: DictConfig, node: DictConfig, name: str) -> str:
     """The dotted key that gives a node's value of this name: that of another where it is taken from there."""
     if not OmegaConf.is_interpolation(node, name):
         return node._get_full_key(name)
     parent, _, last = str(node._get_node(name)._value())[2:-1].rpartition(".")  # type: ignore[union-attr]
-    return _said_at(cfg, OmegaConf.select(cfg, parent), last)
+    return _key_of(cfg, OmegaConf.select(cfg, parent), last)
 
 
-def placed(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def pretrained_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The modules of a model that are parts, by name; not those within another one."""
     if hasattr(model, "pretrained_from"):
         yield prefix, model
         return
     for name, child in model.named_children():
-        yield from placed(child, f"{prefix}.{name}".lstrip("."))
+        yield from pretrained_modules(child, f"{prefix}.{name}".lstrip("."))
 
 
 def fill(model: nn.Module, adopted: Mapping[str, Part]) -> None:
     """Give the modules of a model that are adopted parts, by key, their weights. Raises UserError for a part that is no module of
     the model."""
-    found = [module for _, module in placed(model)]
+    found = [module for _, module in pretrained_modules(model)]
     for key, part in adopted.items():
         mine = [module for module in found if module.pretrained_from == part.model.pretrained_from]
         if not mine:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from genai.cli import fail
 from genai.compare.page import report
-from genai.compare.runs import MARKS, cell, check_protocols, columns, ranked, read_all, table
+from genai.compare.runs import MARKS, cell, check_protocols, columns, rank_runs, read_all, table
 from genai.core import files
 from genai.core.errors import UserError
 
@@ -32,14 +32,14 @@ def compare(folders: Sequence[Path], out: Path, unranked: bool = False) -> list[
         raise UserError("there are no runs to compare: name at least one run directory")
     if not unranked:
         check_protocols(runs)
-        runs = ranked(runs)
+        runs = rank_runs(runs)
     rows = table(runs)
     files.write_text(out / "report.html", report(runs), hint=ELSEWHERE)
     files.write_csv(out / "report.csv", rows, ELSEWHERE)
     return rows
 
 
-def expanded(names: Sequence[str]) -> list[Path]:
+def expand_folders(names: Sequence[str]) -> list[Path]:
     """Run directories: those named, and all below a folder that is none itself."""
     found: list[Path] = []
     if "" in names:
@@ -63,7 +63,7 @@ def main() -> None:
     try:
         if not args.out:
             raise UserError("--out is empty: name a folder")
-        rows = compare(expanded(args.runs), Path(args.out), args.unranked)
+        rows = compare(expand_folders(args.runs), Path(args.out), args.unranked)
     except UserError as error:
         fail(error)
     names = columns(rows)

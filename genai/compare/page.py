@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from genai.compare.runs import MARKS, Run, alike, cell, columns, differences, flat, mark, shown, table
+from genai.compare.runs import MARKS, Run, cell, columns, differences, flat, format_value, mark, same_model_class, table
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933", "#882255")
 CHARTS = 24  # curves shown, those that most runs have
@@ -75,7 +75,7 @@ def metric_cards(metric: str, runs: Sequence[Run]) -> dict[str, Any]:
         rows.append(
             {
                 "k": k, "name": run.label, "flag": "memorises its training data" if card.get("memorised") else "",
-                "value": shown(card["value"]) + mark(card.get("beats_baseline")), "at": f"{at(card['value']):.1f}",
+                "value": format_value(card["value"]) + mark(card.get("beats_baseline")), "at": f"{at(card['value']):.1f}",
                 "bar": bar and tuple(f"{end:.1f}" for end in bar), "colour": COLOURS[k % 8], "notes": notes(card),
             }
         )  # fmt: skip
@@ -84,7 +84,7 @@ def metric_cards(metric: str, runs: Sequence[Run]) -> dict[str, Any]:
             {
                 "k": None,
                 "name": name,
-                "value": shown(value),
+                "value": format_value(value),
                 "at": f"{at(value):.1f}",
                 "colour": "var(--soft)",
                 "notes": [],
@@ -92,8 +92,8 @@ def metric_cards(metric: str, runs: Sequence[Run]) -> dict[str, Any]:
         )
     first, *others = (flat(card["protocol"]) for _, _, card in found)
     agreed = {name: value for name, value in first.items() if all(o.get(name) == value for o in others)}
-    told = ", ".join(f"{name} {shown(value)}" for name, value in agreed.items())
-    return {"metric": metric, "better": found[0][2]["better"], "log": log, "rows": rows, "told": told}
+    protocol = ", ".join(f"{name} {format_value(value)}" for name, value in agreed.items())
+    return {"metric": metric, "better": found[0][2]["better"], "log": log, "rows": rows, "protocol": protocol}
 
 
 def notes(card: Mapping[str, Any]) -> list[str]:
@@ -102,11 +102,11 @@ def notes(card: Mapping[str, Any]) -> list[str]:
     return unknown + ([str(card["why"])] if "why" in card else [])
 
 
-def embedded(path: Path) -> str:
+def read_base64(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 
 
-def beginning(path: Path) -> str:
+def read_beginning(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")[:CHARACTERS]
 
 
@@ -124,6 +124,6 @@ def report(runs: Sequence[Run]) -> str:
     return page.get_template("page.html").render(
         runs=runs, head=head, summary=[[cell(row, name) for name in head] for row in rows], marks=MARKS, colours=COLOURS,
         cards=[metric_cards(name, runs) for name in dict.fromkeys(name for run in runs for name in run.cards)],
-        charts=charts, changed=[[name, *map(shown, values)] for name, values in differences(runs)], alike=alike(runs),
-        embedded=embedded, beginning=beginning,
+        charts=charts, changed=[[name, *map(format_value, values)] for name, values in differences(runs)],
+        same_model_class=same_model_class(runs), read_base64=read_base64, read_beginning=read_beginning,
     )  # fmt: skip

@@ -20,7 +20,7 @@ Curve = list[tuple[int, float]]
 BEATS = " beats baseline"
 MARKS = "\u2713 better than every trivial baseline, \u2717 not"
 DATA = "data_checksum"  # of a protocol, what tells two data sets of one class apart
-UNCOMPARED = ("run_dir", "name", "resume", "logger", "sampler", "callbacks")  # differ without telling models apart
+IGNORED_KEYS = ("run_dir", "name", "resume", "logger", "sampler", "callbacks")  # differ without telling models apart
 
 
 @dataclass
@@ -73,10 +73,18 @@ def read(folder: Path) -> Run:
             card = json.loads(path.read_text())
             if not isinstance(card["protocol"], dict) or not isinstance(card["value"], int | float):
                 raise TypeError("its fields are of other kinds")
-            run.cards[card["metric"]] = card
+            run.cards[card["metric"]] = up_to_date(card)
         except (ValueError, TypeError, KeyError) as error:
             print(f"warning: {path} is damaged ({type(error).__name__}: {error}): left out")
     return run
+
+
+def up_to_date(card: dict[str, Any]) -> dict[str, Any]:
+    """A card whose protocol is in the words of today, so that it is ranked with those of before."""
+    extractor = card["protocol"].get("extractor")
+    if isinstance(extractor, dict) and extractor.get("kind") == "Judge":
+        extractor["kind"] = "Classifier"
+    return card
 
 
 def newest(folder: Path, pattern: str) -> Path | None:
@@ -87,7 +95,7 @@ def newest(folder: Path, pattern: str) -> Path | None:
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
     """Config keys whose value is not that of the first run in every other, with all values; `-` where a run has no such key."""
-    configs = [flat({k: v for k, v in run.config.items() if k not in UNCOMPARED}) for run in runs]
+    configs = [flat({k: v for k, v in run.config.items() if k not in IGNORED_KEYS}) for run in runs]
     names = dict.fromkeys(key for config in configs for key in config)
     rows = [(key, [config.get(key, "-") for config in configs]) for key in names]
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
@@ -115,17 +123,17 @@ def check_protocols(runs: Sequence[Run]) -> None:
                 )
 
 
-def ranked(runs: Sequence[Run]) -> list[Run]:
+def rank_runs(runs: Sequence[Run]) -> list[Run]:
     """Best first by the first metric that all have a card of, else by val/loss where all have one of one model class."""
     for metric, card in runs[0].cards.items():
         if all(metric in run.cards for run in runs):
             return sorted(runs, key=lambda run: run.cards[metric]["value"], reverse=card["better"] == "higher")
-    if alike(runs) and all(run.last("val/loss") is not None for run in runs):
+    if same_model_class(runs) and all(run.last("val/loss") is not None for run in runs):
         return sorted(runs, key=lambda run: run.last("val/loss") or math.inf)
     return list(runs)
 
 
-def alike(runs: Sequence[Run]) -> bool:
+def same_model_class(runs: Sequence[Run]) -> bool:
     """Whether all models are of one class, so that their losses compare."""
     return len({run.config["model"]["_target_"] for run in runs}) == 1
 
@@ -143,17 +151,17 @@ def table(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "step": max(steps, default=0),
         }
         for name in ("train/loss", "val/loss", "perf/steps_per_second"):
-            row[name] = run.last(name) if alike(runs) or "loss" not in name else None
+            row[name] = run.last(name) if same_model_class(runs) or "loss" not in name else None
         for metric in metrics:
             card = run.cards.get(metric)
             row[metric] = None if card is None else card["value"]
             row[f"{metric}{BEATS}"] = None if card is None else card.get("beats_baseline")
-        row["memorised"] = next((verdict(card) for card in run.cards.values() if "memorised" in card), None)
+        row["memorised"] = next((memorisation_text(card) for card in run.cards.values() if "memorised" in card), None)
         rows.append(row)
     return [{key: row[key] for key in row if any(r[key] is not None for r in rows)} for row in rows]
 
 
-def verdict(card: Mapping[str, Any]) -> bool | str:
+def memorisation_text(card: Mapping[str, Any]) -> bool | str:
     """A card's verdict on whether samples are copies of training images, as text."""
     return "too few to tell" if card["memorised"] is None else card["memorised"]
 
@@ -164,7 +172,7 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def cell(row: Mapping[str, Any], name: str) -> str:
-    return shown(row[name]) + mark(row.get(f"{name}{BEATS}"))
+    return format_value(row[name]) + mark(row.get(f"{name}{BEATS}"))
 
 
 def mark(beats: bool | None) -> str:
@@ -172,7 +180,7 @@ def mark(beats: bool | None) -> str:
     return "" if beats is None else " \u2713" if beats else " \u2717"
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, bool):

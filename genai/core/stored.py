@@ -44,9 +44,19 @@ MOVED: dict[str, str | Callable[[Node], Node]] = {
     f"{DIFFUSION}.latent": "genai.nn.latent_space",
     "genai.data.tokenizers": "genai.modalities.tokenizers",
     "genai.extractors": "genai.evaluation.features",
+    "genai.evaluation.features.judge": "genai.evaluation.features.classifier",
 }
 """Old `_target_` -> its name today or, where its keys change too, a function from the old node to the new, as `solved`
 makes one; old module -> its name today, for every target in it that has no row of its own. A row stays for ever."""
+
+
+RENAMED_OVERRIDES = {
+    "extractor=judge": "extractor=classifier",
+    "baseline=copier": "baseline=training_copy",
+    "judge=network": "features=classifier",
+    "judge=null": "features=null",
+}
+"""Overrides of the command line, and of files of sweeps, under names of before -> as they are written today."""
 
 
 def moved(target: str) -> str | Callable[[Node], Node] | None:

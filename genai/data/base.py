@@ -14,7 +14,7 @@ from genai.data.fingerprint import checksum
 from genai.modalities.base import Modality, Picture, Texts
 from genai.modalities.image import from_uint8
 from genai.modalities.label import Label
-from genai.modalities.stored import of_field
+from genai.modalities.stored import modality_of_field
 
 
 class Split(Protocol):
@@ -72,7 +72,7 @@ class Data:
         self.field, self.shape, self.levels = field, list(found_shape), found_levels
         self.class_names = None if class_names is None else list(class_names)
         self.classes = None if class_names is None else len(class_names)
-        self.modality = modality or of_field(field)
+        self.modality = modality or modality_of_field(field)
         self.conditions: dict[str, Modality] = {}
         """What a model can be told of an item, by name; the first says most."""
         if self.class_names is not None:
@@ -101,7 +101,7 @@ class Data:
         """Conditions for n samples that show what a model has learned: the classes in turn; None where there are none."""
         return {k: v for m in (self.modality, *self.conditions.values()) for k, v in m.condition({}, n).items()} or None
 
-    def told(self, n: int) -> list[str]:
+    def describe_cond(self, n: int) -> list[str]:
         """What `cond(n)` asks for, in words: a class name or a caption each; nothing where nothing is asked for."""
         cond = self.cond(n) or {}
         shown = next((modality.preview(cond) for name, modality in self.conditions.items() if name in cond), [])
@@ -156,25 +156,25 @@ def random_order(split: Split) -> Subset:
     return Subset(split, torch.from_numpy(np.random.default_rng(0).permutation(len(split))))
 
 
-def some(split: Split, n: int) -> Split:
+def random_subset(split: Split, n: int) -> Split:
     """The first n items of a `random_order`; where there are no more, all as they come."""
     return split if n >= len(split) else Subset(split, random_order(split).index[:n])
 
 
-def part(data: Data, name: str, n: int) -> Split:
+def first_items(data: Data, name: str, n: int) -> Split:
     """n items of a named split: the first of validation and test, which are in no order, `some` of training, which may be."""
     split = data.splits[name]
-    return some(split, n) if name == "train" else Subset(split, torch.arange(min(n, len(split))))
+    return random_subset(split, n) if name == "train" else Subset(split, torch.arange(min(n, len(split))))
 
 
-def held_out(n: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def split_indices(n: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Indices 0, ..., n-1 in a fixed random order, cut into the kept and the last `fraction` of them."""
     order = np.random.default_rng(0).permutation(n)
     keep = n - max(round(n * fraction), 1)
     return order[:keep], order[keep:]
 
 
-def example(shape: Sequence[int], field: str, classes: int | None, n: int) -> Batch:
+def synthetic_batch(shape: Sequence[int], field: str, classes: int | None, n: int) -> Batch:
     """A synthetic batch of n samples of the declared shapes, the same every time, for tests and dry runs."""
     values = rng.uniform(rng.seed_range(0, n), shape)
     batch = {field: (values > 0.5).long() if field == "tokens" else values * 2 - 1}

@@ -10,7 +10,7 @@ from torch import Tensor
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch
 from genai.data.base import Data, Split
-from genai.data.fingerprint import checksum, of_split
+from genai.data.fingerprint import checksum, split_checksum
 from genai.data.image_folder import Images
 from genai.modalities.caption import Caption, encode
 
@@ -47,12 +47,12 @@ class Captioned(Data):
                 raise UserError(
                     f"data.names={list(names)} are {len(names)}, but this data has {images.classes} classes"
                 )
-            sentences = by_class(templates, names or images.class_names)
+            sentences = captions_by_class(templates, names or images.class_names)
             splits = {name: CaptionedSplit(part, sentences, length) for name, part in images.splits.items()}
         else:
             assert file is not None
             for name, part in images.splits.items():
-                splits[name] = CaptionedSplit(part, from_file(part, file), length, by_label=False)
+                splits[name] = CaptionedSplit(part, captions_from_file(part, file), length, by_label=False)
         super().__init__(
             field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
             splits=dict(splits), found_shape=images.shape, class_names=images.class_names, found_levels=images.levels,
@@ -73,7 +73,7 @@ class CaptionedSplit:
     """A split and the captions of each of its items, or `by_label` of each of its classes."""
 
     def __init__(self, split: Split, captions: Sequence[Sequence[str]], length: int, by_label: bool = True):
-        self.split = self.uncaptioned = split
+        self.split = self.without_captions = split
         self.by_label = by_label
         self.captions = encode([text for own in captions for text in own], length, "data.length").to(torch.int16)
         self.count = torch.tensor([len(own) for own in captions])
@@ -87,16 +87,16 @@ class CaptionedSplit:
         """Items `index` (B,); the last of the draws (B, 4) chooses the caption."""
         batch = self.split.batch(index, draws)
         if isinstance(self.split, Images):
-            index = self.split.actual(index)
+            index = self.split.replace_damaged(index)
         row = batch["label"] if self.by_label else index
         which = 0 if draws is None else (draws[:, 3] * self.count[row]).long()
         return {**batch, "caption": self.captions[self.first[row] + which].long()}
 
     def fingerprint(self, quick: bool) -> str:
-        return checksum(of_split(self.split, quick), self.by_label, self.captions, self.count, quick=quick)
+        return checksum(split_checksum(self.split, quick), self.by_label, self.captions, self.count, quick=quick)
 
 
-def by_class(templates: Sequence[str], names: Sequence[str] | None) -> list[list[str]]:
+def captions_by_class(templates: Sequence[str], names: Sequence[str] | None) -> list[list[str]]:
     """Every template with every class name. Raises UserError if there are no classes, or no place for one."""
     if names is None:
         raise UserError("data.templates need class names, and this data has no classes: give captions with data.file")
@@ -106,7 +106,7 @@ def by_class(templates: Sequence[str], names: Sequence[str] | None) -> list[list
     return [[t.replace("{}", name) for t in templates] for name in names]
 
 
-def from_file(split: Split, file: str) -> list[list[str]]:
+def captions_from_file(split: Split, file: str) -> list[list[str]]:
     """Captions of each item of a split of image files. Raises UserError that counts and names those without."""
     if not isinstance(split, Images):
         raise UserError(f"data.file={file} gives captions to image files: use it with data.images of an image folder")

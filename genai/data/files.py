@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from genai.core.errors import UserError
-from genai.data.fingerprint import checksum, of_files
+from genai.data.fingerprint import checksum, files_checksum
 
 UNPACKED_BYTES, RATIO = 2**25, 100  # of a zip's member that unpacks to over 100 times its size: no file of images does
 LITTER_FOLDERS = ("__MACOSX", "@eaDir")
@@ -77,13 +77,13 @@ class Files:
         if len(self.skipped) > max(1, of // 100):
             raise UserError(
                 f"{len(self.skipped)} of the {of} files in data.root={str(self.root)!r} cannot be used, which is more than "
-                f"1 %: {told(self.skipped)}: mend or remove them, or change data.root"
+                f"1 %: {describe_skipped(self.skipped)}: mend or remove them, or change data.root"
             )
 
     def fingerprint(self, names: Sequence[str], quick: bool) -> str:
         """Checksum of files in order: of their contents, or if `quick` of their names, without folders, and sizes."""
         if self.root.is_dir() and not quick:
-            return of_files(self.root, names)
+            return files_checksum(self.root, names)
         if self.root.is_dir():
             return checksum([(name.rpartition("/")[2], os.stat(self.root / name).st_size) for name in names])
         infos = [(name, self._zip()[1][name]) for name in names]
@@ -159,7 +159,7 @@ def _stamp(path: str | Path) -> Stamp:
         return ()
 
 
-def told(skipped: dict[str, str]) -> str:
+def describe_skipped(skipped: dict[str, str]) -> str:
     """What is wrong with files: each reason once, with how many files and the first of them."""
     parts = []
     for why, count in Counter(skipped.values()).most_common(5):

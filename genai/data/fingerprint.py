@@ -40,7 +40,7 @@ def checksum(*parts: Any, quick: bool = False) -> str:
     return digest.hexdigest()
 
 
-def of_split(split: "Split", quick: bool = False) -> str:
+def split_checksum(split: "Split", quick: bool = False) -> str:
     """Checksum of every item of a split in order, as it is without augmentation: 16 hexadecimal digits that do not depend on
     where the data lie or how they are batched.
 
@@ -61,18 +61,18 @@ def of_split(split: "Split", quick: bool = False) -> str:
     return checksum(found)
 
 
-def of_data(data: "Data", splits: Sequence[str], *more: Any) -> str:
+def dataset_checksum(data: "Data", splits: Sequence[str], *more: Any) -> str:
     """Checksum of some splits of images or tokens, without captions, and of plain values that decide what is made from them."""
-    items = {name: of_split(uncaptioned(data.splits[name])) for name in splits}
+    items = {name: split_checksum(without_captions(data.splits[name])) for name in splits}
     return checksum(data.field, data.shape, data.levels, data.classes, items, *more)
 
 
-def uncaptioned(split: "Split") -> "Split":
+def without_captions(split: "Split") -> "Split":
     """The split that a captioned one was made of; any other itself."""
-    return getattr(split, "uncaptioned", split)
+    return getattr(split, "without_captions", split)
 
 
-def of_files(root: Path, names: Sequence[str]) -> str:
+def files_checksum(root: Path, names: Sequence[str]) -> str:
     """Checksum of the sizes and CRC-32s of files below a folder, in the order of `names`.
 
     They are read once: what was found is kept in $XDG_CACHE_HOME/genai or ~/.cache/genai for as long as no file's size, time

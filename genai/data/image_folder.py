@@ -11,11 +11,11 @@ from torch import Tensor
 from genai.core.errors import UserError, at_least, number
 from genai.core.protocols import Batch
 from genai.data.base import Data, Split
-from genai.data.files import Files, told
+from genai.data.files import Files, describe_skipped
 from genai.data.fingerprint import checksum
-from genai.data.scan import GREY, Facts, Scan, reason, vanished
+from genai.data.scan import GREY, Facts, Scan, is_missing, reason
 from genai.data.splits import arrange
-from genai.modalities.decode import Reading, resized
+from genai.modalities.decode import DecodeOptions, decode_at_size
 from genai.modalities.image import from_uint8
 
 CROPS = "center", "random", "none"
@@ -54,16 +54,16 @@ class ImageFolder(Data):
             raise UserError(f"data.crop={crop!r} is none of {', '.join(CROPS)}")
         if crop == "random" and size is None:
             raise UserError("data.crop=random needs a size to crop to: set data.size=[height,width]")
-        under = None if background is None else colour(background)
+        under = None if background is None else parse_colour(background)
         files = Files(root, at_least(version, 1, "data.version", most=2))
         scan = Scan(files)
-        between = limits(value_range, scan) if value_range is not None or version > 1 else None
+        between = value_limits(value_range, scan) if value_range is not None or version > 1 else None
         found = scan.found
         height, width = common_size(found) if size is None else size
         channels = channels or (1 if all(f.mode in GREY for f in found.values()) else 3)
         names = np.array([*found])
         labels, class_names, parts, notes = arrange(root, [*found], version)
-        reading = Reading(channels, between, under, draft=version > 1)
+        reading = DecodeOptions(channels, between, under, draft=version > 1)
         splits: dict[str, Split] = {}
         for key, i in parts.items():
             how = (crop, flip) if key == "train" else ("none" if crop == "none" else "center", False)
@@ -74,18 +74,18 @@ class ImageFolder(Data):
             splits=splits, found_shape=[channels, height, width], class_names=class_names, found_levels=256,
         )  # fmt: skip
         used = sorted({*range(len(class_names or []))} if version == 1 or labels is None else {*labels[parts["train"]]})
-        self.trained = torch.tensor(used, dtype=torch.int64)
+        self.train_labels = torch.tensor(used, dtype=torch.int64)
         if version > 1:
-            notes += about(
+            notes += describe_reading(
                 scan, between, value_range is None, background, {k: names[i].tolist() for k, i in parts.items()}
             )
         if (version > 1 or files.skipped) and not os.environ.get("RANK", os.environ.get("SLURM_PROCID", "")).strip("0"):
-            say(scan, parts, class_names, notes)
+            print_summary(scan, parts, class_names, notes)
         scan.keep()
 
     def cond(self, n: int) -> Batch | None:
         """The classes in turn, without those that no training image shows; None without classes."""
-        return None if self.classes is None else {"label": self.trained[torch.arange(n) % len(self.trained)]}
+        return None if self.classes is None else {"label": self.train_labels[torch.arange(n) % len(self.train_labels)]}
 
 
 class Images:
@@ -96,10 +96,10 @@ class Images:
 
     def __init__(
         self, field: str, files: Files, names: Sequence[str] | np.ndarray, labels: np.ndarray | None,
-        shape: Sequence[int], crop: str, flip: bool, reading: Reading | None = None,
+        shape: Sequence[int], crop: str, flip: bool, reading: DecodeOptions | None = None,
     ):  # fmt: skip
         self.field, self.files, self.shape, self.crop, self.flip = field, files, shape, crop, flip
-        self.reading = reading or Reading(shape[0])
+        self.reading = reading or DecodeOptions(shape[0])
         self.names = np.asarray(names)
         self.augments = flip or crop == "random"
         self.labels = None if labels is None else torch.from_numpy(labels)
@@ -116,9 +116,13 @@ class Images:
         x = from_uint8(torch.from_numpy(np.stack(arrays)))  # (B, C, H, W)
         if self.flip and draws is not None:
             x = torch.where((draws[:, 0] < 0.5).view(-1, 1, 1, 1), x.flip(-1), x)
-        return {self.field: x} if self.labels is None else {self.field: x, "label": self.labels[self.actual(index)]}
+        return (
+            {self.field: x}
+            if self.labels is None
+            else {self.field: x, "label": self.labels[self.replace_damaged(index)]}
+        )
 
-    def actual(self, index: Tensor) -> Tensor:
+    def replace_damaged(self, index: Tensor) -> Tensor:
         """The items that stand in the places `index` (B,) of those that a batch has found damaged."""
         if not self.damaged:
             return index
@@ -136,7 +140,7 @@ class Images:
             except (UserError, MemoryError):
                 raise
             except Exception as error:  # Pillow raises almost anything on a broken file
-                if vanished(error) or len(self.damaged) + 1 == len(self):
+                if is_missing(error) or len(self.damaged) + 1 == len(self):
                     raise UserError(
                         f"{self.files.root / name} {reason(error)}: bring it back or replace it, or change data.root"
                     ) from error
@@ -155,7 +159,7 @@ class Images:
     def fingerprint(self, quick: bool) -> str:
         files = self.files.fingerprint(self.names.tolist(), quick)
         reading = (
-            [] if self.reading == Reading(self.shape[0]) else [self.reading]
+            [] if self.reading == DecodeOptions(self.shape[0]) else [self.reading]
         )  # a run from before has its old checksum
         return checksum(files, list(self.shape), self.crop, self.labels, *reading)
 
@@ -163,10 +167,12 @@ class Images:
         """uint8 (C, H, W) of one file, cropped at fraction u of the horizontal and v of the vertical leeway."""
         _, *size = self.shape
         crop = self.crop != "none"
-        return resized(self.files.read(name), self.files.root / name, self.reading, (size[0], size[1]), crop, u, v)
+        return decode_at_size(
+            self.files.read(name), self.files.root / name, self.reading, (size[0], size[1]), crop, u, v
+        )
 
 
-def limits(value_range: Sequence[float] | None, scan: Scan) -> tuple[float, float] | None:
+def value_limits(value_range: Sequence[float] | None, scan: Scan) -> tuple[float, float] | None:
     """The values of images of more than 8 bits that become black and white, None if there are no such images."""
     if value_range is None:
         return scan.measure()
@@ -182,7 +188,7 @@ def limits(value_range: Sequence[float] | None, scan: Scan) -> tuple[float, floa
     return low, high
 
 
-def colour(name: str) -> tuple[int, int, int]:
+def parse_colour(name: str) -> tuple[int, int, int]:
     """RGB of a colour's name. Raises UserError if it is none."""
     from PIL import ImageColor
 
@@ -195,7 +201,7 @@ def colour(name: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def about(
+def describe_reading(
     scan: Scan, between: tuple[float, float] | None, measured: bool, background: str | None,
     splits: Mapping[str, Sequence[str]],
 ) -> list[str]:  # fmt: skip
@@ -221,13 +227,15 @@ def about(
     return notes
 
 
-def say(scan: Scan, parts: Mapping[str, np.ndarray], class_names: Sequence[str] | None, notes: Sequence[str]) -> None:
+def print_summary(
+    scan: Scan, parts: Mapping[str, np.ndarray], class_names: Sequence[str] | None, notes: Sequence[str]
+) -> None:
     """Tell on stderr what was found, and what is not used."""
     files, of = scan.files, "" if class_names is None else f" of {len(class_names)} classes"
     counts = ", ".join(f"{len(parts[key])} {key}" for key in ("train", "val", "test"))
     lines = [f"{files.root}: {len(scan.found)} images{of} ({counts})", *notes]
     if files.skipped:
-        lines.append(f"skipped {len(files.skipped)} of {files.total} files: {told(files.skipped)}")
+        lines.append(f"skipped {len(files.skipped)} of {files.total} files: {describe_skipped(files.skipped)}")
     if files.ignored:
         lines.append("left alone: " + ", ".join(f"{n} {what}" for what, n in sorted(files.ignored.items())))
     print("\n  ".join(lines), file=sys.stderr)

@@ -12,7 +12,7 @@ import numpy as np
 
 from genai.core import stored
 from genai.core.errors import UserError
-from genai.data.base import Arrays, Data, Split, held_out
+from genai.data.base import Arrays, Data, Split, split_indices
 
 DIGITS = [str(d) for d in range(10)]
 FASHION = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
@@ -41,13 +41,13 @@ class Digits(Data):
         )  # fmt: skip
 
 
-def in_memory(
+def array_splits(
     field: str, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], flip: bool
 ) -> dict[str, Split]:
     """Splits of (images, labels) pairs: test as it is published, val the last 1/12 of the training images in a fixed random
     order, train the others."""
     images, labels = train
-    kept, val = held_out(len(images), 1 / 12)
+    kept, val = split_indices(len(images), 1 / 12)
     return {
         "train": Arrays(field, images[kept], labels[kept], flip),
         "val": Arrays(field, images[val], labels[val]),
@@ -69,7 +69,7 @@ class MNIST(Data):
             looked = f"{raw}/train-images-idx3-ubyte[.gz] and its three companions"
             download(self.name, root, looked, lambda module, may: getattr(module, self.name)(root, download=may))
         train, test = ([_read_idx(raw, f"{part}-{kind}") for kind in _IDX_KINDS] for part in ("train", "t10k"))
-        splits = in_memory(field, (train[0][:, None], train[1]), (test[0][:, None], test[1]), flip)
+        splits = array_splits(field, (train[0][:, None], train[1]), (test[0][:, None], test[1]), flip)
         super().__init__(
             field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
             splits=splits, found_shape=(1, *train[0].shape[1:]), class_names=self.names, found_levels=256,
@@ -97,7 +97,7 @@ class CIFAR10(Data):
         pairs = [(part.data.transpose(0, 3, 1, 2), np.array(part.targets)) for part in (train, test)]
         super().__init__(
             field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
-            splits=in_memory(field, pairs[0], pairs[1], flip), found_shape=pairs[0][0].shape[1:], class_names=CIFAR10_NAMES,
+            splits=array_splits(field, pairs[0], pairs[1], flip), found_shape=pairs[0][0].shape[1:], class_names=CIFAR10_NAMES,
             found_levels=256,
         )  # fmt: skip
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
 from genai.data.base import Data, Split
-from genai.data.fingerprint import checksum, of_split
+from genai.data.fingerprint import checksum, split_checksum
 from genai.modalities import pixels as modalities
 
 
@@ -55,9 +55,9 @@ class PixelSplit:
         return {"tokens": self.pixels.encode(self.split.batch(index, draws)[self.field])}
 
     def fingerprint(self, quick: bool) -> str:
-        return checksum(of_split(self.split, quick), self.pixels.levels)
+        return checksum(split_checksum(self.split, quick), self.pixels.levels)
 
 
-def images_behind(data: Data, node: Any) -> tuple[Data, Any]:
+def underlying_images(data: Data, node: Any) -> tuple[Data, Any]:
     """Images that come as tokens, and their config, as images; other data as they are."""
     return (data.images, node["images"]) if isinstance(data, Pixels) else (data, node)

@@ -17,7 +17,7 @@ from genai.core.cache import cache_folder
 from genai.core.errors import UserError
 from genai.core.files import write_text
 from genai.data import fingerprint
-from genai.data.files import Files, Stamp, told
+from genai.data.files import Files, Stamp, describe_skipped
 from genai.data.fingerprint import checksum
 from genai.modalities import decode
 
@@ -85,7 +85,7 @@ class Scan:
         self.found = {name: facts for name, facts in self.found.items() if not facts.problem}
         self.files.skipped |= {name: facts.problem for name, facts in self.problems.items()}
         if not self.found:
-            why = f" ({told(self.files.skipped)})" if self.files.skipped else ""
+            why = f" ({describe_skipped(self.files.skipped)})" if self.files.skipped else ""
             raise UserError(
                 f"data.root={str(self.files.root)!r} holds no images{why}: set data.root to a folder, or a zip of one, that does"
             )
@@ -103,7 +103,7 @@ class Scan:
             if not facts.measured:
                 self.changed = facts.measured = True
                 try:
-                    with decode.opened(
+                    with decode.open_image(
                         BytesIO(self.files.read(name)), self.files.root / name, self.files.stamps[name][0]
                     ) as image:
                         facts.low, facts.high = decode.extremes(image)
@@ -177,8 +177,8 @@ class Scan:
             if size <= READ_WHOLE:
                 content = file.read()
                 file, digest = BytesIO(content), _digest(content)
-            with decode.opened(file, files.root / name, size, large=files.version > 1) as image:
-                swapped = decode.sideways(image)
+            with decode.open_image(file, files.root / name, size, large=files.version > 1) as image:
+                swapped = decode.is_sideways(image)
                 facts = Facts(
                     height=image.width if swapped else image.height, width=image.height if swapped else image.width,
                     mode=image.mode, deep=decode.is_deep(image), transparent=decode.is_transparent(image), checksum=digest,
@@ -244,6 +244,6 @@ def reason(error: BaseException) -> str:
     return text if text.startswith("has ") else f"is damaged ({text})"
 
 
-def vanished(error: BaseException) -> bool:
+def is_missing(error: BaseException) -> bool:
     """Whether it is the system that did not hand a file over, which another try may mend, and not what is in it."""
     return isinstance(error, OSError) and error.errno is not None and error.errno != errno.EINVAL

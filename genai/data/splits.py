@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from genai.core.errors import UserError
-from genai.data.base import held_out
+from genai.data.base import split_indices
 
 SPLITS = "train", "val", "test"
 WORDS = {
@@ -19,7 +19,7 @@ BEFORE, AFTER = "images?|imgs?|data", "images?|imgs?|pictures|photos|data|set|da
 NAMES = {key: re.compile(f"({BEFORE})?({words})({AFTER})?((19|20)[0-9][0-9])?") for key, words in WORDS.items()}
 
 
-class Arranged(NamedTuple):
+class Arrangement(NamedTuple):
     """Labels int64 (N,) and class names, both None where there are less than two classes; the items of each split; and what of
     that a user should know."""
 
@@ -35,7 +35,7 @@ def split_of(folder: str) -> str | None:
     return next((key for key, name in NAMES.items() if name.fullmatch(plain)), None)
 
 
-def arrange(root: str, names: Sequence[str], version: int) -> Arranged:
+def arrange(root: str, names: Sequence[str], version: int) -> Arrangement:
     """Read classes and splits off the paths of images below `root`.
 
     A folder that is alone is descended. Then the folders of splits, below the classes too where all have them; then those of
@@ -63,7 +63,7 @@ def arrange(root: str, names: Sequence[str], version: int) -> Arranged:
             notes.append(f"its folders are taken for splits: {as_what}")
         paths = [p[1:] for p in paths]
     labels, class_names = _classes(root, names, paths, parts)
-    parts = cut(root, parts, labels if version > 1 else None)
+    parts = cut_splits(root, parts, labels if version > 1 else None)
     if class_names is not None and labels is not None:
         missing = [name for i, name in enumerate(class_names) if i not in labels[parts["train"]]]
         if missing and version > 1:
@@ -71,7 +71,7 @@ def arrange(root: str, names: Sequence[str], version: int) -> Arranged:
                 f"warning: {len(missing)} of {len(class_names)} classes have no training image "
                 f"({', '.join(missing[:6])}{', ...' if len(missing) > 6 else ''}): add images to them"
             )
-    return Arranged(labels, class_names, parts, notes)
+    return Arrangement(labels, class_names, parts, notes)
 
 
 def _exactly(folder: str) -> str | None:
@@ -146,7 +146,7 @@ def _classes(
     return np.searchsorted(class_names, folders).astype(np.int64), class_names
 
 
-def cut(root: str, parts: dict[str, np.ndarray], labels: np.ndarray | None) -> dict[str, np.ndarray]:
+def cut_splits(root: str, parts: dict[str, np.ndarray], labels: np.ndarray | None) -> dict[str, np.ndarray]:
     """Items of train, val and test; what is missing is cut from train, what is there is put in a fixed random order."""
     parts = {key: items for key, items in parts.items() if len(items)}
     for key in ("test", "val"):
@@ -154,7 +154,7 @@ def cut(root: str, parts: dict[str, np.ndarray], labels: np.ndarray | None) -> d
             parts[key] = np.random.default_rng(0).permutation(parts[key])
             continue
         items = parts["train"]
-        kept, out = held_out(len(items), 1 / 12) if labels is None else stratified(labels[items], 1 / 12)
+        kept, out = split_indices(len(items), 1 / 12) if labels is None else stratified_indices(labels[items], 1 / 12)
         if not len(kept):
             raise UserError(
                 f"data.root={root!r} holds too few images to set some aside for validation and test: add images"
@@ -163,7 +163,7 @@ def cut(root: str, parts: dict[str, np.ndarray], labels: np.ndarray | None) -> d
     return parts
 
 
-def stratified(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def stratified_indices(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Indices of labels (N,), cut into the kept and `fraction` of them, each class in proportion: every k-th one of a list
     sorted by class and in a fixed random order within each; its first item stays, as long as there are others to take.
 

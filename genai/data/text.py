@@ -25,9 +25,9 @@ from genai.core.cache import cache_folder
 from genai.core.errors import UserError, at_least, number
 from genai.core.protocols import Batch
 from genai.data.base import Data, Split
-from genai.data.fingerprint import checksum, of_files
+from genai.data.fingerprint import checksum, files_checksum
 from genai.modalities import text as modalities
-from genai.modalities.tokenizers import Tokenizer, from_state, learned
+from genai.modalities.tokenizers import Tokenizer, from_state, learn
 
 FORMAT = 1  # of the prepared files
 PIECE_BYTES = 2**20
@@ -192,7 +192,7 @@ def prepare(
             print(f"preparing {source.size_bytes / 2**20:.0f} MiB of text in {folder}, once", flush=True)
         learn_from = 1.0 if tokenizer == "char" else shares["train"]
         pieces = (text for text, _ in source.pieces(0.0, learn_from))
-        ids = learned(tokenizer, pieces, source.size_bytes, vocab_size, source.documents)
+        ids = learn(tokenizer, pieces, source.size_bytes, vocab_size, source.documents)
         dtype = smallest_dtype(ids.vocab_size)
         meta: dict[str, Any] = {"tokenizer": ids.state(), "dtype": dtype, "characters": {}, "bytes": {}}
         for name, (first, last) in bounds(shares).items():
@@ -300,7 +300,7 @@ class Windows:
     def fingerprint(self, quick: bool) -> str:
         """Of the stream, whatever windows it is cut into; quick by the name of its folder, see `prepare`."""
         folder, name = self.path.parent, self.path.name
-        return checksum(self.dtype.str, folder.name if quick else of_files(folder, [name]), name)
+        return checksum(self.dtype.str, folder.name if quick else files_checksum(folder, [name]), name)
 
 
 class Text(Data):

@@ -11,28 +11,31 @@ from pathlib import Path
 from typing import Any
 
 from genai.core import files
-from genai.data.fingerprint import of_split
-from genai.evaluation.baselines.vectors import Copier
-from genai.evaluation.metrics import Checked, Metric, own_facts
+from genai.data.fingerprint import split_checksum
+from genai.evaluation.baselines.vectors import TrainingCopy
+from genai.evaluation.metrics import CheckedPlan, Metric, custom_facts
 
 
-def data_facts(checked: Checked) -> dict[str, Any]:
+def data_facts(checked: CheckedPlan) -> dict[str, Any]:
     """The protocol's fields of the data: class, shape of an image, and checksum of the split's items."""
     data = checked.images
     shape = {} if data.modality.windowed else {"shape": list(data.shape)}
-    return {"data": checked.node["_target_"], **shape, "data_checksum": of_split(data.splits[checked.plan.split])}
+    return {"data": checked.node["_target_"], **shape, "data_checksum": split_checksum(data.splits[checked.plan.split])}
 
 
 def card(
     name: str, metric: Metric, value: float, low: float, high: float, floor: float | None, baselines: Mapping[str, float],
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """One card. A baseline is beaten if even the worse end of the interval is better; a Copier makes nothing of its own, and is
-    shown but need not be beaten."""
+    """Make one card.
+
+    A baseline counts as beaten if even the worse end of the interval is better. Copies of the training data are listed, but
+    need not be beaten: they contain nothing new.
+    """
     worst, sign = (high, -1) if metric.better == "lower" else (low, 1)
-    others = [figure for what, figure in baselines.items() if what != Copier.what]
+    others = [figure for what, figure in baselines.items() if what != TrainingCopy.what]
     figures = {"value": value, "low": low, "high": high, **({} if floor is None else {"floor": floor})}
-    own = own_facts(name, metric)
+    own = custom_facts(name, metric)
     return {
         "metric": name, **{key: round(figure, 5) for key, figure in figures.items()}, "better": metric.better,
         **({"unit": metric.unit} if metric.unit else {}),

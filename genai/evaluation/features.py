@@ -11,7 +11,7 @@ from genai.core.errors import UserError
 from genai.core.precision import full
 from genai.data.base import Data, Split
 from genai.data.stream import batches
-from genai.evaluation import judge as judges
+from genai.evaluation import classifier as classifiers
 from genai.metrics.frechet import Moments
 from genai.modalities.image import to_uint8
 
@@ -47,7 +47,7 @@ class Extractor:
         return features, torch.cat(logits) if logits else None
 
 
-class Seen:
+class FeatureSet:
     """A set of images as an extractor sees it, batch by batch: the moments of their features and how many show the label
     asked for, in memory that does not grow; of each image only what `reads` names: features, probabilities, images."""
 
@@ -55,7 +55,7 @@ class Seen:
         self.extractor, self.moments, self.right = extractor, Moments(), 0
         self.parts: dict[str, list[Tensor]] = {name: [] for name in reads}
 
-    def add(self, images: Tensor, label: Tensor | None = None) -> "Seen":
+    def add(self, images: Tensor, label: Tensor | None = None) -> "FeatureSet":
         """Images (B, C, H, W) in [-1, 1], labels (B,); returns itself."""
         features, logits = self.extractor(images)
         self.moments.add(features)
@@ -73,9 +73,9 @@ class Seen:
         return torch.cat(self.parts[name])
 
 
-def see(split: Split, field: str, extractor: Extractor, reads: Iterable[str]) -> Seen:
+def extract_features(split: Split, field: str, extractor: Extractor, reads: Iterable[str]) -> FeatureSet:
     """All of a split."""
-    found = Seen(extractor, reads)
+    found = FeatureSet(extractor, reads)
     for batch in batches(split, 1000):
         found.add(batch[field])
     return found
@@ -89,14 +89,14 @@ def sha256(net: nn.Module) -> str:
     return found.hexdigest()[:16]
 
 
-def judge(data: Data, node: Any, device: str) -> Extractor:
+def classifier(data: Data, node: Any, device: str) -> Extractor:
     """The features that the data's modality has itself; of images a small classifier trained on the data's own labels, once.
 
     Raises UserError for images without labels.
     """
-    if (extractor := own(data)) is not None:
+    if (extractor := modality_extractor(data)) is not None:
         return extractor
-    net = judges.trained(data)
+    net = classifiers.load_or_train(data)
 
     def see(images: Tensor) -> tuple[Tensor, Tensor]:
         features = net.features(images)
@@ -105,10 +105,10 @@ def judge(data: Data, node: Any, device: str) -> Extractor:
     return Extractor(net, see, True, device)
 
 
-def own(data: Data) -> Extractor | None:
+def modality_extractor(data: Data) -> Extractor | None:
     """What the data's modality sees itself; None where it leaves that to an extractor."""
     modality = data.modality
-    if modality.compared != "samples" or modality.features(torch.zeros(1, *data.shape)) is None:
+    if modality.comparison != "samples" or modality.features(torch.zeros(1, *data.shape)) is None:
         return None
     extractor = Extractor(nn.Identity(), lambda x: (modality.features(x), None), False, "cpu")  # type: ignore[arg-type]
     extractor.facts = {"extractor": {"kind": type(modality).__name__}, "resize": None}

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from genai.checkpoint import Loaded
 from genai.checkpoint.build import build_typed
-from genai.checkpoint.load import nulls
+from genai.checkpoint.load import null_conditions
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, Reconstructing, Scorable, check_sampler
-from genai.data.base import Data, part
+from genai.data.base import Data, first_items
 from genai.data.stream import batches
 from genai.evaluation.clock import Clock
-from genai.evaluation.metrics import Checked, measured
+from genai.evaluation.metrics import CheckedPlan, compute
 from genai.metrics import likelihood as units
 from genai.metrics.intervals import Interval, bootstrap
 
@@ -25,16 +25,16 @@ REPORTED = {"lower bound": "upper bound"}  # of ln p, and so of what is reported
 SOLVED = "upper bound up to the error of the ODE's solver"
 
 
-def run(loaded: Loaded, data: Data, checked: Checked) -> tuple[dict[str, Any], dict[str, Interval]]:
+def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[dict[str, Any], dict[str, Interval]]:
     """The facts of one pass, and the mean of each metric with its bootstrap interval: of those that the model can have too."""
     plan, n, metrics = checked.plan, checked.n, {**checked.can, **checked.passes}
     model: Any = loaded.model
     reconstructs = isinstance(loaded.model, Reconstructing)
     score, device = scorer(loaded, data, plan.likelihood), loaded.device
     codes = torch.zeros(getattr(model, "vocabulary", None) or 0, dtype=torch.int64)
-    values = {name: [] for name, metric in metrics.items() if metric.of == "reconstructions"}
+    values = {name: [] for name, metric in metrics.items() if metric.kind == "reconstructions"}
     nats, targets, clock = [], [], Clock(n, "items")
-    for batch in batches(part(data, plan.split, n), plan.batch_size):
+    for batch in batches(first_items(data, plan.split, n), plan.batch_size):
         batch = {name: value.to(device) for name, value in batch.items()}
         if score is not None:
             with loaded.computing():
@@ -43,7 +43,7 @@ def run(loaded: Loaded, data: Data, checked: Checked) -> tuple[dict[str, Any], d
             with loaded.computing():
                 again = model.reconstruct(batch)
             for name, found in values.items():
-                found.append(measured(name, metrics[name], again, batch[model.field]))
+                found.append(compute(name, metrics[name], again, batch[model.field]))
         if len(codes):
             with loaded.computing():
                 codes += model.encode(batch[data.field]).flatten().bincount(minlength=len(codes)).cpu()
@@ -56,12 +56,12 @@ def run(loaded: Loaded, data: Data, checked: Checked) -> tuple[dict[str, Any], d
     if nats:
         each = torch.cat(nats).double() + 0.0  # 0, not -0, for what is certain
         tokens = int(torch.cat(targets).sum()) if targets else None
-        facts |= in_units(each, tokens, data, plan.split, getattr(model, "levels", data.values))
+        facts |= to_units(each, tokens, data, plan.split, getattr(model, "levels", data.values))
         facts["bound"] = REPORTED.get(model.bound, model.bound) if plan.likelihood is None else SOLVED
         facts |= {} if plan.likelihood is None else {"likelihood": plan.likelihood}
-        facts |= {"given": given} if (given := [*nulls(model)]) else {}
-        scored = {name: metric for name, metric in metrics.items() if metric.of == "likelihoods"}
-        means |= {name: _interval(measured(name, metric, each, facts)) for name, metric in scored.items()}
+        facts |= {"given": given} if (given := [*null_conditions(model)]) else {}
+        scored = {name: metric for name, metric in metrics.items() if metric.kind == "likelihoods"}
+        means |= {name: _interval(compute(name, metric, each, facts)) for name, metric in scored.items()}
     for name, found in values.items():
         means[name] = _interval(torch.cat(found))
         facts[name] = round(means[name].mean, 2 if metrics[name].unit == "dB" else 4)
@@ -89,7 +89,7 @@ def scorer(loaded: Loaded, data: Data, method: Any) -> Score | None:
     )
 
 
-def in_units(nats: Tensor, tokens: int | None, data: Any, split: str, values: int | None) -> dict[str, Any]:
+def to_units(nats: Tensor, tokens: int | None, data: Any, split: str, values: int | None) -> dict[str, Any]:
     """Nats (N,) in the unit of the data's kind, of so many tokens or of numbers with so many values: a model of binary images
     counts two of grey ones."""
     if tokens is None:

@@ -22,11 +22,11 @@ from genai.metrics import frechet, images, inception_score, kid, manifold, text
 
 
 @dataclass
-class Sets:
+class RealFakePair:
     """Real images, all of a split, beside n fakes."""
 
-    real: features.Seen
-    fake: features.Seen
+    real: features.FeatureSet
+    fake: features.FeatureSet
 
     @functools.cached_property
     def precision_recall(self) -> manifold.PrecisionRecall:
@@ -40,7 +40,7 @@ class Sets:
 
 
 @dataclass
-class Texts:
+class GeneratedTexts:
     """Strings beside those that a model learned from."""
 
     texts: list[str]
@@ -50,21 +50,21 @@ class Texts:
 class Metric:
     """A figure of a checkpoint, which says itself what decides how it is taken; one of a user's own package is a subclass.
 
-    Its card has an interval, a floor and the baselines that `of` gives:
+    Its card has an interval, a floor and the baselines that `kind` gives:
 
-    - "samples": called with `Sets`, gives one number; `repeats` sets, a floor of real samples, baselines that sample.
-    - "texts": called with `Texts`, likewise; a floor, no baselines.
+    - "samples": called with `RealFakePair`, gives one number; `repeats` sets, a floor of real samples, baselines that sample.
+    - "texts": called with `GeneratedTexts`, likewise; a floor, no baselines.
     - "likelihoods": called with nats (N,) of a split's items and the facts of that pass, gives values (N,), whose mean it is.
     - "reconstructions": called with what a model gives back of a batch and with the batch (B, ...), gives values (B,).
     """
 
-    of: str = "samples"
+    kind: str = "samples"
     better: str = "lower"
     unit: str = ""
     reads: tuple[str, ...] = ()
     """What it reads of each sample, of "features", "probabilities" and "images", which are then all kept; a metric that reads
     none takes what is summed up batch by batch, `moments` and `right`, in memory that does not grow."""
-    of_labels = False
+    uses_labels = False
     """Whether it counts the labels that were asked for: real samples, which were asked for nothing, are then no floor."""
 
     def __call__(self, *given: Any) -> Any:
@@ -82,25 +82,25 @@ class Metric:
 
 
 class Frechet(Metric):
-    def __call__(self, sets: Sets) -> float:
+    def __call__(self, sets: RealFakePair) -> float:
         return frechet.frechet(sets.fake.moments, sets.real.moments)
 
 
 class KID(Metric):
     reads = ("features",)
 
-    def __call__(self, sets: Sets) -> float:
+    def __call__(self, sets: RealFakePair) -> float:
         return kid.kid(sets.real.features, sets.fake.features)
 
 
 class InceptionScore(Metric):
     better, reads = "higher", ("probabilities",)
 
-    def __call__(self, sets: Sets) -> float:
+    def __call__(self, sets: RealFakePair) -> float:
         return inception_score.inception_score(sets.fake.probabilities).mean
 
     def suits(self, loaded: Loaded, data: Data) -> bool:
-        return features.own(data) is None
+        return features.modality_extractor(data) is None
 
 
 class Manifold(Metric):
@@ -111,44 +111,44 @@ class Manifold(Metric):
     def __init__(self, figure: str):
         self.figure = figure
 
-    def __call__(self, sets: Sets) -> float:
+    def __call__(self, sets: RealFakePair) -> float:
         found = sets.precision_recall if self.figure in ("precision", "recall") else sets.density_coverage
         return getattr(found, self.figure)
 
 
 class Accuracy(Metric):
-    better, of_labels = "higher", True
+    better, uses_labels = "higher", True
 
-    def __call__(self, sets: Sets) -> float:
+    def __call__(self, sets: RealFakePair) -> float:
         return sets.fake.right / sets.fake.moments.n
 
     def suits(self, loaded: Loaded, data: Data) -> bool:
-        return "label" in loaded.conditions and features.own(data) is None
+        return "label" in loaded.conditions and features.modality_extractor(data) is None
 
 
 class Distinct(Metric):
     """The share of n-grams of words that are different."""
 
-    of, better = "texts", "higher"
+    kind, better = "texts", "higher"
 
     def __init__(self, n: int):
         self.n = at_least(n, 1, "n")
 
-    def __call__(self, texts: Texts) -> float:
+    def __call__(self, texts: GeneratedTexts) -> float:
         return text.distinct([one.split() for one in texts.texts], self.n)
 
 
 class LongestCopy(Metric):
-    of, unit = "texts", "characters"
+    kind, unit = "texts", "characters"
 
-    def __call__(self, texts: Texts) -> float:
+    def __call__(self, texts: GeneratedTexts) -> float:
         return text.longest_copy("\n\n".join(texts.texts), texts.train).length
 
 
 class Likelihood(Metric):
     """The nats of items in the unit of a `fact` of their pass: all are in proportion to their sum."""
 
-    of = "likelihoods"
+    kind = "likelihoods"
 
     def __init__(self, fact: str):
         self.fact, self.unit = fact, fact.replace("_per_", "/")
@@ -162,14 +162,14 @@ class Likelihood(Metric):
 
 
 class PSNR(Metric):
-    of, better, unit = "reconstructions", "higher", "dB"
+    kind, better, unit = "reconstructions", "higher", "dB"
 
     def __call__(self, again: Tensor, x: Tensor) -> Tensor:
         return images.psnr(again, x)
 
 
 class SSIM(Metric):
-    of, better = "reconstructions", "higher"
+    kind, better = "reconstructions", "higher"
 
     def __call__(self, again: Tensor, x: Tensor) -> Tensor:
         return images.ssim(again, x)
@@ -184,41 +184,41 @@ READ = "features", "probabilities", "images"  # what is kept of single samples
 
 
 @functools.cache
-def standard() -> dict[str, Metric]:
+def standard_metrics() -> dict[str, Metric]:
     """Those of conf/metrics.yaml by name."""
     table: Any = OmegaConf.to_container(OmegaConf.load(Path(conf_dir()) / "metrics.yaml"))
     return {name: build_typed(node) for name, node in table.items()}
 
 
-def measured(name: str, metric: Metric, *given: Any) -> Tensor:
+def compute(name: str, metric: Metric, *given: Any) -> Tensor:
     """What a metric gives (N,) in float64 on the CPU: one number, or one for each item. Raises UserError where it fails, or gives
     something else."""
-    count = len(given[0]) if metric.of in PASS else 1
+    count = len(given[0]) if metric.kind in PASS else 1
     try:
         values = torch.as_tensor(metric(*given), dtype=torch.float64).cpu()
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise UserError(f"metrics: {name} fails ({type(error).__name__}: {reason(error)}): change its class") from error
-    if values.numel() != count or (metric.of not in PASS and not values.isfinite()):
-        wanted = "one number for each item" if metric.of in PASS else "one finite number"
+    if values.numel() != count or (metric.kind not in PASS and not values.isfinite()):
+        wanted = "one number for each item" if metric.kind in PASS else "one finite number"
         what = values.item() if values.numel() == 1 else f"numbers of shape {list(values.shape)}"
-        raise UserError(f"metrics: {name} gives {what}, and {metric.of} need {wanted}: change its class")
+        raise UserError(f"metrics: {name} gives {what}, and {metric.kind} need {wanted}: change its class")
     return values.reshape(count)
 
 
-def own_facts(name: str, metric: Metric) -> dict[str, Any]:
+def custom_facts(name: str, metric: Metric) -> dict[str, Any]:
     """What decides a metric that is not the standard one of that name; nothing for one that is."""
-    return {} if standard().get(name) is metric else metric.facts()
+    return {} if standard_metrics().get(name) is metric else metric.facts()
 
 
-def possible(metric: Metric, loaded: Loaded, data: Data, method: Any = None) -> bool:
+def can_compute(metric: Metric, loaded: Loaded, data: Data, method: Any = None) -> bool:
     """Whether a model can have a metric; `data` are images, if it makes any, and `method` a likelihood that is not its own."""
     given = {
         "likelihoods": isinstance(loaded.model, Scorable) or method is not None,
         "reconstructions": isinstance(loaded.model, Reconstructing),
     }
-    return given.get(metric.of, data.modality.compared == metric.of) and metric.suits(loaded, data)
+    return given.get(metric.kind, data.modality.comparison == metric.kind) and metric.suits(loaded, data)
 
 
 @dataclass
@@ -240,13 +240,13 @@ class Plan:
     repeats: int = 5
     seed: int = 0
     batch_size: int = 256
-    extractor: Callable[[Data, Any, str], features.Extractor] = features.judge
+    extractor: Callable[[Data, Any, str], features.Extractor] = features.classifier
     likelihood: dict[str, Any] | None = None
     baselines: bool = True
 
 
 @dataclass
-class Checked:
+class CheckedPlan:
     """A plan that can be carried out.
 
     Args:

@@ -18,10 +18,10 @@ from genai.cli import stored_config
 from genai.core import files, rng
 from genai.core.errors import UserError, at_least
 from genai.data.base import Data
-from genai.data.pixels import images_behind
+from genai.data.pixels import underlying_images
 from genai.evaluation import cards, likelihood, samples
-from genai.evaluation.baselines.beside import beside
-from genai.evaluation.metrics import KINDS, PASS, READ, Checked, Metric, Plan, possible, standard
+from genai.evaluation.baselines.reference import reference_scores
+from genai.evaluation.metrics import KINDS, PASS, READ, CheckedPlan, Metric, Plan, can_compute, standard_metrics
 from genai.modalities.stored import difference, nodes_of
 
 WANDB = "genai.train.trackers.wandb"
@@ -36,7 +36,7 @@ def run(cfg: Any) -> dict[str, Any]:
         build_metrics(cfg.metrics), cfg.split, cfg.n, cfg.repeats, cfg.seed, cfg.batch_size,
         build_typed(OmegaConf.to_container(cfg.extractor)), method, cfg.baselines,
     )  # fmt: skip
-    with checkpoint.blamed(loaded):
+    with checkpoint.explain_errors(loaded):
         facts, found = evaluate(loaded, data_of(loaded, cfg.root), plan)
     if facts:
         facts |= {"seed": cfg.seed, "weights": cfg.weights, "step": loaded.step, "checkpoint": str(loaded.path)}
@@ -62,7 +62,7 @@ def build_metrics(value: Any) -> list[str | dict[str, Metric]] | None:
     ]
 
 
-def tracked(found: Sequence[dict[str, Any]]) -> Path | None:
+def tracked_run(found: Sequence[dict[str, Any]]) -> Path | None:
     """The run that cards are of, if it was tracked by W&B."""
     for card in found[:1]:
         config = folder_of(Path(card["checkpoint"])) / "config.yaml"
@@ -72,27 +72,31 @@ def tracked(found: Sequence[dict[str, Any]]) -> Path | None:
     return None
 
 
-def check(loaded: Loaded, data: Data, plan: Plan) -> Checked:
+def check(loaded: Loaded, data: Data, plan: Plan) -> CheckedPlan:
     """Everything that can be said before anything is measured. Raises UserError for what cannot be."""
-    images, node = images_behind(data, loaded.config["data"])
+    images, node = underlying_images(data, loaded.config["data"])
     for key, least in {"repeats": 1, "seed": 0, "batch_size": 1}.items():
         at_least(getattr(plan, key), least, key)
     if plan.split not in data.splits:
         raise UserError(f"split={plan.split} is none of {', '.join(data.splits)}")
     size = len(data.splits[plan.split])
     n = size if plan.n is None else at_least(plan.n, 1, "n")
-    can = {name: metric for name, metric in standard().items() if possible(metric, loaded, images, plan.likelihood)}
+    can = {
+        name: metric
+        for name, metric in standard_metrics().items()
+        if can_compute(metric, loaded, images, plan.likelihood)
+    }
     if plan.metrics is None:
-        wanted = {name: metric for name, metric in can.items() if metric.of in PASS}
+        wanted = {name: metric for name, metric in can.items() if metric.kind in PASS}
     else:
         wanted = {name: metric for entry in plan.metrics for name, metric in resolve(entry).items()}
     for name, metric in wanted.items():
-        if metric is None or not possible(metric, loaded, images, plan.likelihood):
+        if metric is None or not can_compute(metric, loaded, images, plan.likelihood):
             what = "is no metric" if metric is None else "is none that this model can have"
             raise UserError(f"metrics={list(wanted)}: {name} {what}; it can have {', '.join(can)}")
-    passes = {name: metric for name, metric in wanted.items() if metric.of in PASS}
-    sampled = {name: metric for name, metric in wanted.items() if metric.of not in PASS}
-    featured = images.modality.compared == "samples"
+    passes = {name: metric for name, metric in wanted.items() if metric.kind in PASS}
+    sampled = {name: metric for name, metric in wanted.items() if metric.kind not in PASS}
+    featured = images.modality.comparison == "samples"
     if n > size and (featured or passes):
         raise UserError(f"n={n} is more than the {size} items of split={plan.split}: give at most those")
     if plan.likelihood is not None and not passes:
@@ -106,13 +110,13 @@ def check(loaded: Loaded, data: Data, plan: Plan) -> Checked:
         at_least(n, 2, "n")
         extractor = plan.extractor(images, node, str(loaded.device))
         samples.check_extractor(extractor, images, plan.split, sampled)
-    return Checked(plan, images, node, n, can, wanted, passes, sampled, extractor)
+    return CheckedPlan(plan, images, node, n, can, wanted, passes, sampled, extractor)
 
 
 def resolve(entry: str | Mapping[str, Metric]) -> dict[str, Any]:
     """One of metrics= as {name: metric}; None for a name that conf/metrics.yaml lacks. Raises UserError for what is no metric."""
     if isinstance(entry, str):
-        return {entry: standard().get(entry)}
+        return {entry: standard_metrics().get(entry)}
     for name, metric in entry.items():
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise UserError(f"metrics: {name!r} names a file of cards/: give letters, digits, and _ . - within")
@@ -120,7 +124,9 @@ def resolve(entry: str | Mapping[str, Metric]) -> dict[str, Any]:
             raise UserError(
                 f"metrics: {name} is a {type(metric).__name__}: give the node of a genai.evaluation.metrics.Metric"
             )
-        for key, allowed in {"of": KINDS, "better": ("lower", "higher"), "reads": READ}.items():
+        if hasattr(metric, "of"):
+            raise UserError(f"metrics: {name} has the attribute of, which is called kind now: rename it in its class")
+        for key, allowed in {"kind": KINDS, "better": ("lower", "higher"), "reads": READ}.items():
             value = getattr(metric, key)
             if not {*([value] if isinstance(value, str) else value)} <= {*allowed}:
                 raise UserError(f"metrics: {key}={value} of {name} is none of {', '.join(allowed)}: change its class")
@@ -138,15 +144,15 @@ def evaluate(loaded: Loaded, data: Data, plan: Plan) -> tuple[dict[str, Any], li
     if checked.passes or plan.metrics is None:
         facts, found = _pass(loaded, data, checked)
     if checked.extractor is not None:
-        found += samples.of_samples(loaded, checked, checked.extractor, folder / "cards")
+        found += samples.sample_cards(loaded, checked, checked.extractor, folder / "cards")
     elif checked.sampled:
-        found += samples.of_texts(loaded, checked)
+        found += samples.text_cards(loaded, checked)
     found = [card | {"seed": plan.seed, "checkpoint": str(loaded.path), "step": loaded.step} for card in found]
     cards.write(found, folder)
     return facts, sorted(found, key=lambda card: [*checked.wanted].index(card["metric"]))
 
 
-def _pass(loaded: Loaded, data: Data, checked: Checked) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _pass(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Facts and cards of one pass over the first n items of the split."""
     plan, images, n, metrics = checked.plan, checked.images, checked.n, checked.passes
     facts, means = likelihood.run(loaded, data, checked)
@@ -156,7 +162,7 @@ def _pass(loaded: Loaded, data: Data, checked: Checked) -> tuple[dict[str, Any],
     whole = not images.modality.windowed or n == len(data.splits[plan.split])  # an n-gram scores a text whole
     others = {}
     if plan.baselines and whole and levels == data.values:
-        others = beside(images, metrics, plan.split, n, numbers=latents)
+        others = reference_scores(images, metrics, plan.split, n, latent_dim=latents)
     protocol = {"n": n, "split": plan.split, **cards.data_facts(checked), "levels": levels}
     protocol["dtype"] = loaded.dtype
     protocol |= {key: facts[key] for key in ("context", "context_overlap", "given", "likelihood") if key in facts}
@@ -166,7 +172,7 @@ def _pass(loaded: Loaded, data: Data, checked: Checked) -> tuple[dict[str, Any],
     ]
     objective = getattr(model, "objective", None)
     for card in found:
-        if metrics[card["metric"]].of == "likelihoods" and card["beats_baseline"] is False and objective is not None:
+        if metrics[card["metric"]].kind == "likelihoods" and card["beats_baseline"] is False and objective is not None:
             what, figure = min(card["baselines"].items(), key=lambda item: item[1])
             facts["why"] = card["why"] = f"no better than a {what} ({figure:.3f}): {objective}"
     return {**facts, "split": plan.split, "n": n}, found

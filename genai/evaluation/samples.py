@@ -14,13 +14,13 @@ from genai.checkpoint import Loaded
 from genai.checkpoint.build import reason
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
-from genai.data.base import Data, part, random_order
+from genai.data.base import Data, first_items, random_order
 from genai.data.stream import batches
-from genai.evaluation.baselines.beside import beside
+from genai.evaluation.baselines.reference import reference_scores
 from genai.evaluation.cards import card, data_facts
 from genai.evaluation.clock import Clock
-from genai.evaluation.features import Extractor, Seen, see
-from genai.evaluation.metrics import Checked, Metric, Sets, Texts, measured
+from genai.evaluation.features import Extractor, FeatureSet, extract_features
+from genai.evaluation.metrics import CheckedPlan, GeneratedTexts, Metric, RealFakePair, compute
 from genai.metrics.intervals import over_seeds
 from genai.metrics.memorisation import memorisation
 from genai.modalities.base import save
@@ -30,7 +30,7 @@ FIRST = 16  # samples that an estimate of the time is made from
 CHARACTERS = 10_000_000  # of training text that copies are looked for in
 
 
-def drawn(loaded: Loaded, n: int, seed: int, batch_size: int, clock: Clock) -> Iterator[Batch]:
+def sample_batches(loaded: Loaded, n: int, seed: int, batch_size: int, clock: Clock) -> Iterator[Batch]:
     """n samples, the classes in turn, batch by batch; the first batch of all is small."""
     told: Any = loaded.conditions.get("label")
     starts = [0, *range(min(batch_size if clock.done else FIRST, n), n, batch_size), n]
@@ -50,33 +50,35 @@ def check_extractor(extractor: Extractor, data: Data, split: str, metrics: Mappi
             f"the extractor fails on an image {list(image.shape)} ({reason(error)}): choose another network, extractor.net="
         ) from error
     for name, metric in metrics.items():
-        if metric.of_labels and not extractor.labels:
-            raise UserError(f"metrics: {name} needs extractor=judge: choose that, or leave it out")
+        if metric.uses_labels and not extractor.labels:
+            raise UserError(f"metrics: {name} needs extractor=classifier: choose that, or leave it out")
         if "probabilities" in metric.reads and logits is None:
-            raise UserError(f"metrics: {name} needs extractor=judge or inception: choose one of these, or leave it out")
+            raise UserError(
+                f"metrics: {name} needs extractor=classifier or inception: choose one of these, or leave it out"
+            )
 
 
-def of_samples(loaded: Loaded, checked: Checked, extractor: Extractor, folder: Path) -> list[dict[str, Any]]:
+def sample_cards(loaded: Loaded, checked: CheckedPlan, extractor: Extractor, folder: Path) -> list[dict[str, Any]]:
     """Cards by metric of `repeats` sets of n samples beside the items of a split, and the nearest pairs to look at."""
     plan, data, n, metrics = checked.plan, checked.images, checked.n, checked.sampled
     split = plan.split
     reads = {name for metric in metrics.values() for name in metric.reads}
     whole = data.splits[split]
-    real = see(random_order(whole) if split == "train" else whole, data.field, extractor, reads)
+    real = extract_features(random_order(whole) if split == "train" else whole, data.field, extractor, reads)
     clock, values, first = Clock(n * plan.repeats, "samples"), {name: [] for name in metrics}, []
     for k in range(plan.repeats):
-        fake = Seen(extractor, reads)
-        for batch in drawn(loaded, n, plan.seed + k * n, plan.batch_size, clock):
-            x = data.modality.on_levels(batch[data.field], data.levels)
+        fake = FeatureSet(extractor, reads)
+        for batch in sample_batches(loaded, n, plan.seed + k * n, plan.batch_size, clock):
+            x = data.modality.quantize(batch[data.field], data.levels)
             fake.add(x, batch.get("label"))
             if k == 0 and sum(map(len, first)) < LOOKED_AT:
                 first.append(x)
-        sets = Sets(real, fake)
+        sets = RealFakePair(real, fake)
         for name, metric in metrics.items():
-            values[name].append(measured(name, metric, sets).item())
+            values[name].append(compute(name, metric, sets).item())
     clock.stop()
     floor, floors = _floors(data, metrics, split, n, real)
-    others = beside(data, metrics, split, n, real) if plan.baselines else {}
+    others = reference_scores(data, metrics, split, n, real) if plan.baselines else {}
     facts = {
         "protocol": {
             "n": n, "split": split, "real": real.moments.n, "repeats": plan.repeats, **data_facts(checked),
@@ -92,15 +94,17 @@ def of_samples(loaded: Loaded, checked: Checked, extractor: Extractor, folder: P
 
 
 def _floors(
-    data: Data, metrics: Mapping[str, Metric], split: str, n: int, real: Seen
+    data: Data, metrics: Mapping[str, Metric], split: str, n: int, real: FeatureSet
 ) -> tuple[str | None, dict[str, float]]:
     """What n items of another split score against those of this one, and which has as many; one that a judge did not learn
     from comes first."""
     for other in ("val", "test", "train"):
         if other != split and other in data.splits and len(data.splits[other]) >= n:
-            sets = Sets(real, see(part(data, other, n), data.field, real.extractor, real.parts))
+            sets = RealFakePair(
+                real, extract_features(first_items(data, other, n), data.field, real.extractor, real.parts)
+            )
             return other, {
-                name: measured(name, metric, sets).item() for name, metric in metrics.items() if not metric.of_labels
+                name: compute(name, metric, sets).item() for name, metric in metrics.items() if not metric.uses_labels
             }
     return None, {}
 
@@ -121,7 +125,7 @@ def _copies(data: Data, samples: Tensor, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def of_texts(loaded: Loaded, checked: Checked) -> list[dict[str, Any]]:
+def text_cards(loaded: Loaded, checked: CheckedPlan) -> list[dict[str, Any]]:
     """Cards by metric of `repeats` sets of n texts; their floor is what as many as long pieces of the split have."""
     plan, n, metrics = checked.plan, checked.n, checked.sampled
     data: Any = checked.images
@@ -130,17 +134,17 @@ def of_texts(loaded: Loaded, checked: Checked) -> list[dict[str, Any]]:
     clock, values = Clock(n * plan.repeats, "texts"), {name: [] for name in metrics}
     longest = 1
     for k in range(plan.repeats):
-        parts = drawn(loaded, n, plan.seed + k * n, plan.batch_size, clock)
+        parts = sample_batches(loaded, n, plan.seed + k * n, plan.batch_size, clock)
         made = [text for batch in parts for text in data.modality.preview(batch)]
         longest = max(longest, *map(len, made))
         for name, metric in metrics.items():
-            values[name].append(measured(name, metric, Texts(made, train)).item())
+            values[name].append(compute(name, metric, GeneratedTexts(made, train)).item())
     clock.stop()
     whole = _text(data, split, n * longest)
     length = len(whole) // n
-    pieces = Texts([whole[i * length : (i + 1) * length] for i in range(n)], train)
+    pieces = GeneratedTexts([whole[i * length : (i + 1) * length] for i in range(n)], train)
     floors = (
-        {} if split == "train" else {name: measured(name, metric, pieces).item() for name, metric in metrics.items()}
+        {} if split == "train" else {name: compute(name, metric, pieces).item() for name, metric in metrics.items()}
     )
     facts = {
         "protocol": {

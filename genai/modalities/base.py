@@ -23,7 +23,7 @@ Texts = list[str]
 Request = Mapping[str, Any]
 """What was typed, by key: `label`, `prompt`, `negative_prompt`, `stop`; None, or no such key, where nothing was."""
 
-SHOWN = 400  # samples of one picture in a file
+MAX_SHOWN = 400  # samples of one picture in a file
 
 
 class Modality:
@@ -40,7 +40,7 @@ class Modality:
     """What two data sets must share for weights of one to mean the same on the other, in words."""
     likelihoods: tuple[str, ...] = ("bits_per_dim",)
     """The metrics that a likelihood is given in."""
-    compared: str | None = "samples"
+    comparison: str | None = "samples"
     """How sets of samples are measured: "samples", by features; "texts", by their words; None, not at all."""
     windowed = False
     """Whether an item is a window of one long sequence, cut as long as a run chooses, with a likelihood for each token."""
@@ -78,17 +78,21 @@ class Modality:
         """Write samples with their `seeds` and, if they have any, `label`s; returns the names of the files that hold all of
         them. `names` are for files of single samples."""
         folder.mkdir(parents=True, exist_ok=True)
-        first = {name: value[:SHOWN] for name, value in batch.items()}
+        first = {name: value[:MAX_SHOWN] for name, value in batch.items()}
         shown = save(self.preview(first, columns), folder / "grid")
         found = {"samples": self.to_file(batch[self.field]), "seeds": batch["seeds"], "labels": batch.get("label")}
         arrays: dict[str, Any] = {name: value.cpu().numpy() for name, value in found.items() if value is not None}
         np.savez(folder / "samples.npz", rng_version=RNG_VERSION, **arrays)
-        return [shown.name, "samples.npz", *(self.film(folder, batch["frames"], columns) if "frames" in batch else ())]
+        return [
+            shown.name,
+            "samples.npz",
+            *(self.write_frames(folder, batch["frames"], columns) if "frames" in batch else ()),
+        ]
 
-    def film(self, folder: Path, frames: Tensor, columns: int | None = None) -> list[str]:
+    def write_frames(self, folder: Path, frames: Tensor, columns: int | None = None) -> list[str]:
         """Write the states (N, K, ...) of samples from noise to data, as path.gif, which moves, and as path.png, a row for each
         sample, or of the first sample as path.txt where a modality shows texts; returns the names of the files."""
-        shown: list[Any] = [self.preview({self.field: states[:SHOWN]}, columns) for states in frames.unbind(1)]
+        shown: list[Any] = [self.preview({self.field: states[:MAX_SHOWN]}, columns) for states in frames.unbind(1)]
         if isinstance(shown[0], list):
             return [save([texts[0] for texts in shown], folder / "path").name]
         first, *others = map(to_pil, shown)
@@ -119,7 +123,7 @@ class Modality:
         """Samples as files keep them."""
         return x
 
-    def on_levels(self, x: Tensor, levels: int | None) -> Tensor:
+    def quantize(self, x: Tensor, levels: int | None) -> Tensor:
         """Samples on the levels of their data, as features see both."""
         return x
 
@@ -148,7 +152,7 @@ def to_pil(picture: Picture) -> Any:
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
-def repeated(given: Any, n: int, key: str) -> list[str]:
+def repeat_strings(given: Any, n: int, key: str) -> list[str]:
     """One string, or a list of them again and again, n in all. Raises UserError for none."""
     texts = [str(t) for t in (given if isinstance(given, list | tuple) else [given])]
     if not texts:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import PAD, Batch
-from genai.modalities.base import Modality, Request, Texts, repeated
+from genai.modalities.base import Modality, Request, Texts, repeat_strings
 
 LONGEST = 2**20  # bytes of one
 
@@ -22,7 +22,7 @@ class Caption(Modality):
         length: bytes of the longest.
     """
 
-    field, keys, meaning, compared = "caption", ("prompt", "negative_prompt"), "caption's length", None
+    field, keys, meaning, comparison = "caption", ("prompt", "negative_prompt"), "caption's length", None
 
     def __init__(self, length: int):
         if at_least(length, 1, "length of a caption") > LONGEST:
@@ -44,7 +44,7 @@ class Caption(Modality):
             )
         given = {"caption": ("prompt", prompt), "negative": ("negative_prompt", negative)}
         return {
-            name: encode(repeated(text, n, key), self.length, "data.length of this model")
+            name: encode(repeat_strings(text, n, key), self.length, "data.length of this model")
             for name, (key, text) in given.items() if text is not None
         }  # fmt: skip
 
@@ -54,7 +54,7 @@ class Caption(Modality):
     def note(self, folder: Path, names: list[str], request: Request) -> None:
         """captions.jsonl of images, as `data.captions.Captioned` reads it."""
         if request.get("prompt") is not None:
-            texts = repeated(request["prompt"], len(names), "prompt")
+            texts = repeat_strings(request["prompt"], len(names), "prompt")
             pairs = zip(names, texts, strict=True)
             lines = (json.dumps({"file_name": f"{name}.png", "text": text}) for name, text in pairs)
             (folder / "captions.jsonl").write_text("\n".join(lines) + "\n")

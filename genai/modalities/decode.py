@@ -12,12 +12,12 @@ from genai.core.errors import UserError
 
 # Of an image whose pixels' bytes are over 200 times its file's: no picture compresses so.
 FLAT_PIXELS, FLAT = 10_000_000, 200
-LARGEST = 2**28  # pixels of one image that are decoded, 0.8 GB in RGB
+MAX_PIXELS = 2**28  # pixels of one image that are decoded, 0.8 GB in RGB
 ORIENTATION = 0x0112  # the EXIF tag that says how the camera was held; 5 to 8 swap height and width
 GAP = 2.0  # times the wanted size a JPEG is decoded to at least, so that the filter after it decides the pixels
 
 
-class Reading(NamedTuple):
+class DecodeOptions(NamedTuple):
     """How a file becomes pixels of 8 bits.
 
     channels: 1 or 3.
@@ -33,10 +33,10 @@ class Reading(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(file: IO[bytes], where: Path | str, size: int, large: bool = True) -> Iterator[Any]:
+def open_image(file: IO[bytes], where: Path | str, size: int, large: bool = True) -> Iterator[Any]:
     """Open an image file of `size` bytes with Pillow, its pixels not decoded yet; `large` lifts Pillow's own limit.
 
-    Raises UserError for one that would unpack to far more than pictures do, ValueError for one of over `LARGEST` pixels.
+    Raises UserError for one that would unpack to far more than pictures do, ValueError for one of over `MAX_PIXELS` pixels.
     """
     from PIL import Image
 
@@ -52,10 +52,10 @@ def opened(file: IO[bytes], where: Path | str, size: int, large: bool = True) ->
 
 
 def check_pixels(image: Any, where: Path | str, size: int) -> None:
-    """Raises as `opened` does."""
+    """Raises as `open_image` does."""
     pixels = image.width * image.height
-    if pixels > LARGEST:
-        raise ValueError(f"has {image.width} x {image.height} pixels, and at most {LARGEST:,} are decoded")
+    if pixels > MAX_PIXELS:
+        raise ValueError(f"has {image.width} x {image.height} pixels, and at most {MAX_PIXELS:,} are decoded")
     if pixels > FLAT_PIXELS and pixels * len(image.getbands()) > FLAT * size:
         raise UserError(
             f"{where} has {image.width} x {image.height} pixels in a file of {size:,} bytes, as no picture does: "
@@ -63,7 +63,7 @@ def check_pixels(image: Any, where: Path | str, size: int) -> None:
         )
 
 
-def sideways(image: Any) -> bool:
+def is_sideways(image: Any) -> bool:
     """Whether EXIF says that height and width change places."""
     return "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= 5
 
@@ -94,7 +94,7 @@ def extremes(image: Any) -> tuple[float, float]:
 
 
 def decode(
-    content: bytes, where: Path | str, reading: Reading, size: tuple[int, int], crop: bool
+    content: bytes, where: Path | str, reading: DecodeOptions, size: tuple[int, int], crop: bool
 ) -> tuple[Any, tuple[int, int]]:
     """An upright Pillow image, L for 1 channel, RGB for 3, from the bytes of a file, for the largest part with the proportions
     of `size` (H, W), or without `crop` all of it, to be resized to that; and how large (W, H) the file says it is.
@@ -103,8 +103,8 @@ def decode(
     """
     from PIL import Image, ImageOps
 
-    with opened(BytesIO(content), where, len(content)) as image:
-        w, h = (image.height, image.width) if sideways(image) else image.size
+    with open_image(BytesIO(content), where, len(content)) as image:
+        w, h = (image.height, image.width) if is_sideways(image) else image.size
         if reading.draft:
             box = crop_box(w, h, size[1] / size[0], 0, 0) if crop else (0, 0, w, h)
             _reduce(image, reading.channels, min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]))
@@ -121,10 +121,10 @@ def decode(
         return image.convert("L" if reading.channels == 1 else "RGB"), (w, h)
 
 
-def resized(
+def decode_at_size(
     content: bytes,
     where: Path | str,
-    reading: Reading,
+    reading: DecodeOptions,
     size: tuple[int, int],
     crop: bool = True,
     u: float = 0.5,

@@ -10,7 +10,7 @@ from torch import Tensor
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
 from genai.modalities.base import Modality, Picture, Request, to_pil
-from genai.modalities.decode import Reading, resized
+from genai.modalities.decode import DecodeOptions, decode_at_size
 
 
 class Image(Modality):
@@ -40,7 +40,7 @@ class Image(Modality):
         found = []
         for file in files:
             try:
-                found.append(resized(file.read_bytes(), file, Reading(shape[0]), (shape[1], shape[2])))
+                found.append(decode_at_size(file.read_bytes(), file, DecodeOptions(shape[0]), (shape[1], shape[2])))
             except (OSError, ValueError, SyntaxError) as error:  # the last is Pillow's of a broken PNG
                 why = getattr(error, "strerror", None) or " ".join(str(error).split()).partition(" <_io.")[0]
                 raise UserError(f"{key}={file} cannot be read as an image ({why}): name another") from error
@@ -49,8 +49,8 @@ class Image(Modality):
     def to_file(self, x: Tensor) -> Tensor:
         return to_uint8(x)
 
-    def on_levels(self, x: Tensor, levels: int | None) -> Tensor:
-        return rounded(x, levels)
+    def quantize(self, x: Tensor, levels: int | None) -> Tensor:
+        return quantize(x, levels)
 
     def features(self, x: Tensor) -> None:
         return None
@@ -66,7 +66,7 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def rounded(x: Tensor, levels: int | None) -> Tensor:
+def quantize(x: Tensor, levels: int | None) -> Tensor:
     """Images in [-1, 1] on the data's grey levels, 256 where it says none."""
     half = ((levels or 256) - 1) / 2
     return ((x.clamp(-1, 1) + 1) * half).round() / half - 1

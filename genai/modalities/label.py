@@ -19,7 +19,7 @@ class Label(Modality):
         names: of each, None where they have none.
     """
 
-    field, keys, meaning, compared = "label", ("label",), "list of classes", None
+    field, keys, meaning, comparison = "label", ("label",), "list of classes", None
 
     def __init__(self, classes: int, names: Sequence[str] | None = None):
         at_least(classes, 1, "classes of labels")

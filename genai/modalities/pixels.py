@@ -26,7 +26,7 @@ class Pixels(Modality):
     Raises UserError for what no image has.
     """
 
-    field, meaning, compared = "tokens", "pixels", None
+    field, meaning, comparison = "tokens", "pixels", None
 
     def __init__(self, shape: Sequence[int], levels: int):
         if not (isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and 0 < n <= MOST for n in shape)):

@@ -25,19 +25,19 @@ def nodes_of(output: Modality, conditions: Mapping[str, Modality]) -> Node:
     return {"output": node_of(output), "conditions": {name: node_of(m) for name, m in conditions.items()}}
 
 
-def of_field(field: str) -> Modality:
+def modality_of_field(field: str) -> Modality:
     """Of data that do not say: images under their usual name, else numbers."""
     return (Image if field == "image" else Vector)(field)
 
 
-def of_older(assets: Node, config: Node, null: Batch) -> Node:
+def legacy_nodes(assets: Node, config: Node, null: Batch) -> Node:
     """`modalities` of a checkpoint that kept none: what its `assets`, its config and its model's null conditions meant."""
     conditions: dict[str, Modality] = {}
     if "caption" in null:
         conditions["caption"] = Caption(len(null["caption"]))
     if (classes := config["model"].get("classes")) is not None:
         conditions["label"] = Label(classes, assets.get("class_names"))
-    older = nodes_of(of_field(config["data"].get("field", "image")), conditions)
+    older = nodes_of(modality_of_field(config["data"].get("field", "image")), conditions)
     if "tokenizer" in assets:
         older["output"] = _node(Text, {"tokenizer": assets["tokenizer"]})
     elif "pixels" in assets:

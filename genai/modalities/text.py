@@ -15,7 +15,7 @@ from genai.core.errors import UserError
 from genai.core.protocols import Batch, OnStep
 from genai.core.rng import RNG_VERSION
 from genai.modalities import tokenizers
-from genai.modalities.base import Modality, Request, Texts, repeated
+from genai.modalities.base import Modality, Request, Texts, repeat_strings
 from genai.modalities.tokenizers import Tokenizer
 
 
@@ -23,7 +23,7 @@ class Text(Modality):
     """The token ids of texts, int64 (B, T), each up to its `length` (B,) where there is one."""
 
     field, keys, meaning = "tokens", ("prompt", "stop"), "vocabulary"
-    compared, windowed, likelihoods = "texts", True, ("nats_per_token", "bits_per_character")
+    comparison, windowed, likelihoods = "texts", True, ("nats_per_token", "bits_per_character")
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -41,7 +41,7 @@ class Text(Modality):
         """The prompts, a text's beginning where there are none, as `prompts` says; by `stop`, a text of one token, the id
         that ends a sample."""
         prompt, stop = (request.get(key) for key in self.keys)
-        cond = prompts(self.tokenizer, repeated("" if prompt is None else prompt, n, "prompt"))
+        cond = encode_prompts(self.tokenizer, repeat_strings("" if prompt is None else prompt, n, "prompt"))
         if stop is not None:
             if not isinstance(stop, str | int | float):
                 raise UserError(f"stop={stop} must be one text of one token")
@@ -104,7 +104,7 @@ class Text(Modality):
         print()
 
 
-def prompts(tokenizer: Tokenizer, given: Sequence[str]) -> Batch:
+def encode_prompts(tokenizer: Tokenizer, given: Sequence[str]) -> Batch:
     """Conditions of a text sampler: tokens int64 (B, T), prompts of different length padded on the left, `pad` (B,)
     how much, `lead` (B,) how many ids before the prompt's own begin a text, and, where documents end, `stop` (B,), the id that
     ends a sample.

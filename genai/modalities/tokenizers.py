@@ -41,7 +41,7 @@ class Tokenizer(Protocol):
 class Byte:
     """The 256 bytes of UTF-8: any text of any script, nothing to learn."""
 
-    SPELLED: ClassVar[dict[str, type]] = {}
+    STATE_TYPES: ClassVar[dict[str, type]] = {}
 
     def __init__(self, end: bool = False):
         self.vocab_size, self.end = 256 + end, 256 if end else None
@@ -59,7 +59,7 @@ class Byte:
 class Char:
     """One id for each character of `chars`, a string without repeats in the order of code points."""
 
-    SPELLED: ClassVar[dict[str, type]] = {"chars": str}
+    STATE_TYPES: ClassVar[dict[str, type]] = {"chars": str}
 
     def __init__(self, chars: str, end: bool = False):
         if not chars or any(a >= b for a, b in itertools.pairwise(chars)):
@@ -68,7 +68,7 @@ class Char:
         self.vocab_size, self.end = len(chars) + end, len(chars) if end else None
 
     @classmethod
-    def learned(cls, chunks: Iterable[str], end: bool = False) -> "Char":
+    def learn(cls, chunks: Iterable[str], end: bool = False) -> "Char":
         """Of all characters that occur."""
         seen: set[str] = set()
         for chunk in chunks:
@@ -100,7 +100,7 @@ class BPE:
     Raises UserError for a spec of another kind of tokenizer.
     """
 
-    SPELLED: ClassVar[dict[str, type]] = {"spec": str}
+    STATE_TYPES: ClassVar[dict[str, type]] = {"spec": str}
 
     def __init__(self, spec: str, end: bool = False):
         try:
@@ -118,8 +118,8 @@ class BPE:
         self.vocab_size, self.end = self.words + end, self.words if end else None
 
     @classmethod
-    def learned(cls, chunks: Iterable[str], vocab_size: int, end: bool = False) -> "BPE":
-        """Merges of the most frequent pairs until there are vocab_size ids, the end included; see `sampled`.
+    def learn(cls, chunks: Iterable[str], vocab_size: int, end: bool = False) -> "BPE":
+        """Merges of the most frequent pairs until there are vocab_size ids, the end included; see `subsample`.
 
         Longer words than LEARNED_WORD_BYTES count in parts, so that the time grows as the text does; they are encoded whole.
         """
@@ -162,28 +162,28 @@ def from_state(node: dict[str, Any]) -> Tokenizer:
     kind = {f"{__name__}.{kind.__name__}": kind for kind in (Byte, Char, BPE)}.get(str(target))
     if kind is None:
         raise UserError(f"{target} is no tokenizer of this project")
-    if {name: type(value) for name, value in arguments.items()} != {**kind.SPELLED, "end": bool}:
-        raise UserError(f"a tokenizer {kind.__name__} is described by {', '.join([*kind.SPELLED, 'end'])} alone")
+    if {name: type(value) for name, value in arguments.items()} != {**kind.STATE_TYPES, "end": bool}:
+        raise UserError(f"a tokenizer {kind.__name__} is described by {', '.join([*kind.STATE_TYPES, 'end'])} alone")
     return kind(**arguments)
 
 
-def learned(kind: str, chunks: Iterator[str], size_bytes: int, vocab_size: int | None, end: bool) -> Tokenizer:
+def learn(kind: str, chunks: Iterator[str], size_bytes: int, vocab_size: int | None, end: bool) -> Tokenizer:
     """The tokenizer `kind`, byte, char or bpe, learned from the pieces of a text of about size_bytes."""
     if kind == "bpe":
         least = 256 + end
         if not isinstance(vocab_size, int) or vocab_size < least:
             raise UserError(f"data.vocab_size={vocab_size} must be a whole number, at least {least}, for bpe")
-        return BPE.learned(sampled(chunks, size_bytes), vocab_size, end)
+        return BPE.learn(subsample(chunks, size_bytes), vocab_size, end)
     if vocab_size is not None:
         raise UserError(f"data.vocab_size={vocab_size} is for data.tokenizer=bpe, this is {kind}: leave it out")
     if kind == "byte":
         return Byte(end)
     if kind == "char":
-        return Char.learned(chunks, end)
+        return Char.learn(chunks, end)
     raise UserError(f"data.tokenizer={kind!r} is none of byte, char, bpe")
 
 
-def sampled(chunks: Iterator[str], size_bytes: int, seed: int = 0) -> Iterator[str]:
+def subsample(chunks: Iterator[str], size_bytes: int, seed: int = 0) -> Iterator[str]:
     """The pieces, or a random part of them of about SAMPLE_BYTES, said aloud."""
     if size_bytes <= SAMPLE_BYTES:
         yield from chunks

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from genai.core.errors import UserError
-from genai.ranges.kinds import Choice, Range, shown
+from genai.ranges.kinds import Choice, Range, format_value
 from genai.ranges.table import RANGES, TARGET, TIES
 
 
@@ -26,7 +26,7 @@ def matches(pattern: Sequence[str], key: Sequence[str]) -> bool:
 Rows = dict[str, list[tuple[int, list[str], Any]]]
 
 
-def by_last_part(table: Mapping[str, Any]) -> Rows:
+def index_by_last_part(table: Mapping[str, Any]) -> Rows:
     """The rows of a table of patterns, with their place in it, under the last part of each."""
     found: Rows = {}
     for place, (pattern, said) in enumerate(table.items()):
@@ -35,7 +35,7 @@ def by_last_part(table: Mapping[str, Any]) -> Rows:
     return found
 
 
-def first(rows: Rows, *names: str) -> Any:
+def first_match(rows: Rows, *names: str) -> Any:
     """What the first pattern says that matches a key by its first name, else by the next; None if none does."""
     for key in (name.split(".") for name in names):
         for _, pattern, said in sorted((*rows.get(key[-1], ()), *rows.get("*", ())), key=lambda row: row[0]):
@@ -47,10 +47,10 @@ def first(rows: Rows, *names: str) -> Any:
 @functools.cache
 def range_of(*names: str) -> Any:
     """The row of RANGES for a key under any of its names; None for one that nothing is said of."""
-    return first(ROWS, *names)
+    return first_match(ROWS, *names)
 
 
-ROWS = by_last_part(RANGES)
+ROWS = index_by_last_part(RANGES)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Leaf:
     key: str
     names: tuple[str, ...]
     value: Any
-    taken: bool = False
+    interpolated: bool = False
 
 
 def leaves(cfg: DictConfig, script: str) -> Iterator[Leaf]:
@@ -84,7 +84,7 @@ def leaves(cfg: DictConfig, script: str) -> Iterator[Leaf]:
                     found = OmegaConf.to_container(found)
                 waits = found is None and not key.startswith("data.")  # for what the data will say
                 if not waits and not OmegaConf.is_config(found):
-                    yield Leaf(key, names, found, taken=True)
+                    yield Leaf(key, names, found, interpolated=True)
                 continue
             yield Leaf(key, names, value)
             if isinstance(value, dict):
@@ -107,15 +107,15 @@ def check(cfg: DictConfig, script: str, given: Iterable[Any] = (), before: Itera
     given = list(given)
     typed = {o.key_or_group for o in given}
     for override in given:
-        if override.is_add() and override.key_or_group not in before and not read(cfg, override.key_or_group):
+        if override.is_add() and override.key_or_group not in before and not is_read(cfg, override.key_or_group):
             raise UserError(f"nothing reads {override.input_line.lstrip('+')}: leave it out (--help lists every key)")
     resumed = cfg.get("resume") is not None
-    for leaf in sorted(leaves(cfg, script), key=lambda leaf: leaf.taken):
+    for leaf in sorted(leaves(cfg, script), key=lambda leaf: leaf.interpolated):
         if resumed and leaf.key not in typed:
             continue
         range_ = range_of(*leaf.names)
         if range_ is not None and not range_.holds(leaf.value):
-            raise UserError(f"{leaf.key}={shown(leaf.value)} {sentence(range_, leaf.value)}")
+            raise UserError(f"{leaf.key}={format_value(leaf.value)} {sentence(range_, leaf.value)}")
     for rule in () if resumed else RULES:
         rule(cfg, typed)
 
@@ -123,18 +123,20 @@ def check(cfg: DictConfig, script: str, given: Iterable[Any] = (), before: Itera
 def sentence(range_: Range, value: Any) -> str:
     """What follows "key=value"."""
     if isinstance(range_, Choice) and range_.values != (True, False):
-        return f"is none of {', '.join(map(shown, range_.values))}{', null' if range_.null else ''}"
+        return f"is none of {', '.join(map(format_value, range_.values))}{', null' if range_.null else ''}"
     return f"must be {range_}"
 
 
-def read(cfg: DictConfig, key: str) -> bool:
+def is_read(cfg: DictConfig, key: str) -> bool:
     """Whether a key that is added has a reader: a constructor, a table of baselines, the callbacks, or a value that refers to
     it."""
     head, *rest = key.split(".")[:-1] or [""]
     paths = [".".join([head, *rest[:i]]) for i in range(len(rest) + 1)]
     if any(OmegaConf.is_dict(node := OmegaConf.select(cfg, path)) and "_target_" in node for path in paths if path):
         return True
-    return (head in ("callbacks", "rows", "beside") and head in cfg) or f"${{{key}" in str(OmegaConf.to_container(cfg))
+    return (head in ("callbacks", "rows", "reference") and head in cfg) or f"${{{key}" in str(
+        OmegaConf.to_container(cfg)
+    )
 
 
 # What keys must keep between them
@@ -186,10 +188,10 @@ def _at(cfg: DictConfig, key: str) -> Any:
     return OmegaConf.to_container(value) if OmegaConf.is_list(value) else value
 
 
-TIED = by_last_part(TIES)
+TIED = index_by_last_part(TIES)
 
 
-def agree(cfg: DictConfig) -> None:
+def check_agreement(cfg: DictConfig) -> None:
     """Raise UserError for a fact of the data, or of the model, that one of its parts was told otherwise.
 
     What the data has yet to say is null in `data` and passes; run once more when it has. A model may leave classes out.
@@ -197,7 +199,7 @@ def agree(cfg: DictConfig) -> None:
     for leaf in leaves(cfg, "train"):
         if not leaf.key.startswith(("model.", "codec.")):
             continue
-        sources = first(TIED, *leaf.names) or ()
+        sources = first_match(TIED, *leaf.names) or ()
         source = next((s for s in sources if OmegaConf.select(cfg, s.partition("[")[0]) is not None), None)
         if leaf.key == "model.classes" and leaf.value is None:
             continue
@@ -205,13 +207,13 @@ def agree(cfg: DictConfig) -> None:
             source = "model.classes"
         if source is not None and leaf.value != (wanted := _at(cfg, source)):
             raise UserError(
-                f"{leaf.key}={shown(leaf.value)} must be what {source} is, {shown(wanted)}: give both the same"
+                f"{leaf.key}={format_value(leaf.value)} must be what {source} is, {format_value(wanted)}: give both the same"
             )
 
 
 def _parts(cfg: DictConfig, typed: set[str]) -> None:
     if OmegaConf.is_dict(cfg.get("model")) and OmegaConf.is_dict(cfg.get("data")):
-        agree(cfg)
+        check_agreement(cfg)
 
 
 RULES: tuple[Callable[[DictConfig, set[str]], None], ...] = (_schedule, _average, _ends, _parts)

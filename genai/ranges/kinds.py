@@ -18,12 +18,12 @@ class Range(Protocol):
         ...
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as the command line writes it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
-        return f"[{', '.join(map(shown, value))}]"
+        return f"[{', '.join(map(format_value, value))}]"
     text = f"{value:g}" if isinstance(value, int) and abs(value) > 2**64 else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -78,7 +78,7 @@ class Choice:
         return any(type(value) is type(one) and value == one for one in self.values)
 
     def __str__(self) -> str:
-        return " or ".join([", ".join(map(shown, self.values)), *(["null"] if self.null else [])])
+        return " or ".join([", ".join(map(format_value, self.values)), *(["null"] if self.null else [])])
 
 
 @dataclass(frozen=True)

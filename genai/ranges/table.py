@@ -47,8 +47,8 @@ RANGES: dict[str, Any] = {
     # tables of baselines
     "rows": Group(),
     "rows.*": Many(Row(), 0),
-    "beside": Group(),
-    "beside.*": Many(Row(), 0),
+    "reference": Group(),
+    "reference.*": Many(Row(), 0),
     # the run
     "name": Text("a name", null=True),
     "max_steps": STEPS,
@@ -279,7 +279,7 @@ RANGES: dict[str, Any] = {
     "model.**.residual": FLAG,
     # samplers
     "sampler": Node(),
-    "shown": Node(),
+    "preview": Node(),
     "*.solver": Node(),
     "sample:steps": whole(1, 10**6, "steps", null=True),
     "*.steps": whole(1, 10**6, "steps"),
@@ -346,7 +346,7 @@ RANGES: dict[str, Any] = {
     "extractor.net": Node(null=True),
     "extractor.weights": PATH,
     "fit": Many(SPLIT, 1, 3, null=True),
-    "judge": Choice(("network",), null=True),
+    "features": Choice(("classifier",), null=True),
     "baseline": Node(null=True),
     "PCA:components": whole(0, 10**6),
     "pca:components": whole(0, 10**6),

@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from genai.cli import arguments, composed, fail, nearest, parsed_override, quoted, resumed
 from genai.core import files
 from genai.core.errors import UserError
-from genai.sweeps.compares import Comparison
-from genai.sweeps.jobs import Job, Runner, locked
+from genai.sweeps.comparison import Comparison
+from genai.sweeps.jobs import Job, Runner, hold_lock
 from genai.sweeps.search import Basic, Optuna, Settings, clean, literal
 from genai.sweeps.summary import summarise
 
@@ -99,7 +99,7 @@ class JournalSweeper(Sweeper):
             held = (folder / ".lock").open("ab")
         with held as lock:
             try:
-                with locked(lock, None):
+                with hold_lock(lock, None):
                     unfinished = search.run(folder, lambda jobs: self.launch(folder, settings.metric, jobs))
                     summarise(folder, settings, unfinished)
             except BlockingIOError as error:

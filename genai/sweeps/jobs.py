@@ -46,18 +46,21 @@ class Runner:
         # The log is the lock: the job inherits it, so that one that outlives its sweep still holds it.
         with (
             (self.folder / f"{job.key}.log").open("ab") as log,
-            locked(log, f"{job.key} is still running: waiting for it"),
+            hold_lock(log, f"{job.key} is still running: waiting for it"),
         ):
             if journal(self.folder).get(job.key, {}).get("status") == "finished":
                 return
             start, code = time.monotonic(), 0
-            if not complete(self.folder / job.key):
+            if not is_complete(self.folder / job.key):
                 note(self.folder, job, "started")
                 print(f"{job.key}: started, see {log.name}", flush=True)
                 code = self.train(job, log)
             status, reason = self.outcome(job, code)
             note(self.folder, job, status, reason=reason)
-            print(f"{job.key}: {status}, {reason or self.told(job)}, {time.monotonic() - start:.0f} s", flush=True)
+            print(
+                f"{job.key}: {status}, {reason or self.describe_result(job)}, {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
         if status == "stopped":
             print("the same command goes on with it", flush=True)
             raise SystemExit(code)
@@ -96,13 +99,13 @@ class Runner:
             lines = (self.folder / f"{job.key}.log").read_text(errors="replace").strip().splitlines()
             errors = [line for line in lines if re.match(r"(\w+\.)*(\w*(Error|Exception)|error)\b", line)]
             return "failed", (errors or lines)[-1].removeprefix("error: ")
-        value = None if self.metric is None else last(self.folder / job.key).get(self.metric)
+        value = None if self.metric is None else last_values(self.folder / job.key).get(self.metric)
         return ("finished", None) if value is None or math.isfinite(value) else ("failed", f"{self.metric} is {value}")
 
-    def told(self, job: Job) -> str:
+    def describe_result(self, job: Job) -> str:
         if self.metric is None:
             return "not ranked"
-        return f"{self.metric} {last(self.folder / job.key).get(self.metric)}"
+        return f"{self.metric} {last_values(self.folder / job.key).get(self.metric)}"
 
 
 def stop_with_parent() -> None:
@@ -113,7 +116,7 @@ def stop_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def locked(file: Any, waiting: str | None) -> Iterator[None]:
+def hold_lock(file: Any, waiting: str | None) -> Iterator[None]:
     """Hold a file's lock, which its processes cannot leave behind. Raises BlockingIOError if held and not waited for."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -153,7 +156,7 @@ def journal(folder: Path) -> dict[str, dict[str, Any]]:
     return records
 
 
-def complete(run_dir: Path) -> bool:
+def is_complete(run_dir: Path) -> bool:
     """Whether a run reached its last step: one may end when nobody is left to note it."""
     if not (run_dir / "checkpoints" / "last.ckpt").exists():
         return False
@@ -166,6 +169,6 @@ def complete(run_dir: Path) -> bool:
     return found is not None and found[0]["step"] >= found[0]["config"]["max_steps"]
 
 
-def last(run_dir: Path) -> dict[str, float]:
+def last_values(run_dir: Path) -> dict[str, float]:
     """The last value of every metric of a run."""
     return {row.name: row.value for row in metrics_csv.rows(run_dir / "metrics.csv")}

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 
 from genai.cli import nearest, quote
 from genai.core.errors import UserError, at_least
-from genai.sweeps.jobs import Job, journal, last
+from genai.sweeps.jobs import Job, journal, last_values
 
 Check = Callable[[Sequence[str]], None]
 Launch = Callable[[Sequence[Job]], None]
@@ -66,7 +66,7 @@ def clean(text: str, length: int = 60) -> str:
     return re.sub(r"[^\w.]+", "-", text).strip("-.")[:length]
 
 
-def spelled(value: str) -> str:
+def name_value(value: str) -> str:
     """A value in a folder's name, where no sign is lost: 1e+30 is 1e30, -1 is minus1."""
     return re.sub(r"(?<![\w.])-(?=[\d.])", "minus", value.replace("e+", "e"))
 
@@ -75,7 +75,7 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def fixed(parsed: Sequence[Override]) -> dict[str, str]:
+def fixed_overrides(parsed: Sequence[Override]) -> dict[str, str]:
     """key -> override; a later one wins."""
     return {o.get_key_element(): f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in parsed}
 
@@ -95,7 +95,7 @@ class Basic:
         for overrides in combinations:
             check(overrides)
             values = dict(o.split("=", 1) for o in overrides if o.split("=", 1)[0] in swept)
-            name = "_".join(f"{key.rpartition('.')[2]}-{spelled(value)}" for key, value in values.items())
+            name = "_".join(f"{key.rpartition('.')[2]}-{name_value(value)}" for key, value in values.items())
             self.jobs.append(Job(f"{clean(name) or 'job'}_{digest(overrides)[:6]}", overrides, values))
         self.identity = digest(combinations)
 
@@ -125,7 +125,7 @@ class Optuna:
         for override in parsed:
             if override.is_sweep_override():
                 raise UserError(f"{override.input_line}: with sweep.search=optuna only sweep.over names several values")
-        self.settings, self.fixed = settings, fixed(parsed)
+        self.settings, self.fixed = settings, fixed_overrides(parsed)
         over = {key: axis for key, axis in settings.over.items() if key not in self.fixed}
         if not over:
             raise UserError("sweep.over is empty: Optuna has nothing to choose")
@@ -164,7 +164,7 @@ class Optuna:
             for number, job in jobs.items():
                 status = records.get(job.key, {}).get("status")
                 if status == "finished":
-                    study.tell(number, measured(folder / job.key, str(self.settings.metric)))
+                    study.tell(number, metric_value(folder / job.key, str(self.settings.metric)))
                 else:
                     failed.append(job.key)
                     study.tell(number, state=states.FAIL)
@@ -202,9 +202,9 @@ class Optuna:
         return Job(f"trial-{number:03d}", [*self.fixed.values(), *(f"{k}={v}" for k, v in values.items())], values)
 
 
-def measured(run_dir: Path, metric: str) -> float:
+def metric_value(run_dir: Path, metric: str) -> float:
     """A finished run's last value of a metric. Raises UserError if it has none of that name."""
-    values = last(run_dir)
+    values = last_values(run_dir)
     if metric not in values:
         raise UserError(
             f"sweep.metric={metric} is no metric of {run_dir}{nearest(metric, values)}; it has {', '.join(sorted(values))}"

@@ -7,13 +7,13 @@ from typing import Any
 
 from genai.core import files
 from genai.core.errors import UserError
-from genai.sweeps.jobs import journal, last
-from genai.sweeps.search import Settings, measured
+from genai.sweeps.jobs import journal, last_values
+from genai.sweeps.search import Settings, metric_value
 
 
 def summarise(folder: Path, settings: Settings, unfinished: Sequence[str]) -> None:
     """Write and print the summary. Raises UserError that names what did not finish, or a metric that no run has."""
-    rows = ranked(folder, settings)
+    rows = rank_jobs(folder, settings)
     if not rows:
         return
     files.write_csv(folder / "summary.csv", rows)
@@ -26,10 +26,10 @@ def summarise(folder: Path, settings: Settings, unfinished: Sequence[str]) -> No
         named = "; ".join(f"{key} ({reasons.get(key, 'not started')})" for key in unfinished)
         raise UserError(f"{len(unfinished)} of {len(rows)} jobs did not finish: {named}; the same command tries again")
     if settings.metric is not None and all(row[settings.metric] is None for row in finished):
-        measured(folder / finished[0]["job"], settings.metric)
+        metric_value(folder / finished[0]["job"], settings.metric)
 
 
-def ranked(folder: Path, settings: Settings) -> list[dict[str, Any]]:
+def rank_jobs(folder: Path, settings: Settings) -> list[dict[str, Any]]:
     """A row a job, best first, or as they ran if there is no metric: its name and status, what it was given, what it reached,
     why it failed."""
     metric, sign = settings.metric, 1 if settings.direction == "minimize" else -1
@@ -37,7 +37,7 @@ def ranked(folder: Path, settings: Settings) -> list[dict[str, Any]]:
     for key, record in journal(folder).items():
         reached: dict[str, Any] = {"reason": record.get("reason")}
         if metric is not None:
-            value = last(folder / key).get(metric) if record["status"] == "finished" else None
+            value = last_values(folder / key).get(metric) if record["status"] == "finished" else None
             reached = {metric: value, **reached}
         rows.append({"job": key, "status": record["status"], **record["values"], **reached})
     if metric is None:

@@ -104,7 +104,7 @@ class Samples(Between):
         if due(trainer, self.every_steps):
             if trainer.is_global_zero:
                 shown = pl_module.data.show(self.sample(pl_module, self.n))
-                told = list(dict.fromkeys(pl_module.data.told(self.n)))
+                told = list(dict.fromkeys(pl_module.data.describe_cond(self.n)))
                 more = f", of {'; '.join(told[:20])}{'; ...' if len(told) > 20 else ''}" if told else ""
                 caption = f"seeds {self.seed} to {self.seed + self.n - 1}{more}"
                 pl_module.record.samples(trainer.global_step, "samples", shown, caption)
@@ -137,7 +137,7 @@ class Cards(Between):
     def loaded(self, lit: LitModel, config: dict, step: int = 0) -> Loaded:
         """The averaged model, as from a checkpoint."""
         model, data, path = lit.ema.module, lit.data, lit.record.folder / "checkpoints" / "last.ckpt"
-        conditions = checkpoint.told(model, config, data.conditions)
+        conditions = checkpoint.model_conditions(model, config, data.conditions)
         return Loaded(model, config, data.modality, conditions, step, path, self.trust)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:

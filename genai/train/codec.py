@@ -16,7 +16,7 @@ from genai.core.cache import cache_folder
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
 from genai.data.base import Data, Split
-from genai.data.fingerprint import of_split, uncaptioned
+from genai.data.fingerprint import split_checksum, without_captions
 from genai.data.stream import batches
 
 
@@ -25,7 +25,7 @@ class Cached:
 
     def __init__(self, split: Split, latents: np.ndarray):
         self.split, self.latents, self.augments = split, latents, split.augments
-        self.uncaptioned = uncaptioned(split)
+        self.without_captions = without_captions(split)
 
     def __len__(self) -> int:
         return len(self.split)
@@ -35,7 +35,7 @@ class Cached:
         return {**batch, "latent": torch.from_numpy(self.latents[index.numpy()])}
 
     def fingerprint(self, quick: bool) -> str:
-        return of_split(self.split, quick)
+        return split_checksum(self.split, quick)
 
 
 def precompute(model: nn.Module, data: Data, cfg: DictConfig) -> None:
@@ -50,13 +50,13 @@ def precompute(model: nn.Module, data: Data, cfg: DictConfig) -> None:
     device = next((tensor.device for tensor in held), torch.device("cpu"))
     first_stage = json.dumps([cfg.codec.sha256, OmegaConf.to_container(cfg.codec.model, resolve=True)], sort_keys=True)
     for name, split in data.splits.items():
-        images = uncaptioned(split)
+        images = without_captions(split)
         if images.augments:
             raise UserError(
                 "codec.cache keeps one latent of each image, but this data augments images (data.flip, data.crop): turn "
                 "that off, or set codec.cache=null"
             )
-        key = hashlib.sha256((first_stage + of_split(images)).encode()).hexdigest()[:16]
+        key = hashlib.sha256((first_stage + split_checksum(images)).encode()).hexdigest()[:16]
         path = Path(cfg.codec.cache) / f"{key}_{name}.npy"
         if cfg.get("resume") is not None and not path.exists():
             # a file chose the folder, and it may be read but not written

@@ -16,14 +16,14 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from omegaconf import DictConfig, OmegaConf
 
 from genai import checkpoint
-from genai.checkpoint.build import DATA, MODELS, RUN, build_stored, build_typed, named_packages
-from genai.checkpoint.load import packages
+from genai.checkpoint.build import DATA, MODELS, RUN, build_stored, build_typed, packages_of
+from genai.checkpoint.load import trusted_packages
 from genai.cli import check_unchanged
 from genai.core import files, precision, rng
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Prepared
-from genai.data.base import Data, some
-from genai.data.fingerprint import of_split
+from genai.data.base import Data, random_subset
+from genai.data.fingerprint import split_checksum
 from genai.data.stream import batches
 from genai.modalities.base import Modality
 from genai.modalities.stored import difference, nodes_of
@@ -57,7 +57,7 @@ def run(cfg: DictConfig) -> Path:
 
 def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     """See `run`; the run directory is `held` by the first rank as soon as there is one."""
-    trust = packages(cfg.trust)
+    trust = trusted_packages(cfg.trust)
     build = (
         build_typed if cfg.resume is None else functools.partial(build_stored, trust=trust, kinds=(MODELS, DATA, RUN))
     )
@@ -79,8 +79,8 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     for fact in ("shape", "classes", "levels"):
         cfg.data[fact] = getattr(data, fact)
     if cfg.resume is None:
-        ranges.agree(cfg)
-    train_split = {"items": len(data.splits["train"]), "checksum": of_split(data.splits["train"], quick=True)}
+        ranges.check_agreement(cfg)
+    train_split = {"items": len(data.splits["train"]), "checksum": split_checksum(data.splits["train"], quick=True)}
     adopted = checkpoint.adopt_all(cfg, build, trust, resumed is not None)
     config: dict[str, Any] = {**OmegaConf.to_container(cfg, resolve=True), "resume": None}  # type: ignore[dict-item]
     if resumed is not None:
@@ -93,7 +93,7 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
         else checkpoint.build_model(config["model"], resumed[0]["model"], trust)
     )
     _check_model(model, data, cfg)
-    known = data.modality, checkpoint.told(model, config, data.conditions)
+    known = data.modality, checkpoint.model_conditions(model, config, data.conditions)
     checkpoint.fill(model, adopted)
     del adopted  # and all that their files hold
     if device.type == "cuda":
@@ -111,7 +111,7 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
         if isinstance(callback, Samples):
             callback.try_out(lit)
         elif isinstance(callback, Cards) and ranks.first:
-            callback.try_out(lit, config, named_packages(config) if cfg.resume is None else trust)
+            callback.try_out(lit, config, packages_of(config) if cfg.resume is None else trust)
     tracker = trackers.none
     if config["logger"] is not None:  # before anything is written
         tracker = trackers.checked(build({**config["logger"], "_partial_": True}))
@@ -259,7 +259,7 @@ def _prepare(model: Any, data: Data, device: torch.device) -> dict[str, Any]:
     """Let a model on `device` look at some of its training data, if it wants to; what it measured of its arguments."""
     if not isinstance(model, Prepared):
         return {}
-    looked_at = batches(some(data.splits["train"], LOOKED_AT), data.batch_size)
+    looked_at = batches(random_subset(data.splits["train"], LOOKED_AT), data.batch_size)
     return dict(model.prepare({name: value.to(device) for name, value in batch.items()} for batch in looked_at))
 
 
@@ -348,7 +348,7 @@ def _init_from(model: torch.nn.Module, known: Known, ckpt: str, strict: bool) ->
     content, path = checkpoint.locate(ckpt)
     if strict:
         _same_meaning(content, path, *known, "or init_strict=false, if only the weights matter")
-    frozen = tuple(f"{name}." for name, part in checkpoint.placed(model) if part.pretrained_from.frozen)
+    frozen = tuple(f"{name}." for name, part in checkpoint.pretrained_modules(model) if part.pretrained_from.frozen)
     state = {name: tensor for name, tensor in checkpoint.weights_of(content).items() if not name.startswith(frozen)}
     state |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith(frozen)}
     skipped = checkpoint.load_weights(model, state, path, strict)

@@ -316,7 +316,7 @@ def test_what_a_part_holds_is_checked_as_any_file(student, teacher, tmp_path):
 def test_parts_are_found_wherever_they_stand_but_within_others():
     inner = {"_target_": PRETRAINED, "ckpt": "a", "model": {"_target_": PRETRAINED, "ckpt": "b"}}
     node = {"_target_": "x.Y", "teachers": [{"_target_": "x.Z", "net": inner}, inner], "codec": inner, "net": None}
-    found = dict(checkpoint.parts(node, "model"))
+    found = dict(checkpoint.pretrained_nodes(node, "model"))
     assert found == dict.fromkeys(["model.teachers[0].net", "model.teachers[1]", "model.codec"], inner)
 
 

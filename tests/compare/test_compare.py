@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from genai.compare.page import chart, report
-from genai.compare.runs import Run, check_protocols, differences, ranked, read, read_all, table
+from genai.compare.runs import Run, check_protocols, differences, rank_runs, read, read_all, table
 from genai.core.errors import UserError
 from genai.modalities.base import to_pil
 from tests.conftest import python
@@ -24,7 +24,7 @@ PROTOCOL = {
     "split": "test",
     "shape": [1, 8, 8],
     "data_checksum": "1111",
-    "extractor": {"name": "judge", "sha256": "abc"},
+    "extractor": {"name": "classifier", "sha256": "abc"},
 }
 
 
@@ -84,18 +84,18 @@ def test_only_what_differs_is_shown(four):
 
 
 def test_runs_are_ranked_by_what_all_were_measured_by(four):
-    names = [run.folder.name for run in ranked([read(folder) for folder in four])]
+    names = [run.folder.name for run in rank_runs([read(folder) for folder in four])]
     assert names == ["ddpm", "gpt", "gan", "vae"]
     runs = [read(folder) for folder in four]
     del runs[1].cards["frechet"]
-    assert [run.folder.name for run in ranked(runs)] == ["gan", "ddpm", "vae", "gpt"]  # nothing in common: as given
+    assert [run.folder.name for run in rank_runs(runs)] == ["gan", "ddpm", "vae", "gpt"]  # nothing in common: as given
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"n": 500}, "protocol.n is 1000 in .*gan and 500 in .*other"),
-        ({"extractor": {"name": "judge", "sha256": "xyz"}}, "protocol.extractor.sha256 is abc in .* and xyz in"),
+        ({"extractor": {"name": "classifier", "sha256": "xyz"}}, "protocol.extractor.sha256 is abc in .* and xyz in"),
         ({"dtype": "bf16"}, "protocol.dtype is None in .* and bf16 in"),
         ({"shape": [1, 16, 16]}, r"protocol.shape is \[1, 8, 8\] in .*gan and \[1, 16, 16\] in .*other"),
         (
@@ -169,7 +169,7 @@ def test_the_page_marks_what_beats_its_baselines_and_what_memorises(four):
     assert marks == {"gan": "\u2717", "ddpm": "\u2713", "vae": "\u2717", "gpt": "\u2713"}
     assert page.count("<em>gmm</em>") == page.count("<em>real data</em>") == 1 and "lower is better" in page
     assert (
-        "n 1000, split test, shape [1, 8, 8], data_checksum 1111, extractor.name judge" in page
+        "n 1000, split test, shape [1, 8, 8], data_checksum 1111, extractor.name classifier" in page
         and "memorises" not in page
     )
     runs[0].cards["frechet"]["memorised"] = True
@@ -180,7 +180,7 @@ def test_the_page_marks_what_beats_its_baselines_and_what_memorises(four):
     few = {"memorised": None, "memorised_reason": "too few to tell: 30 samples and 8 held-out items"}
     runs[2].cards["frechet"] |= few
     assert "whether it memorises: too few to tell: 30 samples" in report(runs)
-    assert '<p class="told">no better than a &lt;mixture&gt;</p>' in report(runs)
+    assert '<p class="note">no better than a &lt;mixture&gt;</p>' in report(runs)
     assert [row["memorised"] for row in table(runs)] == [True, False, "too few to tell", False]
 
 

@@ -21,7 +21,7 @@ from genai.checkpoint import Loaded
 from genai.cli import composed
 from genai.core import cuda_graph, rng
 from genai.evaluation.clock import Clock
-from genai.evaluation.samples import drawn
+from genai.evaluation.samples import sample_batches
 from genai.modalities.base import Modality
 from genai.modalities.image import Image
 from genai.modalities.label import Label
@@ -128,7 +128,7 @@ def test_the_batches_of_an_evaluation_replay(graphs):
     """One small batch for its clock, then batches of one size, in all sets."""
     m, clock, sizes = loaded(), Clock(150, "samples"), []
     for k in range(3):
-        sizes.append([len(batch["image"]) for batch in drawn(m, 50, 50 * k, 20, clock)])
+        sizes.append([len(batch["image"]) for batch in sample_batches(m, 50, 50 * k, 20, clock)])
     assert sizes == [[16, 20, 14], [20, 20, 10], [20, 20, 10]]
     assert [g.replays for g in graphs] == [5, 1]  # all but those before the second of 20; the second of 10 has its own
 

@@ -15,7 +15,7 @@ from genai import sampling
 from genai.core import rng
 from genai.core.errors import UserError
 from genai.data import images, toy2d
-from genai.data.base import Arrays, Data, held_out
+from genai.data.base import Arrays, Data, split_indices
 from genai.data.celeba import CelebA
 from genai.data.image_folder import ImageFolder
 from genai.data.stream import AUGMENT, DRAWN_AT_ONCE, Stream, Table, batches, train_loader
@@ -121,10 +121,10 @@ def test_evaluation_reads_in_order_without_draws():
 
 
 def test_held_out_is_a_fixed_partition():
-    kept, out = held_out(100, 0.1)
+    kept, out = split_indices(100, 0.1)
     assert sorted([*kept, *out]) == list(range(100))
     assert len(out) == 10
-    assert np.array_equal(held_out(100, 0.1)[1], out)
+    assert np.array_equal(split_indices(100, 0.1)[1], out)
 
 
 # Files in and out
@@ -171,7 +171,7 @@ def test_samples_are_written_whole(tmp_path):
 
 def test_validation_images_are_held_out_of_the_training_images():
     values, labels = np.arange(60, dtype=np.uint8)[:, None, None, None], np.arange(60) % 10
-    splits = images.in_memory("image", (values, labels), (values[:7] + 100, labels[:7]), flip=False)
+    splits = images.array_splits("image", (values, labels), (values[:7] + 100, labels[:7]), flip=False)
     seen = {name: ((split.batch(torch.arange(len(split)), None)["image"] + 1) * 127.5).round().flatten().tolist()
             for name, split in splits.items()}  # fmt: skip
     assert sorted(seen["train"] + seen["val"]) == list(range(60)) and len(seen["val"]) == 5

@@ -17,13 +17,13 @@ from genai.core import cache
 from genai.core.errors import UserError
 from genai.data import fingerprint
 from genai.data.base import Arrays, Data
-from genai.data.fingerprint import of_data, of_split
-from genai.evaluation.baselines.beside import beside
-from genai.evaluation.metrics import standard
+from genai.data.fingerprint import dataset_checksum, split_checksum
+from genai.evaluation.baselines.reference import reference_scores
+from genai.evaluation.metrics import standard_metrics
 from genai.train.codec import precompute
 from genai.train.run import run
 
-BITS = {"bits_per_dim": standard()["bits_per_dim"]}
+BITS = {"bits_per_dim": standard_metrics()["bits_per_dim"]}
 
 
 def data_of(*given):
@@ -57,14 +57,14 @@ CHANGES = {
 def test_baselines_are_those_of_the_data_as_they_are(source, change, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     images, labels = source
-    before = beside(arrays(images, labels), BITS, "test", 100)
-    again = beside(arrays(images, labels, batch_size=7), BITS, "test", 100)
+    before = reference_scores(arrays(images, labels), BITS, "test", 100)
+    again = reference_scores(arrays(images, labels, batch_size=7), BITS, "test", 100)
     assert again == before and capsys.readouterr().out.count("baselines of this data, once") == 2
     change(images, labels)
-    after = beside(arrays(images, labels), BITS, "test", 100)
+    after = reference_scores(arrays(images, labels), BITS, "test", 100)
     assert capsys.readouterr().out.count("baselines of this data, once") == 2
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
-    assert after == beside(arrays(images, labels), BITS, "test", 100)
+    assert after == reference_scores(arrays(images, labels), BITS, "test", 100)
 
 
 def photos(folder, shift=0, count=20):
@@ -89,7 +89,7 @@ def settled(tmp_path, monkeypatch):
 
 
 def all_of(data):
-    return of_data(data, list(data.splits))
+    return dataset_checksum(data, list(data.splits))
 
 
 def test_a_folder_moved_copied_or_zipped_is_the_same_data(tmp_path, settled):
@@ -100,7 +100,7 @@ def test_a_folder_moved_copied_or_zipped_is_the_same_data(tmp_path, settled):
     shutil.make_archive(str(tmp_path / "photos"), "zip", tmp_path / "other")
     for place in (tmp_path / "other", tmp_path / "photos.zip"):
         assert all_of(folder_data(place)) == first
-        quick = (of_split(folder_data(where).splits["train"], quick=True) for where in (root, place))
+        quick = (split_checksum(folder_data(where).splits["train"], quick=True) for where in (root, place))
         assert len({*quick}) == 1
     assert all_of(folder_data(root, "data.size=[2,2]")) != first
 
@@ -127,7 +127,7 @@ def test_files_are_read_once(tmp_path, settled, monkeypatch):
     monkeypatch.setattr(fingerprint, "_crc32", lambda path: reads.append(path) or crc32(path))
     first = all_of(folder_data(root))
     assert len(reads) == 40 and all_of(folder_data(root)) == first and len(reads) == 40
-    of_split(folder_data(root).splits["train"], quick=True)
+    split_checksum(folder_data(root).splits["train"], quick=True)
     assert len(reads) == 40
     shutil.rmtree(cache.cache_folder("fingerprints"))
     cache.cache_folder("fingerprints").write_text("no folder")  # where nothing can be kept it is computed again
@@ -143,20 +143,24 @@ def test_what_has_only_just_changed_is_not_trusted_to_stay(tmp_path, monkeypatch
 
 def test_captions_do_not_change_the_images(tmp_path):
     one, other = (data_of("data=digits_text", f"data.templates=['{t} {{}}']") for t in ("the digit", "a handwritten"))
-    assert of_split(one.splits["train"]) != of_split(other.splits["train"])
+    assert split_checksum(one.splits["train"]) != split_checksum(other.splits["train"])
     assert all_of(one) == all_of(other)
 
 
 def test_pixels_as_tokens_and_a_text(tmp_path):
-    assert of_split(data_of("data=digits_pixels").splits["test"]) != of_split(data_of("data=digits").splits["test"])
+    assert split_checksum(data_of("data=digits_pixels").splits["test"]) != split_checksum(
+        data_of("data=digits").splits["test"]
+    )
     (tmp_path / "text.txt").write_text("abcdefghij" * 100)
     given = ["data=text_file", f"data.path={tmp_path / 'text.txt'}", f"data.cache={tmp_path / 'cache'}"]
     short, long = (data_of(*given, f"data.shape=[{n}]").splits for n in (8, 16))
-    assert of_split(short["test"]) == of_split(long["test"]) != of_split(short["val"])
+    assert split_checksum(short["test"]) == split_checksum(long["test"]) != split_checksum(short["val"])
     (tmp_path / "text.txt").write_text("abcdefghij" * 99 + "abcdefghik")
     changed = data_of(*given, "data.shape=[8]").splits
-    assert of_split(changed["val"]) == of_split(short["val"]) and of_split(changed["test"]) != of_split(short["test"])
-    assert of_split(changed["train"], quick=True) != of_split(short["train"], quick=True)
+    assert split_checksum(changed["val"]) == split_checksum(short["val"]) and split_checksum(
+        changed["test"]
+    ) != split_checksum(short["test"])
+    assert split_checksum(changed["train"], quick=True) != split_checksum(short["train"], quick=True)
 
 
 class Mean(nn.Module):
@@ -243,7 +247,7 @@ class Plain:
 @pytest.mark.parametrize("quick", [False, True])
 def test_any_split_has_a_checksum(quick):
     x = torch.zeros(300, 1, 2, 2)
-    first = of_split(Plain(x), quick)
-    assert first == of_split(Plain(x.clone()), quick) != of_split(Plain(x[:299]), quick)
+    first = split_checksum(Plain(x), quick)
+    assert first == split_checksum(Plain(x.clone()), quick) != split_checksum(Plain(x[:299]), quick)
     x[299, 0, 1, 1] = 1
-    assert of_split(Plain(x), quick) != first
+    assert split_checksum(Plain(x), quick) != first

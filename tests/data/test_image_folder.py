@@ -258,7 +258,7 @@ def test_a_large_image_is_read_and_one_that_is_too_large_is_called_so(tmp_path, 
     assert "cat/poster.png" in all_names(data_of(tmp_path, size=[8, 8]))
     assert Image.MAX_IMAGE_PIXELS == 500
     assert "cat/poster.png" not in all_names(data_of(tmp_path, size=[8, 8], version=1))  # as runs from before did
-    monkeypatch.setattr(decode, "LARGEST", 4000)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 4000)
     assert "cat/poster.png" not in all_names(data_of(tmp_path, size=[8, 8]))
     assert "cat/poster.png has 64 x 64 pixels, and at most 4,000 are decoded" in capsys.readouterr().err
 
@@ -489,13 +489,13 @@ def settled(tmp_path, monkeypatch):
 
 
 def test_headers_are_read_once_and_again_where_a_file_has_changed(tmp_path, settled, monkeypatch, capsys):
-    root, opened, reads = photos(tmp_path / "x", n=24), [], decode.opened
+    root, opened, reads = photos(tmp_path / "x", n=24), [], decode.open_image
     deep(root / "cat", 4095)
     save(root / "dog" / "film.gif", 1)
     rot(root / "dog" / "001.png")
     monkeypatch.setattr(
         decode,
-        "opened",
+        "open_image",
         lambda file, where, *more, **how: opened.append(str(where)) or reads(file, where, *more, **how),
     )
 

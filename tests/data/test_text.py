@@ -21,7 +21,7 @@ from genai.data import text
 from genai.data.stream import batches, train_loader
 from genai.evaluation.run import run as evaluate
 from genai.modalities import tokenizers
-from genai.modalities.text import prompts
+from genai.modalities.text import encode_prompts
 from genai.sampling import run as sampled
 from genai.sampling import unescaped
 from tests.conftest import ROOT
@@ -56,7 +56,7 @@ def stream(split):
 @pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
 def test_tokenizers_round_trip_and_are_plain_values(kind, end):
     size = 300 if kind == "bpe" else None
-    made = tokenizers.learned(kind, iter([PROSE]), len(PROSE), size, end)
+    made = tokenizers.learn(kind, iter([PROSE]), len(PROSE), size, end)
     again = tokenizers.from_state(json.loads(json.dumps(made.state())))
     for tokenizer in (made, again):
         ids = tokenizer.encode(PROSE)
@@ -79,7 +79,7 @@ def test_merges_of_unbroken_text_take_time_as_it_grows():
         "".join(chr(0x4E00 + draw.randrange(900)) for _ in range(60_000)),
     ):
         start = time.process_time()
-        tokenizer = tokenizers.BPE.learned([unbroken], 600)
+        tokenizer = tokenizers.BPE.learn([unbroken], 600)
         ids = tokenizer.encode(unbroken)
         assert time.process_time() - start < 5
         assert tokenizer.decode(ids.tolist()) == unbroken and len(ids) < len(unbroken.encode()) * 0.6
@@ -99,18 +99,18 @@ def test_merges_of_ordinary_text_are_the_librarys():
     theirs.train_from_iterator(
         [prose], trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
     )
-    assert tokenizers.BPE.learned([prose], 500).spec == theirs.to_str()
+    assert tokenizers.BPE.learn([prose], 500).spec == theirs.to_str()
 
 
 def test_a_prompts_lead_is_what_nobody_wrote():
     ends, none = tokenizers.Byte(end=True), tokenizers.Byte()
-    assert prompts(ends, ["", "ab"])["lead"].tolist() == [1, 1]
-    assert prompts(none, ["", "ab"])["lead"].tolist() == [1, 0]
-    assert prompts(tokenizers.Char("ab"), [""])["lead"].tolist() == [1]
+    assert encode_prompts(ends, ["", "ab"])["lead"].tolist() == [1, 1]
+    assert encode_prompts(none, ["", "ab"])["lead"].tolist() == [1, 0]
+    assert encode_prompts(tokenizers.Char("ab"), [""])["lead"].tolist() == [1]
 
 
 def test_a_character_that_is_lacking_is_named():
-    tokenizer = tokenizers.Char.learned(["abc\n"])
+    tokenizer = tokenizers.Char.learn(["abc\n"])
     assert tokenizer.state()["chars"] == "\nabc"
     with pytest.raises(UserError, match=r"the character 'é' \(U\+00E9\) is not among the 4"):
         tokenizer.encode("cabé")
@@ -387,8 +387,8 @@ def test_odd_files_are_read_or_refused_in_a_sentence(make, name, tokenizer, caps
 def test_a_learned_vocabulary_is_drawn_from_part_of_a_large_text(monkeypatch, capsys):
     monkeypatch.setattr(tokenizers, "SAMPLE_BYTES", 1000)
     pieces = [f"{i} " * 10 for i in range(1000)]
-    kept = list(tokenizers.sampled(iter(pieces), 100_000))
-    assert 0 < len(kept) < 50 and kept == list(tokenizers.sampled(iter(pieces), 100_000))
+    kept = list(tokenizers.subsample(iter(pieces), 100_000))
+    assert 0 < len(kept) < 50 and kept == list(tokenizers.subsample(iter(pieces), 100_000))
     assert "drawn with seed 0" in capsys.readouterr().out
 
 

@@ -11,17 +11,17 @@ import torch
 from genai.checkpoint.build import build_typed
 from genai.cli import composed
 from genai.core.errors import UserError
-from genai.data.base import Arrays, Data, part
+from genai.data.base import Arrays, Data, first_items
 from genai.data.images import Digits
-from genai.evaluation import judge
-from genai.evaluation.baselines import beside
-from genai.evaluation.baselines.base import Known, check, known, stream
+from genai.evaluation import classifier
+from genai.evaluation.baselines import reference
+from genai.evaluation.baselines.base import TrainingData, check, stream, training_data
 from genai.evaluation.baselines.ngram import NGram
 from genai.evaluation.baselines.pixels import Markov, Mixture, Uniform
 from genai.evaluation.baselines.run import run
-from genai.evaluation.baselines.vectors import GMM, KNN, PCA, Copier
-from genai.evaluation.features import Extractor, Seen
-from genai.evaluation.metrics import standard
+from genai.evaluation.baselines.vectors import GMM, KNN, PCA, TrainingCopy
+from genai.evaluation.features import Extractor, FeatureSet
+from genai.evaluation.metrics import standard_metrics
 from genai.modalities.pixels import from_levels, to_levels
 
 LEVELS, SHAPE = 4, [1, 2, 3]
@@ -33,14 +33,14 @@ def digits():
 
 
 def text(tokens, vocabulary):
-    return Known(torch.as_tensor(tokens), None, "tokens", [8], vocabulary, None)
+    return TrainingData(torch.as_tensor(tokens), None, "tokens", [8], vocabulary, None)
 
 
 def images(level, label=None):
     """Of grey levels (N, 6), what a baseline is fitted on."""
     x = from_levels(torch.as_tensor(level), SHAPE, LEVELS)
     classes = None if label is None else int(label.max()) + 1
-    return Known(x, label, "image", SHAPE, LEVELS, classes)
+    return TrainingData(x, label, "image", SHAPE, LEVELS, classes)
 
 
 def categorical(n, seed=0):
@@ -140,19 +140,19 @@ def test_gaussians_by_class_give_the_class_and_the_moments_asked_for():
     torch.manual_seed(0)
     label = torch.arange(2000) % 2
     x = (torch.randn(2000, 1, 2, 3) * 0.1 + (label * 0.8 - 0.4).view(-1, 1, 1, 1)).clamp(-1, 1)
-    data = Known(x, label, "image", SHAPE, LEVELS, 2)
+    data = TrainingData(x, label, "image", SHAPE, LEVELS, 2)
     for y in (0, 1):
         samples = GMM(1, by_class=True, regularisation=0).fit(data, 0).sample(2000, 5, torch.full((2000,), y))
         assert (samples - (y * 0.8 - 0.4)).mean().abs() < 0.01 and (samples.std() - 0.1).abs() < 0.01
     samples = GMM(1).fit(data, 0).sample(3, 5)
     assert torch.equal(samples[1:], GMM(1).fit(data, 0).sample(2, 6))
-    copies = Copier().fit(data, 0)
+    copies = TrainingCopy().fit(data, 0)
     assert (copies.sample(50, 0, torch.ones(50).long()) > -0.5).all()
     assert (copies.sample(50, 0).unsqueeze(1) == x).flatten(2).all(2).any(1).all()
 
 
 def test_reconstructions_by_hand(digits):
-    data = known(digits, ["train"])
+    data = training_data(digits, ["train"])
     batch = {"image": data.x[:20]}
     assert torch.allclose(PCA(0).fit(data, 0).reconstruct(batch), data.x.mean(0).expand(20, -1, -1, -1), atol=1e-5)
     assert torch.allclose(PCA(64).fit(data, 0).reconstruct(batch), batch["image"], atol=1e-4)
@@ -176,30 +176,32 @@ def by_class():
 
 
 def test_some_of_a_split_stands_for_all_of_it(by_class):
-    few, again = (known(by_class, ["train"], 60) for _ in range(2))
+    few, again = (training_data(by_class, ["train"], 60) for _ in range(2))
     assert few.label is not None and 20 <= (few.label == 0).sum() <= 40 and torch.equal(few.x, again.x)
-    assert known(by_class, ["train"], 300).label.tolist() == [0] * 150 + [1] * 149 + [2]  # all as they come
-    assert part(by_class, "train", 60).batch(torch.arange(60), None)["label"].tolist() == few.label.tolist()
+    assert training_data(by_class, ["train"], 300).label.tolist() == [0] * 150 + [1] * 149 + [2]  # all as they come
+    assert first_items(by_class, "train", 60).batch(torch.arange(60), None)["label"].tolist() == few.label.tolist()
     assert torch.equal(
-        part(by_class, "test", 5).batch(torch.arange(5), None)["image"], by_class.items("test", torch.arange(5))
+        first_items(by_class, "test", 5).batch(torch.arange(5), None)["image"], by_class.items("test", torch.arange(5))
     )
-    assert few.x.std().item() == pytest.approx(known(by_class, ["train"], 300).x.std().item(), rel=0.1)
+    assert few.x.std().item() == pytest.approx(training_data(by_class, ["train"], 300).x.std().item(), rel=0.1)
 
 
 def test_samples_are_asked_of_classes_that_were_hardly_seen(by_class, monkeypatch, tmp_path):
     """Of the third class there are none among what is learned from, or one: its samples come from all."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     net = torch.nn.Flatten()
-    real = Seen(Extractor(net, lambda x: (net(x), None), False, "cpu"), ()).add(
+    real = FeatureSet(Extractor(net, lambda x: (net(x), None), False, "cpu"), ()).add(
         by_class.items("test", torch.arange(30))
     )
     for most in (60, 300):
-        monkeypatch.setattr(beside, "MOST", most)
-        found = beside.beside(by_class, {"frechet": standard()["frechet"]}, "test", 30 + most // 10, real)["frechet"]
+        monkeypatch.setattr(reference, "MAX_IMAGES", most)
+        found = reference.reference_scores(
+            by_class, {"frechet": standard_metrics()["frechet"]}, "test", 30 + most // 10, real
+        )["frechet"]
         assert len(found) == 3 and all(value < 0.2 for value in found.values()), found
     asked = torch.tensor([0, 2, 2])
-    for baseline in (GMM(3, by_class=True), Copier()):
-        samples = baseline.fit(known(by_class, ["train"]), 0).sample(3, 0, asked).mean((1, 2, 3))
+    for baseline in (GMM(3, by_class=True), TrainingCopy()):
+        samples = baseline.fit(training_data(by_class, ["train"]), 0).sample(3, 0, asked).mean((1, 2, 3))
         assert samples[0] == pytest.approx(0.2, abs=0.2) and (samples > 0).all()
 
 
@@ -211,7 +213,7 @@ def test_the_table_of_digits(tmp_path, capsys, monkeypatch):
 
     Their smoothing and regularisation were not recorded: 0.02 and 4e-3 are those tried that come near, not known to be the same.
     """
-    monkeypatch.setattr(judge, "STEPS", 300)
+    monkeypatch.setattr(classifier, "STEPS", 300)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     result = table("data=digits", out=tmp_path / "digits.json")
     assert json.loads((tmp_path / "digits.json").read_text()) == result
@@ -273,13 +275,13 @@ def test_a_text_is_one_stream_whatever_its_windows(tmp_path):
 
 def test_pixels_as_tokens_have_the_baselines_of_images(tmp_path):
     for data in ("digits", "digits_pixels"):
-        result = table(f"data={data}", "baseline=markov", "judge=null", out=tmp_path / "one.json")
+        result = table(f"data={data}", "baseline=markov", "features=null", out=tmp_path / "one.json")
         assert value(result, "Markov chain over pixels", "bits_per_dim")["value"] == pytest.approx(2.287, abs=1e-3)
 
 
 @pytest.mark.slow
 def test_the_judge_recognises_digits_it_has_not_seen(digits):
-    assert judge.trained(digits).accuracy(digits, "test") > 0.96
+    assert classifier.load_or_train(digits).accuracy(digits, "test") > 0.96
 
 
 # What is refused
@@ -289,13 +291,15 @@ REFUSED = {
     ("baseline=mixture", "data=python_docs"): "baseline=mixture takes image, and this data is tokens of shape [128]",
     ("data=toy2d",): "there are no baselines of vector, only of image, tokens",
     ("baseline=gmm", "data=toy2d"): "baseline=gmm takes image, and this data is vector",
-    ("baseline=mixtur",): "is none of copier, gmm, knn, markov, mixture, ngram, pca, uniform, did you mean mixture?",
+    (
+        "baseline=mixtur",
+    ): "is none of gmm, knn, markov, mixture, ngram, pca, training_copy, uniform, did you mean mixture?",
     ("baseline=pca", "baseline.component=3"): "did you mean baseline.components?",
     ("baseline=pca", "baseline.components=65"): "baseline.components=65, but these images have at most 64",
     ("baseline=mixture", "baseline.smoothing=0"): "baseline.smoothing=0 must be a number of counts, greater than 0",
     ("baseline=knn", "baseline.k=0"): "baseline.k=0 must be a whole number of images, at least 1",
-    ("baseline=copier", "judge=null"): "baseline=copier is measured by a judge of samples",
-    ("baseline=copier", "judge=inception"): "judge=inception is none of network, null",
+    ("baseline=training_copy", "features=null"): "baseline=training_copy is measured in the features of a classifier",
+    ("baseline=training_copy", "features=inception"): "features=inception is none of classifier, null",
     ("baseline=pca", "split=dev"): "split=dev is none of train, val, test",
     ("baseline=pca", "fit=[dev]"): "fit=[dev] must be a list",
     ("baseline=pca", "fit=[]"): "fit=[] must be a list like [a,b] of 1 or more values",
@@ -323,5 +327,5 @@ def test_classes_and_levels_are_needed_by_name(tmp_path):
         check(GMM(3, by_class=True), data)
     with pytest.raises(UserError, match=r"baseline=mixture needs data with grey levels"):
         check(Mixture(), data)
-    with pytest.raises(UserError, match="a judge needs labelled images"):
-        judge.trained(data)
+    with pytest.raises(UserError, match="a classifier needs labelled images"):
+        classifier.load_or_train(data)

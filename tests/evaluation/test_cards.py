@@ -14,19 +14,19 @@ from genai.checkpoint.build import build_typed
 from genai.cli import composed, resumed
 from genai.compare.runs import check_protocols, read
 from genai.core.errors import UserError
-from genai.data.base import part
+from genai.data.base import first_items
 from genai.data.stream import batches
-from genai.evaluation import cards, judge, samples
+from genai.evaluation import cards, classifier, samples
 from genai.evaluation import features as extractors
-from genai.evaluation.baselines.base import known
-from genai.evaluation.baselines.beside import answers, beside, key_of
+from genai.evaluation.baselines.base import training_data
 from genai.evaluation.baselines.pixels import Uniform
-from genai.evaluation.baselines.vectors import Copier
-from genai.evaluation.metrics import Metric, measured, standard
+from genai.evaluation.baselines.reference import cache_key, reference_scores, score_baseline
+from genai.evaluation.baselines.vectors import TrainingCopy
+from genai.evaluation.metrics import Metric, compute, standard_metrics
 from genai.evaluation.run import resolve, run
 from genai.metrics.frechet import Moments, frechet
 from genai.modalities.base import to_pil
-from genai.modalities.image import rounded
+from genai.modalities.image import quantize
 from genai.train.run import run as train
 from tests.test_readme import FILES
 from tests.train.test_tracking import offline_runs
@@ -44,7 +44,7 @@ def evaluate(*given):
 def runs(tmp_path_factory):
     """A GAN and a flow of digits, and a judge that has hardly learned."""
     root, patch = tmp_path_factory.mktemp("cards"), pytest.MonkeyPatch()
-    patch.setattr(judge, "STEPS", 60)
+    patch.setattr(classifier, "STEPS", 60)
     patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
     gan = train(composed("train", ["model=gan", f"run_dir={root / 'gan'}", *DIGITS], resumed))
     flow = ["model=flow", "model.net.channels=8", "sampler.steps=2", f"run_dir={root / 'flow'}"]
@@ -74,7 +74,7 @@ def test_a_card_says_what_decides_it_and_two_are_compared(runs):
 def test_samples_are_those_of_one_call_whatever_the_batches(runs):
     loaded = genai.load(runs[0])
     clock = samples.Clock(40, "samples")
-    drawn = list(samples.drawn(loaded, 40, 5, 9, clock))
+    drawn = list(samples.sample_batches(loaded, 40, 5, 9, clock))
     whole = genai.sample(loaded, n=40, seed=5)
     assert [len(batch["image"]) for batch in drawn] == [16, 9, 9, 6] and clock.done == 40
     for name in ("image", "label", "seeds"):
@@ -85,9 +85,9 @@ def test_a_card_is_measured_as_its_parts_are(runs):
     """Fréchet distance and accuracy by hand, from the samples, the judge and the split."""
     loaded = genai.load(runs[0])
     data = build_typed(loaded.config["data"])
-    extractor = extractors.judge(data, loaded.config["data"], "cpu")
+    extractor = extractors.classifier(data, loaded.config["data"], "cpu")
     batch, real = genai.sample(loaded, n=60), data.splits["test"].batch(torch.arange(360), None)["image"]
-    fake, logits = extractor(rounded(batch["image"], 17))
+    fake, logits = extractor(quantize(batch["image"], 17))
     expected = frechet(Moments().add(fake), Moments().add(extractor(real)[0]))
     accuracy = (logits.argmax(1) == batch["label"]).double().mean().item()
     found = evaluate(f"ckpt={runs[0]}", "metrics=[frechet,accuracy]", "n=60", "repeats=1", "baselines=false")["cards"]
@@ -130,9 +130,9 @@ def test_to_beat_a_baseline_is_to_beat_it_at_the_worse_end():
     """A copier need not be beaten: nothing it gives is its own."""
 
     def beats(metric, low, high, **baselines):
-        others = {Copier.what if name == "copies" else name: figure for name, figure in baselines.items()}
+        others = {TrainingCopy.what if name == "copies" else name: figure for name, figure in baselines.items()}
         figures = (low + high) / 2, low, high, None, others, {}
-        return cards.card(metric, standard()[metric], *figures)["beats_baseline"]
+        return cards.card(metric, standard_metrics()[metric], *figures)["beats_baseline"]
 
     assert beats("frechet", 1, 2, mixture=3, copies=0) is True
     assert beats("frechet", 1, 4, mixture=3) is False and beats("frechet", 1, 2, mixture=3, gaussian=1.5) is False
@@ -170,11 +170,11 @@ def test_text_is_measured_against_what_was_learned(tmp_path, monkeypatch):
 def test_a_judge_is_trained_once_and_the_same_way(runs, monkeypatch, capsys, tmp_path):
     loaded = genai.load(runs[0])
     data = build_typed(loaded.config["data"])
-    first = judge.trained(data)
+    first = classifier.load_or_train(data)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    second = judge.trained(data)
-    assert "training a judge" in capsys.readouterr().out
-    third = judge.trained(data)
+    second = classifier.load_or_train(data)
+    assert "training a classifier" in capsys.readouterr().out
+    third = classifier.load_or_train(data)
     hashes = {extractors.sha256(net) for net in (first, second, third)}
     assert capsys.readouterr().out == "" and len(hashes) == 1
     assert first.accuracy(data, "test") > 0.5
@@ -184,7 +184,10 @@ def test_baselines_are_fitted_once(runs, monkeypatch, capsys, tmp_path):
     loaded = genai.load(runs[0])
     node = loaded.config["data"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = [beside(build_typed(node), {"bits_per_dim": standard()["bits_per_dim"]}, "test", 360) for _ in range(2)]
+    found = [
+        reference_scores(build_typed(node), {"bits_per_dim": standard_metrics()["bits_per_dim"]}, "test", 360)
+        for _ in range(2)
+    ]
     assert found[0] == found[1] and capsys.readouterr().out.count("once: mixture") == 1
     assert found[0]["bits_per_dim"]["Markov chain over pixels"] == pytest.approx(2.29, abs=0.01)
 
@@ -208,18 +211,18 @@ def my_lab(tmp_path, monkeypatch):
 def test_a_metric_in_ones_own_package(runs, my_lab, command, monkeypatch):
     """Its card by the command, with a floor and baselines; the same while a run trains, which is resumed where it is trusted."""
     data = build_typed(genai.load(runs[0]).config["data"])
-    judge.trained(data)
+    classifier.load_or_train(data)
     given = ["--config-dir", "my_lab/conf", f"ckpt={runs[0]}", "metrics=[frechet,brightness]", "n=30", "repeats=2"]
     done = command("evaluate.py", *given, cwd=my_lab)
     assert done.returncode == 0, done.stderr
     card = json.loads((runs[0] / "cards" / "brightness.json").read_text())
     real = data.items("test", torch.arange(360)).mean()
-    sets = [rounded(genai.sample(genai.load(runs[0]), n=30, seed=seed)["image"], 17) for seed in (0, 30)]
+    sets = [quantize(genai.sample(genai.load(runs[0]), n=30, seed=seed)["image"], 17) for seed in (0, 30)]
     values = [abs((fake.mean() - real).item()) for fake in sets]
     assert (card["value"], card["low"], card["high"]) == pytest.approx(
         (sum(values) / 2, min(values), max(values)), abs=1e-4
     )
-    held_out = next(batches(part(data, "val", 30), 30))["image"]
+    held_out = next(batches(first_items(data, "val", 30), 30))["image"]
     assert card["floor"] == pytest.approx(abs((held_out.mean() - real).item()), abs=1e-5) and card["floor_of"] == "val"
     assert len(card["baselines"]) == 3 and card["beats_baseline"] is False and card["baselines"]["one Gaussian"] < 0.1
     target = {"_target_": "my_lab.brightness.Brightness", "power": 1}
@@ -242,27 +245,27 @@ def test_a_metric_in_ones_own_package(runs, my_lab, command, monkeypatch):
 
 def test_a_baselines_figures_are_of_float64():
     """A tenth is not one in float32."""
-    tenth = type("Tenth", (Metric,), {"of": "likelihoods", "__call__": lambda self, nats, facts: [0.1 + 1e-12] * 2})()
+    tenth = type("Tenth", (Metric,), {"kind": "likelihoods", "__call__": lambda self, nats, facts: [0.1 + 1e-12] * 2})()
     data = build_typed(composed("baselines", ["data=digits"]).data)
-    baseline = Uniform().fit(known(data, ["val"]), 0)
-    assert answers(baseline, data, {"tenth": tenth}, "test", 2) == {"tenth": 0.1 + 1e-12}
+    baseline = Uniform().fit(training_data(data, ["val"]), 0)
+    assert score_baseline(baseline, data, {"tenth": tenth}, "test", 2) == {"tenth": 0.1 + 1e-12}
 
 
 def test_a_metrics_arguments_and_code_decide_its_figures(my_lab, monkeypatch):
     monkeypatch.syspath_prepend(my_lab)
     made = lambda power: build_typed({"_target_": "my_lab.brightness.Brightness", "power": power})  # noqa: E731
-    assert key_of("brightness", made(1)) == key_of("brightness", made(1)) != key_of("brightness", made(2))
-    before = key_of("brightness", made(1))
+    assert cache_key("brightness", made(1)) == cache_key("brightness", made(1)) != cache_key("brightness", made(2))
+    before = cache_key("brightness", made(1))
     path = my_lab / "my_lab" / "brightness.py"
     path.write_text(path.read_text() + "# changed\n")
-    assert key_of("brightness", made(1)) != before
-    assert key_of("recall", standard()["recall"]) == "recall" != key_of("recall", made(1))
+    assert cache_key("brightness", made(1)) != before
+    assert cache_key("recall", standard_metrics()["recall"]) == "recall" != cache_key("recall", made(1))
 
 
 class Worst(Metric):
     """Of single items, the highest squared error."""
 
-    of = "reconstructions"
+    kind = "reconstructions"
 
     def __call__(self, again, x):
         return (again - x).square().flatten(1).amax(1)
@@ -287,7 +290,8 @@ def test_a_metric_of_reconstructions_has_their_baselines(runs, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"of": "images"}, "of=images of mine is none of samples, texts, likelihoods"), ({"better": "more"}, "better=more of mine"),
+    [({"kind": "images"}, "kind=images of mine is none of samples, texts, likelihoods"),
+     ({"better": "more"}, "better=more of mine"),
      ({"reads": ("pixels",)}, r"reads=\('pixels',\) of mine is none of features, probabilities, images")],
 )  # fmt: skip
 def test_a_metric_that_says_what_there_is_not_is_refused(change, message):
@@ -306,12 +310,12 @@ def test_a_metric_that_says_what_there_is_not_is_refused(change, message):
 )  # fmt: skip
 def test_a_metric_that_gives_no_number_is_named(given, message):
     with pytest.raises(UserError, match=message):
-        measured("mine", type("Mine", (Metric,), {"__call__": lambda self, sets: given})(), None)
+        compute("mine", type("Mine", (Metric,), {"__call__": lambda self, sets: given})(), None)
     one = type("One", (Metric,), {"__call__": lambda self, sets: torch.tensor([[3.0]])})()
-    assert measured("mine", one, None).tolist() == [3.0]
-    items = type("Items", (Metric,), {"of": "likelihoods", "__call__": lambda self, nats, facts: nats[:1]})()
+    assert compute("mine", one, None).tolist() == [3.0]
+    items = type("Items", (Metric,), {"kind": "likelihoods", "__call__": lambda self, nats, facts: nats[:1]})()
     with pytest.raises(UserError, match="likelihoods need one number for each item"):
-        measured("mine", items, torch.ones(2), {})
+        compute("mine", items, torch.ones(2), {})
 
 
 def test_a_metric_that_fails_is_named(runs, my_lab, refused):
@@ -355,7 +359,7 @@ def test_any_network_is_an_extractor_and_stays_as_it_is(runs, tmp_path):
     plain, moved = cards_of("metrics=[kid]"), cards_of("metrics=[kid]", f"extractor.weights={tmp_path / 'weights.pt'}")
     assert plain[0]["protocol"]["extractor"] == {"kind": "Norm", "sha256": before}
     assert moved[0]["protocol"]["extractor"]["sha256"] == extractors.sha256(net) != before
-    with pytest.raises(UserError, match="accuracy needs extractor=judge"):
+    with pytest.raises(UserError, match="accuracy needs extractor=classifier"):
         cards_of("metrics=[accuracy]")
     with pytest.raises(UserError, match="is not a state dict of Norm"):
         cards_of("metrics=[kid]", f"extractor.weights={runs[0] / 'config.yaml'}")
@@ -383,7 +387,7 @@ def test_inception_is_torch_fidelitys(runs, tmp_path, monkeypatch):
         net = fidelity.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"])
     torch.save(net.state_dict(), tmp_path / "inception.pth")
     seen = extractors.inception(None, None, "cpu", str(tmp_path / "inception.pth"))
-    x = rounded(torch.rand(3, 1, 8, 8) * 2 - 1, 256)
+    x = quantize(torch.rand(3, 1, 8, 8) * 2 - 1, 256)
     features, logits = seen(x)
     expected = net(((x + 1) * 255 / 2).round().to(torch.uint8).expand(-1, 3, -1, -1))
     assert torch.equal(features, expected[0]) and torch.equal(logits, expected[1]) and features.shape == (3, 2048)
@@ -420,7 +424,7 @@ def test_the_default_run_is_no_memoriser_and_beats_its_baselines(tmp_path):
 
 
 def test_samples_lie_on_the_levels_of_the_data():
-    x = rounded(torch.tensor([-1.3, -0.99, 0.06, 0.07, 1.0]), 17)
+    x = quantize(torch.tensor([-1.3, -0.99, 0.06, 0.07, 1.0]), 17)
     assert x.tolist() == [-1, -1, 0, 0.125, 1]
 
 
@@ -525,7 +529,7 @@ def test_what_cannot_be_measured_is_refused(runs, refused, tmp_path):
         (f"ckpt={gan}", "metrics=[recall]", "n=1"): "n=1 must be a whole number, at least 2",
         (f"ckpt={gan}", "metrics=[recall]", "repeats=0"): "repeats=0 must be a whole number",
         (f"ckpt={gan}", "metrics=[recall]", "split=dev"): "split=dev is none of train, val, test",
-        (f"ckpt={gan}", "metrics=[recall]", "extractor=vgg"): "extractor=vgg is none of inception, judge, module",
+        (f"ckpt={gan}", "metrics=[recall]", "extractor=vgg"): "extractor=vgg is none of classifier, inception, module",
         (f"ckpt={runs[1]}", "metrics=[recall]", "likelihood=probability_flow"): "add bits_per_dim to metrics=",
         (f"ckpt={folder}", "metrics=[recall]"): "list of classes of",
     }
@@ -544,7 +548,7 @@ CARDS = {
     (): "has no likelihood of its own",
     ("metrics=[recall]", f"extractor={{{MODULE}, weights: gone}}"): "extractor.net=",
     ("metrics=[accuracy]", f"extractor={{{MODULE}, net: {{_target_: torch.nn.Flatten}}}}"):
-        "accuracy needs extractor=judge",
+        "accuracy needs extractor=classifier",
 }  # fmt: skip
 
 

@@ -102,8 +102,8 @@ def test_models_that_learned_are_not_flagged():
     train, held_out = digits()
     model = mixture.GaussianMixture(10, random_state=0, reg_covar=1e-3).fit(train.flatten(1).double().numpy())
     samples = model.sample(500)[0]
-    on_levels = (torch.from_numpy(samples).clamp(-1, 1) * 8).round() / 8
-    for given in (samples, on_levels):
+    quantize = (torch.from_numpy(samples).clamp(-1, 1) * 8).round() / 8
+    for given in (samples, quantize):
         found = memorisation(given, train.flatten(1), held_out.flatten(1))
         assert found.flagged is False and found.copies == 0 and found.ratio > 0.8, found
     assert not memorisation(held_out[::2], train, held_out[1::2]).flagged

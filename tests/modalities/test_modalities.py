@@ -21,7 +21,7 @@ from genai.modalities.caption import Caption
 from genai.modalities.image import Image
 from genai.modalities.label import Label
 from genai.modalities.pixels import Pixels
-from genai.modalities.stored import difference, node_of, nodes_of, of_older
+from genai.modalities.stored import difference, legacy_nodes, node_of, nodes_of
 from genai.modalities.text import Text
 from genai.modalities.tokenizers import Byte, Char
 from genai.modalities.vector import Vector
@@ -158,7 +158,7 @@ def test_a_state_is_plain_and_makes_the_same_modality(modality):
     ],
 )
 def test_an_older_checkpoint_meant_the_same_in_other_words(assets, data, model, null, output, conditions):
-    node = of_older(up_to_date(assets), {"data": data, "model": model}, null)
+    node = legacy_nodes(up_to_date(assets), {"data": data, "model": model}, null)
     found = build_modality(node["output"]), {name: build_modality(n) for name, n in node["conditions"].items()}
     assert type(found[0]) is type(output)
     assert difference(node, output, {m.field: m for m in conditions}) is None
@@ -175,7 +175,7 @@ def test_what_means_something_else_is_said_in_words():
 
 def test_data_show_and_tell_by_their_modalities():
     data = Digits("image", [1, 8, 8], 10, 17, 4)
-    assert (data.cond(12) or {})["label"].tolist() == [*range(10), 0, 1] and data.told(12)[-1] == "1"
+    assert (data.cond(12) or {})["label"].tolist() == [*range(10), 0, 1] and data.describe_cond(12)[-1] == "1"
     shown = data.show({"image": torch.zeros(20, 1, 8, 8)})
     assert isinstance(shown, torch.Tensor) and shown.shape[2] > 4 * shown.shape[1], "ten columns for ten classes"
     assert Vector().preview({"vector": torch.tensor([[0.5, 1.0, -2.0]])}) == ["0.5 1 -2"]

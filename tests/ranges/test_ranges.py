@@ -16,7 +16,7 @@ from genai.cli import apply, composed, keys
 from genai.core import rng
 from genai.core.errors import UserError, at_least, number
 from genai.core.protocols import AdversarialModel, check_sampler, with_items
-from genai.data.base import example
+from genai.data.base import synthetic_batch
 from genai.ranges import check as ranges
 from genai.ranges.kinds import Choice, Many, Number, Text
 from genai.ranges.table import RANGES
@@ -86,7 +86,7 @@ def test_every_row_is_of_some_key():
     teacher = {"_target_": "genai.checkpoint.pretrained", "frozen": False}
     chosen = {"model": {"quantizer": part, "perceptual": distance, "teacher": teacher}}  # in no file, but by hand
     known += ranges.leaves(OmegaConf.create(chosen), "train")
-    used = {"shown"}  # the place of a sampler in configs of some models
+    used = {"preview"}  # the place of a sampler in configs of some models
     for leaf in known:
         keys = [name.split(".") for name in leaf.names]
         used.add(next((row for row in RANGES if any(ranges.matches(row.split("."), key) for key in keys)), None))
@@ -157,12 +157,12 @@ def tiny(cfg):
     shrink(cfg.model)
     if "sigma_data" in cfg.model and cfg.model.sigma_data is None:
         cfg.model.sigma_data = 0.5
-    for node in (cfg.sampler, cfg.get("shown") or {}):
+    for node in (cfg.sampler, cfg.get("preview") or {}):
         if isinstance(node.get("steps"), int):
             node.steps = 2
     if "steps" in cfg.model.get("schedule", ()):
         cfg.model.schedule.steps = 2
-    ranges.agree(cfg)
+    ranges.check_agreement(cfg)
     return OmegaConf.to_container(cfg, resolve=True)
 
 
@@ -170,7 +170,9 @@ def step_and_sample(cfg):
     """Build the model and its sampler, take a gradient of each loss, and draw two samples."""
     config = tiny(cfg)
     data = config["data"]
-    batch = {k: torch.as_tensor(v) for k, v in example(data["shape"], data["field"], data["classes"], 4).items()}
+    batch = {
+        k: torch.as_tensor(v) for k, v in synthetic_batch(data["shape"], data["field"], data["classes"], 4).items()
+    }
     torch.manual_seed(0)
     model = build_typed(config["model"])
     sampler = build_typed(config["sampler"])
@@ -202,9 +204,9 @@ def optimise(node):
 def built(name: str, script: str, cfg: DictConfig, key: str) -> None:
     """Build what a key belongs to and use it once. Raises UserError for what its range alone cannot tell."""
     head, config = key.partition(".")[0], OmegaConf.to_container(cfg)
-    if head in ("model", "codec", "shown") or (head == "sampler" and script == "train"):
-        if head == "shown":
-            cfg.sampler = cfg.shown
+    if head in ("model", "codec", "preview") or (head == "sampler" and script == "train"):
+        if head == "preview":
+            cfg.sampler = cfg.preview
         step_and_sample(cfg)
     elif head == "sampler":
         mine = copy.deepcopy(base(FITS.get(name.rpartition("=")[2], "ddpm_mlp")))
@@ -376,7 +378,7 @@ def test_classes_are_compared_again_when_the_data_has_said_how_many(train_config
     ranges.check(mine, "train")
     mine.data.classes = 10
     with pytest.raises(UserError, match=r"model\.classes=5 must be what data\.classes is, 10"):
-        ranges.agree(mine)
+        ranges.check_agreement(mine)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), True, "1", None, -1])

@@ -19,7 +19,7 @@ from genai.core.errors import UserError
 from genai.sweeps import JournalSweeper, prepare
 from genai.sweeps.jobs import Job, journal, note
 from genai.sweeps.search import Settings, literal
-from genai.sweeps.summary import ranked, summarise
+from genai.sweeps.summary import rank_jobs, summarise
 from tests.conftest import ROOT, python
 from tests.train.test_tracking import records
 
@@ -313,7 +313,7 @@ def test_folders_spell_signs_and_old_ones_keep_their_names(planned, tmp_path):
 def test_a_sweep_without_a_metric_is_listed_as_it_ran(tmp_path):
     for key in ("b", "a"):
         note(tmp_path, Job(key, [], {"seed": key}), "finished")
-    rows = ranked(tmp_path, Settings("x", metric=None))
+    rows = rank_jobs(tmp_path, Settings("x", metric=None))
     assert [row["job"] for row in rows] == ["b", "a"] and "val/loss" not in rows[0]
     summarise(tmp_path, Settings("x", metric=None), [])
     assert (tmp_path / "summary.csv").read_text().splitlines()[0] == "job,status,seed,reason"

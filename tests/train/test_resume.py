@@ -19,7 +19,7 @@ from genai.cli import check_unchanged, composed, resumed, with_sampler
 from genai.core import archive, interrupt
 from genai.core.errors import UserError
 from genai.modalities.label import Label
-from genai.sweeps.jobs import complete
+from genai.sweeps.jobs import is_complete
 from genai.train.lock import locked
 from genai.train.run import _init_from, run
 from tests.conftest import ROOT, as_python, context
@@ -247,9 +247,9 @@ def test_killed_at_random_moments(uninterrupted, tmp_path, workers):
         kills += train(folder, f"data.num_workers={workers}", kill_after=delay) != 0
         delay = 1.3 * delay + 0.2 * draw.random()  # a slow machine gets there too
     for _ in range(4):
-        if not complete(folder):
+        if not is_complete(folder):
             kills += train(folder, kill_after=draw.uniform(0.2, 1.5), new=False) != 0
-    if not complete(folder):
+    if not is_complete(folder):
         assert train(folder, new=False) == 0
     assert kills > 0
     assert_same_run(uninterrupted, folder)
@@ -568,7 +568,7 @@ def test_signals_at_random_moments(tmp_path, family):
     took = time.monotonic() - start
     while kills < KILLS_OF_EACH:
         folder = tmp_path / f"run{resumes}"
-        while not complete(folder):
+        while not is_complete(folder):
             number = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
             after = draw.uniform(0.02, 0.9) * took if kills < KILLS_OF_EACH else None
             new = not (folder / "config.yaml").exists()

@@ -1,5 +1,6 @@
 """What baselines share: what they are fitted on, what they say of themselves."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,12 +8,12 @@ import torch
 from torch import Tensor
 
 from genai.core.errors import UserError
-from genai.data.base import Data, Split, some
+from genai.data.base import Data, Split, random_subset
 from genai.data.stream import batches
 
 
 @dataclass
-class Known:
+class TrainingData:
     """What a baseline is fitted on: all items of some splits, and the facts of the data.
 
     x: images float32 (N, C, H, W) in [-1, 1], or a text's token ids int64 (T,).
@@ -41,14 +42,19 @@ class Baseline:
     drawn = False  # whether fitting draws random numbers
     what: str  # it is, for a table
 
-    def fit(self, known: Known, seed: int) -> "Baseline":
+    def fit(self, data: TrainingData, seed: int) -> "Baseline":
         """Learn all it knows; returns itself. Raises UserError for a key that this data cannot fill."""
         raise NotImplementedError
 
 
+def name_of(kind: str) -> str:
+    """The name of a baseline in the configs by that of its class: TrainingCopy is training_copy, GMM gmm."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind).lower()
+
+
 def check(baseline: Baseline, data: Data) -> None:
     """Raises UserError for a baseline that this data cannot have."""
-    name = type(baseline).__name__.lower()
+    name = name_of(type(baseline).__name__)
     if data.field != baseline.field:
         raise UserError(
             f"baseline={name} takes {baseline.field}, and this data is {data.field} of shape {data.shape}: "
@@ -61,7 +67,7 @@ def check(baseline: Baseline, data: Data) -> None:
             )
 
 
-def known(data: Data, splits: Sequence[str], most: int | None = None) -> Known:
+def training_data(data: Data, splits: Sequence[str], most: int | None = None) -> TrainingData:
     """All items, or `most` of each, of some splits of images or of one text: its first tokens, or images drawn at random, the
     same every time."""
     for name in splits:
@@ -72,11 +78,11 @@ def known(data: Data, splits: Sequence[str], most: int | None = None) -> Known:
     if data.modality.windowed:
         x, label = torch.cat([stream(data.splits[name])[:most] for name in splits]), None
     else:
-        chosen = [some(split, most or len(split)) for split in (data.splits[name] for name in splits)]
+        chosen = [random_subset(split, most or len(split)) for split in (data.splits[name] for name in splits)]
         parts = [next(batches(split, len(split))) for split in chosen]
         x = torch.cat([part[data.field] for part in parts])
         label = None if data.classes is None else torch.cat([part["label"] for part in parts])
-    return Known(x, label, data.field, list(data.shape), data.levels, data.classes)
+    return TrainingData(x, label, data.field, list(data.shape), data.levels, data.classes)
 
 
 def stream(split: Split) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from genai.core.errors import at_least
 from genai.core.protocols import Batch
-from genai.evaluation.baselines.base import Baseline, Known
+from genai.evaluation.baselines.base import Baseline, TrainingData
 
 
 class Order(NamedTuple):
@@ -35,9 +35,9 @@ class NGram(Baseline):
         self.order = at_least(order, 1, "baseline.order")
         self.what = f"interpolated {order}-gram"
 
-    def fit(self, known: Known, seed: int) -> "NGram":
-        self.vocabulary, self.orders = known.levels or 0, []
-        tokens = known.x.numpy()[None]  # (1, T)
+    def fit(self, data: TrainingData, seed: int) -> "NGram":
+        self.vocabulary, self.orders = data.levels or 0, []
+        tokens = data.x.numpy()[None]  # (1, T)
         context, contexts = np.zeros_like(tokens), 1  # of no token there is one
         for _ in range(self.order):
             keys, counts = np.unique(self._keys(context, tokens)[context >= 0], return_counts=True)

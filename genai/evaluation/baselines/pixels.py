@@ -10,7 +10,7 @@ from torch import Tensor
 from genai.core import rng
 from genai.core.errors import at_least, number
 from genai.core.protocols import Batch
-from genai.evaluation.baselines.base import Baseline, Known
+from genai.evaluation.baselines.base import Baseline, TrainingData
 from genai.modalities.pixels import from_levels, to_levels
 
 
@@ -25,8 +25,8 @@ class Uniform(Baseline):
     needs = ("levels",)
     what = "uniform grey levels"
 
-    def fit(self, known: Known, seed: int) -> "Uniform":
-        self.shape, self.levels = known.shape, known.levels or 0
+    def fit(self, data: TrainingData, seed: int) -> "Uniform":
+        self.shape, self.levels = data.shape, data.levels or 0
         return self
 
     def log_prob(self, batch: Batch, seed: int) -> Tensor:
@@ -60,10 +60,10 @@ class Mixture(Baseline):
         self.what = many if components > 1 else "independent pixels"
         self.objective: list[float] = []
 
-    def fit(self, known: Known, seed: int) -> "Mixture":
+    def fit(self, data: TrainingData, seed: int) -> "Mixture":
         """`objective` keeps ln p of the data and of the prior, up to a constant, before each step: it never falls."""
-        self.shape, self.levels = known.shape, known.levels or 0
-        hot = self.one_hot(to_levels(known.x, self.levels).numpy())
+        self.shape, self.levels = data.shape, data.levels or 0
+        hot = self.one_hot(to_levels(data.x, self.levels).numpy())
         share = np.random.default_rng(seed).dirichlet(np.ones(self.components), hot.shape[0])  # (N, K)
         self.objective = []
         for _ in range(self.iterations if self.components > 1 else 1):
@@ -115,9 +115,9 @@ class Markov(Baseline):
     def __init__(self, smoothing: float = 0.5):
         self.smoothing = number(smoothing, "baseline.smoothing", 0, open_low=True)
 
-    def fit(self, known: Known, seed: int) -> "Markov":
-        self.shape, self.levels = known.shape, known.levels or 0
-        level = to_levels(known.x, self.levels)  # (N, D)
+    def fit(self, data: TrainingData, seed: int) -> "Markov":
+        self.shape, self.levels = data.shape, data.levels or 0
+        level = to_levels(data.x, self.levels)  # (N, D)
         d, count = level.shape[1], self.levels
         place = torch.arange(d) * count
         alone = torch.bincount((level + place).flatten(), minlength=d * count).view(d, count).double() + self.smoothing

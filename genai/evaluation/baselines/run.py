@@ -13,11 +13,11 @@ from genai.checkpoint.build import build_typed
 from genai.core import files
 from genai.core.errors import UserError, at_least
 from genai.data.base import Data
-from genai.data.pixels import images_behind
-from genai.evaluation.baselines.base import Baseline, Known, check, known
-from genai.evaluation.baselines.beside import answers, can_answer, row_node
-from genai.evaluation.features import Seen, judge, see
-from genai.evaluation.metrics import standard
+from genai.data.pixels import underlying_images
+from genai.evaluation.baselines.base import Baseline, TrainingData, check, name_of, training_data
+from genai.evaluation.baselines.reference import can_score, row_node, score_baseline
+from genai.evaluation.features import FeatureSet, classifier, extract_features
+from genai.evaluation.metrics import standard_metrics
 from genai.metrics.intervals import over_seeds
 
 SAMPLED = "frechet", "precision", "recall"  # in the features that cards have
@@ -27,7 +27,7 @@ DIGITS = {"bits_per_dim": 3, "precision": 3, "recall": 3, "frechet": 2, "reconst
 def run(cfg: Any) -> dict[str, Any]:
     """`python -m genai.evaluation.baselines`: fit, score, print and write; returns what is written."""
     node: Any = OmegaConf.to_container(cfg.data, resolve=True)
-    data, node = images_behind(build_typed(node), node)
+    data, node = underlying_images(build_typed(node), node)
     out = Path(cfg.out or f"runs/baselines/{title(node)}.json")
     files.check_folder(out.parent, "out")
     if out.is_dir():
@@ -43,10 +43,14 @@ def run(cfg: Any) -> dict[str, Any]:
     given = [cfg.fit] if isinstance(cfg.fit, str) else cfg.fit
     fit = list(given) if given is not None else before[: before.index(split)] or ["train"]
     chosen = baselines(cfg, data)
-    learned = known(data, fit)
+    learned = training_data(data, fit)
     sampled = any(hasattr(baseline, "sample") for _, _, baseline in chosen)
-    judged = sampled and data.classes is not None and cfg.judge is not None
-    real = see(data.splits[split], data.field, judge(data, node, "cpu"), ("features",)) if judged else None
+    judged = sampled and data.classes is not None and cfg.features is not None
+    real = (
+        extract_features(data.splits[split], data.field, classifier(data, node, "cpu"), ("features",))
+        if judged
+        else None
+    )
     found = []
     for name, arguments, baseline in chosen:
         if sys.stdout.isatty():
@@ -72,7 +76,7 @@ def baselines(cfg: Any, data: Data) -> list[tuple[str, dict[str, Any], Baseline]
     """Name, arguments and the thing itself: the one that baseline= chose, or the rows that this data can have."""
     if cfg.get("baseline") is not None:
         chosen: Any = OmegaConf.to_container(cfg.baseline)
-        nodes = [(chosen["_target_"].rpartition(".")[2].lower(), chosen)]
+        nodes = [(name_of(chosen["_target_"].rpartition(".")[2]), chosen)]
     else:
         nodes = [row_node(row) for row in OmegaConf.to_container(cfg.rows).get(data.field, [])]  # type: ignore
     if not nodes:
@@ -91,7 +95,7 @@ def baselines(cfg: Any, data: Data) -> list[tuple[str, dict[str, Any], Baseline]
 
 
 def score(
-    baseline: Any, learned: Known, data: Data, split: str, real: Seen | None, repeats: int, seed: int
+    baseline: Any, learned: TrainingData, data: Data, split: str, real: FeatureSet | None, repeats: int, seed: int
 ) -> dict[str, dict[str, Any]]:
     """All that a baseline can answer: of each figure its mean over repeats, the least, the greatest and what decides it.
 
@@ -99,16 +103,18 @@ def score(
     """
     n, values = len(data.splits[split]), {}
     names = [*data.modality.likelihoods, "reconstruction_psnr_db"]
-    items = {name: standard()[name] for name in names if can_answer(baseline, standard()[name])}
+    items = {name: standard_metrics()[name] for name in names if can_score(baseline, standard_metrics()[name])}
     sampled = {
-        name: standard()[name] for name in SAMPLED if real is not None and can_answer(baseline, standard()[name])
+        name: standard_metrics()[name]
+        for name in SAMPLED
+        if real is not None and can_score(baseline, standard_metrics()[name])
     }
     for k in range(repeats):
         metrics = sampled
         if k == 0 or baseline.drawn:
             baseline.fit(learned, seed + k)
             metrics = items | sampled
-        for name, value in answers(baseline, data, metrics, split, n, real, seed + k * n).items():
+        for name, value in score_baseline(baseline, data, metrics, split, n, real, seed + k * n).items():
             values.setdefault(name, []).append(value)
     whole: Any = data.splits[split]
     own = {"split": split, "n": whole.tokens - 1 if data.modality.windowed else n}
@@ -123,7 +129,7 @@ def figure(name: str, found: list[float], protocol: dict[str, Any]) -> dict[str,
     spread = over_seeds(found)
     values = {"value": spread.mean, "low": spread.min, "high": spread.max}
     rounded = {key: round(value, 5) for key, value in values.items()}
-    return {**rounded, "repeats": spread.n, "better": standard()[name].better, **protocol}
+    return {**rounded, "repeats": spread.n, "better": standard_metrics()[name].better, **protocol}
 
 
 def measured(rows: list[dict[str, Any]], chosen: Any) -> list[dict[str, Any]]:
@@ -132,14 +138,14 @@ def measured(rows: list[dict[str, Any]], chosen: Any) -> list[dict[str, Any]]:
     if not found:
         which = "the baselines of this data are" if chosen is None else f"baseline={rows[0]['baseline']} is"
         raise UserError(
-            f"{which} measured by a judge of samples, which needs labels (data.classes) and judge=: change one of these"
+            f"{which} measured in the features of a classifier, which needs data.classes and features=classifier"
         )
     return found
 
 
 def show(result: dict[str, Any], out: Path) -> None:
     """The table: least to greatest where there are several repeats."""
-    metrics = [name for name in standard() if any(name in row["metrics"] for row in result["rows"])]
+    metrics = [name for name in standard_metrics() if any(name in row["metrics"] for row in result["rows"])]
     table = Table("baseline", *metrics)
     for row in result["rows"]:
         table.add_row(row["what"], *(cell(name, row["metrics"].get(name)) for name in metrics))

@@ -9,7 +9,7 @@ from torch import Tensor
 from genai.core import rng
 from genai.core.errors import UserError, at_least, number
 from genai.core.protocols import Batch
-from genai.evaluation.baselines.base import Baseline, Known
+from genai.evaluation.baselines.base import Baseline, TrainingData
 from genai.evaluation.baselines.pixels import inverse
 
 
@@ -30,18 +30,18 @@ class GMM(Baseline):
         self.what = f"Gaussian mixture of {components}" if components > 1 else "one Gaussian"
         self.what += " for each class" if by_class else ""
 
-    def fit(self, known: Known, seed: int) -> "GMM":
+    def fit(self, data: TrainingData, seed: int) -> "GMM":
         """Of each component: weight (K,), mean (K, D), root of the covariance (K, D, D) and class (K,)."""
-        self.shape, parts = known.shape, []
-        for y in range(known.classes or 0) if self.by_class else (-1,):
-            mine = known.x if known.label is None or y < 0 else known.x[known.label == y]
+        self.shape, parts = data.shape, []
+        for y in range(data.classes or 0) if self.by_class else (-1,):
+            mine = data.x if data.label is None or y < 0 else data.x[data.label == y]
             components = min(self.components, len(mine)) if self.by_class else self.components
             if len(mine) >= max(2, components):
                 weight, mean, root = self.mixture(mine.flatten(1).double(), components, seed)
-                parts.append((weight * (len(mine) / len(known.x)), mean, root, torch.full((components,), y)))
+                parts.append((weight * (len(mine) / len(data.x)), mean, root, torch.full((components,), y)))
         if not parts:
             raise UserError(
-                f"baseline.components={self.components}, but there are only {len(known.x)} images to fit: give fewer"
+                f"baseline.components={self.components}, but there are only {len(data.x)} images to fit: give fewer"
             )
         self.weight, self.mean, self.root, self.label = (torch.cat(part) for part in zip(*parts, strict=True))
         return self
@@ -67,13 +67,13 @@ class GMM(Baseline):
         return x.float().clamp(-1, 1).view(n, *self.shape)
 
 
-class Copier(Baseline):
+class TrainingCopy(Baseline):
     """Training images drawn at random, of the class asked for where there are any: the best distance, and nothing made."""
 
     what = "copies of training images"
 
-    def fit(self, known: Known, seed: int) -> "Copier":
-        self.x, self.label = known.x, known.label
+    def fit(self, data: TrainingData, seed: int) -> "TrainingCopy":
+        self.x, self.label = data.x, data.label
         return self
 
     def sample(self, n: int, seed: int, label: Tensor | None = None) -> Tensor:
@@ -96,10 +96,10 @@ class PCA(Baseline):
         self.components = at_least(components, 0, "baseline.components")
         self.what = f"PCA with {components} components" if components else "mean image"
 
-    def fit(self, known: Known, seed: int) -> "PCA":
+    def fit(self, data: TrainingData, seed: int) -> "PCA":
         from sklearn.decomposition import PCA as Fitted
 
-        x, most = known.x.flatten(1), min(len(known.x), math.prod(known.shape))
+        x, most = data.x.flatten(1), min(len(data.x), math.prod(data.shape))
         if self.components > most:
             raise UserError(f"baseline.components={self.components}, but these images have at most {most}: give fewer")
         self.mean = x.mean(0)
@@ -125,13 +125,13 @@ class KNN(Baseline):
         self.k = at_least(k, 1, "baseline.k")
         self.what = f"mean of {k} nearest training images" if k > 1 else "nearest training image"
 
-    def fit(self, known: Known, seed: int) -> "KNN":
+    def fit(self, data: TrainingData, seed: int) -> "KNN":
         from sklearn.neighbors import NearestNeighbors
 
-        if self.k > len(known.x):
-            raise UserError(f"baseline.k={self.k}, but there are only {len(known.x)} images to fit: give fewer")
-        self.x = known.x
-        self.nearest: Any = NearestNeighbors(n_neighbors=self.k).fit(known.x.flatten(1).numpy())
+        if self.k > len(data.x):
+            raise UserError(f"baseline.k={self.k}, but there are only {len(data.x)} images to fit: give fewer")
+        self.x = data.x
+        self.nearest: Any = NearestNeighbors(n_neighbors=self.k).fit(data.x.flatten(1).numpy())
         return self
 
     def reconstruct(self, batch: Batch) -> Tensor:

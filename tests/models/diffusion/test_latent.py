@@ -587,7 +587,7 @@ def test_what_cannot_be_steered_or_decoded_is_refused_in_a_sentence(stages, tmp_
 def test_a_vqvae_shows_its_reconstructions_in_training(tmp_path):
     folder = train("model=vqvae", "data=digits", f"run_dir={tmp_path / 'vq'}", *SMALL, "callbacks.samples.n=20")
     loaded = genai.load(folder)
-    x = genai.sample(loaded, n=20, sampler={**loaded.config["shown"], "split": "test"})["image"]
+    x = genai.sample(loaded, n=20, sampler={**loaded.config["preview"], "split": "test"})["image"]
     real = build_typed(loaded.config["data"]).splits["test"].batch(torch.arange(10), None)["image"]
     assert torch.equal(x[:10], real)
     assert torch.allclose(x[10:], loaded.model.reconstruct({"image": real}), atol=1e-5)

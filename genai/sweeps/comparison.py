@@ -47,7 +47,7 @@ class Comparison:
         """Dotted key -> value of all that decides what a job's metric means."""
         whole: Any = OmegaConf.to_container(cfg, resolve=True)
         flat = dict(leaves("data", whole.get("data")))
-        if not stated(str(self.metric)):
+        if not has_own_units(str(self.metric)):
             flat |= {"loop._target_": (whole.get("loop") or {}).get("_target_")}
             for part in ("codec", "model"):
                 flat |= dict(leaves(part, whole.get(part)))
@@ -56,7 +56,7 @@ class Comparison:
 
     def sentence(self, axis: str, key: str, value: Any) -> str:
         because = "" if axis == key else f" ({key} becomes {value})"
-        if stated(str(self.metric)):
+        if has_own_units(str(self.metric)):
             return (
                 f"sweep.metric={self.metric} does not compare over {axis}{because}, since figures of different data are of no "
                 "common scale: sweep over something else, or give sweep.metric=null for no ranking"
@@ -68,7 +68,7 @@ class Comparison:
         )
 
 
-def stated(metric: str) -> bool:
+def has_own_units(metric: str) -> bool:
     """Whether a metric has units of its own, whatever the model: a card's, or one of its name on the validation data."""
     if metric.startswith("card/") or metric.rpartition("/")[2].startswith("loss"):
         return metric.startswith("card/")

@@ -1,5 +1,4 @@
-"""A judge of images: a small classifier trained on a data set's own labels, whose last hidden layer serves as features where no
-published network is at hand."""
+"""A small image classifier trained on a data set's own labels; its last hidden layer gives the features of cards."""
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +8,14 @@ from genai.core import files, rng
 from genai.core.cache import CACHE_HINT, cache_folder
 from genai.core.errors import UserError
 from genai.data.base import Data
-from genai.data.fingerprint import of_data
+from genai.data.fingerprint import dataset_checksum
 from genai.data.stream import Stream, batches
 
 STEPS, BATCH, FEATURES = 3000, 128, 64
 FORMAT = 1  # of what is trained and how
 
 
-class Judge(nn.Module):
+class Classifier(nn.Module):
     """Images (N, C, H, W) in [-1, 1], the sides at least 4 -> logits (N, classes); `features` (N, 64)."""
 
     def __init__(self, shape: list[int], classes: int):
@@ -31,7 +30,7 @@ class Judge(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
 
-    def learn(self, data: Data) -> "Judge":
+    def learn(self, data: Data) -> "Classifier":
         """From the training split, always the same way."""
         rng.seed_torch(rng.mix(FORMAT), torch.device("cpu"))
         optimizer = torch.optim.AdamW(self.parameters(), 2e-3)
@@ -51,25 +50,25 @@ class Judge(nn.Module):
         return torch.cat(right).double().mean().item()
 
 
-def trained(data: Data) -> Judge:
-    """The judge of a data set: trained once, then kept in $XDG_CACHE_HOME/genai or ~/.cache/genai.
+def load_or_train(data: Data) -> Classifier:
+    """The classifier of a data set: trained once, then kept in $XDG_CACHE_HOME/genai or ~/.cache/genai.
 
     Raises UserError for data that has no labelled images.
     """
     if len(data.shape) != 3 or data.classes is None or min(data.shape[1:]) < 4:
         raise UserError(
-            f"a judge needs labelled images of at least 4x4, and this data is {data.field} of shape {data.shape}"
+            f"a classifier needs labelled images of at least 4x4, and this data is {data.field} of shape {data.shape}"
         )
-    path = cache_folder("judge") / f"{of_data(data, ['train'], FORMAT, data.splits['train'].augments)}.pt"
+    path = cache_folder("classifier") / f"{dataset_checksum(data, ['train'], FORMAT, data.splits['train'].augments)}.pt"
     if path.exists():
         try:
-            judge = Judge(data.shape, data.classes)
-            judge.load_state_dict(torch.load(path, weights_only=True))
-            return judge.eval().requires_grad_(False)
+            net = Classifier(data.shape, data.classes)
+            net.load_state_dict(torch.load(path, weights_only=True))
+            return net.eval().requires_grad_(False)
         except Exception as error:  # torch has many words for damaged bytes
             print(f"warning: {path} is damaged ({type(error).__name__}): made again")
-    print(f"training a judge of this data, once ({STEPS} steps)", flush=True)
+    print(f"training a classifier of this data, once ({STEPS} steps)", flush=True)
     rng.seed_torch(rng.mix(FORMAT), torch.device("cpu"))
-    judge = Judge(data.shape, data.classes).learn(data)
-    files.write(path, lambda file: torch.save(judge.state_dict(), file), hint=CACHE_HINT)
-    return judge
+    net = Classifier(data.shape, data.classes).learn(data)
+    files.write(path, lambda file: torch.save(net.state_dict(), file), hint=CACHE_HINT)
+    return net
