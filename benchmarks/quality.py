@@ -27,7 +27,7 @@ from genai.evaluation.baselines.base import training_data
 from genai.evaluation.features import FeatureSet, classifier
 from genai.metrics.frechet import frechet
 from genai.models.diffusion.process.paths import Path
-from genai.models.diffusion.sampling.tables import Table, levels
+from genai.models.diffusion.sampling.tables import Table, discretize
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -49,7 +49,7 @@ SAMPLER = "genai.models.diffusion.sampling.samplers.sample"
 def table_of(path: Path, node: dict[str, Any], steps: int) -> Table:
     """The rows that a sampler's node walks."""
     keys = ("rho", "shift", "sigma_min", "sigma_max")
-    visited = levels(path, steps, node["spacing"] or path.spacing, **{key: node[key] for key in keys})
+    visited = discretize(path, steps, node["spacing"] or path.spacing, **{key: node[key] for key in keys})
     return build_typed(node["solver"])(path, visited)
 
 

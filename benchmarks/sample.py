@@ -31,7 +31,7 @@ from genai.models.diffusion.ddpm import DDPM
 from genai.models.diffusion.nets.unet import UNet
 from genai.models.diffusion.process.schedules import linear
 from genai.models.diffusion.sampling.samplers import sample
-from genai.models.diffusion.sampling.tables import ddim, levels
+from genai.models.diffusion.sampling.tables import ddim, discretize
 
 
 class Constant(nn.Module):
@@ -84,8 +84,8 @@ def diffusers(net: nn.Module, n: int, steps: int, eta: float) -> Callable[[], Te
 def by_hand(out: Tensor, steps: int) -> Callable[[], Tensor]:
     """Five operations in place on a new tensor a step, and the network's time."""
     schedule, net = linear(1000), Constant(out)
-    table = ddim(schedule, levels(schedule, steps))
-    rows = [(float(t), *schedule.at(t), row.a, row.b) for t, row in zip(table.times, table.rows, strict=True)]
+    table = ddim(schedule, discretize(schedule, steps))
+    rows = [(float(t), *schedule.alpha_sigma(t), row.a, row.b) for t, row in zip(table.times, table.rows, strict=True)]
 
     @torch.inference_mode()
     def sample() -> Tensor:

@@ -23,11 +23,11 @@ from genai.core.protocols import Denoiser, Prediction
 from genai.data.images import Digits
 from genai.data.stream import batches
 from genai.models.diffusion.process import schedules
-from genai.models.diffusion.process.paths import CLEAN, Path, Straight, VarianceExploding
+from genai.models.diffusion.process.paths import CLEAN, LinearPath, Path, VarianceExploding
 from genai.models.diffusion.sampling import tables
-from genai.models.diffusion.sampling.samplers import walk
+from genai.models.diffusion.sampling.samplers import run_table
 
-PATHS: dict[str, Path] = {"DDPM": schedules.cosine(200), "EDM": VarianceExploding(), "Flow": Straight()}
+PATHS: dict[str, Path] = {"DDPM": schedules.cosine(200), "EDM": VarianceExploding(), "Flow": LinearPath()}
 SOLVERS = {"ddim": tables.ddim, "dpmpp_2m": tables.dpmpp_2m, "heun": tables.heun, "midpoint": tables.midpoint}
 SPACINGS = ("trailing", "leading", "linspace", "karras", "log_snr")
 ENDS = {"sigma_min": 0.002, "sigma_max": 80.0}  # EDM's, for spacings that a path from pure noise to clean data has not
@@ -46,7 +46,7 @@ def mixture() -> Callable[[Path], Denoiser]:
 
     def along(path: Path) -> Denoiser:
         def denoise(x: Tensor, t: float) -> Prediction:
-            _, alpha, sigma = path.level(t)
+            _, alpha, sigma = path.marginal(t)
             total = alpha**2 * variance + sigma**2
             z = torch.einsum("kij,bki->bkj", basis, x[:, None] - alpha * mean)  # (B, 10, 64)
             log = log_share - 0.5 * (z**2 / total).sum(-1) - 0.5 * total.log().sum(-1)
@@ -61,24 +61,24 @@ def mixture() -> Callable[[Path], Denoiser]:
 def errors(path: Path, denoise: Denoiser, n: int, steps: list[int]) -> dict[str, dict[str, list[float | None]]]:
     """Root mean square error by solver and spacing, None for what the path has not."""
     seeds = rng.seed_range(0, n)
-    eps, start = rng.normal(seeds, (64,)).double(), path.level(path.t_max)
+    eps, start = rng.normal(seeds, (64,)).double(), path.marginal(path.t_max)
 
     def solved(solver: tables.Solver, levels: list) -> Tensor:
-        return walk(denoise, solver(path, levels), levels[0].sigma * eps, seeds)
+        return run_table(denoise, solver(path, levels), levels[0].sigma * eps, seeds)
 
-    high = start if start.alpha else path.level_of(1e4)
-    low = path.level(path.t_min) if path.level(path.t_min).sigma else path.level_of(1e-3)
+    high = start if start.alpha else path.marginal_of_ratio(1e4)
+    low = path.marginal(path.t_min) if path.marginal(path.t_min).sigma else path.marginal_of_ratio(1e-3)
     ratios = [high.ratio * (low.ratio / high.ratio) ** (k / 400) for k in range(401)]
-    exact = solved(tables.heun, [start, *(path.level_of(ratio) for ratio in ratios[1:]), CLEAN])
+    exact = solved(tables.heun, [start, *(path.marginal_of_ratio(ratio) for ratio in ratios[1:]), CLEAN])
     found: dict[str, dict[str, list[float | None]]] = {}
     for spacing in SPACINGS:
         for name, solver in SOLVERS.items():
             row = found.setdefault(spacing, {}).setdefault(name, [])
             for k in steps:
                 try:
-                    levels = tables.levels(path, k, spacing)  # type: ignore[arg-type]
+                    levels = tables.discretize(path, k, spacing)  # type: ignore[arg-type]
                 except UserError:
-                    levels = tables.levels(path, k, spacing, **ENDS)  # type: ignore[arg-type]
+                    levels = tables.discretize(path, k, spacing, **ENDS)  # type: ignore[arg-type]
                 row.append(round((solved(solver, levels) - exact).square().mean().sqrt().item(), 3))
     return found
 

@@ -31,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from genai import nodes
 from genai.core.errors import UserError
-from genai.core.interrupt import answered
+from genai.core.interrupt import raise_on_signal
 from genai.core.stored import PRETRAINED, RENAMED_OVERRIDES, up_to_date
 from genai.ranges import check as ranges
 
@@ -49,7 +49,7 @@ def conf_dir() -> str:
 
 def main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None = None) -> None:
     """Run `task(cfg)` with the config `name` composed from sys.argv; see `composed` for `prepare`."""
-    with answered():
+    with raise_on_signal():
         _main(task, name, prepare)
 
 
@@ -231,7 +231,7 @@ class Loader(ConfigLoaderImpl):
             own = OmegaConf.select(part, default.package or "") if default.package else part
             if not str(default.config_path).startswith("hydra/"):
                 own.pop("defaults", None)
-                self.changed |= dict.fromkeys(nodes.changed(cfg, part))
+                self.changed |= dict.fromkeys(nodes.drop_stale_keys(cfg, part))
             cfg.merge_with(part)
         return cfg
 
@@ -417,7 +417,7 @@ def apply(cfg: DictConfig, override: Override, parts: dict[str, None] | None = N
     present = OmegaConf.select(cfg, key, throw_on_missing=False) if key in known else None
     change = OmegaConf.create()
     OmegaConf.update(change, key, value, force_add=True)
-    parts |= dict.fromkeys(nodes.changed(cfg, change))
+    parts |= dict.fromkeys(nodes.drop_stale_keys(cfg, change))
     if name == "_target_" or (isinstance(value, dict) and "_target_" in value):
         parts[node if name == "_target_" else key] = None
     OmegaConf.update(cfg, key, fitted(key, value, present), force_add=True, merge=True)

@@ -38,7 +38,7 @@ def parameters(target: str, node: str = "") -> dict[str, inspect.Parameter]:
     return {"**" if p.kind is p.VAR_KEYWORD else p.name: p for p in named}
 
 
-def changed(cfg: DictConfig, change: DictConfig, path: str = "") -> Iterator[str]:
+def drop_stale_keys(cfg: DictConfig, change: DictConfig, path: str = "") -> Iterator[str]:
     """The dotted paths of the nodes of cfg that had keys and get another `_target_` by a change; they lose what it must not be
     merged with.
 
@@ -56,7 +56,7 @@ def changed(cfg: DictConfig, change: DictConfig, path: str = "") -> Iterator[str
                 del old[key]
             if own:
                 yield f"{path}{name}"
-        yield from changed(old, new, f"{path}{name}.")
+        yield from drop_stale_keys(old, new, f"{path}{name}.")
 
 
 def target_of(node: Any) -> str:

@@ -19,7 +19,7 @@ from genai.checkpoint import Loaded
 from genai.checkpoint.build import DATA, MODELS, build_stored, check_target
 from genai.core import files, rng, stored
 from genai.core.errors import UserError, at_least
-from genai.core.precision import halved
+from genai.core.precision import cast_for_inference
 from genai.core.protocols import Batch, OnStep, check_sampler, model_parts, with_items
 from genai.modalities.base import Request
 from genai.modalities.stored import difference
@@ -88,7 +88,7 @@ def sample(
         chunks, starts = [], range(0, n, batch_size)
         for k, start in enumerate(starts):
             part = slice(start, start + batch_size)
-            progress = None if on_step is None else _shifted(on_step, k, len(starts))
+            progress = None if on_step is None else _shift_steps(on_step, k, len(starts))
             given = {name: value[part] for name, value in cond.items()}
             special = {name: value[part] for name, value in pictures.items()} | (
                 {"frames": True} if frames and k == 0 else {}
@@ -100,7 +100,7 @@ def sample(
     return {**batch, "seeds": seeds, **({"label": cond["label"]} if "label" in cond else {})}
 
 
-def _shifted(on_step: OnStep, k: int, chunks: int) -> OnStep:
+def _shift_steps(on_step: OnStep, k: int, chunks: int) -> OnStep:
     return functools.wraps(on_step)(lambda i, steps, state: on_step(k * steps + i, chunks * steps, state))
 
 
@@ -149,7 +149,7 @@ def _part(loaded: Loaded, key: str, named: str | dict, kind: type) -> nn.Module:
     kinds = checkpoint.modalities(part.content, part.model)
     if what := difference(kinds, loaded.modality, loaded.conditions):
         raise UserError(f"{key}={part.path} has another {what} than {loaded.path}: they must share one")
-    return halved(part.model, loaded.precision).requires_grad_(False).eval().to(loaded.device)
+    return cast_for_inference(part.model, loaded.precision).requires_grad_(False).eval().to(loaded.device)
 
 
 def resolve_images(image: Any, mask: Any, n: int, loaded: Loaded) -> Batch:
@@ -202,14 +202,14 @@ def run(cfg: Any) -> Path:
     kwargs = {key: value for key, value in kwargs.items() if value is not None and value is not False}
     given = {key: cfg[key] for key in ("label", "prompt", "negative_prompt")}
     request: dict[str, Any] = {k: OmegaConf.to_container(v) if OmegaConf.is_list(v) else v for k, v in given.items()}
-    request["stop"] = unescaped(cfg.stop)
+    request["stop"] = unescape(cfg.stop)
     with loaded.modality.watch(request) or bar() as on_step:
         batch = sample(
             loaded, cfg.n, cfg.seed, sampler=node, batch_size=cfg.batch_size, on_step=on_step, **request, **kwargs
         )
     home = checkpoint.folder_of(loaded.path)
     out = Path(cfg.out) if cfg.out is not None else _unused(home)
-    with files.writable(out, "name another folder with out="):
+    with files.check_writable(out, "name another folder with out="):
         files.make_folder(out, None if cfg.out is not None else home)
         written = _write(out, loaded, batch, request, node)
     print(f"{cfg.n} samples of {loaded.path} (step {loaded.step}, {cfg.weights} weights): {written}")
@@ -219,7 +219,7 @@ def run(cfg: Any) -> Path:
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
-def unescaped(stop: Any) -> Any:
+def unescape(stop: Any) -> Any:
     r"""What was typed, with a line break for \n, a tab for \t, a carriage return for \r and one backslash for two: a shell passes
     these on as they are."""
     return re.sub(r"\\([ntr\\])", lambda m: ESCAPES[m[1]], stop) if isinstance(stop, str) else stop

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 import genai
 from genai.checkpoint.build import build_typed
 from genai.cli import composed
-from genai.core.precision import halved
+from genai.core.precision import cast_for_inference
 from genai.data.base import Data, synthetic_batch
 from genai.modalities.stored import nodes_of
 from genai.train.callbacks import File
@@ -99,7 +99,7 @@ def train(config, folder, steps, saved=None, resume=None, precision="32-true", a
     torch.manual_seed(0)
     model = build_typed(config["model"])
     if precision.endswith("-true"):  # as train.py does
-        model, precision = halved(model, precision), "32-true"
+        model, precision = cast_for_inference(model, precision), "32-true"
     record = Record(folder)
     record.cut(None)
     loop = build_typed({**config["loop"], "_partial_": True})

@@ -48,7 +48,7 @@ ITEMS, BATCHES = "items of the data come from the host, once a call", "batches c
 WAITS: dict[tuple[str, str, str], tuple[str, str]] = {
     ("call", "callbacks.Evaluate.evaluate", "read"): ("model=ddpm_mlp", "how far the average is, once an evaluation"),
     ("call", "lit.LitModel.evaluate", "copy"): ("model=ddpm_mlp", BATCHES),
-    ("call", "lit.Guard.stop_if_bad", "read"): ("model=ddpm_mlp", "whether all was finite, on logging steps"),
+    ("call", "lit.NonFiniteGuard.stop_if_bad", "read"): ("model=ddpm_mlp", "whether all was finite, on logging steps"),
     ("call", "record.Means.read", "read"): (
         "model=ddpm_mlp",
         "all means at once, on logging steps and after evaluations",
@@ -150,7 +150,7 @@ def gpu(monkeypatch) -> Iterator[FakeGPU]:
             return lambda inputs: out
 
         monkeypatch.setattr(torch.autograd, "grad", grad)
-        monkeypatch.setattr(samplers, "captured", lambda model, kind, *graph: capture(*graph))
+        monkeypatch.setattr(samplers, "find_graph", lambda model, kind, *graph: capture(*graph))
         monkeypatch.setattr(decode, "capture", capture)
         monkeypatch.setattr(decode, "LOOK_EVERY", 2)
         monkeypatch.setattr(rng, "philox", remembered(rng.philox))

@@ -138,7 +138,7 @@ NEEDS = {  # a part -> what a person types besides its name, where @ is its path
         "@.levels=17", "model.decoder.outputs=2", "model.levels=17", "data.levels=17"
     ],
     "vae.likelihoods.Categorical": ["@.levels=17", "model.decoder.outputs=17", "model.levels=17", "data.levels=17"],
-    "nn.attention.Learned": ["@.length=4096"],
+    "nn.attention.LearnedPositions": ["@.length=4096"],
     "nn.transformer.MLP": ["@.activation._target_=genai.nn.transformer.GELU"],
 }  # fmt: skip
 
@@ -195,7 +195,7 @@ NAMED = {  # parts that no file of conf/ chooses, or not in this place
     "vae": ("model.likelihood", "genai.models.vae.likelihoods.Gaussian"),
     "vae_binary": ("model.likelihood", "genai.models.vae.likelihoods.DiscretizedLogistic"),
     "gpt_nano": ("model.net.transformer.mlp", "genai.nn.transformer.SwiGLU"),
-    "gpt": ("model.net.transformer.position", "genai.nn.attention.Learned"),
+    "gpt": ("model.net.transformer.position", "genai.nn.attention.LearnedPositions"),
 }
 
 

@@ -70,11 +70,11 @@ def read(path: Path) -> dict:
         raise UserError(f"there is no checkpoint {path}: name a run, or a file in its checkpoints/") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, not a checkpoint file") from None
-    except archive.Damaged as error:
+    except archive.DamagedArchive as error:
         raise DamagedError(
             f"{path} is damaged, torn or no checkpoint ({error}): use another file of its folder"
         ) from error
-    except archive.Refused as error:
+    except archive.UnsafeArchive as error:
         raise UserError(f"{path} is refused, it holds more than tensors and plain values ({error})") from error
     except (OSError, MemoryError, RuntimeError) as error:  # torch's lack of memory has no type of its own
         why = getattr(error, "strerror", None) or str(error) or "out of memory"

@@ -45,7 +45,7 @@ class Loaded:
 
     def computing(self) -> contextlib.AbstractContextManager:
         """The autocast context to call the model in; no context where the precision is not mixed."""
-        return precisions.computing(self.precision, self.device)
+        return precisions.autocast(self.precision, self.device)
 
 
 def device_of(name: Any) -> str:
@@ -88,9 +88,9 @@ def load(
         raise UserError(f"compile={compile} must be true or false")
     content, path = locate(None if ckpt is None else str(ckpt))
     model = restore_model(content, path, weights, trust)
-    precisions.halved(model, precision).eval().requires_grad_(False).to(device)
+    precisions.cast_for_inference(model, precision).eval().requires_grad_(False).to(device)
     if sentence := precisions.allow_tf32(torch.device(device), precision):
-        precisions.say(sentence)
+        precisions.print_once(sentence)
     if compile:
         for net in model.nets().values():  # type: ignore[operator]
             net.compile()

@@ -3,7 +3,7 @@
 from genai.core import interrupt
 
 if __name__ == "__main__":
-    interrupt.answer()  # before the imports, which take long
+    interrupt.exit_on_signal()  # before the imports, which take long
 
 import argparse
 import sys
@@ -79,5 +79,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with interrupt.answered():
+    with interrupt.raise_on_signal():
         main()

@@ -26,11 +26,11 @@ DTYPES = {
 }  # fmt: skip
 
 
-class Refused(ValueError):
+class UnsafeArchive(ValueError):
     """The archive holds, or asks for, something other than plain values and tensors."""
 
 
-class Damaged(ValueError):
+class DamagedArchive(ValueError):
     """The archive is cut off, altered, or none at all."""
 
 
@@ -60,12 +60,12 @@ def read(path: Path) -> Any:
         try:
             with zipfile.ZipFile(file) as archive:
                 return _Reader(archive, size).value()
-        except (Refused, Damaged):
+        except (UnsafeArchive, DamagedArchive):
             raise
         except (zipfile.BadZipFile, EOFError, struct.error, NotImplementedError) as error:
-            raise Damaged(str(error) or "it is cut off") from error
+            raise DamagedArchive(str(error) or "it is cut off") from error
         except (IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise Refused(f"its pickle is none that torch.save writes, {type(error).__name__}") from error
+            raise UnsafeArchive(f"its pickle is none that torch.save writes, {type(error).__name__}") from error
 
 
 def _check_directory(file: BinaryIO, size: int) -> None:
@@ -73,14 +73,14 @@ def _check_directory(file: BinaryIO, size: int) -> None:
     file.seek(max(size - 42, 0))
     end = file.read(42)  # and no more, for a device has no end
     if len(end) < 22 or end[-22:-18] != b"PK\x05\x06" or end[-2:] != b"\0\0":
-        raise Damaged("it does not end as a zip file does")
+        raise DamagedArchive("it does not end as a zip file does")
     length = struct.unpack("<L", end[-10:-6])[0]
     if end[-42:-38] == b"PK\x06\x07":  # the end of a large archive stands at another place
         file.seek(struct.unpack("<Q", end[-34:-26])[0])
         large = file.read(56)
         length = struct.unpack("<Q", large[40:48])[0] if len(large) == 56 else sys.maxsize
     if length > DIRECTORY_BYTES:
-        raise Damaged(f"its list of records has {length} bytes")
+        raise DamagedArchive(f"its list of records has {length} bytes")
 
 
 class _Reader:
@@ -90,22 +90,22 @@ class _Reader:
         records = archive.infolist()
         for record in records:
             if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
-                raise Refused(f"{record.filename} is compressed, and torch.save compresses nothing")
+                raise UnsafeArchive(f"{record.filename} is compressed, and torch.save compresses nothing")
         if sum(record.file_size for record in records) > size:
-            raise Refused(f"its records claim more bytes than the file's {size}")
+            raise UnsafeArchive(f"its records claim more bytes than the file's {size}")
         self.archive, self.records = archive, {record.filename: record for record in records}
         if len(self.records) != len(records):
-            raise Refused("it has two records of one name")
+            raise UnsafeArchive("it has two records of one name")
         pickles = [name for name in self.records if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
-            raise Damaged("it has no data.pkl")
+            raise DamagedArchive("it has no data.pkl")
         self.root = pickles[0].removesuffix("data.pkl")
         self.storages: dict[str, Storage] = {}
 
     def value(self) -> Any:
         order = f"{self.root}byteorder"
         if order in self.records and self.archive.read(order).decode() != sys.byteorder:
-            raise Refused("its numbers are stored in another byte order than this machine's")
+            raise UnsafeArchive("its numbers are stored in another byte order than this machine's")
         program = self.archive.read(f"{self.root}data.pkl")
         return _bounded(self.run(program), len(program))
 
@@ -125,7 +125,7 @@ class _Reader:
         for i, (operation, argument, _) in enumerate(pickletools.genops(program)):
             name = operation.name
             if i > OPERATIONS:
-                raise Refused(f"its pickle has more than {OPERATIONS:,} operations")
+                raise UnsafeArchive(f"its pickle has more than {OPERATIONS:,} operations")
             if name in _VALUES:
                 stack.append(argument)
             elif name in _CONSTANTS:
@@ -150,7 +150,7 @@ class _Reader:
                 _plain(stack[-1], dict)
                 for key, value in zip(items[::2], items[1::2], strict=True):
                     if type(key) not in (str, int):  # a tuple of tuples may take for ever to hash
-                        raise Refused(f"a dict has a key that is a {type(key).__name__}")
+                        raise UnsafeArchive(f"a dict has a key that is a {type(key).__name__}")
                     stack[-1][key] = value
             elif name in ("APPEND", "APPENDS"):
                 items = since_mark() if name == "APPENDS" else [stack.pop()]
@@ -169,24 +169,26 @@ class _Reader:
             elif name == "STOP":
                 return stack.pop()
             elif name != "PROTO":
-                raise Refused(f"its pickle uses {name}")
-        raise Damaged("its pickle is cut off")
+                raise UnsafeArchive(f"its pickle uses {name}")
+        raise DamagedArchive("its pickle is cut off")
 
     def call(self, function: Any, arguments: tuple) -> Any:
         if function == ORDERED_DICT and not arguments:
             return {}
         if function == REBUILD and len(arguments) == 6:
             return _tensor(*arguments[:4])
-        raise Refused(f"it calls {function.name if type(function) is Name else type(function).__name__}")
+        raise UnsafeArchive(f"it calls {function.name if type(function) is Name else type(function).__name__}")
 
     def storage(self, kind: Any, dtype: Any, key: Any, location: Any, numel: Any) -> Storage:
         if kind != "storage" or type(dtype) is not Name or type(key) is not str or type(numel) is not int:
-            raise Refused("it refers to something other than the numbers of a tensor")
+            raise UnsafeArchive("it refers to something other than the numbers of a tensor")
         of = DTYPES[dtype.name.removeprefix("torch ").removesuffix("Storage")]
         record = self.records[f"{self.root}data/{key}"]
         if key not in self.storages:
             if record.file_size != numel * of.itemsize:
-                raise Refused(f"record {key} has {record.file_size} bytes, and not the {numel} numbers of a tensor")
+                raise UnsafeArchive(
+                    f"record {key} has {record.file_size} bytes, and not the {numel} numbers of a tensor"
+                )
             numbers = torch.empty(numel, dtype=of)
             array: Any = numbers.view(torch.uint8).numpy()
             view, at = memoryview(array), 0
@@ -195,10 +197,10 @@ class _Reader:
                     view[at : at + len(piece)] = piece
                     at += len(piece)
             if at != record.file_size:
-                raise Damaged(f"record {key} is cut off")
+                raise DamagedArchive(f"record {key} is cut off")
             self.storages[key] = Storage(numbers)
         if self.storages[key].numbers.dtype != of:
-            raise Refused(f"record {key} is of two kinds of numbers")
+            raise UnsafeArchive(f"record {key} is of two kinds of numbers")
         return self.storages[key]
 
 
@@ -209,14 +211,14 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 def _plain(value: Any, kind: type) -> Any:
     if type(value) is not kind:
-        raise Refused(f"its pickle treats a {type(value).__name__} as a {kind.__name__}")
+        raise UnsafeArchive(f"its pickle treats a {type(value).__name__} as a {kind.__name__}")
     return value
 
 
 def _allowed(name: str) -> Name:
     storages = [f"torch {kind}Storage" for kind in DTYPES]
     if name not in (ORDERED_DICT.name, REBUILD.name, *storages):
-        raise Refused(f"it names {name.replace(' ', '.')}")
+        raise UnsafeArchive(f"it names {name.replace(' ', '.')}")
     return Name(name)
 
 
@@ -224,12 +226,12 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
     """A tensor over a storage. Raises Refused if it would have more numbers than that."""
     numbers, sizes = _plain(storage, Storage).numbers, (offset, *_plain(shape, tuple), *_plain(strides, tuple))
     if any(type(n) is not int or not 0 <= n < 2**62 for n in sizes) or len(shape) != len(strides):
-        raise Refused("a tensor has a size that is none")
+        raise UnsafeArchive("a tensor has a size that is none")
     count, last = 1, offset
     for n, stride in zip(shape, strides, strict=True):
         count, last = count * n, last + max(n - 1, 0) * stride
     if count and (count > numbers.numel() or last >= numbers.numel()):
-        raise Refused(f"a tensor of shape {list(shape)} lies on {numbers.numel()} numbers")
+        raise UnsafeArchive(f"a tensor of shape {list(shape)} lies on {numbers.numel()} numbers")
     return torch.empty(0, dtype=numbers.dtype).set_(numbers.untyped_storage(), offset, shape, strides)
 
 
@@ -240,13 +242,13 @@ def _bounded(value: Any, limit: int) -> Any:
         item, depth = waiting.pop()
         seen += 1
         if depth > DEPTH or seen > limit:
-            raise Refused("it holds values that hold themselves, or one another without end")
+            raise UnsafeArchive("it holds values that hold themselves, or one another without end")
         if isinstance(item, dict):
             waiting.extend((v, depth + 1) for v in item.values())
         elif isinstance(item, list | tuple) and type(item) not in (Name, Storage):
             waiting.extend((v, depth + 1) for v in item)
         elif type(item) is int and not -(2**63) <= item < 2**64:
-            raise Refused("it holds a number of more than 64 bits")
+            raise UnsafeArchive("it holds a number of more than 64 bits")
         elif isinstance(item, Name | Storage):
-            raise Refused(f"it holds {item[0]} as a value")
+            raise UnsafeArchive(f"it holds {item[0]} as a value")
     return value

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from genai.core.protocols import Batch
 
-KEPT = 4  # kinds of a model
+MAX_KINDS = 4  # kinds of a model
 Made = TypeVar("Made")
 Trajectory = Callable[[Batch], Tensor]
 Kinds = dict[tuple[int, Hashable], Trajectory | Literal["walked", "failed"]]
@@ -20,7 +20,7 @@ Kinds = dict[tuple[int, Hashable], Trajectory | Literal["walked", "failed"]]
 _kinds: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Kinds]] = weakref.WeakKeyDictionary()
 
 
-def captured(model: nn.Module, kind: Hashable, trajectory: Trajectory, inputs: Batch) -> Trajectory | None:
+def find_graph(model: nn.Module, kind: Hashable, trajectory: Trajectory, inputs: Batch) -> Trajectory | None:
     """The graph of a trajectory, from the second batch of a kind and size on; the first borrows that of a larger batch.
 
     None says to walk it, which also warms up what is compiled or chosen at first use. The last KEPT of a model are known.
@@ -38,12 +38,12 @@ def captured(model: nn.Module, kind: Hashable, trajectory: Trajectory, inputs: B
     graph = kinds.pop((n, kind), None)
     if graph == "walked":
         try:
-            graph = with_room(model, lambda: capture(trajectory, inputs))
+            graph = retry_without_graphs(model, lambda: capture(trajectory, inputs))
         except RuntimeError as error:
-            say(str(error).strip().splitlines()[0])
+            warn_no_graph(str(error).strip().splitlines()[0])
             graph = "failed"  # and not the trajectory, which holds the model that its entry here is to end with
     kinds[n, kind] = graph or "walked"
-    if len(kinds) > KEPT:
+    if len(kinds) > MAX_KINDS:
         del kinds[next(iter(kinds))]
     if graph is None:
         larger = [size for (size, other), graph in kinds.items() if other == kind and size > n and callable(graph)]
@@ -51,7 +51,7 @@ def captured(model: nn.Module, kind: Hashable, trajectory: Trajectory, inputs: B
     return graph if callable(graph) else None
 
 
-def with_room(model: nn.Module, make: Callable[[], Made]) -> Made:
+def retry_without_graphs(model: nn.Module, make: Callable[[], Made]) -> Made:
     """make(), once more without the model's graphs where the device has no memory left beside them."""
     try:
         return make()
@@ -91,6 +91,6 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def say(reason: str) -> None:
+def warn_no_graph(reason: str) -> None:
     """Warn that sampling goes on without a graph; Python shows one sentence once."""
     warnings.warn(f"sampling step by step, not as a CUDA graph: {reason}", stacklevel=2)

@@ -25,7 +25,7 @@ def write(path: Path, save: Callable[[BinaryIO], object], within: Path | None = 
     `within`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    with writable(path, hint):
+    with check_writable(path, hint):
         make_folder(path.parent, within)
         try:
             with open(temporary, "xb") as file:
@@ -54,7 +54,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]], hint: str = "") 
 
 def replace(path: Path, target: Path) -> None:
     """Give a whole file the place of another of its folder. Raises UserError if it cannot be done."""
-    with writable(target):
+    with check_writable(target):
         os.replace(path, target)
         _sync(target.parent)
 
@@ -91,7 +91,7 @@ def check_folder(folder: Path, key: str) -> None:
 
 
 @contextlib.contextmanager
-def writable(path: Path, hint: str = "") -> Iterator[None]:
+def check_writable(path: Path, hint: str = "") -> Iterator[None]:
     """Turn an OSError of writing `path` into a UserError that says which file, why, and `hint`."""
     try:
         yield

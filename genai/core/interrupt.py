@@ -1,6 +1,6 @@
 """Ctrl-C and SIGTERM before the first step, while packages load and everything is built: one line, exit code 130 or 143.
 
-A script calls `answer` before its imports, which take seconds, and runs its task in `answered`.
+A script calls `exit_on_signal` before its imports, which take seconds, and runs its task in `raise_on_signal`.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ _before: dict[int, Any] = {}  # handlers that were there, by signal
 _received: int | None = None
 
 
-def answer() -> None:
+def exit_on_signal() -> None:
     """Leave at once from here on, since nothing can be half-done while packages load; ignored signals stay ignored."""
     _install(_leave)
 
 
 @contextlib.contextmanager
-def answered() -> Iterator[None]:
+def raise_on_signal() -> Iterator[None]:
     """Turn a signal within the context into an exception, so that what runs can clean up, and exit with its code even where the
     exception is swallowed; while a package is being imported, exit at once."""
     global _received

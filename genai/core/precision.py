@@ -18,8 +18,8 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true")
 """As Lightning spells them: weights and network in float32; weights in float32, matrix products and convolutions in half; weights
 and network in half. "auto" is bf16-mixed on a GPU that can, else 32-true."""
 
-HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16-true": torch.bfloat16}
-PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+HALF_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16-true": torch.bfloat16}
+MATMUL_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def precision_of(name: object, device: str | torch.device, key: str = "precision") -> str:
@@ -31,34 +31,34 @@ def precision_of(name: object, device: str | torch.device, key: str = "precision
     return "bf16-mixed" if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
 
 
-def computing(precision: str, device: torch.device) -> AbstractContextManager:
-    """The autocast context to call a model in, which `halved` has prepared; no context where the precision is not mixed."""
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """The autocast context for a model that `cast_for_inference` prepared; a null context unless the precision is mixed."""
     if not precision.endswith("-mixed"):
         return contextlib.nullcontext()
-    return torch.autocast(device.type, HALVES[precision])
+    return torch.autocast(device.type, HALF_DTYPES[precision])
 
 
-def exact(device: torch.device) -> AbstractContextManager:
+def no_autocast(device: torch.device) -> AbstractContextManager:
     """Inside, no autocast: everything is computed in the type of its tensors. For what may be compiled."""
     return torch.autocast(device.type, enabled=False)
 
 
 @contextlib.contextmanager
-def full(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """Inside, no autocast and no TF32: for frozen networks, whose answers are compared with those of other runs."""
     kinds: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn) if device.type == "cuda" else ()
     before = [kind.allow_tf32 for kind in kinds]
     try:
         for kind in kinds:
             kind.allow_tf32 = False
-        with exact(device):
+        with no_autocast(device):
             yield
     finally:
         for kind, allowed in zip(kinds, before, strict=True):
             kind.allow_tf32 = allowed
 
 
-def halved(model: nn.Module, precision: str) -> nn.Module:
+def cast_for_inference(model: nn.Module, precision: str) -> nn.Module:
     """The model for inference in a precision, changed in place.
 
     In mixed precision weights of products are rounded here once, where autocast would round them at every call; those of an
@@ -66,15 +66,15 @@ def halved(model: nn.Module, precision: str) -> nn.Module:
     """
     if precision == "bf16-true":
         return model.to(torch.bfloat16)
-    if precision in HALVES:
-        _round(model, HALVES[precision], {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)})
+    if precision in HALF_DTYPES:
+        _round(model, HALF_DTYPES[precision], {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)})
     return model
 
 
 def _round(module: nn.Module, dtype: torch.dtype, kept: set[int]) -> None:
-    if isinstance(module, Wide):
+    if isinstance(module, KeepPrecision):
         return
-    if type(module) in PRODUCTS and id(module.weight) not in kept:
+    if type(module) in MATMUL_LAYERS and id(module.weight) not in kept:
         module.to(dtype)
     for child in module.children():
         _round(child, dtype, kept)
@@ -90,40 +90,40 @@ def allow_tf32(device: torch.device, precision: str) -> str | None:
 
 
 @functools.cache
-def say(sentence: str) -> None:
+def print_once(sentence: str) -> None:
     """Print a sentence once."""
     print(sentence, flush=True)
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """x in float32, or as wide as it is."""
     return x.float() if x.dtype.itemsize < 4 else x
 
 
-def fitted(x: Tensor, net: nn.Module | Tensor) -> Tensor:
+def downcast(x: Tensor, net: nn.Module | Tensor) -> Tensor:
     """x as a network of narrower weights takes it; at every step of a sampler one weight is quicker to ask."""
     dtype = (net if isinstance(net, Tensor) else next(net.parameters())).dtype
     return x.to(dtype) if dtype.itemsize < x.dtype.itemsize else x
 
 
-def kept(t: Tensor, converted: Tensor) -> Tensor:
+def keep_precision(t: Tensor, converted: Tensor) -> Tensor:
     """t on the device of `converted`, and in its dtype where that is as wide as t's: a module's tensor after `Module.to`."""
     return t.to(converted.device) if converted.dtype.itemsize < t.dtype.itemsize else converted
 
 
-class Wide(nn.Module):
+class KeepPrecision(nn.Module):
     """A module whose parameters and buffers, with those of its parts, stay as wide as they are when a model is converted."""
 
     def _apply(self, fn: Callable, recurse: bool = True):
-        return super()._apply(lambda t: kept(t, fn(t)), recurse)
+        return super()._apply(lambda t: keep_precision(t, fn(t)), recurse)
 
 
-class WideBuffers(nn.Module):
+class KeepBufferPrecision(nn.Module):
     """A module whose own buffers stay as wide as they are when it is converted."""
 
     def _apply(self, fn: Callable, recurse: bool = True):
         own = {name: t for name, t in self._buffers.items() if t is not None}
         super()._apply(fn, recurse)
         for name, t in own.items():
-            self._buffers[name] = kept(t, self._buffers[name])  # type: ignore[arg-type]
+            self._buffers[name] = keep_precision(t, self._buffers[name])  # type: ignore[arg-type]
         return self

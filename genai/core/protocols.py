@@ -31,7 +31,7 @@ class Losses(NamedTuple):
     """Detached name -> (mean, weight); a mean over nothing is (0, 0)."""
 
 
-def weighted(total: Tensor, logs: Mapping[str, Tensor], n: int) -> Losses:
+def batch_losses(total: Tensor, logs: Mapping[str, Tensor], n: int) -> Losses:
     """Losses and logs that are means over n samples."""
     return Losses(total, float(n), {name: (value.detach(), float(n)) for name, value in logs.items()})
 
@@ -47,7 +47,7 @@ class Model(Protocol):
 
 
 @runtime_checkable
-class Prepared(Protocol):
+class Preparable(Protocol):
     """A Model that looks at training data before step 0, on the device it trains on."""
 
     def prepare(self, batches: Iterable[Batch]) -> Mapping[str, Any]:
@@ -101,7 +101,7 @@ class Scorable(Protocol):
 
 
 @runtime_checkable
-class Reconstructing(Protocol):
+class Reconstructor(Protocol):
     """A model that compresses: `reconstruct` gives back one field of a batch, in [-1, 1], as well as it can."""
 
     field: str
@@ -110,7 +110,7 @@ class Reconstructing(Protocol):
 
 
 @runtime_checkable
-class Codec(Reconstructing, Protocol):
+class Codec(Reconstructor, Protocol):
     """A first stage: one field of a batch to latents and back, without randomness."""
 
     shape: tuple[int, ...]

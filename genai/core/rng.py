@@ -43,13 +43,13 @@ def _rounds(key: Sequence[Tensor], counter: Sequence[Tensor | int]) -> tuple[Ten
     shape = torch.broadcast_shapes(*(c.shape for c in (*key, *counter) if isinstance(c, Tensor)))
     for _ in range(10):
         (high0, low0), (high1, low1) = _product(c0, _M[0]), _product(c2, _M[1])
-        c0, c2 = _mixed(high1, c1, k0, shape), _mixed(high0, c3, k1, shape)
+        c0, c2 = _mix_words(high1, c1, k0, shape), _mix_words(high0, c3, k1, shape)
         c1, c3 = low1, low0
         k0, k1 = (k0 + _W[0]) & _LOW, (k1 + _W[1]) & _LOW
     return c0, c1, c2, c3  # pyright: ignore[reportReturnType]
 
 
-def _mixed(high: Tensor | int, word: Tensor | int, key: Tensor, shape: torch.Size) -> Tensor:
+def _mix_words(high: Tensor | int, word: Tensor | int, key: Tensor, shape: torch.Size) -> Tensor:
     """high ^ word ^ key, cut to 32 bits; in the memory of `high` where that has all elements, for nobody else holds it."""
     if isinstance(high, Tensor) and high.shape == shape:
         return high.bitwise_xor_(word).bitwise_xor_(key).bitwise_and_(_LOW)
@@ -70,7 +70,7 @@ def _blocks(
     return _rounds(key, (low, high, row, stream))
 
 
-def _of_elements(seeds: Tensor, n: int, row: Tensor | int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _element_blocks(seeds: Tensor, n: int, row: Tensor | int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The words of each sample's first n elements."""
     blocks = torch.arange((n + 3) // 4, device=seeds.device)
     # & _LOW changes no index below 2^32, but Inductor multiplies a bare arange in 32 bits, which Philox's factors overflow
@@ -91,7 +91,7 @@ def _unit(word: Tensor) -> Tensor:
 def uniform(seeds: Tensor, shape: Sequence[int], row: int = 0, stream: int = MODEL) -> Tensor:
     """float32 uniforms in [0, 1] of shape (B, *shape), one independent field per seed (int64, (B,))."""
     n = math.prod(shape)
-    return _unit(torch.stack(_of_elements(seeds, n, row, stream), -1)).flatten(1)[:, :n].reshape(len(seeds), *shape)
+    return _unit(torch.stack(_element_blocks(seeds, n, row, stream), -1)).flatten(1)[:, :n].reshape(len(seeds), *shape)
 
 
 def normal(seeds: Tensor, shape: Sequence[int], row: Tensor | int = 0, stream: int = STEP) -> Tensor:
@@ -100,7 +100,7 @@ def normal(seeds: Tensor, shape: Sequence[int], row: Tensor | int = 0, stream: i
     Box-Muller on consecutive pairs: sqrt(-2 ln u) cos(2 pi v), then the same with sin.
     """
     n = math.prod(shape)
-    u0, v0, u1, v1 = map(_unit, _of_elements(seeds, n, row, stream))
+    u0, v0, u1, v1 = map(_unit, _element_blocks(seeds, n, row, stream))
     r0, r1 = (u.clamp_min_(1e-7).log_().mul_(-2).sqrt_() for u in (u0, u1))
     a0, a1 = v0.mul_(2 * math.pi), v1.mul_(2 * math.pi)
     pairs = [a0.cos().mul_(r0), a0.sin_().mul_(r0), a1.cos().mul_(r1), a1.sin_().mul_(r1)]

@@ -42,6 +42,8 @@ MOVED: dict[str, str | Callable[[Node], Node]] = {
     f"{DIFFUSION}.ode": f"{DIFFUSION}.likelihood.ode",
     f"{DIFFUSION}.text": "genai.nn.text_encoder",
     f"{DIFFUSION}.latent": "genai.nn.latent_space",
+    "genai.nn.attention.Learned": "genai.nn.attention.LearnedPositions",
+    "genai.nn.attention.Rotary": "genai.nn.attention.RotaryPositions",
     "genai.data.tokenizers": "genai.modalities.tokenizers",
     "genai.extractors": "genai.evaluation.features",
     "genai.evaluation.features.judge": "genai.evaluation.features.classifier",

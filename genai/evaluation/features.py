@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError
-from genai.core.precision import full
+from genai.core.precision import full_precision
 from genai.data.base import Data, Split
 from genai.data.stream import batches
 from genai.evaluation import classifier as classifiers
@@ -40,7 +40,7 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        with full(torch.device(self.device)):
+        with full_precision(torch.device(self.device)):
             seen = [self.see(part.to(self.device)) for part in images.split(self.batch)]
         features = torch.cat([part.flatten(1).cpu() for part, _ in seen])
         logits = [part.cpu() for _, part in seen if part is not None]

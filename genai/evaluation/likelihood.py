@@ -12,7 +12,7 @@ from genai.checkpoint import Loaded
 from genai.checkpoint.build import build_typed
 from genai.checkpoint.load import null_conditions
 from genai.core.errors import UserError
-from genai.core.protocols import Batch, Reconstructing, Scorable, check_sampler
+from genai.core.protocols import Batch, Reconstructor, Scorable, check_sampler
 from genai.data.base import Data, first_items
 from genai.data.stream import batches
 from genai.evaluation.clock import Clock
@@ -29,7 +29,7 @@ def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[dict[str, Any
     """The facts of one pass, and the mean of each metric with its bootstrap interval: of those that the model can have too."""
     plan, n, metrics = checked.plan, checked.n, {**checked.can, **checked.passes}
     model: Any = loaded.model
-    reconstructs = isinstance(loaded.model, Reconstructing)
+    reconstructs = isinstance(loaded.model, Reconstructor)
     score, device = scorer(loaded, data, plan.likelihood), loaded.device
     codes = torch.zeros(getattr(model, "vocabulary", None) or 0, dtype=torch.int64)
     values = {name: [] for name, metric in metrics.items() if metric.kind == "reconstructions"}
@@ -80,7 +80,7 @@ def scorer(loaded: Loaded, data: Data, method: Any) -> Score | None:
         return functools.partial(function, loaded.model, levels=data.levels)
     if isinstance(loaded.model, Scorable):
         return loaded.model.log_prob
-    if isinstance(loaded.model, Reconstructing):
+    if isinstance(loaded.model, Reconstructor):
         return None
     flows = hasattr(loaded.model, "denoise") and loaded.model.codec is None  # a diffusion model of the data itself
     hint = "choose likelihood=probability_flow" if flows else "measure its samples with metrics=[frechet,recall]"

@@ -15,7 +15,7 @@ from genai.checkpoint import Loaded
 from genai.checkpoint.build import build_typed, reason
 from genai.cli import conf_dir
 from genai.core.errors import UserError, at_least
-from genai.core.protocols import Reconstructing, Scorable
+from genai.core.protocols import Reconstructor, Scorable
 from genai.data.base import Data
 from genai.evaluation import features
 from genai.metrics import frechet, images, inception_score, kid, manifold, text
@@ -216,7 +216,7 @@ def can_compute(metric: Metric, loaded: Loaded, data: Data, method: Any = None) 
     """Whether a model can have a metric; `data` are images, if it makes any, and `method` a likelihood that is not its own."""
     given = {
         "likelihoods": isinstance(loaded.model, Scorable) or method is not None,
-        "reconstructions": isinstance(loaded.model, Reconstructing),
+        "reconstructions": isinstance(loaded.model, Reconstructor),
     }
     return given.get(metric.kind, data.modality.comparison == metric.kind) and metric.suits(loaded, data)
 

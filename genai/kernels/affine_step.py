@@ -63,7 +63,7 @@ def affine_step(
         noisy: whether the kernel has the noise in it, default s != 0; True lets one kernel serve a whole table.
         keep_x0: also return x0.
         impl: "triton" is refused where it cannot run, "auto" then takes torch and says so once; "compiled" is torch by
-            Inductor, which takes seconds at first, see `prefer`.
+            Inductor, which takes seconds at first, see `choose_impl`.
 
     Returns:
         x', and x0 or an empty tensor; contiguous, whatever the layout of the tensors given.
@@ -76,7 +76,7 @@ def affine_step(
     if not _check(x, others, seeds, row, noisy or mask is not None):
         x, seeds, *others = _contiguous(x, seeds, *others)
     k = [w, p, q, row.a, row.b, row.c, row.d, row.s, row.alpha, row.sigma]
-    call = {"auto": _auto, "torch": _torch, "triton": _triton, "compiled": _compiled}[impl]
+    call = {"auto": _auto, "torch": _torch, "triton": _triton, "compiled": _run_compiled}[impl]
     return call(x, *others, seeds, index, k, clip, noisy, keep_x0)
 
 
@@ -204,7 +204,7 @@ _uncompiled: set[str] = set()
 """Types of device for which Inductor failed once; it takes seconds to fail again."""
 
 
-def _compiled(x: Tensor, *args) -> tuple[Tensor, Tensor]:
+def _run_compiled(x: Tensor, *args) -> tuple[Tensor, Tensor]:
     """The formula by Inductor; what differs from row to row goes in as tensors, so that one compilation serves them all."""
     from torch._dynamo.exc import BackendCompilerFailed  # takes a second to import
 
@@ -216,11 +216,11 @@ def _compiled(x: Tensor, *args) -> tuple[Tensor, Tensor]:
         return _compile()(x, *tensors, torch.tensor(row, device=x.device), factors, clip, noisy, keep_x0)
     except BackendCompilerFailed as error:
         _uncompiled.add(x.device.type)
-        _say(f"diffusion steps are not compiled: {str(error).strip().splitlines()[0]}")
+        _warn_once(f"diffusion steps are not compiled: {str(error).strip().splitlines()[0]}")
         return _torch(x, *args)
 
 
-def prefer(x: Tensor, steps: int, noisy: bool) -> Impl:
+def choose_impl(x: Tensor, steps: int, noisy: bool) -> Impl:
     """What runs `steps` steps of a state like x soonest: on a CPU with a C++ compiler, "compiled" where that pays."""
     pays = steps * x.numel() * (SAVED_NOISY if noisy else SAVED) > COMPILING
     compiler = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
@@ -228,20 +228,20 @@ def prefer(x: Tensor, steps: int, noisy: bool) -> Impl:
 
 
 def _triton(x: Tensor, *args) -> tuple[Tensor, Tensor]:
-    if reason := why_not_triton(x):
+    if reason := triton_obstacle(x):
         raise UserError(f"impl=triton cannot run here: {reason} (impl=auto or torch can)")
-    if torch.is_grad_enabled() and _differentiated(x, *args):
+    if torch.is_grad_enabled() and _requires_grad(x, *args):
         raise UserError("impl=triton has no gradient, but a tensor of the step requires one (impl=auto or torch has)")
     from genai.kernels import triton_affine_step
 
     return triton_affine_step.launch(x, *args)
 
 
-def _differentiated(*args) -> bool:
+def _requires_grad(*args) -> bool:
     return any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
-def why_not_triton(x: Tensor) -> str | None:
+def triton_obstacle(x: Tensor) -> str | None:
     """What keeps the kernel from running on tensors like x; None if nothing does."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float32, float16 and bfloat16, and this is {str(x.dtype).removeprefix('torch.')}"
@@ -255,7 +255,7 @@ def why_not_triton(x: Tensor) -> str | None:
 
 
 def _auto(x: Tensor, *args) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and _differentiated(x, *args):
+    if torch.is_grad_enabled() and _requires_grad(x, *args):
         return _torch(x, *args)
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return torch.ops.genai.affine_step(x, *args)
@@ -263,18 +263,18 @@ def _auto(x: Tensor, *args) -> tuple[Tensor, Tensor]:
 
 
 def _on_gpu(x: Tensor, *args) -> tuple[Tensor, Tensor]:
-    if reason := why_not_triton(x):
-        _say(f"diffusion steps run in torch instead of Triton: {reason}")
+    if reason := triton_obstacle(x):
+        _warn_once(f"diffusion steps run in torch instead of Triton: {reason}")
         return _torch(x, *args)
     return _triton(x, *args)
 
 
 @functools.cache
-def _say(sentence: str) -> None:
+def _warn_once(sentence: str) -> None:
     warnings.warn(sentence, stacklevel=2)
 
 
-def _fake(x: Tensor, *args) -> tuple[Tensor, Tensor]:
+def _fake_step(x: Tensor, *args) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape if args[-1] else 0)
 
 
@@ -289,5 +289,5 @@ torch.library.define(
 )
 torch.library.impl("genai::affine_step", "cpu", lambda *args: _torch(*_contiguous(*args)))
 torch.library.impl("genai::affine_step", "cuda", lambda *args: _on_gpu(*_contiguous(*args)))
-torch.library.register_fake("genai::affine_step", _fake)
+torch.library.register_fake("genai::affine_step", _fake_step)
 torch.library.register_autograd("genai::affine_step", _no_gradient)

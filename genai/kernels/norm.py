@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genai.kernels.affine_step import why_not_triton
+from genai.kernels.affine_step import triton_obstacle
 
 
 def normalize(norm: nn.GroupNorm, x: Tensor, scale_shift: Tensor | None = None, silu: bool = False) -> Tensor:
@@ -38,4 +38,4 @@ def _fused(norm: nn.GroupNorm, x: Tensor) -> bool:
     """Whether the kernels can take x: a tensor with numbers, with as many elements a sample as 32 bits count."""
     if not x.is_cuda or torch.compiler.is_compiling() or type(x) is not Tensor or not x.numel() or not norm.affine:
         return False
-    return why_not_triton(x) is None and x[0].numel() < 2**31
+    return triton_obstacle(x) is None and x[0].numel() < 2**31

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from genai.core import rng, stored
 from genai.core.errors import UserError, at_least
-from genai.core.precision import Wide, kept
+from genai.core.precision import KeepPrecision, keep_precision
 
 NETS = ("vgg", "alex", "squeeze")
 
 
-class RandomFeatures(Wide):
+class RandomFeatures(KeepPrecision):
     """Features of a small convolutional pyramid with random filters, always the same ones: nothing to download.
 
     Args:
@@ -45,7 +45,7 @@ class RandomFeatures(Wide):
         return total / self.layers
 
 
-class LPIPS(Wide):
+class LPIPS(KeepPrecision):
     """The learned distance of the package `lpips`, on images of any channel count.
 
     Its network is published and never trained: it stays in evaluation mode, is among nobody's parameters and in no state,
@@ -92,7 +92,7 @@ class LPIPS(Wide):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "LPIPS":
         for net in self.held:
-            net._apply(lambda t: kept(t, fn(t)), recurse)
+            net._apply(lambda t: keep_precision(t, fn(t)), recurse)
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any) -> None:

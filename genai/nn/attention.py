@@ -18,23 +18,23 @@ Rotation = tuple[Tensor, Tensor]
 """cos and sin of each position's angles, (T, 1, D) or (B, T, 1, D), as `rotate` takes them."""
 
 
-class Rows(NamedTuple):
+class CacheSlot(NamedTuple):
     """What T new positions see of something remembered, with room for themselves."""
 
-    seen: Tensor
+    states: Tensor
     """(..., T', D)"""
-    new: Tensor
-    """The room: (..., T, D), a part of `seen`; or int64 (1,), which row of it is the room of one."""
-    before: Tensor | None = None
+    slot: Tensor
+    """The room: (..., T, D), a part of `states`; or int64 (1,), which row of it is the room of one."""
+    previous: Tensor | None = None
     """A copy of the position before the new ones (..., 1, D), for who asks; zeros before the first."""
 
-    def put(self, x: Tensor) -> Tensor:
+    def write(self, x: Tensor) -> Tensor:
         """Fill the room with x (..., T, D); returns all that is seen."""
-        if self.new.is_floating_point():
-            self.new.copy_(x)
+        if self.slot.is_floating_point():
+            self.slot.copy_(x)
         else:
-            self.seen.index_copy_(-2, self.new, x.to(self.seen.dtype))
-        return self.seen
+            self.states.index_copy_(-2, self.slot, x.to(self.states.dtype))
+        return self.states
 
 
 class Attention(nn.Module):
@@ -67,13 +67,13 @@ class Attention(nn.Module):
 
     def forward(
         self, x: Tensor, rotation: Rotation | None = None, mask: Tensor | None = None,
-        keys: Rows | None = None, values: Rows | None = None,
+        keys: CacheSlot | None = None, values: CacheSlot | None = None,
     ) -> Tensor:  # fmt: skip
         """(B, T, width) -> (B, T, width). mask (B or 1, 1, T, T') says who sees whom, in the place of `causal`; keys and
         values hold those (B, kv_heads, T', D) of the positions before these T, and get theirs."""
         q, k, v = self.heads_of(x, rotation)
         if keys is not None and values is not None:
-            k, v = keys.put(k), values.put(v)
+            k, v = keys.write(k), values.write(v)
         y = F.scaled_dot_product_attention(
             q, k, v, mask, self.dropout if self.training else 0.0, self.causal and mask is None and x.shape[1] > 1,
             enable_gqa=self.heads != self.kv_heads,
@@ -112,7 +112,7 @@ class Context(NamedTuple):
     """Which are not padding, bool (B, T'); at least one of each."""
 
 
-class Projected(NamedTuple):
+class ContextKeyValues(NamedTuple):
     """A Context as one CrossAttention sees it, for whoever asks more than once."""
 
     keys: Tensor
@@ -140,18 +140,18 @@ class CrossAttention(nn.Module):
         self.q, self.kv = nn.Linear(width, width, False), nn.Linear(context_width, 2 * width, False)
         self.out = zero(nn.Linear(width, width))
 
-    def forward(self, x: Tensor, context: Context | Projected) -> Tensor:
+    def forward(self, x: Tensor, context: Context | ContextKeyValues) -> Tensor:
         """x (B, T, width), a context of states (B, T', context_width), projected already or not -> as x."""
         q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        seen = context if isinstance(context, Projected) else self.project(context)
+        seen = context if isinstance(context, ContextKeyValues) else self.project(context)
         y = F.scaled_dot_product_attention(q, *seen)
         return self.out(y.transpose(1, 2).flatten(2))
 
-    def project(self, context: Context) -> Projected:
+    def project(self, context: Context) -> ContextKeyValues:
         """Its keys and values, which are the same for every x."""
         parts = self.kv(context.states).chunk(2, -1)
         keys, values = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in parts)
-        return Projected(keys, values, context.real[:, None, None])
+        return ContextKeyValues(keys, values, context.real[:, None, None])
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
@@ -161,7 +161,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
-class Rotary(nn.Module):
+class RotaryPositions(nn.Module):
     """Rotary positions: only the distance of two positions matters to their attention (Su et al., 2021, eq. 15)."""
 
     length = None  # any position
@@ -182,7 +182,7 @@ class Rotary(nn.Module):
         return None, (cos, sin)
 
 
-class Learned(nn.Module):
+class LearnedPositions(nn.Module):
     """A learned vector for each of `length` positions, added to the embeddings."""
 
     def __init__(self, width: int, length: int):
@@ -193,7 +193,7 @@ class Learned(nn.Module):
         return self.table(positions), None
 
 
-def attending(
+def resolve_attention_depths(
     heights: Mapping[int, int], depths: Sequence[int] | None, attention: Sequence[int] | None, key: str
 ) -> set[int]:
     """The depths at which a network of maps of several sizes attends; a depth counts halvings of its images.

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from genai.nn.attention import Rotation, Rows
+from genai.nn.attention import CacheSlot, Rotation
 
 if TYPE_CHECKING:
     from genai.nn.transformer import Transformer
 
 
-class Places(NamedTuple):
+class Positions(NamedTuple):
     """Positions and attention mask of T new tokens."""
 
-    added: Tensor | None = None
+    embedding: Tensor | None = None
     """Added to their embeddings, (T, width) or (B, T, width)."""
     rotation: Rotation | None = None
     """Rotary embedding of their queries and keys; None where positions are not rotary."""
@@ -24,7 +24,7 @@ class Places(NamedTuple):
     real: Tensor | None = None
     """Which are not padding, (B, T, 1); None: all."""
 
-    def without_padding(self, x: Tensor) -> Tensor:
+    def zero_padding(self, x: Tensor) -> Tensor:
         """Zeros where padding is: before a text there is nothing."""
         return x if self.real is None else x * self.real
 
@@ -32,10 +32,10 @@ class Places(NamedTuple):
 class LayerCache(NamedTuple):
     """Cached keys, values and shifted inputs of one block."""
 
-    keys: Rows | None = None
-    values: Rows | None = None
-    shift1: Rows | None = None
-    shift2: Rows | None = None
+    keys: CacheSlot | None = None
+    values: CacheSlot | None = None
+    shift1: CacheSlot | None = None
+    shift2: CacheSlot | None = None
 
 
 class HostPositions:
@@ -52,8 +52,8 @@ class HostPositions:
         self.length += t
         return self.index[self.length - t : self.length], min(self.length, capacity)
 
-    def rooms(self, data: Tensor) -> Sequence[Tensor]:
-        """Where each layer of data (layers, ..., capacity, D) keeps what was taken last, as `Rows` has it."""
+    def slots(self, data: Tensor) -> Sequence[Tensor]:
+        """Where each layer of data (layers, ..., capacity, D) keeps what was taken last, as `CacheSlot` has it."""
         return data.narrow(-2, self.row, self.t).unbind(0)
 
 
@@ -73,7 +73,7 @@ class DevicePositions:
         self.next.add_(1)
         return at, capacity
 
-    def rooms(self, data: Tensor) -> Sequence[Tensor]:
+    def slots(self, data: Tensor) -> Sequence[Tensor]:
         return [self.row] * len(data)
 
 
@@ -105,7 +105,7 @@ class Cache:
         self.pad, self.window = pad, capacity if window is None else window
         if pad is not None:
             at = (at - pad[:, None]).clamp_min(0)
-        self.added, self.rotation = net.position(at, net.head_dim)
+        self.embedding, self.rotation = net.position(at, net.head_dim)
         self.reserve(capacity)
 
     def reserve(self, capacity: int) -> None:
@@ -138,7 +138,7 @@ class Cache:
         if isinstance(self.positions, HostPositions):
             self.positions = DevicePositions(self.positions)
 
-    def take(self, t: int) -> tuple[Places, list[LayerCache]]:
+    def take(self, t: int) -> tuple[Positions, list[LayerCache]]:
         """Positions and layer caches of the next t tokens, which count as read from now on."""
         at, seen = self.positions.take(t, self.capacity)
         index, mask, real = self.index[:seen], None, None
@@ -154,17 +154,18 @@ class Cache:
             sees = self.real[:, None, None, :seen]
             # padding sees itself: attention over nothing would be nan
             mask = sees if mask is None else mask & (sees | (index == at[:, None]))
-        added = None if self.added is None else self.added.index_select(-2, at)
+        embedding = None if self.embedding is None else self.embedding.index_select(-2, at)
         rotation = self.rotation and (self.rotation[0].index_select(-3, at), self.rotation[1].index_select(-3, at))
-        return Places(added, rotation, mask, real), self._layers(at, seen)
+        return Positions(embedding, rotation, mask, real), self._layers(at, seen)
 
     def _layers(self, at: Tensor, seen: int) -> list[LayerCache]:
         """Each block's view of the `seen` positions, with room for the new ones `at`."""
-        rooms = self.positions.rooms
-        rows = [map(Rows, data.narrow(-2, 0, seen).unbind(0), rooms(data)) for data in self.kv]
+        slots = self.positions.slots
+        rows = [map(CacheSlot, data.narrow(-2, 0, seen).unbind(0), slots(data)) for data in self.kv]
         if self.shifted:
             last = (at[:1] - 1) % self.capacity
             rows += [
-                map(Rows, data.unbind(0), rooms(data), data.index_select(-2, last).unbind(0)) for data in self.shifted
+                map(CacheSlot, data.unbind(0), slots(data), data.index_select(-2, last).unbind(0))
+                for data in self.shifted
             ]
         return [LayerCache(*layer) for layer in zip(*rows, strict=True)]

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError
-from genai.core.precision import Wide, full, wide
+from genai.core.precision import KeepPrecision, full_precision, upcast
 from genai.core.protocols import Batch, Codec
 
 
-class Latent(Wide):
+class Latent(KeepPrecision):
     """The latents of a Codec, each channel moved to mean 0 and standard deviation 1; never trained, and never in half
     precision, so that latents are the same wherever they are computed.
 
@@ -47,15 +47,15 @@ class Latent(Wide):
 
     def encode(self, batch: Batch) -> Tensor:
         """Latents (B, *shape) of a batch's images, or those that it brings along as `latent`."""
-        with full(self.mean.device):
-            z = batch["latent"] if "latent" in batch else self.codec.encode(wide(batch[self.field]))  # type: ignore[operator]
+        with full_precision(self.mean.device):
+            z = batch["latent"] if "latent" in batch else self.codec.encode(upcast(batch[self.field]))  # type: ignore[operator]
             return (z - self.mean) / self.std
 
     def decode(self, z: Tensor) -> Tensor:
-        with full(self.mean.device):
-            return self.codec.decode(wide(z) * self.std + self.mean)  # type: ignore[operator]
+        with full_precision(self.mean.device):
+            return self.codec.decode(upcast(z) * self.std + self.mean)  # type: ignore[operator]
 
-    def shrunk(self, mask: Tensor) -> Tensor:
+    def downsample_mask(self, mask: Tensor) -> Tensor:
         """How much of each latent (B, *shape) to keep, where `mask` (B, C, H, W) says it of pixels: as much as of the one that is
         kept least among those it stands for.
 

@@ -31,13 +31,13 @@ class LatentGenerator(Protocol):
         """(B, *shape); the seeds are of noise that the generator itself adds."""
         ...
 
-    def between(self, a: Tensor, b: Tensor, share: Tensor) -> Tensor:
+    def interpolate_latents(self, a: Tensor, b: Tensor, share: Tensor) -> Tensor:
         """Latents on the way from a to b that this space calls straight; share (B,) in [0, 1]."""
         ...
 
 
 @runtime_checkable
-class Inferring(Protocol):
+class LatentEncoder(Protocol):
     """A model that knows the latents of given items."""
 
     def infer(self, x: Tensor) -> Tensor:
@@ -62,26 +62,26 @@ def interpolate(
     label of its own and the row's noise."""
     at_least(columns, 2, "sampler.columns")
     first, label, row = seeds - seeds % columns, model.label(cond), seeds // columns
-    if isinstance(model, Inferring):
+    if isinstance(model, LatentEncoder):
         if truncation is not None:
             raise UserError(
                 f"sampler.truncation={truncation} is of drawn latents, and these are of items: leave it null"
             )
-        a, b = (model.infer(given(items, split, 2 * row + k)) for k in (0, 1))
+        a, b = (model.infer(load_items(items, split, 2 * row + k)) for k in (0, 1))
     else:
         a, b = (model.latent(end, label, truncation) for end in (first, first + columns - 1))
     share = (seeds % columns / (columns - 1)).to(a)
-    return reported({model.field: model.decode(model.between(a, b, share), label, first)}, on_step)
+    return report({model.field: model.decode(model.interpolate_latents(a, b, share), label, first)}, on_step)
 
 
-def given(items: Items | None, split: str, index: Tensor) -> Tensor:
+def load_items(items: Items | None, split: str, index: Tensor) -> Tensor:
     """Items of a split. Raises UserError where a sampler has no data to start from."""
     if items is None:
         raise UserError("this sampler starts from data: use it with sample.py, or give it items=")
     return items(split, index)
 
 
-def reported(batch: Batch, on_step: OnStep | None) -> Batch:
+def report(batch: Batch, on_step: OnStep | None) -> Batch:
     """The batch, after on_step has heard of it as the one step there is."""
     if on_step is not None:
         on_step(0, 1, batch)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from genai.core.errors import at_least
 from genai.core.protocols import PAD
-from genai.nn.attention import Attention, Context, Learned
+from genai.nn.attention import Attention, Context, LearnedPositions
 from genai.nn.norm import LayerNorm
 from genai.nn.transformer import GELU, MLP, Transformer
 
@@ -27,7 +27,7 @@ class TextEncoder(nn.Module):
         self.embed, self.begin = nn.Embedding(256, width), nn.Parameter(torch.randn(width))
         self.transformer = Transformer(
             width, layers, lambda n: Attention(n, heads, causal=False), lambda n: MLP(n, GELU()), LayerNorm,
-            lambda n: Learned(n, length + 1),
+            lambda n: LearnedPositions(n, length + 1),
         )  # fmt: skip
 
     def null(self) -> Tensor:

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from genai.core.errors import UserError, at_least, number
-from genai.nn.attention import Attention, Context, CrossAttention, Projected, Rows
-from genai.nn.cache import Cache, LayerCache, Places
+from genai.nn.attention import Attention, CacheSlot, Context, ContextKeyValues, CrossAttention
+from genai.nn.cache import Cache, LayerCache, Positions
 
 
 class Shift(nn.Module):
@@ -23,13 +23,13 @@ class Shift(nn.Module):
         super().__init__()
         self.mix = nn.Parameter(torch.linspace(start, 0, width))
 
-    def forward(self, x: Tensor, past: Rows | None = None) -> Tensor:
+    def forward(self, x: Tensor, past: CacheSlot | None = None) -> Tensor:
         """(B, T, width) -> (B, T, width); `past` holds what came before these T, and gets them."""
-        if past is None or past.before is None:
+        if past is None or past.previous is None:
             before = F.pad(x, (0, 0, 1, -1))
         else:
-            before = past.before if x.shape[1] == 1 else torch.cat([past.before, x[:, :-1]], 1)
-            past.put(x)
+            before = past.previous if x.shape[1] == 1 else torch.cat([past.previous, x[:, :-1]], 1)
+            past.write(x)
         return torch.lerp(x, before.to(x.dtype), self.mix.to(x.dtype))
 
 
@@ -92,18 +92,18 @@ class Block(nn.Module):
         self.dropout = dropout
 
     def forward(
-        self, x: Tensor, places: Places, cache: LayerCache = LayerCache(), context: Context | Projected | None = None  # noqa: B008
+        self, x: Tensor, positions: Positions, cache: LayerCache = LayerCache(), context: Context | ContextKeyValues | None = None  # noqa: B008
     ) -> Tensor:  # fmt: skip
         y = self.norm1(x)
         if self.shift1 is not None:
-            y = self.shift1(places.without_padding(y), cache.shift1)
-        x = x + self.drop(self.attention(y, places.rotation, places.mask, cache.keys, cache.values))
+            y = self.shift1(positions.zero_padding(y), cache.shift1)
+        x = x + self.drop(self.attention(y, positions.rotation, positions.mask, cache.keys, cache.values))
         if self.cross is not None and self.norm_cross is not None:
             assert context is not None
             x = x + self.drop(self.cross(self.norm_cross(x), context))
         y = self.norm2(x)
         if self.shift2 is not None:
-            y = self.shift2(places.without_padding(y), cache.shift2)
+            y = self.shift2(positions.zero_padding(y), cache.shift2)
         return x + self.drop(self.mlp(y))
 
     def drop(self, x: Tensor) -> Tensor:
@@ -144,28 +144,28 @@ class Transformer(nn.Module):
 
     def forward(
         self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None,
-        context: Context | Sequence[Projected] | None = None,
+        context: Context | Sequence[ContextKeyValues] | None = None,
     ) -> Tensor:  # fmt: skip
         """With a cache, x are the positions after those it has seen, and it sees them; without, `mask` (B or 1, 1, T or 1,
         T) may be an attention mask. What blocks with `cross` attend to is `context`, or what `project` made of it."""
         if cache is None:
-            places = Places(*self.position(torch.arange(x.shape[1], device=x.device), self.head_dim))._replace(
+            positions = Positions(*self.position(torch.arange(x.shape[1], device=x.device), self.head_dim))._replace(
                 mask=mask
             )
             layers = [LayerCache()] * len(self.blocks)
         else:
-            places, layers = cache.take(x.shape[1])
-        x = x if places.added is None else x + places.added
+            positions, layers = cache.take(x.shape[1])
+        x = x if positions.embedding is None else x + positions.embedding
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         contexts = [context] * len(self.blocks) if context is None or isinstance(context, Context) else context
         for block, *parts in zip(self.blocks, layers, contexts, strict=True):
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, places, *parts, use_reentrant=False)  # type: ignore[assignment]
+                x = checkpoint(block, x, positions, *parts, use_reentrant=False)  # type: ignore[assignment]
             else:
-                x = block(x, places, *parts)
+                x = block(x, positions, *parts)
         return self.norm(x)
 
-    def project(self, context: Context) -> list[Projected]:
+    def project(self, context: Context) -> list[ContextKeyValues]:
         """Every block's keys and values of a context, for many calls with it."""
         return [block.cross.project(context) for block in self.blocks]  # type: ignore[union-attr,operator]
 
@@ -177,7 +177,7 @@ def scaled_init(net: nn.Module, std: float = 0.02) -> None:
             nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-    outs = _outs(net)
+    outs = _output_layers(net)
     for out in outs:
         nn.init.normal_(out.weight, std=std / len(outs) ** 0.5)
 
@@ -192,11 +192,11 @@ def zero_init(net: nn.Module) -> None:
             nn.init.uniform_(module.weight, -(module.in_features**-0.5), module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    for out in _outs(net):
+    for out in _output_layers(net):
         nn.init.zeros_(out.weight)
 
 
-def _outs(net: nn.Module) -> list[nn.Linear]:
+def _output_layers(net: nn.Module) -> list[nn.Linear]:
     """The last linear maps of attentions and MLP of every block below net."""
     blocks = [block for block in net.modules() if isinstance(block, Block)]
     parts = [part for b in blocks for part in (b.attention, b.cross, b.mlp) if part is not None]

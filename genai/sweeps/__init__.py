@@ -94,7 +94,7 @@ class JournalSweeper(Sweeper):
             Optuna(settings, parsed, self.check) if settings.search == "optuna" else Basic(settings, parsed, self.check)
         )
         folder = RUNS / f"{clean(settings.name)}-{search.identity}"
-        with files.writable(folder, "run it where runs/ can be written"):
+        with files.check_writable(folder, "run it where runs/ can be written"):
             files.make_folder(folder)
             held = (folder / ".lock").open("ab")
         with held as lock:

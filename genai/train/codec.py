@@ -20,7 +20,7 @@ from genai.data.fingerprint import split_checksum, without_captions
 from genai.data.stream import batches
 
 
-class Cached:
+class CachedLatents:
     """A split that brings latents along which were computed once."""
 
     def __init__(self, split: Split, latents: np.ndarray):
@@ -72,4 +72,4 @@ def precompute(model: nn.Module, data: Data, cfg: DictConfig) -> None:
 
             files.write(path, save, hint="make room, or name another folder with codec.cache=")
             print(f"latents of {len(split)} {name} samples: {path}")
-        data.splits[name] = Cached(split, np.load(path, mmap_mode="r"))
+        data.splits[name] = CachedLatents(split, np.load(path, mmap_mode="r"))

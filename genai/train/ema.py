@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError
-from genai.core.precision import wide
+from genai.core.precision import upcast
 
 
 def decay_at(n: int, decay: float, power: float | None, ramp: float | None = None) -> float:
@@ -32,17 +32,21 @@ class EMA:
         model: the live model.
         decay: the largest decay, in [0, 1].
         power, ramp: of the warm-up of the decay, both None for a constant one; see `decay_at`.
-        named: the parameters to average, None for all that are trained; `module` shares the others with the live model.
+        named_parameters: those to average, None for all that are trained; `module` shares the others with the live model.
     """
 
     def __init__(
         self, model: nn.Module, decay: float = 0.999, power: float | None = 0.75,
-        named: Iterable[tuple[str, nn.Parameter]] | None = None, ramp: float | None = None,
+        named_parameters: Iterable[tuple[str, nn.Parameter]] | None = None, ramp: float | None = None,
     ):  # fmt: skip
         if not 0 <= decay <= 1:
             raise UserError(f"ema.decay={decay} must be between 0 (the live weights) and 1")
         self.decay, self.power, self.ramp, self.updates = decay, power, ramp, 0
-        self.names = [name for name, p in (model.named_parameters() if named is None else named) if p.requires_grad]
+        self.names = [
+            name
+            for name, p in (model.named_parameters() if named_parameters is None else named_parameters)
+            if p.requires_grad
+        ]
         mine = set(self.names)
         shared = {id(p): p for name, p in model.named_parameters() if name not in mine}
         self.module = copy.deepcopy(model, shared).eval()
@@ -54,7 +58,7 @@ class EMA:
         self.average: list[Tensor] = [average[name].requires_grad_(False) for name in self.names]
         self.narrow = False
         for mine, live in zip(self.average, self.live, strict=True):
-            mine.data = wide(mine.data)
+            mine.data = upcast(mine.data)
             self.narrow |= mine.dtype != live.dtype
         self.buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
         if self.decay == 0:  # the live weights: share their memory
@@ -67,19 +71,19 @@ class EMA:
         self.updates += 1
         if self.average and self.decay > 0:
             decay = decay_at(self.updates, self.decay, self.power, self.ramp)
-            torch._foreach_lerp_(self.average, self.wide_live(), 1 - decay)
+            torch._foreach_lerp_(self.average, self.upcast_live(), 1 - decay)
         for mine, live in self.buffers:
             mine.copy_(live)
 
-    def wide_live(self) -> list[Tensor]:
+    def upcast_live(self) -> list[Tensor]:
         """The live weights as wide as their average."""
-        return [wide(live) for live in self.live] if self.narrow else self.live
+        return [upcast(live) for live in self.live] if self.narrow else self.live
 
     def distance(self) -> Tensor:
         """Euclidean distance between average and live weights, a scalar on their device."""
         if not self.average:
             return torch.zeros(())
-        return torch.stack(torch._foreach_norm(torch._foreach_sub(self.average, self.wide_live()))).norm()
+        return torch.stack(torch._foreach_norm(torch._foreach_sub(self.average, self.upcast_live()))).norm()
 
     def to(self, device: torch.device, model: nn.Module) -> None:
         """Follow the live model to its device."""

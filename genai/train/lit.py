@@ -25,24 +25,24 @@ from genai.train.record import Means, Record
 EVALUATION = 7  # what the evaluation seed is mixed for
 
 
-class Guard:
+class NonFiniteGuard:
     """Watches losses and gradient norms on the device, and says at the next look what was not finite, and when.
 
-    `whose` is a word before each name, such as the player of a game.
+    `prefix` is a word before each name, such as the player of a game.
     """
 
-    def __init__(self, names: Sequence[str], whose: str = ""):
-        self.names = [f"the {whose}loss", *(f"the {whose}gradient of {name}" for name in names)]
-        self.seen: list[tuple[int, Tensor]] = []
+    def __init__(self, names: Sequence[str], prefix: str = ""):
+        self.names = [f"the {prefix}loss", *(f"the {prefix}gradient of {name}" for name in names)]
+        self.pending: list[tuple[int, Tensor]] = []
 
     def check(self, values: Tensor, step: int) -> Tensor:
         """values, one per name, of this step -> 1 if their sum is not finite, else 0 (scalar)."""
-        self.seen.append((step, values))
+        self.pending.append((step, values))
         return torch.nan_to_num(values.sum() * 0, nan=1.0)  # infinity and nan times 0 are nan
 
     def stop_if_bad(self) -> None:
         """Raise UserError that names step and tensor if there was a bad one since the last look; waits for the device."""
-        seen, self.seen = self.seen, []
+        seen, self.pending = self.pending, []
         if not seen:
             return
         values = torch.stack([values for _, values in seen])  # (steps, names)
@@ -56,20 +56,20 @@ class Guard:
             )
 
 
-class Player:
+class ParameterGroup:
     """Parameters that learn together, by name, and the guard of their gradients."""
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], whose: str = ""):
-        self.named = [(name, p) for name, p in named if p.requires_grad]
-        self.guard = Guard([name for name, _ in self.named], whose)
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], prefix: str = ""):
+        self.named_parameters = [(name, p) for name, p in named if p.requires_grad]
+        self.guard = NonFiniteGuard([name for name, _ in self.named_parameters], prefix)
 
     def clip(self, losses: list[Losses], clip_norm: float | None, step: int) -> tuple[Tensor, Tensor]:
         """Scale gradients so that their norm is at most clip_norm; (norm before, whether something was not finite)."""
-        grads = [p.grad for _, p in self.named if p.grad is not None]
+        grads = [p.grad for _, p in self.named_parameters if p.grad is not None]
         wide = torch.promote_types(grads[0].dtype, torch.float32) if grads else None
         norms, total = iter(torch._foreach_norm(grads, 2, wide)) if grads else iter(()), losses[0].total
         total = sum((loss.total for loss in losses[1:]), total)
-        each = [total.new_zeros(()) if p.grad is None else next(norms) for _, p in self.named]
+        each = [total.new_zeros(()) if p.grad is None else next(norms) for _, p in self.named_parameters]
         values = torch.stack([total, *each]).float()
         norm = torch.linalg.vector_norm(values[1:])
         if clip_norm is not None and grads:
@@ -146,32 +146,32 @@ class LitModel(L.LightningModule):
     def on_fit_start(self) -> None:
         self.ema.to(self.device, self.model)
         self.means.to(self.device)
-        self.players = self.make_players()
+        self.groups = self.make_groups()
         if self.device.type == "cpu":
             # Lightning sets this to 1, and then torch looks for the GPU driver's library at every optimiser step.
             os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 
-    def make_players(self) -> list[Player]:
+    def make_groups(self) -> list[ParameterGroup]:
         """Whose parameters learn, one for each optimiser."""
-        return [Player(self.model.named_parameters())]
+        return [ParameterGroup(self.model.named_parameters())]
 
     def training_step(self, micro_batches: list[Batch], index: int) -> None:
-        step, (player,) = self.trainer.global_step, self.players
+        step, (group,) = self.trainer.global_step, self.groups
         optimizer = cast(LightningOptimizer, self.optimizers())
         lr = set_lr(optimizer.optimizer, step)
-        losses = self.accumulate_gradients(player, micro_batches, lambda batch: self.model(batch, step), step)
-        norm, bad = player.clip(losses, self.clip_norm, step)
-        self.skip(optimizer.optimizer, player, bad)
+        losses = self.accumulate_gradients(group, micro_batches, lambda batch: self.model(batch, step), step)
+        norm, bad = group.clip(losses, self.clip_norm, step)
+        self.skip_step_if_bad(optimizer.optimizer, group, bad)
         optimizer.step()
-        self.note(losses, norm)
+        self.add_losses(losses, norm)
         self.finish_step(step, lr)
 
-    def note(self, losses: Sequence[Losses], norm: Tensor, whose: str = "") -> None:
+    def add_losses(self, losses: Sequence[Losses], norm: Tensor, prefix: str = "") -> None:
         """Add a turn's losses, what they log, and the gradient's norm to the running means."""
         for loss in losses:
-            self.means.add({f"train/{whose}loss": (loss.total, loss.weight)})
+            self.means.add({f"train/{prefix}loss": (loss.total, loss.weight)})
             self.means.add({f"train/{name}": value for name, value in loss.logs.items()})
-        self.means.add({f"train/{whose}grad_norm": (norm, 1.0)})
+        self.means.add({f"train/{prefix}grad_norm": (norm, 1.0)})
 
     def finish_step(self, step: int, lr: float | None) -> None:
         """What follows the last update of a step: the average, and on logging steps a look at what happened."""
@@ -182,7 +182,7 @@ class LitModel(L.LightningModule):
             self.record.log(step + 1, values if lr is None else {**values, "train/lr": lr})
 
     def accumulate_gradients(
-        self, player: Player, micro_batches: list[Batch], loss_of: Callable[[Batch], Losses], *counters: int
+        self, group: ParameterGroup, micro_batches: list[Batch], loss_of: Callable[[Batch], Losses], *counters: int
     ) -> list[Losses]:
         """Leave in .grad the gradient of the mean over all targets of all micro-batches and ranks; each micro-batch draws
         from (seed, rank, counters, its number).
@@ -192,7 +192,7 @@ class LitModel(L.LightningModule):
         """
         alone = len(micro_batches) == 1 and self.trainer.world_size == 1
         losses = []
-        for _, p in player.named:
+        for _, p in group.named_parameters:
             p.grad = None
         for m, batch in enumerate(micro_batches):
             rng.seed_torch(rng.mix(self.seed, self.global_rank, *counters, m), self.device)
@@ -205,7 +205,7 @@ class LitModel(L.LightningModule):
             total = sum(loss.weight for loss in losses)
             # filled on the device, for a copy would wait for it
             weight = total if isinstance(total, Tensor) else torch.full((), total, device=self.device)
-            grads, ranks = [p.grad for _, p in player.named if p.grad is not None], 1
+            grads, ranks = [p.grad for _, p in group.named_parameters if p.grad is not None], 1
             if self.trainer.world_size > 1:
                 torch.distributed.all_reduce(weight)
                 ranks = self.trainer.world_size if self.overlaps else 1  # DDP has averaged
@@ -220,16 +220,16 @@ class LitModel(L.LightningModule):
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else contextlib.nullcontext()
 
-    def skip(self, optimizer: Optimizer, player: Player, bad: Tensor) -> None:
+    def skip_step_if_bad(self, optimizer: Optimizer, group: ParameterGroup, bad: Tensor) -> None:
         """Let the optimiser's next step do nothing if `bad`; on the device where it can, else the host looks."""
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.found_inf = bad  # type: ignore[attr-defined]
         else:
-            player.guard.stop_if_bad()
+            group.guard.stop_if_bad()
 
     def stop_if_bad(self) -> None:
-        for player in self.players:
-            player.guard.stop_if_bad()
+        for group in self.groups:
+            group.guard.stop_if_bad()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
         """Of the model alone: the average and the rest have places of their own in a checkpoint."""

@@ -19,13 +19,13 @@ LEFT = (  # by a kill, of what only the process that trains writes
 
 
 @contextlib.contextmanager
-def locked(run: Path) -> Iterator[None]:
+def lock_run(run: Path) -> Iterator[None]:
     """Hold a run directory, which is made if need be; however the process dies, it is free again.
 
     What a kill left of files half-written is deleted. Raises UserError if another process holds the directory.
     """
     path = run / ".lock"
-    with files.writable(path, ELSEWHERE):
+    with files.check_writable(path, ELSEWHERE):
         files.make_folder(run)
         lock = FileLock(path)
         try:
@@ -34,7 +34,7 @@ def locked(run: Path) -> Iterator[None]:
             holder = path.read_text(errors="replace").strip() or "another process"
             raise UserError(f"{run} is in use by {holder}: wait until that ends, or stop it") from None
     try:
-        with files.writable(path, ELSEWHERE):
+        with files.check_writable(path, ELSEWHERE):
             path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
             for name in FOLDERS:
                 files.check_inside(run / name, run)

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from genai.core.precision import exact, wide
+from genai.core.precision import no_autocast, upcast
 
 COEFFICIENTS = 3.4445, -4.775, 2.0315  # a, b, c: steep at 0, and 0.7 to 1.2 after five steps
 
 
-def orthogonalised(g: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     """About U V' for g = U S V' (m, n), by the quintic Newton-Schulz iteration X <- a X + b (X X') X + c (X X')^2 X.
 
     In bfloat16 on a GPU; on a CPU, where that is slower, in g's own precision.
@@ -17,7 +17,7 @@ def orthogonalised(g: Tensor, steps: int = 5) -> Tensor:
     a, b, c = COEFFICIENTS
     x = (g / (g.norm() + 1e-7)).to(torch.bfloat16 if g.is_cuda else g.dtype)
     x = x.mT if g.shape[0] > g.shape[1] else x
-    with exact(x.device):
+    with no_autocast(x.device):
         for _ in range(steps):
             gram = x @ x.mT
             x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -50,7 +50,7 @@ class Muon(Optimizer):
                 # where it is bad the average takes itself, which leaves it as it is
                 grad = p.grad if bad is None else torch.where(bad, state["momentum"], p.grad)
                 average = state["momentum"].lerp_(grad, 1 - group["momentum"])
-                update = orthogonalised(wide(grad.lerp(average, group["momentum"])))
+                update = orthogonalize(upcast(grad.lerp(average, group["momentum"])))
                 kept = 1 - group["lr"] * group["weight_decay"]
                 if bad is not None:
                     update, kept = update.masked_fill(bad, 0), torch.where(bad, 1.0, kept)

@@ -37,7 +37,7 @@ class Record:
         self.latest.update(values)
         if not self.writes:
             return
-        with files.writable(self.csv, checkpoint.DISK_HINT), self.csv.open("a", newline="") as file:
+        with files.check_writable(self.csv, checkpoint.DISK_HINT), self.csv.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows((step, name, value) for name, value in values.items())
         self._track("log_metrics", dict(values), step)
 

@@ -21,7 +21,7 @@ from genai.checkpoint.load import trusted_packages
 from genai.cli import check_unchanged
 from genai.core import files, precision, rng
 from genai.core.errors import UserError, at_least
-from genai.core.protocols import Prepared
+from genai.core.protocols import Preparable
 from genai.data.base import Data, random_subset
 from genai.data.fingerprint import split_checksum
 from genai.data.stream import batches
@@ -31,7 +31,7 @@ from genai.ranges import check as ranges
 from genai.train import codec, trackers
 from genai.train.callbacks import Cards, File, Progress, Samples, Stop
 from genai.train.lit import LitModel
-from genai.train.lock import ELSEWHERE, locked
+from genai.train.lock import ELSEWHERE, lock_run
 from genai.train.optim import idle_from
 from genai.train.record import Record
 from genai.train.strategy import Ranks, launched
@@ -68,12 +68,12 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     hardware = _hardware(cfg.trainer, ranks)
     device = _device(hardware, ranks)
     if (tf32 := precision.allow_tf32(device, hardware["precision"])) and ranks.first:
-        precision.say(tf32)
+        precision.print_once(tf32)
     for key in ("codec.cache", "data.cache"):
         if (cache := OmegaConf.select(cfg, key)) is not None:
             files.check_folder(Path(cache), key)
     if ranks.first and cfg.resume is not None:
-        held.enter_context(locked(Path(cfg.resume)))
+        held.enter_context(lock_run(Path(cfg.resume)))
     folder, resumed = _folder(cfg, ranks)
     data = build(OmegaConf.to_container(cfg.data, resolve=True))
     for fact in ("shape", "classes", "levels"):
@@ -103,7 +103,9 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
         if cfg.init_from is not None:
             _init_from(model, known, cfg.init_from, cfg.init_strict)
         config["model"] |= _prepare(model, data, device)
-    model = precision.halved(model, hardware["precision"]) if hardware["precision"] == "bf16-true" else model
+    model = (
+        precision.cast_for_inference(model, hardware["precision"]) if hardware["precision"] == "bf16-true" else model
+    )
     record = Record(folder, writes=ranks.first)
     lit = _lit(cfg, config, build, model, data, record, resumed[0] if resumed else None)
     callbacks = [build(node) for node in config["callbacks"].values() if node is not None]
@@ -134,7 +136,7 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     )  # fmt: skip
     if ranks.first:
         if resumed is None and cfg.resume is None:
-            held.enter_context(locked(folder))
+            held.enter_context(lock_run(folder))
             _check_unused(folder)
         _write(folder, config)
         record.cut(resumed[0]["step"] if resumed else None)
@@ -257,7 +259,7 @@ def _device(hardware: dict[str, Any], ranks: Ranks) -> torch.device:
 
 def _prepare(model: Any, data: Data, device: torch.device) -> dict[str, Any]:
     """Let a model on `device` look at some of its training data, if it wants to; what it measured of its arguments."""
-    if not isinstance(model, Prepared):
+    if not isinstance(model, Preparable):
         return {}
     looked_at = batches(random_subset(data.splits["train"], LOOKED_AT), data.batch_size)
     return dict(model.prepare({name: value.to(device) for name, value in batch.items()} for batch in looked_at))

@@ -712,5 +712,5 @@ class Endless:
 
 
 def test_no_more_of_a_device_is_read_than_an_end_has():
-    with pytest.raises(archive.Damaged, match="does not end as a zip file does"):
+    with pytest.raises(archive.DamagedArchive, match="does not end as a zip file does"):
         archive._check_directory(Endless(), 0)  # type: ignore[arg-type]

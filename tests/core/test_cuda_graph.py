@@ -70,8 +70,8 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(cuda_graph, "_stream", lambda device: None)
-    asked, on_gpu = samplers._graphed, cast(Any, SimpleNamespace(device=torch.device("cuda"), training=False))
-    monkeypatch.setattr(samplers, "_graphed", lambda cuda_graph, model, *rest: asked(cuda_graph, on_gpu, *rest))
+    asked, on_gpu = samplers._uses_graph, cast(Any, SimpleNamespace(device=torch.device("cuda"), training=False))
+    monkeypatch.setattr(samplers, "_uses_graph", lambda cuda_graph, model, *rest: asked(cuda_graph, on_gpu, *rest))
     return made
 
 
@@ -171,22 +171,22 @@ def call(kind, n, model, calls=None, value=1.0):
         return inputs["x"] * 2
 
     inputs = {"x": torch.full((n, 1), value)}
-    graph = cuda_graph.captured(model, kind, trajectory, inputs)
+    graph = cuda_graph.find_graph(model, kind, trajectory, inputs)
     out = trajectory(inputs) if graph is None else graph(inputs)
     assert torch.equal(out, inputs["x"] * 2)
     return graph
 
 
 def test_as_many_kinds_are_kept_as_asked_for_last(graphs):
-    model, kinds = nn.Linear(1, 1), range(cuda_graph.KEPT + 2)
+    model, kinds = nn.Linear(1, 1), range(cuda_graph.MAX_KINDS + 2)
     for kind in kinds:
         call(kind, 2, model)
         call(kind, 2, model)
-    assert len(graphs) == len(kinds) and len(cuda_graph._kinds[model][1]) == cuda_graph.KEPT
+    assert len(graphs) == len(kinds) and len(cuda_graph._kinds[model][1]) == cuda_graph.MAX_KINDS
     alive = [weakref.ref(g) for g in graphs]
     graphs.clear()
     gc.collect()
-    assert [ref() is not None for ref in alive] == [False] * 2 + [True] * cuda_graph.KEPT
+    assert [ref() is not None for ref in alive] == [False] * 2 + [True] * cuda_graph.MAX_KINDS
     call(2, 2, model)  # asked for again, so that the next one takes the place of 3
     call("new", 2, model)
     gc.collect()
@@ -225,9 +225,9 @@ def test_graphs_make_room_where_memory_is_short(graphs, monkeypatch):
             raise full[0]
         return "made"
 
-    assert cuda_graph.with_room(model, make) == "made"
+    assert cuda_graph.retry_without_graphs(model, make) == "made"
     with pytest.raises(torch.OutOfMemoryError):  # nothing to free any more
-        cuda_graph.with_room(model, lambda: done.append(1) or (_ for _ in ()).throw(full[0]))
+        cuda_graph.retry_without_graphs(model, lambda: done.append(1) or (_ for _ in ()).throw(full[0]))
     assert done == [1]
     walks = iter(full)
 
@@ -239,7 +239,7 @@ def test_graphs_make_room_where_memory_is_short(graphs, monkeypatch):
     model, seeds = tiny_unet(), rng.seed_range(0, 2)
     for _ in range(2):
         ddim(model, seeds, {"label": seeds}, steps=2, impl="torch")
-    monkeypatch.setattr(samplers, "walk", walk)
+    monkeypatch.setattr(samplers, "run_table", walk)
     ddim(model, seeds, {"label": seeds}, steps=3, impl="torch")
     assert not cuda_graph._kinds[model][1]
 

@@ -32,7 +32,7 @@ def test_a_folder_that_leads_out_of_the_run_is_refused(tmp_path):
 
 
 def test_a_run_whose_folders_lead_elsewhere_is_not_gone_on_with(tmp_path):
-    from genai.train.lock import locked
+    from genai.train.lock import lock_run
 
     for name in ("checkpoints", "samples", "cards", "wandb"):
         victim, run = tmp_path / f"victim {name}", tmp_path / f"run {name}"
@@ -40,7 +40,7 @@ def test_a_run_whose_folders_lead_elsewhere_is_not_gone_on_with(tmp_path):
         (victim / ".last.ckpt.1.tmp").write_text("mine")
         run.mkdir()
         (run / name).symlink_to(victim)
-        with pytest.raises(UserError, match=rf"{name} leads out of .* by a symbolic link"), locked(run):
+        with pytest.raises(UserError, match=rf"{name} leads out of .* by a symbolic link"), lock_run(run):
             pass
         assert (victim / ".last.ckpt.1.tmp").read_text() == "mine"
 

@@ -31,12 +31,12 @@ from genai.models.gan.biggan import orthogonal_penalty
 from genai.models.gan.dcgan import Generator
 from genai.models.vae.likelihoods import Categorical
 from genai.models.vae.quantize import VectorQuantizer
-from genai.nn.attention import Attention, Rotary
+from genai.nn.attention import Attention, RotaryPositions
 from genai.nn.embed import time_embedding
 from genai.nn.latent_space import Latent
 from genai.ranges.table import RANGES
 from genai.train.ema import EMA
-from genai.train.muon import orthogonalised
+from genai.train.muon import orthogonalize
 from tests.checkpoint.test_old_runs import unpack
 from tests.conftest import ROOT
 from tests.models.diffusion.test_latent import autoencoder
@@ -107,11 +107,13 @@ def test_a_thousand_steps_do_not_round_the_state(half):
 @pytest.mark.parametrize("half", HALVES)
 def test_a_denoiser_may_answer_in_half_and_data_may_come_in_half(half):
     path = schedules.linear()
-    table = tables.ddim(path, tables.levels(path, 20))
+    table = tables.ddim(path, tables.discretize(path, 20))
     answer = lambda dtype: lambda x, t: Prediction((0.5 * x).to(dtype), (0.4 * x).to(dtype), 2.0, 1.0, -0.1)  # noqa: E731
     x, seeds = torch.randn(3, 4), torch.arange(3)
-    exact = samplers.walk(answer(torch.float32), table, x, seeds)
-    ours = samplers.walk(answer(half), table, x.to(half), seeds, known=x.to(half), mask=torch.zeros(3, 4, dtype=half))
+    exact = samplers.run_table(answer(torch.float32), table, x, seeds)
+    ours = samplers.run_table(
+        answer(half), table, x.to(half), seeds, known=x.to(half), mask=torch.zeros(3, 4, dtype=half)
+    )
     assert ours.dtype == torch.float32
     assert torch.allclose(ours, exact, atol=0.05)
 
@@ -150,7 +152,7 @@ def test_levels_are_told_apart_in_half(half):
     unet = UNet([1, 4, 4], 8, [1], 1, [], out_channels=256)
     model = DDPM(LevelPosterior(unet, 256, schedule), schedule, [1, 4, 4], parameterization="x0", levels=256).to(half)
     x0 = torch.randint(256, (2, 1, 4, 4)) / 127.5 - 1
-    alpha, sigma = schedule.at(0)
+    alpha, sigma = schedule.alpha_sigma(0)
     seen = model.denoise(alpha * x0 + sigma * torch.randn_like(x0), 0)
     assert (seen.x0(x0) - x0).abs().max() < 1 / 1000
     for t in range(0, 1000, 37):
@@ -180,7 +182,7 @@ def test_likelihoods_of_a_half_network_are_those_of_the_network(half):
 def test_rotary_attention_takes_half(half):
     torch.manual_seed(0)
     attention, x = Attention(16, 2), torch.randn(2, 5, 16)
-    _, rotation = Rotary(16)(torch.arange(5), 8)
+    _, rotation = RotaryPositions(16)(torch.arange(5), 8)
     exact = attention(x, rotation)
     ours = attention.to(half)(x.to(half), rotation)
     assert ours.dtype == half
@@ -202,9 +204,9 @@ def test_latents_are_the_same_in_every_precision():
         model = Flow(UNet([4, 2, 2], 8, [1], 1, []), [4, 2, 2], latent=latent)
         model = model.to(torch.bfloat16) if half else model
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(model.clean({"image": x}), exact)
-            assert torch.equal(model.clean({"image": x, "latent": cached}), exact)
-            assert torch.equal(model.shown(cached), back)
+            assert torch.equal(model.encode_data({"image": x}), exact)
+            assert torch.equal(model.encode_data({"image": x, "latent": cached}), exact)
+            assert torch.equal(model.decode_data(cached), back)
 
 
 def test_products_outside_of_networks_are_exact_under_autocast():
@@ -212,7 +214,7 @@ def test_products_outside_of_networks_are_exact_under_autocast():
     likelihood, out, g = Categorical(256), torch.randn(2, 256, 4, 4), torch.randn(8, 8)
     net, losses = nn.Linear(32, 32), torch.rand(64)
     quartiles = lambda: mlp().losses(losses, torch.arange(64) / 64).logs  # noqa: E731
-    measures = [lambda: likelihood.mean(out), lambda: orthogonal_penalty(net), lambda: orthogonalised(g)]
+    measures = [lambda: likelihood.mean(out), lambda: orthogonal_penalty(net), lambda: orthogonalize(g)]
     exact, logs = [measure() for measure in measures], quartiles()
     with torch.autocast("cpu", torch.bfloat16):
         assert all(torch.equal(measure(), value) for measure, value in zip(measures, exact, strict=True))
@@ -242,7 +244,7 @@ def test_features_are_exact_under_autocast():
 
 def test_frozen_networks_do_not_multiply_in_tf32(flags):
     flags.cuda.matmul.allow_tf32 = flags.cudnn.allow_tf32 = True
-    with pytest.raises(ZeroDivisionError), precision.full(torch.device("cuda")):
+    with pytest.raises(ZeroDivisionError), precision.full_precision(torch.device("cuda")):
         assert not flags.cuda.matmul.allow_tf32 and not flags.cudnn.allow_tf32
         _ = 1 / 0
     assert flags.cuda.matmul.allow_tf32 and flags.cudnn.allow_tf32

@@ -23,7 +23,7 @@ from genai.evaluation.run import run as evaluate
 from genai.modalities import tokenizers
 from genai.modalities.text import encode_prompts
 from genai.sampling import run as sampled
-from genai.sampling import unescaped
+from genai.sampling import unescape
 from tests.conftest import ROOT
 
 PROSE = "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich; 東京 🙂\n" * 40
@@ -525,8 +525,8 @@ def test_a_stop_is_what_its_escapes_say(runs, tmp_path):
     """A line break as a shell passes it on, and a prompt longer than the context of 24."""
     cases = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\", r"\\n": r"\n", "a": "a", "\n": "\n", r"\x": r"\x"}
     for typed, meant in cases.items():
-        assert unescaped(composed("sample", [f"stop={typed}"]).stop) == meant
-    assert unescaped(None) is None and unescaped(1) == 1
+        assert unescape(composed("sample", [f"stop={typed}"]).stop) == meant
+    assert unescape(None) is None and unescape(1) == 1
     given = [f"ckpt={runs / 'chars'}", r"stop=\n", f"prompt={'the cat ' * 9}", "n=3", "max_new_tokens=40"]
     sampled(composed("sample", [*given, f"out={tmp_path / 'out'}"], with_sampler))
     shown = [json.loads(line)["text"] for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]

@@ -22,13 +22,13 @@ from genai.modalities.pixels import BEGIN
 from genai.models.autoregressive.gpt import GPT
 from genai.models.diffusion.base import Diffusion
 from genai.models.diffusion.likelihood.ode import probability_flow
-from genai.models.diffusion.process.paths import Straight, VarianceExploding
+from genai.models.diffusion.process.paths import LinearPath, VarianceExploding
 from genai.models.diffusion.process.schedules import cosine
 from genai.nn.latent_space import Latent, SpaceToDepth
 from genai.train.run import run
 
 LEVELS, SHAPE = 5, (1, 3, 4)
-PATHS = {"EDM": VarianceExploding(), "flow": Straight(), "DDPM": cosine(1000)}
+PATHS = {"EDM": VarianceExploding(), "flow": LinearPath(), "DDPM": cosine(1000)}
 FACTS = {"batch_size": 4, "num_workers": 0}
 
 
@@ -48,7 +48,7 @@ class Exact(Diffusion):
         self.path, self.best, self.clip = path, x0, None
 
     def denoise(self, x, t, cond=None):
-        return Prediction(self.best(x, self.path.level(t)), p=0.0, q=1.0)
+        return Prediction(self.best(x, self.path.marginal(t)), p=0.0, q=1.0)
 
 
 def of_pixels(p):

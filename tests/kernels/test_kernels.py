@@ -178,9 +178,9 @@ def test_compiled_noise_multiplies_no_index():
 def test_steps_are_compiled_where_that_pays():
     large, small = torch.empty(8, 3, 256, 256), torch.empty(16, 1, 8, 8)
     found = "compiled" if shutil.which("g++") else "auto"
-    assert kernels.prefer(large, 1000, True) == found
-    assert kernels.prefer(large, 10, True) == kernels.prefer(small, 1000, True) == "auto"
-    assert kernels.prefer(large, 1000, False) == kernels.prefer(large.to("meta"), 1000, True) == "auto"
+    assert kernels.choose_impl(large, 1000, True) == found
+    assert kernels.choose_impl(large, 10, True) == kernels.choose_impl(small, 1000, True) == "auto"
+    assert kernels.choose_impl(large, 1000, False) == kernels.choose_impl(large.to("meta"), 1000, True) == "auto"
 
 
 def test_a_step_that_cannot_be_compiled_says_why(tmp_path):
@@ -372,7 +372,7 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
         affine_step(x, Prediction(x), ROWS["last"], seeds=seeds, index=0, impl="triton")
     with pytest.raises(UserError, match="it takes float32, float16 and bfloat16, and this is float64"):
         affine_step(x.double(), Prediction(x.double()), ROWS["last"], seeds=seeds, index=0, impl="triton")
-    assert "float64" in kernels.why_not_triton(x.double())
+    assert "float64" in kernels.triton_obstacle(x.double())
 
 
 # On a GPU, without one

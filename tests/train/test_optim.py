@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from genai.core.errors import UserError
 from genai.train.ema import EMA
 from genai.train.lit import LitModel, sum_over_ranks
-from genai.train.muon import Muon, orthogonalised
+from genai.train.muon import Muon, orthogonalize
 from genai.train.optim import adamw, idle_from, lr_at, muon, reschedule, set_lr
 
 
@@ -32,7 +32,7 @@ def test_orthogonalised_keeps_directions_and_evens_out_lengths(shape):
     torch.manual_seed(0)
     g = torch.randn(shape) + 3 * torch.ones(shape)
     u, _, v = torch.linalg.svd(g, full_matrices=False)
-    o = orthogonalised(g)
+    o = orthogonalize(g)
     inner = u.T @ o @ v.T
     assert (inner - inner.diag().diag()).abs().max() < 1e-3
     assert inner.diag()[inner.diag() > 0.1].min() > 0.6 and inner.diag().max() < 1.3
@@ -85,7 +85,7 @@ def test_muon_never_waits_for_the_device():
     with FakeTensorMode():
         found, player = torch.zeros((), device="cuda"), SimpleNamespace(guard=SimpleNamespace(stop_if_bad=pytest.fail))
         net, optimizer = chained([found], lambda k, i, p: torch.ones_like(p), "cuda")
-        LitModel.skip(None, optimizer, player, found)  # type: ignore[arg-type]
+        LitModel.skip_step_if_bad(None, optimizer, player, found)  # type: ignore[arg-type]
         assert optimizer.found_inf is found and net.inner.weight.is_cuda
 
 

@@ -20,7 +20,7 @@ from genai.core import archive, interrupt
 from genai.core.errors import UserError
 from genai.modalities.label import Label
 from genai.sweeps.jobs import is_complete
-from genai.train.lock import locked
+from genai.train.lock import lock_run
 from genai.train.run import _init_from, run
 from tests.conftest import ROOT, as_python, context
 
@@ -35,7 +35,7 @@ TINY = [
 def child(overrides, kill_at, log):
     """Train in this process as train.py does; die by SIGKILL at a kind of moment and its step, such as ("save", 6),
     ("link", name) or ("forward", step, call), or send itself a ("signal", step, number)."""
-    interrupt.answer()
+    interrupt.exit_on_signal()
     sys.stdout = sys.stderr = open(log, "a")  # noqa: SIM115
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a real run
@@ -76,7 +76,7 @@ def child(overrides, kill_at, log):
             inner_link(path, name)
 
         checkpoint.link = link
-    if kind == "deceive":  # a game between the updates of its players
+    if kind == "generator":  # a game between the updates of its players
         from genai.models.gan.gan import GAN
 
         inner_loss = GAN.generator_loss
@@ -285,7 +285,7 @@ def test_a_second_process_is_refused_and_death_frees_the_run(uninterrupted, tmp_
     assert_same_run(uninterrupted, folder)
 
 
-GAME = [
+ADVERSARIAL = [
     "model=biggan", "max_steps=14", "log_every_steps=4", "logger=none", "data.batch_size=4", "loop.critic_steps=2",
     "model.share_fake=false", "model.generator.channels=4", "model.discriminator.channels=4", "callbacks.samples.n=2",
     "callbacks.samples.every_steps=6", "callbacks.evaluate.every_steps=4", "callbacks.evaluate.n=16",
@@ -296,8 +296,8 @@ GAME = [
 def test_a_game_killed_between_its_players_equals_one_that_was_not(tmp_path):
     """Both optimisers, the average, batch norms and spectral vectors come back."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    assert train(whole, *GAME, base=[]) == 0
-    assert train(folder, *GAME, kill_at=("deceive", 8), base=[]) == -signal.SIGKILL
+    assert train(whole, *ADVERSARIAL, base=[]) == 0
+    assert train(folder, *ADVERSARIAL, kill_at=("generator", 8), base=[]) == -signal.SIGKILL
     assert train(folder, kill_at=("save", 12), new=False) == -signal.SIGKILL
     assert train(folder, new=False) == 0
     assert_same_run(whole, folder)
@@ -343,7 +343,7 @@ def test_old_weights_are_of_the_same_classes(uninterrupted):
 
 def test_both_players_may_be_given_a_schedule_on_resume(tmp_path):
     folder, long = tmp_path / "run", ["max_steps=6", "optim.decay_steps=6"]
-    assert train(folder, *GAME, "max_steps=4", "model.generator.multipliers=[1,2]", base=[]) == 0
+    assert train(folder, *ADVERSARIAL, "max_steps=4", "model.generator.multipliers=[1,2]", base=[]) == 0
     with pytest.raises(UserError, match=r"give discriminator_optim.decay_steps=6 "):
         run(composed("train", [f"resume={folder}", *long], resumed))
     assert train(folder, *long, "discriminator_optim.decay_steps=8", new=False) == 0
@@ -465,11 +465,11 @@ def test_half_written_files_of_training_alone_are_deleted_and_under_the_lock(tmp
     for name in (*ours, *theirs):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    with locked(tmp_path):
+    with lock_run(tmp_path):
         assert not any((tmp_path / name).exists() for name in ours)
         for name in ours:
             (tmp_path / name).touch()
-        with pytest.raises(UserError, match=f"in use by process {os.getpid()} on"), locked(tmp_path):
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()} on"), lock_run(tmp_path):
             pass
         assert all((tmp_path / name).exists() for name in (*ours, *theirs))
     assert not (tmp_path / ".lock").exists()
@@ -539,7 +539,7 @@ def test_a_run_that_may_not_be_written_is_one_sentence(uninterrupted, disk):
 
 FAMILIES = {
     "ddpm": TINY,
-    "biggan": GAME,
+    "biggan": ADVERSARIAL,
     "vae": [
         "model=vae", "max_steps=120", "data.batch_size=4", "logger=none", "callbacks.save.every_steps=6",
         "callbacks.save.keep_every_steps=12", "callbacks.evaluate.every_steps=4", "callbacks.evaluate.n=16",

@@ -21,7 +21,7 @@ from genai.modalities.image import Image
 from genai.modalities.stored import nodes_of
 from genai.train.callbacks import File, Save
 from genai.train.ema import EMA, decay_at
-from genai.train.lit import LitModel, Player
+from genai.train.lit import LitModel, ParameterGroup
 from genai.train.optim import adamw, lr_at
 from genai.train.record import Record
 from genai.train.run import run
@@ -123,10 +123,10 @@ class Norms(L.Callback):
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
 def test_clipping_is_clip_grad_norm(tmp_path, precision, monkeypatch):
     """20 steps with fused AdamW; the norm before and after equal those of torch's own function."""
-    checked, original = [], Player.clip
+    checked, original = [], ParameterGroup.clip
 
     def compare(self, losses, clip_norm, step):
-        live = [p for _, p in self.named]
+        live = [p for _, p in self.named_parameters]
         twin = [torch.nn.Parameter(p.detach().clone()) for p in live]
         for mine, p in zip(twin, live, strict=True):
             mine.grad = p.grad.clone()
@@ -137,7 +137,7 @@ def test_clipping_is_clip_grad_norm(tmp_path, precision, monkeypatch):
         checked.append(expected.item())
         return norm, bad
 
-    monkeypatch.setattr(Player, "clip", compare)
+    monkeypatch.setattr(ParameterGroup, "clip", compare)
     dtype = np.float64 if precision == "64-true" else np.float32
     lit = fit(tmp_path / "run", steps=20, clip_norm=0.05, precision=precision, dtype=dtype)
     assert len(checked) == 20

@@ -3,7 +3,7 @@
 from genai.core import interrupt
 
 if __name__ == "__main__":
-    interrupt.answer()  # before the imports, which take long
+    interrupt.exit_on_signal()  # before the imports, which take long
 
 from omegaconf import DictConfig
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from genai.core import rng
-from genai.core.cuda_graph import capture, say
+from genai.core.cuda_graph import capture, warn_no_graph
 from genai.core.errors import UserError, at_least, number
 from genai.core.protocols import Autoregressive, Batch, Capturable, OnStep, for_models
 
@@ -51,7 +51,7 @@ def generate(
     Raises UserError for an argument out of range.
     """
     shape = temperature, top_k, top_p, min_p
-    check(*shape)
+    check_options(*shape)
     number(repetition_penalty, "sampler.repetition_penalty", 0, open_low=True)
     if cuda_graph not in (None, True, False):
         raise UserError(f"sampler.cuda_graph={cuda_graph} must be true, false or null")
@@ -61,7 +61,7 @@ def generate(
     writer = _Writer(model, prompt, n, shape, repetition_penalty)
     with torch.inference_mode(), _small_kernels(model):
         token = writer.begin(rng.uniform(seeds.to(prompt.tokens.device), (n,), stream=rng.TOKENS))
-        step = _Graph(writer.step) if _captures(cuda_graph, writer) else writer.step
+        step = _Graph(writer.step) if _uses_graph(cuda_graph, writer) else writer.step
         for i in range(n):
             if i > 0:
                 token = step(token)
@@ -204,11 +204,11 @@ class _Graph:
             try:
                 self.graph = capture(lambda inputs: self.step(inputs["token"]), {"token": token})
             except RuntimeError as error:
-                say(str(error).strip().splitlines()[0])
+                warn_no_graph(str(error).strip().splitlines()[0])
         return self.step(token) if self.graph is None else self.graph({"token": token})
 
 
-def _captures(asked: bool | None, writer: _Writer) -> bool:
+def _uses_graph(asked: bool | None, writer: _Writer) -> bool:
     """True if steps can be captured as a CUDA graph; prints why not where one was asked for."""
     if asked is False:
         return False
@@ -219,7 +219,7 @@ def _captures(asked: bool | None, writer: _Writer) -> bool:
     else:
         return True
     if asked:
-        say(reason)
+        warn_no_graph(reason)
     return False
 
 
@@ -235,7 +235,7 @@ def _small_kernels(model: Autoregressive) -> Iterator[None]:
         torch.backends.mkldnn.enabled = was
 
 
-def check(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
+def check_options(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
     """Raises UserError for an argument of `distribution` that is out of range; temperature may be 0."""
     number(temperature, "sampler.temperature", 0)
     if top_k is not None:

@@ -20,7 +20,7 @@ PARTS = {
 }
 
 
-def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Hugging Face's state of a GPT2LMHeadModel -> state of a GPT built by `model=gpt2` with as many positions.
 
     Its linear maps are stored transposed; masks, and what stands outside the decoder, are left out. Raises KeyError for a

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from genai.core import rng
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch, OnStep, Rewindable, for_models
-from genai.models.autoregressive.decode import check, cut_at_stop, distribution, draw, prompt_of
+from genai.models.autoregressive.decode import check_options, cut_at_stop, distribution, draw, prompt_of
 
 
 @for_models(Rewindable, draft=Rewindable)
@@ -32,7 +32,7 @@ def speculative(
     cannot take tokens back or has another vocabulary, and for a text longer than one of both can read.
     """
     shape = temperature, top_k, top_p, min_p
-    check(*shape)
+    check_options(*shape)
     at_least(ahead, 1, "sampler.ahead")
     if temperature == 0:
         raise UserError("sampler.temperature=0 is not for speculative decoding: use sampler=generate")
@@ -109,7 +109,7 @@ def _speculate(
         raw = model.scores(drafted)[:, -g - 1 :]  # (1, g + 1, V)
         p = distribution(raw, *shape)
         q = torch.stack(qs, 1) if qs else p[:, :0]
-        kept, token = judge(p, q, drafted[:, given + at :], *(u[:, at : at + g + 1] for u in uniforms[1:]))
+        kept, token = verify(p, q, drafted[:, given + at :], *(u[:, at : at + g + 1] for u in uniforms[1:]))
         keep, *read = torch.cat([kept, drafted[0, given + at :], token[0]]).cpu().tolist()  # the one wait of a round
         text = torch.cat([drafted[:, : given + at + keep], token], 1)
         fresh = text[0, given + at :]
@@ -123,7 +123,7 @@ def _speculate(
     return torch.cat([tokens, tokens.new_zeros(missing)]), torch.cat([log, log.new_zeros(missing)])
 
 
-def judge(p: Tensor, q: Tensor, drafted: Tensor, accept: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
+def verify(p: Tensor, q: Tensor, drafted: Tensor, accept: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
     """How many (B,) of g drafted tokens (B, g) are kept, and the token (B, 1) after them.
 
     Token j is kept with probability min(1, p_j / q_j). The first that is not is drawn anew from max(p - q, 0); after the

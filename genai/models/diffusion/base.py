@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from genai.core import stored
 from genai.core.errors import UserError
-from genai.core.precision import WideBuffers, exact, wide
+from genai.core.precision import KeepBufferPrecision, no_autocast, upcast
 from genai.core.protocols import Batch, Losses, Prediction
 from genai.core.shapes import check_shape
 from genai.models.diffusion.nets.levels import LevelPosterior
@@ -18,21 +18,21 @@ from genai.nn.attention import Context
 from genai.nn.latent_space import Latent
 from genai.nn.text_encoder import TextEncoder
 
-Told = Mapping[str, Any]
+NetInputs = Mapping[str, Any]
 """Keyword arguments of a network: a label, the `Context` of a caption, and what the network's `project` made of that."""
 
 
 class Condition(NamedTuple):
     """What a model is told of n samples, as keyword arguments of its network, encoded once by that model for itself."""
 
-    given: Batch
+    cond: Batch
     """Of n samples."""
     null: Batch
     """What guidance leads away from, of n samples or of one for all: nothing given, or the negative caption. Empty where nothing
     was given, so that there is nothing to lead to."""
 
 
-class Diffusion(WideBuffers):
+class Diffusion(KeepBufferPrecision):
     """A network that denoises one field of the batch along a path; subclasses say which, and how they train.
 
     Args:
@@ -89,8 +89,8 @@ class Diffusion(WideBuffers):
     def forward(self, batch: Batch, step: int) -> Losses:
         raise NotImplementedError
 
-    def denoise(self, x: Tensor, t: float, cond: Told | None = None) -> Prediction:
-        """The prediction of x (B, *shape) at time t of the path, told what `condition` encoded; null where cond is None."""
+    def denoise(self, x: Tensor, t: float, cond: NetInputs | None = None) -> Prediction:
+        """Predict x0 from x (B, *shape) at time t of the path, under `net_inputs`; unconditionally where cond is None."""
         raise NotImplementedError
 
     def nets(self) -> Mapping[str, nn.Module]:
@@ -133,11 +133,11 @@ class Diffusion(WideBuffers):
             self.latent.measure(itertools.chain([first], stream))
         return {}
 
-    def clean(self, batch: Batch) -> Tensor:
+    def encode_data(self, batch: Batch) -> Tensor:
         """x0 of a batch, (B, *shape)."""
-        return wide(batch[self.field] if self.latent is None else self.latent.encode(batch))
+        return upcast(batch[self.field] if self.latent is None else self.latent.encode(batch))
 
-    def shown(self, x0: Tensor) -> Tensor:
+    def decode_data(self, x0: Tensor) -> Tensor:
         """x0 as the field it is of."""
         return x0 if self.latent is None else self.latent.decode(x0)
 
@@ -160,7 +160,7 @@ class Diffusion(WideBuffers):
         label = {} if self.classes is None else {"label": torch.full((), self.classes, device=self.device)}
         return label if self.text is None else {**label, "caption": self.text.null()}
 
-    def nulls(self, n: int) -> Batch:
+    def null_conditions(self, n: int) -> Batch:
         """`null` of n samples."""
         return {name: null.expand(n, *null.shape) for name, null in self.null().items()}
 
@@ -172,12 +172,12 @@ class Diffusion(WideBuffers):
                 f"model.label_dropout={self.label_dropout} trains one of the two only: give {key}=1, which is none"
             )
 
-    def given(self, cond: Batch | None, n: int) -> Batch:
+    def fill_conditions(self, cond: Batch | None, n: int) -> Batch:
         """What of `cond` n samples are told, on the model's device, null where it is not given.
 
         Raises UserError for what is not one whole number, or one caption, for each of them.
         """
-        nulls = self.nulls(n)
+        nulls = self.null_conditions(n)
         found = {name: c.to(self.device) for name, c in (cond or {}).items() if name in nulls}
         for name, c in found.items():
             if c.shape != nulls[name].shape or c.is_floating_point():
@@ -185,7 +185,7 @@ class Diffusion(WideBuffers):
                 raise UserError(f"{name} is {kind}, but {n} samples of this model are told int64 {wanted}")
         return {**nulls, **found}
 
-    def condition(self, cond: Batch | None, n: int) -> Condition:
+    def encode_conditions(self, cond: Batch | None, n: int) -> Condition:
         """What n samples are told, and `negative`, the caption that guidance leads away from; a label or a caption that the model
         does not take, as data come with, is left out.
 
@@ -196,50 +196,50 @@ class Diffusion(WideBuffers):
             raise UserError(
                 f"cond has {', '.join(sorted(unknown))}, but this model takes {', '.join(takes) or 'no conditions'}"
             )
-        given, null = self.given(cond, n), self.nulls(1)
+        given, null = self.fill_conditions(cond, n), self.null_conditions(1)
         if "negative" in cond:
-            null["caption"] = self.given({"caption": cond["negative"]}, n)["caption"]
+            null["caption"] = self.fill_conditions({"caption": cond["negative"]}, n)["caption"]
         elif not cond.keys() & null.keys():
             null = {}
-        return Condition(self.encoded(given), self.encoded(null))
+        return Condition(self.encode_caption(given), self.encode_caption(null))
 
-    def told(self, cond: Batch | None, n: int) -> Told:
+    def net_inputs(self, cond: Batch | None, n: int) -> NetInputs:
         """The network's keyword arguments of n samples, null where `cond` says nothing; what is the same at
         every step is computed once for all to come."""
-        return self.projected(self.encoded(self.given(cond, n)))
+        return self.project_context(self.encode_caption(self.fill_conditions(cond, n)))
 
-    def conditions(self, batch: Batch) -> Batch:
+    def training_conditions(self, batch: Batch) -> Batch:
         """The network's keyword arguments; in training some samples get the null, as all do that come without."""
         null = self.null()
         if not null:
             return {}
         n = len(next(iter(batch.values())))
-        cond = {name: batch.get(name, value) for name, value in self.nulls(n).items()}
+        cond = {name: batch.get(name, value) for name, value in self.null_conditions(n).items()}
         if self.training:
             dropped = torch.rand(n, device=self.device) < self.label_dropout
             cond = {name: torch.where(dropped.view(-1, *[1] * (c.ndim - 1)), null[name], c) for name, c in cond.items()}
-        return self.encoded(cond)
+        return self.encode_caption(cond)
 
-    def encoded(self, cond: Batch) -> Batch:
+    def encode_caption(self, cond: Batch) -> Batch:
         """Conditions with the caption as the network attends to it; as they are if that has been done."""
         if self.text is None or "caption" not in cond:
             return cond
         return {name: c for name, c in cond.items() if name != "caption"} | self.text(cond["caption"])._asdict()
 
-    def projected(self, encoded: Batch) -> Told:
+    def project_context(self, encoded: Batch) -> NetInputs:
         """What the network is told, with the keys and values of its attention to a caption if it computes them beforehand."""
         project = getattr(self.net, "project", None)
         if self.text is None or project is None:
             return encoded
         return {**encoded, "projected": project(Context(encoded["states"], encoded["real"]))}
 
-    def call(self, x: Tensor, time: float, cond: Told | None) -> Tensor:
+    def call_net(self, x: Tensor, time: float, cond: NetInputs | None) -> Tensor:
         """The network at one time for the whole batch, which it is told; null where cond is None."""
-        cond = self.told(None, len(x)) if cond is None else cond
-        x = wide(x)
-        return self.answer(x, x.new_full(x.shape[:1], time), **cond)
+        cond = self.net_inputs(None, len(x)) if cond is None else cond
+        x = upcast(x)
+        return self.predict(x, x.new_full(x.shape[:1], time), **cond)
 
-    def answer(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
+    def predict(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
         """What the network answers to x (B, *shape), in the precision of x. Raises UserError for another shape, which a loss
         would broadcast."""
         return check_shape(self.net(x, time, **cond), x.shape[1:], "model.net").to(x.dtype)
@@ -257,7 +257,7 @@ class Diffusion(WideBuffers):
             each = per_sample.detach()
             member = ((noise * 4).long() == torch.arange(4, device=each.device)[:, None]).to(each)  # (4, B)
             count = member.sum(1)
-            with exact(each.device):
+            with no_autocast(each.device):
                 mean = member @ each / count.clamp_min(1)
             logs = {f"loss_q{i + 1}": (mean[i], count[i]) for i in range(4)}
         return Losses(per_sample.mean(), len(per_sample), logs)

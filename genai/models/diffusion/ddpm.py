@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from genai.core import rng, stored
 from genai.core.protocols import Batch, Losses, Prediction
 from genai.core.shapes import expand_like, mean_flat
-from genai.models.diffusion.base import Diffusion, Told
+from genai.models.diffusion.base import Diffusion, NetInputs
 from genai.models.diffusion.likelihood import vlb
 from genai.models.diffusion.nets.levels import LevelPosterior
 from genai.models.diffusion.process import weightings
@@ -68,13 +68,13 @@ class DDPM(Diffusion):
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """The weighted denoising loss (eq. 14 where the weighting is simple); evaluation adds its quartiles over t."""
-        x0 = self.clean(batch)
+        x0 = self.encode_data(batch)
         t = self.draw_t(len(x0))
         eps = self.draw_eps(x0)
         alpha, sigma = expand_like(self.alpha[t], x0), expand_like(self.sigma[t], x0)
         x_t = alpha * x0 + sigma * eps  # eq. 4
         u, v = combination(self.parameterization, alpha, sigma)
-        out = self.answer(x_t, (t * (1000 / len(self.schedule))).to(x0.dtype), **self.conditions(batch))
+        out = self.predict(x_t, (t * (1000 / len(self.schedule))).to(x0.dtype), **self.training_conditions(batch))
         per_sample = self.weight[t].to(x0.dtype) * mean_flat((out - (u * x0 + v * eps)) ** 2)
         return self.losses(per_sample, t / len(self.schedule))
 
@@ -85,27 +85,27 @@ class DDPM(Diffusion):
     def draw_eps(self, x0: Tensor) -> Tensor:
         return torch.randn_like(x0)
 
-    def denoise(self, x: Tensor, t: float, cond: Told | None = None) -> Prediction:
-        p, q = to_x0(self.parameterization, *self.schedule.at(t))
-        return Prediction(self.call(x, t * 1000 / len(self.schedule), cond), p=p, q=q)
+    def denoise(self, x: Tensor, t: float, cond: NetInputs | None = None) -> Prediction:
+        p, q = to_x0(self.parameterization, *self.schedule.alpha_sigma(t))
+        return Prediction(self.call_net(x, t * 1000 / len(self.schedule), cond), p=p, q=q)
 
     @torch.no_grad()
     def log_prob(self, batch: Batch, seed: int) -> Tensor:
         """The variational lower bound of log p, nats (B,), see `vlb`; needs `levels`."""
         return -self.bound_terms(batch, seed).total()
 
-    def bound_terms(self, batch: Batch, seed: int) -> vlb.Terms:
+    def bound_terms(self, batch: Batch, seed: int) -> vlb.BoundTerms:
         """Every term of the bound, with one draw of x_t ~ q(x_t | x0) per t from (seed + i, row t, stream 4); x0 in float64.
 
         Raises UserError if the model has no grey levels, or works in latents.
         """
         schedule, levels = self.schedule, self.grey_levels(self.levels)
         x0 = batch[self.field].double()
-        cond = self.told(batch, len(x0))
+        cond = self.net_inputs(batch, len(x0))
         seeds = rng.seed_range(seed, len(x0)).to(x0.device)
         kl, decoder = [], x0.new_zeros(len(x0))
         for t in reversed(range(len(schedule))):
-            alpha, sigma = schedule.at(t)
+            alpha, sigma = schedule.alpha_sigma(t)
             x_t = alpha * x0 + sigma * rng.normal(seeds, self.shape, row=t, stream=rng.MODEL).double()
             prediction = self.denoise(x_t.to(self.dtype), t, cond)
             x0_hat = prediction._replace(out=prediction.out.double()).x0(x_t, self.clip)
@@ -115,4 +115,4 @@ class DDPM(Diffusion):
                 std = vlb.reverse_variance(schedule, 0, self.variance) ** 0.5
                 decoder = vlb.discretized_gaussian(x0, x0_hat, std, levels)
         prior = vlb.prior_kl(schedule, x0)
-        return vlb.Terms(prior, torch.stack(kl, 1) if kl else x0.new_zeros(len(x0), 0), decoder)
+        return vlb.BoundTerms(prior, torch.stack(kl, 1) if kl else x0.new_zeros(len(x0), 0), decoder)

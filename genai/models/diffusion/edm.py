@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, Losses, Prediction
 from genai.core.shapes import expand_like, mean_flat
-from genai.models.diffusion.base import Diffusion, Told
+from genai.models.diffusion.base import Diffusion, NetInputs
 from genai.models.diffusion.process.paths import Number, VarianceExploding
 from genai.nn.latent_space import Latent
 
@@ -80,18 +80,18 @@ class EDM(Diffusion):
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """The loss of eq. 8. Its weight lambda(sigma) = 1 / c_out^2 leaves a plain squared error of F."""
-        x0 = self.clean(batch)
+        x0 = self.encode_data(batch)
         u = self.uniforms(len(x0))
         log_sigma = self.log_sigma_mean + self.log_sigma_std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
         sigma = expand_like(log_sigma.exp(), x0)
         x = x0 + sigma * torch.randn_like(x0)
         c_skip, c_out, c_in = self.preconditioning(sigma)
-        out = self.answer(c_in * x, self.time(log_sigma), **self.conditions(batch))
+        out = self.predict(c_in * x, self.time(log_sigma), **self.training_conditions(batch))
         return self.losses(mean_flat((out - (x0 - c_skip * x) / c_out) ** 2), u)
 
-    def denoise(self, x: Tensor, t: float, cond: Told | None = None) -> Prediction:
+    def denoise(self, x: Tensor, t: float, cond: NetInputs | None = None) -> Prediction:
         c_skip, c_out, c_in = self.preconditioning(t)
-        return Prediction(self.call(c_in * x, self.time(math.log(t)), cond), p=c_skip, q=c_out)
+        return Prediction(self.call_net(c_in * x, self.time(math.log(t)), cond), p=c_skip, q=c_out)
 
 
 def _positive(sigma_data: float) -> float:

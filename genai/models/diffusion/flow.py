@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, Losses, Prediction
 from genai.core.shapes import expand_like, mean_flat
-from genai.models.diffusion.base import Diffusion, Told
-from genai.models.diffusion.process.paths import Straight, to_x0
+from genai.models.diffusion.base import Diffusion, NetInputs
+from genai.models.diffusion.process.paths import LinearPath, to_x0
 from genai.nn.latent_space import Latent
 
 
@@ -41,18 +41,18 @@ class Flow(Diffusion):
         super().__init__(net, shape, field, classes, label_dropout, guidance, clip, latent)
         if logit_std < 0:
             raise UserError(f"model.logit_std={logit_std} must be at least 0 (0 draws t uniformly)")
-        self.path, self.logit_mean, self.logit_std = Straight(), logit_mean, logit_std
+        self.path, self.logit_mean, self.logit_std = LinearPath(), logit_mean, logit_std
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """The squared error of the velocity (conditional flow matching, Lipman et al. 2023, eq. 9)."""
-        x0 = self.clean(batch)
+        x0 = self.encode_data(batch)
         u = self.uniforms(len(x0))
         t = self.logit_mean + self.logit_std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
         t = torch.sigmoid(t) if self.logit_std else u
         eps, t_ = torch.randn_like(x0), expand_like(t, x0)
-        out = self.answer((1 - t_) * x0 + t_ * eps, 1000 * t, **self.conditions(batch))
+        out = self.predict((1 - t_) * x0 + t_ * eps, 1000 * t, **self.training_conditions(batch))
         return self.losses(mean_flat((out - (eps - x0)) ** 2), u)
 
-    def denoise(self, x: Tensor, t: float, cond: Told | None = None) -> Prediction:
+    def denoise(self, x: Tensor, t: float, cond: NetInputs | None = None) -> Prediction:
         p, q = to_x0("flow", 1 - t, t)
-        return Prediction(self.call(x, 1000 * t, cond), p=p, q=q)
+        return Prediction(self.call_net(x, 1000 * t, cond), p=p, q=q)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError, at_least, number
-from genai.core.precision import WideBuffers, full, wide
+from genai.core.precision import KeepBufferPrecision, full_precision, upcast
 
 
 class Augment(nn.Module):
@@ -50,8 +50,8 @@ class Augment(nn.Module):
     def forward(self, x: Tensor, p: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] not in (1, 3):
             raise UserError(f"model.augment takes images of 1 or 3 channels, got shape {list(x.shape[1:])}")
-        with full(x.device):  # places need more than eight bits
-            x = wide(x)
+        with full_precision(x.device):  # places need more than eight bits
+            x = upcast(x)
             x = warp(x, self.movement(x, p))
             matrix, offset = self.colour(x, p)
             return (matrix @ x.flatten(2) + offset).view_as(x)
@@ -74,7 +74,9 @@ class Augment(nn.Module):
         where = where @ linear(1 / size, 0 * one, 0 * one, 1 / size)
         # Before or after the stretch, each so that one of them happens with probability p.
         either = 1 - (1 - self.factors["rotate"] * p).sqrt()
-        before, after = (chosen(either, torch.empty_like(one).uniform_(-math.pi, math.pi), 0.0) for _ in range(2))
+        before, after = (
+            choose_with_probability(either, torch.empty_like(one).uniform_(-math.pi, math.pi), 0.0) for _ in range(2)
+        )
         ratio = self.choose("stretch", p, torch.exp2(0.2 * torch.randn_like(one)), 1.0)
         where = (
             where @ linear(*rotation(before)) @ linear(1 / ratio, 0 * one, 0 * one, ratio) @ linear(*rotation(after))
@@ -102,10 +104,10 @@ class Augment(nn.Module):
         return contrast * matrix, (contrast * luma * brightness).expand(-1, channels, -1)
 
     def choose(self, name: str, p: Tensor, value: Tensor, neutral: float) -> Tensor:
-        return chosen(self.factors[name] * p, value, neutral)
+        return choose_with_probability(self.factors[name] * p, value, neutral)
 
 
-def chosen(p: Tensor, value: Tensor, neutral: float) -> Tensor:
+def choose_with_probability(p: Tensor, value: Tensor, neutral: float) -> Tensor:
     """value (B, ...) for the samples that probability p picks, else `neutral`."""
     picked = torch.rand(len(value), *[1] * (value.ndim - 1), device=value.device) < p
     return value.where(picked, neutral)
@@ -159,7 +161,7 @@ def neighbours(place: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     return low.long(), (low + 1).clamp_max(last).long(), (place - low)[:, None]
 
 
-class ADA(WideBuffers):
+class ADA(KeepBufferPrecision):
     """Augmentation whose p rises while the discriminator overfits, and falls while it does not (section 3).
 
     Args:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genai.core.errors import UserError, number
-from genai.core.precision import exact, fitted, wide
+from genai.core.precision import downcast, no_autocast, upcast
 from genai.core.protocols import Batch, Losses
 from genai.losses.adversarial import Adversarial
 from genai.models.gan.gan import GAN
-from genai.models.gan.nets import BatchNorm, Projection, halved
+from genai.models.gan.nets import BatchNorm, Projection, halve_shape
 from genai.models.gan.spectral import SpectralConv2d, SpectralEmbedding, SpectralLinear
-from genai.nn.attention import attending
+from genai.nn.attention import resolve_attention_depths
 
 
 class BigGAN(GAN):
@@ -49,8 +49,8 @@ def orthogonal_penalty(net: nn.Module) -> Tensor:
     """Sum over weights, rows of W being filters, of ||W W^T * (1 - I)||_F^2 (eq. 3): their products, not their lengths.
     Embeddings are no filters and are left out."""
     layers = [m for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    with exact(layers[0].weight.device):
-        weights = [wide(m.weight).flatten(1) for m in layers]
+    with no_autocast(layers[0].weight.device):
+        weights = [upcast(m.weight).flatten(1) for m in layers]
         return torch.stack([(p - p.diag().diag()).square().sum() for p in (w @ w.T for w in weights)]).sum()
 
 
@@ -104,9 +104,9 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (B, inputs, H, W), c (B, width) -> (B, outputs, 2 H, 2 W)."""
-        h = self.conv1(_doubled(F.relu(self.norm1(x, c))))
+        h = self.conv1(_upsample(F.relu(self.norm1(x, c))))
         h = self.conv2(F.relu(self.norm2(h, c)))
-        return h + _doubled(self.skip(x))  # a 1x1 convolution and doubling commute
+        return h + _upsample(self.skip(x))  # a 1x1 convolution and doubling commute
 
 
 class DownBlock(nn.Module):
@@ -156,7 +156,7 @@ class Generator(nn.Module):
     ):  # fmt: skip
         super().__init__()
         widths = [channels * m for m in reversed(multipliers)]
-        height, width = halved(shape, len(widths) - 1)
+        height, width = halve_shape(shape, len(widths) - 1)
         if latents % len(widths):
             raise UserError(
                 f"model.latents={latents} must be a multiple of {len(widths)}: one chunk for each of "
@@ -169,7 +169,7 @@ class Generator(nn.Module):
         self.blocks, self.attention = nn.ModuleList(), nn.ModuleDict()
         last = len(widths) - 1
         heights = {depth: shape[1] >> depth for depth in range(last)}
-        depths = attending(heights, attention_depths, attention, "model.generator")
+        depths = resolve_attention_depths(heights, attention_depths, attention, "model.generator")
         for k, (a, b) in enumerate(itertools.pairwise(widths)):
             self.blocks.append(UpBlock(a, b, condition))
             if last - 1 - k in depths:
@@ -178,7 +178,7 @@ class Generator(nn.Module):
         self.apply(initialise)
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        first, *rest = fitted(z, self).chunk(self.chunks, 1)
+        first, *rest = downcast(z, self).chunk(self.chunks, 1)
         h = self.flat(first).view(-1, *self.start)
         shared = []
         if self.embed is not None:
@@ -210,12 +210,12 @@ class Discriminator(nn.Module):
         attention: Sequence[int] | None = None, attention_depths: Sequence[int] | None = None,
     ):  # fmt: skip
         super().__init__()
-        halved(shape, len(multipliers) - 1)
+        halve_shape(shape, len(multipliers) - 1)
         widths = [shape[0], *(channels * m for m in multipliers)]
         net: list[nn.Module] = []
         last = len(multipliers) - 1
         heights = {depth: shape[1] >> depth for depth in range(min(1, last), last + 1)}
-        depths = attending(heights, attention_depths, attention, "model.discriminator")
+        depths = resolve_attention_depths(heights, attention_depths, attention, "model.discriminator")
         for k, (a, b) in enumerate(itertools.pairwise(widths)):
             net.append(DownBlock(a, b, k < last, first=k == 0))
             if min(k + 1, last) in depths:
@@ -226,7 +226,7 @@ class Discriminator(nn.Module):
         self.apply(initialise)
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.head(F.relu(self.net(fitted(x, self))).sum((2, 3)), label)
+        return self.head(F.relu(self.net(downcast(x, self))).sum((2, 3)), label)
 
 
 def initialise(module: nn.Module) -> None:
@@ -237,5 +237,5 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _doubled(x: Tensor) -> Tensor:
+def _upsample(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from genai.core.precision import fitted
-from genai.models.gan.nets import BatchNorm, LabelledLatents, halved, projection
+from genai.core.precision import downcast
+from genai.models.gan.nets import BatchNorm, LabelledLatents, halve_shape, projection
 
 
 class Generator(nn.Module):
@@ -32,7 +32,7 @@ class Generator(nn.Module):
     ):  # fmt: skip
         super().__init__()
         widths = [channels * m for m in reversed(multipliers)]
-        self.start = (widths[0], *halved(shape, len(widths)))
+        self.start = (widths[0], *halve_shape(shape, len(widths)))
         self.inputs = LabelledLatents(latents, classes, label_width)
         self.flat = nn.Linear(self.inputs.outputs, math.prod(self.start), bias=False)
         net: list[nn.Module] = [BatchNorm(widths[0]), nn.ReLU()]
@@ -42,7 +42,7 @@ class Generator(nn.Module):
         self.apply(initialise)
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.net(self.flat(fitted(self.inputs(z, label), self.flat)).view(-1, *self.start))
+        return self.net(self.flat(downcast(self.inputs(z, label), self.flat)).view(-1, *self.start))
 
 
 class Discriminator(nn.Module):
@@ -65,7 +65,7 @@ class Discriminator(nn.Module):
     ):  # fmt: skip
         super().__init__()
         widths = [channels * m for m in multipliers]
-        features = widths[-1] * math.prod(halved(shape, len(widths)))
+        features = widths[-1] * math.prod(halve_shape(shape, len(widths)))
         net: list[nn.Module] = [nn.Conv2d(shape[0], widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
         for a, b in itertools.pairwise(widths):
             net += [
@@ -78,7 +78,7 @@ class Discriminator(nn.Module):
         self.apply(initialise)
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.head(self.net(fitted(x, self)), label)
+        return self.head(self.net(downcast(x, self)), label)
 
 
 def batch_norm(channels: int) -> nn.Module:

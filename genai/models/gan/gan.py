@@ -14,14 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from genai.core import rng
 from genai.core.errors import UserError, at_least, number
-from genai.core.precision import wide
-from genai.core.protocols import Batch, Losses, weighted
+from genai.core.precision import upcast
+from genai.core.protocols import Batch, Losses, batch_losses
 from genai.core.shapes import check_shape
 from genai.losses import adversarial
 from genai.losses.adversarial import Adversarial
 from genai.models.gan.nets import labels
 
-STANDING = 11  # what the seeds of standing statistics are mixed for
+STANDING_SEED = 11  # what the seeds of standing statistics are mixed for
 
 
 class GAN(nn.Module):
@@ -87,7 +87,7 @@ class GAN(nn.Module):
         """`fake` (B, *shape): one for each item of the batch, with its label."""
         x = batch[self.field]
         fake = self.generator(torch.randn(len(x), self.latents, device=x.device), self.label(batch))
-        return {"fake": wide(check_shape(fake, self.shape, "model.generator"))}
+        return {"fake": upcast(check_shape(fake, self.shape, "model.generator"))}
 
     def discriminator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
         """One pass over real items and one over fakes, which the penalties share. Without gradients, as in evaluation,
@@ -96,7 +96,7 @@ class GAN(nn.Module):
         x = batch[self.field].detach().requires_grad_(penalties and self.r1 > 0)
         y = fake["fake"].detach().requires_grad_(penalties and self.r2 > 0)
         real, false = self.discriminator(x, label).float(), self.discriminator(y, label).float()
-        total, logs = self.loss.discriminator(real, false).mean(), self.judged(real.detach(), false.detach())
+        total, logs = self.loss.discriminator(real, false).mean(), self.logit_means(real.detach(), false.detach())
         if x.requires_grad:
             logs["r1"] = adversarial.r1(real, x).mean()
             total = total + self.r1 / 2 * logs["r1"]
@@ -108,7 +108,7 @@ class GAN(nn.Module):
             between = adversarial.gradient_penalty(lambda mixed: self.discriminator(mixed, label), x, y, u)
             logs["gradient_penalty"] = between.mean()
             total = total + self.gradient_penalty * logs["gradient_penalty"]
-        return weighted(total, logs, len(x))
+        return batch_losses(total, logs, len(x))
 
     def generator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
         label, real = self.label(batch), None
@@ -116,9 +116,9 @@ class GAN(nn.Module):
             with torch.no_grad():
                 real = self.discriminator(batch[self.field], label).float()
         false = self.discriminator(fake["fake"], label).float()
-        return weighted(self.loss.generator(real, false).mean(), {}, len(false))
+        return batch_losses(self.loss.generator(real, false).mean(), {}, len(false))
 
-    def judged(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    def logit_means(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         """Mean logits, and the share of them on the right side; of pairs in the right order, where a logit alone says
         nothing."""
         logs = {"logit_real": real.mean(), "logit_fake": fake.mean()}
@@ -132,19 +132,23 @@ class GAN(nn.Module):
     def latent(self, seeds: Tensor, label: Tensor | None, truncation: float | None = None) -> Tensor:
         """z (B, latents) by seed, normal; with truncation only within |z| <= truncation (Brock et al., 2019, section 3.1)."""
         z = rng.normal(seeds.to(self.device), (self.latents,), stream=rng.INITIAL)
-        return z if truncation is None else truncated(z, number(truncation, "sampler.truncation", 0, open_low=True))
+        return (
+            z if truncation is None else truncate_normal(z, number(truncation, "sampler.truncation", 0, open_low=True))
+        )
 
     def decode(self, latent: Tensor, label: Tensor | None, seeds: Tensor) -> Tensor:
         """(B, *shape); the seeds are for generators that add noise of their own."""
         with torch.no_grad():
-            return wide(check_shape(self.generator(latent, label), self.shape, "model.generator"))
+            return upcast(check_shape(self.generator(latent, label), self.shape, "model.generator"))
 
-    def between(self, a: Tensor, b: Tensor, share: Tensor) -> Tensor:
+    def interpolate_latents(self, a: Tensor, b: Tensor, share: Tensor) -> Tensor:
         """Latents (B, latents) on the great circle from a (share 0) to b (share 1), share (B,)."""
         return slerp(a, b, share[:, None])
 
     @contextlib.contextmanager
-    def standing(self, batches: int, truncation: float | None = None, batch_size: int = 64) -> Iterator[None]:
+    def use_standing_statistics(
+        self, batches: int, truncation: float | None = None, batch_size: int = 64
+    ) -> Iterator[None]:
         """Inside, the generator's batch norms have the `standing_statistics` of so many batches of latents, always the same
         ones, labels in turn; afterwards those of training again. They are measured once.
 
@@ -174,7 +178,7 @@ class GAN(nn.Module):
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Latents and labels of so many batches."""
         for k in range(batches):
-            seeds = rng.seed_range(rng.mix(STANDING, k), batch_size)
+            seeds = rng.seed_range(rng.mix(STANDING_SEED, k), batch_size)
             index = torch.arange(k * batch_size, (k + 1) * batch_size, device=self.device)
             label = None if self.classes is None else index % self.classes
             yield self.latent(seeds, label, truncation), label
@@ -214,7 +218,7 @@ def standing_statistics(generator: nn.Module, inputs: Iterable[tuple[Tensor, Ten
             norm.momentum = momentum
 
 
-def truncated(z: Tensor, threshold: float) -> Tensor:
+def truncate_normal(z: Tensor, threshold: float) -> Tensor:
     """Standard normals z to normals truncated to |z| <= threshold, by Phi^-1(P(|z| > threshold) / 2 + P(|z| <= threshold)
     Phi(z)), for symmetry written with erf.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError, at_least
-from genai.core.precision import Wide, fitted
+from genai.core.precision import KeepPrecision, downcast
 from genai.core.protocols import Batch
 
 
@@ -25,7 +25,7 @@ def labels(batch: Batch | None, classes: int | None, device: torch.device) -> Te
     return batch["label"].to(device)
 
 
-class BatchNorm(Wide, nn.BatchNorm2d):
+class BatchNorm(KeepPrecision, nn.BatchNorm2d):
     """Batch norm whose statistics and gains stay float32 in a half-precision network."""
 
 
@@ -90,10 +90,10 @@ class MLPGenerator(nn.Module):
         self.shape = tuple(shape)
         self.inputs = LabelledLatents(latents, classes, label_width)
         out = nn.Linear(width, math.prod(shape))
-        self.net = nn.Sequential(*hidden(self.inputs.outputs, width, layers), out, nn.Tanh())
+        self.net = nn.Sequential(*hidden_layers(self.inputs.outputs, width, layers), out, nn.Tanh())
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.net(fitted(self.inputs(z, label), self)).view(-1, *self.shape)
+        return self.net(downcast(self.inputs(z, label), self)).view(-1, *self.shape)
 
 
 class MLPDiscriminator(nn.Module):
@@ -101,14 +101,14 @@ class MLPDiscriminator(nn.Module):
 
     def __init__(self, shape: Sequence[int], classes: int | None = None, width: int = 256, layers: int = 3):
         super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), *hidden(math.prod(shape), width, layers))
+        self.net = nn.Sequential(nn.Flatten(), *hidden_layers(math.prod(shape), width, layers))
         self.head = projection(width, classes)
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.head(self.net(fitted(x, self)), label)
+        return self.head(self.net(downcast(x, self)), label)
 
 
-def hidden(inputs: int, width: int, layers: int) -> list[nn.Module]:
+def hidden_layers(inputs: int, width: int, layers: int) -> list[nn.Module]:
     """`layers` hidden layers with leaky ReLUs; no normalisation, which a penalty on gradients would not survive."""
     at_least(layers, 1, "layers")
     net: list[nn.Module] = []
@@ -117,7 +117,7 @@ def hidden(inputs: int, width: int, layers: int) -> list[nn.Module]:
     return net
 
 
-def halved(shape: Sequence[int], times: int) -> tuple[int, int]:
+def halve_shape(shape: Sequence[int], times: int) -> tuple[int, int]:
     """Height and width of images (C, H, W) halved `times` times. Raises UserError if that does not come out even."""
     multiple = 2**times
     if len(shape) != 3:

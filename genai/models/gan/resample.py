@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from genai.core.precision import exact
+from genai.core.precision import no_autocast
 
 
-class Filtered(Function):
+class UpFirDn(Function):
     """A symmetric kernel (1, 1, k, k) over each channel of x, or, `spread`, the transpose of that: each is the other's
     gradient. Left to autograd, the gradient's gradient would also ask for the kernel's, channel by channel."""
 
@@ -19,7 +19,7 @@ class Filtered(Function):
     def forward(x: Tensor, kernel: Tensor, stride: int, padding: int, spread: bool) -> Tensor:
         convolve = F.conv_transpose2d if spread else F.conv2d
         each = kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1)
-        with exact(x.device):
+        with no_autocast(x.device):
             return convolve(x, each, None, stride, padding, groups=x.shape[1])
 
     @staticmethod
@@ -30,7 +30,7 @@ class Filtered(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor):  # type: ignore[override]
         (kernel,) = ctx.saved_tensors
-        return Filtered.apply(gradient, kernel, ctx.stride, ctx.padding, not ctx.spread), None, None, None, None
+        return UpFirDn.apply(gradient, kernel, ctx.stride, ctx.padding, not ctx.spread), None, None, None, None
 
 
 class FIR(nn.Module):
@@ -52,14 +52,14 @@ class FIR(nn.Module):
         self.register_buffer("kernel", gain * torch.outer(taps, taps)[None, None], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return Filtered.apply(x, self.kernel, self.stride, self.padding, self.spread)  # type: ignore[return-value]
+        return UpFirDn.apply(x, self.kernel, self.stride, self.padding, self.spread)  # type: ignore[return-value]
 
 
-def halve() -> FIR:
+def downsample() -> FIR:
     """(B, C, 2H, 2W) -> (B, C, H, W)."""
     return FIR(padding=1, stride=2)
 
 
-def enlarge() -> FIR:
+def upsample() -> FIR:
     """(B, C, H, W) -> (B, C, 2H, 2W), constant images kept."""
     return FIR(padding=1, stride=2, spread=True, gain=4.0)

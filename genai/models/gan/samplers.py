@@ -9,7 +9,7 @@ from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch, OnStep, for_models
 from genai.models.gan.gan import GAN
 from genai.models.gan.stylegan2 import StyleGAN2
-from genai.nn.latents import reported
+from genai.nn.latents import report
 
 
 @for_models(GAN, StyleGAN2)
@@ -27,11 +27,11 @@ def gan(
     if at_least(standing_batches, 0, "sampler.standing_batches"):
         if not isinstance(model, GAN):
             raise UserError("sampler.standing_batches: this generator has no batch norm, set it to 0")
-        statistics = model.standing(standing_batches, truncation)
+        statistics = model.use_standing_statistics(standing_batches, truncation)
     label = model.label(cond)
     with statistics:
         samples = model.decode(model.latent(seeds, label, truncation), label, seeds)
-    return reported({model.field: samples}, on_step)
+    return report({model.field: samples}, on_step)
 
 
 @for_models(StyleGAN2)
@@ -55,6 +55,6 @@ def style_mix(
     coarse, fine = (model.latent(source, label, truncation) for source in (row * columns, column))
     keep = torch.arange(layers) < (layers // 2 if cut is None else cut)
     keep = torch.where((row == 0)[:, None], False, torch.where((column == 0)[:, None], True, keep)).to(coarse.device)
-    return reported(
+    return report(
         {model.field: model.decode(torch.where(keep[:, :, None], coarse, fine), label, row * columns)}, on_step
     )

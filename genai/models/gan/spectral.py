@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genai.core.precision import WideBuffers, exact, wide
+from genai.core.precision import KeepBufferPrecision, no_autocast, upcast
 
 
-def normalised(weight: Tensor, u: Tensor, keep: bool) -> Tensor:
+def spectral_normalize(weight: Tensor, u: Tensor, keep: bool) -> Tensor:
     """weight (rows, ...) / sigma; u (rows,) is moved if `keep`.
 
     Gradients take u and v as constants (eq. 12). What they need is a copy, so that u may move again before the backward
     pass.
     """
-    with exact(weight.device):
-        matrix = wide(weight).flatten(1)
+    with no_autocast(weight.device):
+        matrix = upcast(weight).flatten(1)
         with torch.no_grad():
             v = F.normalize(matrix.T @ u, dim=0)
             left = F.normalize(matrix @ v, dim=0)
@@ -28,45 +28,45 @@ def normalised(weight: Tensor, u: Tensor, keep: bool) -> Tensor:
         return (weight / (left @ (matrix @ v)).clamp_min(1e-12)).to(weight.dtype)
 
 
-def start(weight: Tensor) -> Tensor:
+def random_direction(weight: Tensor) -> Tensor:
     """A random direction for u."""
     return F.normalize(torch.randn(len(weight), dtype=weight.dtype), dim=0)
 
 
-class SpectralLinear(WideBuffers, nn.Linear):
+class SpectralLinear(KeepBufferPrecision, nn.Linear):
     """x (..., inputs) -> (..., outputs)."""
 
     u: Tensor
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True):
         super().__init__(inputs, outputs, bias)
-        self.register_buffer("u", start(self.weight))
+        self.register_buffer("u", random_direction(self.weight))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, normalised(self.weight, self.u, self.training), self.bias)
+        return F.linear(x, spectral_normalize(self.weight, self.u, self.training), self.bias)
 
 
-class SpectralConv2d(WideBuffers, nn.Conv2d):
+class SpectralConv2d(KeepBufferPrecision, nn.Conv2d):
     """Maps (B, inputs, H, W) -> (B, outputs, H, W), an odd kernel; the matrix is (outputs, inputs kernel^2)."""
 
     u: Tensor
 
     def __init__(self, inputs: int, outputs: int, kernel: int, bias: bool = True):
         super().__init__(inputs, outputs, kernel, padding=kernel // 2, bias=bias)
-        self.register_buffer("u", start(self.weight))
+        self.register_buffer("u", random_direction(self.weight))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, normalised(self.weight, self.u, self.training), self.bias)
+        return self._conv_forward(x, spectral_normalize(self.weight, self.u, self.training), self.bias)
 
 
-class SpectralEmbedding(WideBuffers, nn.Embedding):
+class SpectralEmbedding(KeepBufferPrecision, nn.Embedding):
     """Labels int64 (B,) -> (B, width), the whole table normalised."""
 
     u: Tensor
 
     def __init__(self, count: int, width: int):
         super().__init__(count, width)
-        self.register_buffer("u", start(self.weight))
+        self.register_buffer("u", random_direction(self.weight))
 
     def forward(self, label: Tensor) -> Tensor:
-        return F.embedding(label, normalised(self.weight, self.u, self.training))
+        return F.embedding(label, spectral_normalize(self.weight, self.u, self.training))

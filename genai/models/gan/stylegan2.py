@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from genai.core import rng
 from genai.core.errors import UserError, at_least, number
-from genai.core.precision import WideBuffers
-from genai.core.protocols import Batch, Losses, weighted
+from genai.core.precision import KeepBufferPrecision
+from genai.core.protocols import Batch, Losses, batch_losses
 from genai.losses.adversarial import logistic, non_saturating, path_length, r1
 from genai.models.gan.ada import ADA
 from genai.models.gan.nets import labels
-from genai.models.gan.stylegan2_nets import Discriminator, Generator, seeded
+from genai.models.gan.stylegan2_nets import Discriminator, Generator, seeded_noise
 
 
-class StyleGAN2(WideBuffers):
+class StyleGAN2(KeepBufferPrecision):
     """A style-based generator and a residual discriminator, each regularised every few steps only.
 
     Args:
@@ -70,7 +70,7 @@ class StyleGAN2(WideBuffers):
         """Measure nothing, see `Prepared`. Raises UserError if a batch is not made of whole groups of the discriminator."""
         batch = next(iter(batches))
         with torch.no_grad():
-            self.judge(batch[self.field], self.label(batch))
+            self.discriminate(batch[self.field], self.label(batch))
         return {}
 
     def generator_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -94,7 +94,7 @@ class StyleGAN2(WideBuffers):
         mixed = torch.rand(n, device=like.device) < self.mixing
         return self.generator(z, label, second, cut.where(mixed, layers))
 
-    def judge(self, x: Tensor, label: Tensor | None) -> Tensor:
+    def discriminate(self, x: Tensor, label: Tensor | None) -> Tensor:
         """Logits (B,) of images, augmented where that is on."""
         return self.discriminator(x if self.augment is None else self.augment(x), label).to(self.path_mean)
 
@@ -109,11 +109,11 @@ class StyleGAN2(WideBuffers):
         if self.gamma and step % self.lazy["discriminator"] == 0 and torch.is_grad_enabled():
             with torch.compiler.set_stance("force_eager"):  # compiled graphs cannot be differentiated twice
                 x = x.detach().requires_grad_()
-                real = self.judge(x, label)
+                real = self.discriminate(x, label)
                 penalty = r1(real, x)
         else:
-            real = self.judge(x, label)
-        false = self.judge(fake["fake"].detach(), label)
+            real = self.discriminate(x, label)
+        false = self.discriminate(fake["fake"].detach(), label)
         if self.augment is not None and self.training:
             self.augment.update(real, step)
         loss = logistic(real, false).mean()
@@ -127,7 +127,7 @@ class StyleGAN2(WideBuffers):
     def generator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
         """softplus(-D(G(z))), and every so often the path length penalty on half as many images (appendix B)."""
         label = self.label(batch)
-        logits = self.judge(fake["fake"], label)
+        logits = self.discriminate(fake["fake"], label)
         loss = non_saturating(logits).mean()
         total, lengths = loss, None
         if self.path_weight and step % self.lazy["generator"] == 0 and torch.is_grad_enabled():
@@ -155,25 +155,25 @@ class StyleGAN2(WideBuffers):
         psi = 1.0 if truncation is None else number(truncation, "sampler.truncation", 0, 1)
         with torch.no_grad():
             z = rng.normal(seeds.to(self.path_mean.device), (self.latents,), stream=rng.INITIAL)
-            w = self.generator.mapping.truncated(self.generator.mapping(z, label), psi)
+            w = self.generator.mapping.truncate(self.generator.mapping(z, label), psi)
         return w[:, None].expand(-1, self.generator.layers, -1)
 
     def decode(self, latent: Tensor, label: Tensor | None, seeds: Tensor) -> Tensor:
         """Images in [-1, 1], with each seed's noise."""
         with torch.no_grad():
-            return self.generator.synthesis(latent, seeded(seeds.to(latent.device))).clamp(-1, 1)
+            return self.generator.synthesis(latent, seeded_noise(seeds.to(latent.device))).clamp(-1, 1)
 
-    def between(self, a: Tensor, b: Tensor, share: Tensor) -> Tensor:
+    def interpolate_latents(self, a: Tensor, b: Tensor, share: Tensor) -> Tensor:
         """On the straight line from a to b (B, L, style), share (B,)."""
         return torch.lerp(a, b, share[:, None, None])
 
 
-def with_logs(total: Tensor, n: int, means: Mapping[str, Tensor], now_and_then: Mapping[str, Tensor | None]) -> Losses:
+def with_logs(total: Tensor, n: int, means: Mapping[str, Tensor], lazy_terms: Mapping[str, Tensor | None]) -> Losses:
     """Losses with logs of every step and of some; those are means over nothing in between."""
-    losses = weighted(total, means, n)
+    losses = batch_losses(total, means, n)
     nothing = total.detach() * 0, 0.0
     sometimes = {
         name: nothing if value is None else (value.detach().mean(), float(len(value)))
-        for name, value in now_and_then.items()
+        for name, value in lazy_terms.items()
     }
     return losses._replace(logs={**losses.logs, **sometimes})

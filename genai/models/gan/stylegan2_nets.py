@@ -10,15 +10,15 @@ from torch.nn import functional as F
 
 from genai.core import rng
 from genai.core.errors import UserError, at_least
-from genai.core.precision import WideBuffers, fitted, wide
+from genai.core.precision import KeepBufferPrecision, downcast, upcast
 from genai.models.gan.equalized import GAIN, EqualizedConv, EqualizedLinear, leaky, unit
-from genai.models.gan.resample import FIR, enlarge, halve
+from genai.models.gan.resample import FIR, downsample, upsample
 
 Noise = Callable[[int, tuple[int, int]], Tensor] | Sequence[Tensor]
 """`noise(layer, (h, w))`, or one tensor a layer: standard normal, (B, 1, h, w) or (1, 1, h, w) for all samples."""
 
 
-def seeded(seeds: Tensor) -> Noise:
+def seeded_noise(seeds: Tensor) -> Noise:
     """Noise that is a function of each sample's seed, int64 (B,); one seed alone gives all samples the same."""
     return lambda layer, size: rng.normal(seeds, (1, *size), row=layer, stream=rng.MODEL)
 
@@ -76,7 +76,7 @@ class ToImage(nn.Module):
         return self.conv(x * self.affine(w)[:, :, None, None])
 
 
-class Mapping(WideBuffers):
+class Mapping(KeepBufferPrecision):
     """z (B, latents) -> w (B, style), by way of `layers` layers that learn at a hundredth of the rate.
 
     `average` follows the mean of w in training (StyleGAN, 2019, appendix B: decay 0.995), by `track`.
@@ -93,7 +93,7 @@ class Mapping(WideBuffers):
         self.register_buffer("average", torch.zeros(style))
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        x = unit(fitted(z, self))
+        x = unit(downcast(z, self))
         if self.label is not None:
             assert label is not None, "a conditional generator needs labels"
             x = torch.cat([x, unit(self.label(label))], 1)
@@ -105,7 +105,7 @@ class Mapping(WideBuffers):
     def track(self, w: Tensor) -> None:
         self.average.lerp_(w.float().mean(0), 0.005)
 
-    def truncated(self, w: Tensor, psi: float) -> Tensor:
+    def truncate(self, w: Tensor, psi: float) -> Tensor:
         """average + psi (w - average) (StyleGAN, 2019, appendix B)."""
         return self.average + psi * (w - self.average)
 
@@ -125,18 +125,18 @@ class Synthesis(nn.Module):
         for a, b in itertools.pairwise(widths):
             self.convs += [StyledUpConv(a, b, style), StyledConv(b, b, style)]
         self.images = nn.ModuleList(ToImage(width, shape[0], style) for width in widths)
-        self.enlarge = enlarge()
+        self.enlarge = upsample()
         self.to(memory_format=torch.channels_last)
 
     def forward(self, w: Tensor, noise: Noise | None = None) -> Tensor:
         """`noise` None draws anew."""
-        w = fitted(w, self)
+        w = downcast(w, self)
         x = self.start.expand(len(w), -1, -1, -1).contiguous(memory_format=torch.channels_last)
         image = None
         for i, conv in enumerate(self.convs):
             x = conv(x, w[:, i], self.noise_of(i, noise, w))
             if i % 2 == 0:
-                rgb = wide(self.images[i // 2](x, w[:, i + 1]))
+                rgb = upcast(self.images[i // 2](x, w[:, i + 1]))
                 image = rgb if image is None else self.enlarge(image) + rgb
         assert image is not None
         return image.contiguous()
@@ -185,7 +185,7 @@ class Generator(nn.Module):
         return self.synthesis(w, noise), w
 
 
-class Half(nn.Module):
+class DownBlock(nn.Module):
     """Two convolutions to half the size: (B, I, 2H, 2W) -> (B, O, H, W)."""
 
     def __init__(self, inputs: int, outputs: int, gain: float = GAIN):
@@ -198,12 +198,12 @@ class Half(nn.Module):
         return leaky(self.down(self.filter(leaky(self.conv(x)))))
 
 
-class ResidualHalf(Half):
+class ResidualDownBlock(DownBlock):
     """The same and, round it, a 1x1 convolution of the halved maps, their sum at 1 / sqrt(2) (figure 7c)."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, gain=1.0)  # sqrt(2) and 1 / sqrt(2)
-        self.halve = halve()
+        self.halve = downsample()
         self.skip = EqualizedConv(inputs, outputs, 1, gain=1 / GAIN, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ class Discriminator(nn.Module):
         self.group = at_least(group, 1, "model.discriminator.group")
         last = widths[0]
         self.image = EqualizedConv(shape[0], widths[-1], 1, gain=GAIN)
-        block = ResidualHalf if residual else Half
+        block = ResidualDownBlock if residual else DownBlock
         self.blocks = nn.Sequential(*(block(a, b) for a, b in zip(widths[:0:-1], widths[-2::-1], strict=True)))
         self.conv = EqualizedConv(last + 1, last, 3, padding=1, gain=GAIN)
         self.linear = EqualizedLinear(last * math.prod(size), last, gain=GAIN)
@@ -255,7 +255,7 @@ class Discriminator(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        x = self.blocks(leaky(self.image(fitted(x, self).contiguous(memory_format=torch.channels_last))))
+        x = self.blocks(leaky(self.image(downcast(x, self).contiguous(memory_format=torch.channels_last))))
         group = self.group if self.training else math.gcd(len(x), self.group)  # a last batch may be short
         x = leaky(self.conv(minibatch_std(x, group)))
         x = leaky(self.linear(x.flatten(1)))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError, at_least, number
-from genai.core.precision import fitted, wide
-from genai.core.protocols import Batch, Losses, weighted
+from genai.core.precision import downcast, upcast
+from genai.core.protocols import Batch, Losses, batch_losses
 from genai.losses.adversarial import Adversarial
 from genai.models.vae.autoencoder import Autoencoder
 from genai.models.vae.nets import norm_act
@@ -53,33 +53,33 @@ class AdversarialAutoencoder(Autoencoder):
 
     def generate(self, batch: Batch, step: int) -> Batch:
         """Reconstructions `fake`, with `mean` and `log_variance` of the latents."""
-        return dict(zip(("fake", "mean", "log_variance"), self.through(batch[self.field]), strict=True))
+        return dict(zip(("fake", "mean", "log_variance"), self.encode_decode(batch[self.field]), strict=True))
 
     def discriminator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
         x, y = batch[self.field], fake["fake"]
         if step < self.start_step:
-            return weighted(x.new_zeros((), requires_grad=True), {}, len(x))  # no gradient, so no update
+            return batch_losses(x.new_zeros((), requires_grad=True), {}, len(x))  # no gradient, so no update
         real, false = self.discriminator(x).float(), self.discriminator(y).float()
         logs = {"logit_real": real.mean(), "logit_fake": false.mean()}
-        return weighted(self.loss.discriminator(real, false).mean(), logs, len(x))
+        return batch_losses(self.loss.discriminator(real, false).mean(), logs, len(x))
 
     def generator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
         """The autoencoder's loss plus the adversarial one, so weighted that both pull at the last layer as strongly (eq. 7)."""
         x, y = batch[self.field], fake["fake"]
         total, logs = self.terms(x, y, fake["mean"], fake["log_variance"])
         if step < self.start_step or not self.adversarial_weight:
-            return weighted(total, logs, len(x))
+            return batch_losses(total, logs, len(x))
         real = self.discriminator(x).float().detach() if self.loss.paired else None
         logs["deceit"] = self.loss.generator(real, self.discriminator(y).float()).mean()
         if torch.is_grad_enabled():
             logs["adaptive_weight"] = balance(total, logs["deceit"], last_layer(self.decoder))
             total = total + self.adversarial_weight * logs["adaptive_weight"] * logs["deceit"]
-        return weighted(total, logs, len(x))
+        return batch_losses(total, logs, len(x))
 
 
 def balance(loss: Tensor, adversarial: Tensor, layer: Tensor) -> Tensor:
     """||d loss / d layer|| / (||d adversarial / d layer|| + 1e-4), at most 1e4, held constant."""
-    ours, theirs = (wide(torch.autograd.grad(t, layer, retain_graph=True)[0]).norm() for t in (loss, adversarial))
+    ours, theirs = (upcast(torch.autograd.grad(t, layer, retain_graph=True)[0]).norm() for t in (loss, adversarial))
     return (ours / (theirs + 1e-4)).clamp_max(1e4).detach()
 
 
@@ -111,4 +111,4 @@ class PatchDiscriminator(nn.Module):
         self.net = nn.Sequential(*net, norm_act(last), nn.Conv2d(last, 1, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(fitted(x, self))
+        return self.net(downcast(x, self))

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError, number
-from genai.core.precision import full, wide
-from genai.core.protocols import Batch, Losses, weighted
+from genai.core.precision import full_precision, upcast
+from genai.core.protocols import Batch, Losses, batch_losses
 from genai.core.shapes import check_shape
 from genai.models.vae.vae import gaussian_kl
 
@@ -52,11 +52,11 @@ class Autoencoder(nn.Module):
         mean, log_variance = both.float().chunk(2, 1)
         return mean, log_variance.clamp(-14, 14)
 
-    def through(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def encode_decode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What a draw of the latents gives back of x (B, *shape), and their means and log variances."""
         mean, log_variance = self.posterior(x)
         y = self.decoder(mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))
-        return wide(check_shape(y, self.shape, "model.decoder")), mean, log_variance
+        return upcast(check_shape(y, self.shape, "model.decoder")), mean, log_variance
 
     def terms(self, x: Tensor, y: Tensor, mean: Tensor, log_variance: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of y for x, and its terms."""
@@ -64,14 +64,14 @@ class Autoencoder(nn.Module):
         error = (y - x).abs().pow(self.power).mean()
         logs, total = {"error": error, "kl": kl}, error + self.kl_weight * kl / math.prod(self.shape)
         if self.perceptual is not None:
-            with full(x.device):  # a frozen network
+            with full_precision(x.device):  # a frozen network
                 logs["perceptual"] = self.perceptual(x, y).mean()
             total = total + self.perceptual_weight * logs["perceptual"]
         return total, logs
 
     def forward(self, batch: Batch, step: int) -> Losses:
         x = batch[self.field]
-        return weighted(*self.terms(x, *self.through(x)), len(x))
+        return batch_losses(*self.terms(x, *self.encode_decode(x)), len(x))
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        return wide(check_shape(self.decoder(z), self.shape, "model.decoder")).clamp(-1, 1)
+        return upcast(check_shape(self.decoder(z), self.shape, "model.decoder")).clamp(-1, 1)
 
     def reconstruct(self, batch: Batch) -> Tensor:
         return self.decode(self.encode(batch[self.field]))

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genai.core.errors import UserError, at_least
-from genai.core.precision import Wide, exact, wide
+from genai.core.precision import KeepPrecision, no_autocast, upcast
 
 
-class Likelihood(Wide):
+class Likelihood(KeepPrecision):
     """What all share. `outputs` numbers describe each number of the data; `levels` is how many values that can take, None
     for a density."""
 
@@ -38,7 +38,7 @@ class Likelihood(Wide):
 
     def parts(self, out: Tensor) -> Tensor:
         """(B, outputs * C, ...) -> (outputs, B, C, ...)"""
-        return wide(out).unflatten(1, (self.outputs, -1)).transpose(0, 1)
+        return upcast(out).unflatten(1, (self.outputs, -1)).transpose(0, 1)
 
 
 class LogSigmoid(torch.autograd.Function):
@@ -68,7 +68,7 @@ class Categorical(Likelihood):
         return -F.cross_entropy(self.parts(out).transpose(0, 1), index, reduction="none").flatten(1).sum(1)
 
     def mean(self, out: Tensor) -> Tensor:
-        with exact(out.device):
+        with no_autocast(out.device):
             return torch.einsum("l...,l->...", self.parts(out).softmax(0), self.values)
 
     def draw(self, out: Tensor, u: Tensor) -> Tensor:
@@ -92,13 +92,13 @@ class Bernoulli(Likelihood):
         return ((u if self.stochastic else 0.5) < (x + 1) / 2) * 2.0 - 1
 
     def log_prob(self, out: Tensor, x: Tensor) -> Tensor:
-        return LogSigmoid.apply(wide(out) * x).flatten(1).sum(1)
+        return LogSigmoid.apply(upcast(out) * x).flatten(1).sum(1)
 
     def mean(self, out: Tensor) -> Tensor:
-        return 2 * wide(out).sigmoid() - 1
+        return 2 * upcast(out).sigmoid() - 1
 
     def draw(self, out: Tensor, u: Tensor) -> Tensor:
-        return (u < wide(out).sigmoid()) * 2.0 - 1
+        return (u < upcast(out).sigmoid()) * 2.0 - 1
 
 
 class DiscretizedLogistic(Likelihood):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from genai.core.errors import UserError
-from genai.core.precision import fitted
+from genai.core.precision import downcast
 
 
 class MLPEncoder(nn.Module):
@@ -18,7 +18,7 @@ class MLPEncoder(nn.Module):
         self.net = mlp(math.prod(shape), width, layers, 2 * latents, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(fitted(x, self).flatten(1))
+        return self.net(downcast(x, self).flatten(1))
 
 
 class MLPDecoder(nn.Module):
@@ -32,7 +32,7 @@ class MLPDecoder(nn.Module):
         self.net = mlp(latents, width, layers, math.prod(self.shape), dropout)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.net(fitted(z, self)).view(-1, *self.shape)
+        return self.net(downcast(z, self)).view(-1, *self.shape)
 
 
 def mlp(inputs: int, width: int, layers: int, outputs: int, dropout: float = 0.0) -> nn.Sequential:
@@ -54,7 +54,7 @@ class ConvEncoder(nn.Module):
         self.net = nn.Sequential(*down(shape[0], widths), norm_act(widths[-1]), nn.Flatten(), flat)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(fitted(x, self))
+        return self.net(downcast(x, self))
 
 
 class ConvDecoder(nn.Module):
@@ -70,7 +70,7 @@ class ConvDecoder(nn.Module):
         self.net = nn.Sequential(*up(outputs * shape[0], widths, sizes))
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.net(self.flat(fitted(z, self)).view(-1, *self.start))
+        return self.net(self.flat(downcast(z, self)).view(-1, *self.start))
 
 
 class MapEncoder(nn.Module):
@@ -84,12 +84,12 @@ class MapEncoder(nn.Module):
         multipliers: Sequence[int] = (1, 2), blocks: int = 1,
     ):  # fmt: skip
         super().__init__()
-        widths, _ = checked_pyramid(shape, latent_shape, channels, multipliers)
+        widths, _ = check_pyramid(shape, latent_shape, channels, multipliers)
         head = nn.Conv2d(widths[-1], outputs, 3, padding=1)
         self.net = nn.Sequential(*down(shape[0], widths, blocks), norm_act(widths[-1]), head)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(fitted(x, self))
+        return self.net(downcast(x, self))
 
 
 class MapDecoder(nn.Module):
@@ -100,12 +100,12 @@ class MapDecoder(nn.Module):
         blocks: int = 1,
     ):  # fmt: skip
         super().__init__()
-        widths, sizes = checked_pyramid(shape, latent_shape, channels, multipliers)
+        widths, sizes = check_pyramid(shape, latent_shape, channels, multipliers)
         self.stem = nn.Conv2d(latent_shape[0], widths[-1], 3, padding=1)
         self.net = nn.Sequential(*(ResBlock(widths[-1]) for _ in range(blocks)), *up(shape[0], widths, sizes, blocks))
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.net(self.stem(fitted(z, self)))
+        return self.net(self.stem(downcast(z, self)))
 
 
 class ResBlock(nn.Module):
@@ -148,7 +148,7 @@ def up(outputs: int, widths: Sequence[int], sizes: Sequence[tuple[int, int]], bl
     return [*stages, norm_act(widths[0]), nn.Conv2d(widths[0], outputs, 3, padding=1)]
 
 
-def checked_pyramid(
+def check_pyramid(
     shape: Sequence[int], latent_shape: Sequence[int], channels: int, multipliers: Sequence[int]
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """`pyramid`. Raises UserError if it does not end at the latents' size."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError, at_least, number
-from genai.core.precision import WideBuffers, exact
+from genai.core.precision import KeepBufferPrecision, no_autocast
 
 
 class Quantized(NamedTuple):
@@ -22,7 +22,7 @@ class Quantized(NamedTuple):
     """Squared distance of the encoder's answer to its code, mean over all numbers: a loss of the encoder alone."""
 
 
-class Quantizer(WideBuffers):
+class Quantizer(KeepBufferPrecision):
     """What all are: z (B, D, ...) -> Quantized, and codes (B, ..., depth) back to (B, D, ...)."""
 
     codes: int
@@ -78,13 +78,13 @@ class VectorQuantizer(Quantizer):
         if self.training:
             self.learn(flat.detach(), index)
         commitment = (flat - code).square().mean()
-        out = rotated(flat, code) if self.gradient == "rotation" else flat + (code - flat).detach()
+        out = rotate_gradient(flat, code) if self.gradient == "rotation" else flat + (code - flat).detach()
         shape = z.movedim(1, -1).shape
         return Quantized(out.view(shape).movedim(-1, 1), index.view(*shape[:-1], 1), commitment)
 
     def nearest(self, x: Tensor) -> Tensor:
         """(N, D) -> the index of the closest code (N,), in the book's own precision."""
-        with exact(x.device):
+        with no_autocast(x.device):
             return (self.book.square().sum(1) - 2 * x.to(self.book) @ self.book.T).argmin(1)
 
     def decode(self, index: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class FiniteScalarQuantizer(Quantizer):
 
     def forward(self, z: Tensor) -> Quantized:
         x = z.movedim(1, -1)
-        bounded = self.bounded(x)
+        bounded = self.bound(x)
         out = bounded + (bounded.round() - bounded).detach()
         digits = (out.detach() + (self.count / 2).floor()).round().long()
         index = torch.zeros_like(digits[..., 0])
@@ -191,7 +191,7 @@ class FiniteScalarQuantizer(Quantizer):
             index = index * level + digits[..., k]
         return Quantized((out / (self.count / 2).floor()).movedim(-1, 1), index[..., None], z.new_zeros(()))
 
-    def bounded(self, x: Tensor) -> Tensor:
+    def bound(self, x: Tensor) -> Tensor:
         """Numbers between the outer levels; even counts are shifted by half a level, so that rounding has as many."""
         return torch.tanh(x + self.shift) * self.height - self.offset
 
@@ -204,7 +204,7 @@ class FiniteScalarQuantizer(Quantizer):
         return ((torch.stack(digits[::-1], -1) - half) / half).movedim(-1, 1)
 
 
-def rotated(x: Tensor, code: Tensor) -> Tensor:
+def rotate_gradient(x: Tensor, code: Tensor) -> Tensor:
     """The codes (N, D) as a rotation and scaling of x, held constant: gradients turn back by the same angle."""
     length, target = x.norm(dim=-1, keepdim=True), code.norm(dim=-1, keepdim=True)
     e, q = (x / length.clamp_min(1e-6)).detach(), (code / target.clamp_min(1e-6)).detach()

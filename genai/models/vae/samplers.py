@@ -12,9 +12,9 @@ from torch import Tensor
 
 from genai.core import rng
 from genai.core.errors import UserError, at_least
-from genai.core.protocols import Batch, Codec, OnStep, Reconstructing, for_models
+from genai.core.protocols import Batch, Codec, OnStep, Reconstructor, for_models
 from genai.models.vae.vae import VAE
-from genai.nn.latents import Items, given, reported
+from genai.nn.latents import Items, load_items, report
 
 
 @for_models(VAE)
@@ -28,12 +28,12 @@ def prior(
 ) -> Batch:
     """z ~ N(0, temperature^2), from Philox stream 0."""
     z = temperature * model.latent(seeds)
-    return _shown(model, z, seeds, on_step, pixels)
+    return _decode_samples(model, z, seeds, on_step, pixels)
 
 
-@for_models(Reconstructing)
+@for_models(Reconstructor)
 def reconstruct(
-    model: Reconstructing,
+    model: Reconstructor,
     seeds: Tensor,
     cond: Batch | None = None,
     on_step: OnStep | None = None,
@@ -43,9 +43,9 @@ def reconstruct(
 ) -> Batch:
     """Rows of items, and below each row what the model makes of them."""
     row, column = _cells(seeds, columns)
-    x = given(items, split, row // 2 * columns + column).to(_device(model))
+    x = load_items(items, split, row // 2 * columns + column).to(_device(model))
     original = (row % 2 == 0).view(-1, *[1] * (x.ndim - 1)).to(x.device)
-    return reported({model.field: torch.where(original, x, model.reconstruct({model.field: x}))}, on_step)
+    return report({model.field: torch.where(original, x, model.reconstruct({model.field: x}))}, on_step)
 
 
 @for_models(Codec)
@@ -59,7 +59,7 @@ def random_latents(
         z = temperature * rng.normal(seeds, model.latent_shape, stream=rng.INITIAL)
     else:
         z = (rng.uniform(seeds, model.latent_shape, stream=rng.INITIAL) * model.vocabulary).long()
-    return reported({model.field: model.decode(z)}, on_step)
+    return report({model.field: model.decode(z)}, on_step)
 
 
 @for_models(VAE)
@@ -76,10 +76,10 @@ def traverse(
 ) -> Batch:
     """Row r moves latent r of item 0 from -extent to extent; rows past the last latent begin again with the next item."""
     row, column = _cells(seeds, columns)
-    z = model.infer(given(items, split, row // model.latents))
+    z = model.infer(load_items(items, split, row // model.latents))
     value = extent * (2 * column / max(columns - 1, 1) - 1)
     z[torch.arange(len(z)), (row % model.latents).to(z.device)] = value.to(z)
-    return _shown(model, z, seeds, on_step, pixels)
+    return _decode_samples(model, z, seeds, on_step, pixels)
 
 
 def _device(model: Any) -> torch.device:
@@ -91,7 +91,7 @@ def _cells(seeds: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     return seeds // columns, seeds % columns
 
 
-def _shown(model: VAE, z: Tensor, seeds: Tensor, on_step: OnStep | None, pixels: str) -> Batch:
+def _decode_samples(model: VAE, z: Tensor, seeds: Tensor, on_step: OnStep | None, pixels: str) -> Batch:
     if pixels not in ("mean", "draw"):
         raise UserError(f"sampler.pixels={pixels} is neither mean nor draw")
     with torch.no_grad():
@@ -100,4 +100,4 @@ def _shown(model: VAE, z: Tensor, seeds: Tensor, on_step: OnStep | None, pixels:
             x = model.likelihood.mean(out)
         else:
             x = model.likelihood.draw(out, rng.uniform(seeds.to(z.device), model.shape, stream=rng.STEP))
-    return reported({model.field: x}, on_step)
+    return report({model.field: x}, on_step)

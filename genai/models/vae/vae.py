@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from genai.core import rng
 from genai.core.errors import UserError, at_least
-from genai.core.protocols import Batch, Losses, weighted
+from genai.core.protocols import Batch, Losses, batch_losses
 from genai.core.shapes import check_shape
 from genai.models.vae.likelihoods import Likelihood
 
@@ -95,7 +95,7 @@ class VAE(nn.Module):
         rate = kl.sum()
         paid = kl.clamp_min(self.free_bits).sum() if self.free_bits else rate
         logs = {"rate": rate, "distortion": distortion, "elbo": -distortion - rate, "active": (kl > 0.01).float().sum()}
-        return weighted(distortion + beta * paid, logs, len(x))
+        return batch_losses(distortion + beta * paid, logs, len(x))
 
     @torch.no_grad()
     def infer(self, x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class VAE(nn.Module):
             )
         return rng.normal(seeds.to(next(self.parameters()).device), (self.latents,), stream=rng.INITIAL)
 
-    def between(self, a: Tensor, b: Tensor, share: Tensor) -> Tensor:
+    def interpolate_latents(self, a: Tensor, b: Tensor, share: Tensor) -> Tensor:
         """On the straight line from a to b, share (B,)."""
         return torch.lerp(a, b, share[:, None])
 

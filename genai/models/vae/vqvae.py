@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError, number
-from genai.core.precision import wide
-from genai.core.protocols import Batch, Losses, weighted
+from genai.core.precision import upcast
+from genai.core.protocols import Batch, Losses, batch_losses
 from genai.core.shapes import check_shape
 from genai.models.vae.quantize import Quantized, Quantizer, occurrences
 
@@ -46,21 +46,21 @@ class VQVAE(nn.Module):
     def nets(self) -> Mapping[str, nn.Module]:
         return {"encoder": self.encoder, "decoder": self.decoder}
 
-    def quantized(self, x: Tensor) -> Quantized:
+    def quantize(self, x: Tensor) -> Quantized:
         """What the quantiser makes of the encoder's answer to x (B, *shape)."""
         return self.quantizer(check_shape(self.encoder(x), self.map_shape, "model.encoder").float())
 
-    def decoded(self, z: Tensor) -> Tensor:
+    def decode_map(self, z: Tensor) -> Tensor:
         """(B, *map_shape) -> (B, *shape)."""
-        return wide(check_shape(self.decoder(z), self.shape, "model.decoder"))
+        return upcast(check_shape(self.decoder(z), self.shape, "model.decoder"))
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """Squared error of a number, and the commitment (eq. 3)."""
         x = batch[self.field]
-        quantized = self.quantized(x)
-        error = (self.decoded(quantized.z) - x).square().mean()
+        quantized = self.quantize(x)
+        error = (self.decode_map(quantized.z) - x).square().mean()
         logs = {"error": error, "commitment": quantized.commitment, "perplexity": self.perplexity(quantized.index)}
-        return weighted(error + self.commitment * quantized.commitment, logs, len(x))
+        return batch_losses(error + self.commitment * quantized.commitment, logs, len(x))
 
     def perplexity(self, index: Tensor) -> Tensor:
         """e to the entropy of how often each code is chosen: how many codes these are worth."""
@@ -70,11 +70,11 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """Token ids int64 (B, T), row by row of the map."""
-        return self.quantized(x).index.flatten(1)
+        return self.quantize(x).index.flatten(1)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        return self.decoded(self.quantizer.decode(z.view(-1, *self.grid)))
+        return self.decode_map(self.quantizer.decode(z.view(-1, *self.grid)))
 
     def reconstruct(self, batch: Batch) -> Tensor:
         return self.decode(self.encode(batch[self.field])).clamp(-1, 1)

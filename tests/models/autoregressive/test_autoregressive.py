@@ -13,7 +13,7 @@ from genai.core import rng
 from genai.core.errors import UserError
 from genai.core.protocols import Autoregressive, Capturable, Rewindable, check_sampler
 from genai.models.autoregressive import decode, speculative
-from genai.nn.attention import Attention, Context, CrossAttention, Rotary
+from genai.nn.attention import Attention, Context, CrossAttention, RotaryPositions
 from genai.nn.cache import Cache
 from genai.nn.norm import LayerNorm
 from genai.nn.transformer import SwiGLU, Transformer, scaled_init
@@ -104,7 +104,7 @@ class Translator(nn.Module):
     def __init__(self, width=16):
         super().__init__()
         self.embed, self.head = nn.Embedding(V, width), nn.Linear(width, V)
-        parts = {"norm": LayerNorm, "mlp": SwiGLU, "position": Rotary}
+        parts = {"norm": LayerNorm, "mlp": SwiGLU, "position": RotaryPositions}
         self.encoder = Transformer(width, 1, partial(Attention, heads=2, causal=False), **parts)
         cross = partial(CrossAttention, context_width=width, heads=2)
         self.decoder = Transformer(width, 2, partial(Attention, heads=2), **parts, cross=cross)
@@ -216,7 +216,7 @@ def test_a_decoder_attends_to_its_source_by_keys_and_values_projected_once(monke
     other = decode.generate(model, torch.arange(3), {**cond, "source": source.flip(0)}, max_new_tokens=12, top_k=5)
     assert not torch.equal(other["tokens"][0], batch["tokens"][0])
     monkeypatch.setattr(decode, "capture", replay_of)
-    monkeypatch.setattr(decode, "_captures", lambda _, writer: writer.model.fix(writer.state))
+    monkeypatch.setattr(decode, "_uses_graph", lambda _, writer: writer.model.fix(writer.state))
     again = decode.generate(model, torch.arange(3), cond, max_new_tokens=12, top_k=5)
     assert torch.equal(again["tokens"], batch["tokens"])
     std = Translator().decoder.blocks[0].cross.out.weight.std().item()
@@ -241,7 +241,7 @@ def test_a_step_of_the_protocol_can_be_captured(kind, monkeypatch):
     model = made(kind)
     expected = decode.generate(model, torch.arange(3), PROMPTS, max_new_tokens=20, top_k=6)
     monkeypatch.setattr(decode, "capture", replay_of)
-    monkeypatch.setattr(decode, "_captures", lambda _, writer: writer.model.fix(writer.state))
+    monkeypatch.setattr(decode, "_uses_graph", lambda _, writer: writer.model.fix(writer.state))
     calls = []
     model.head.register_forward_hook(lambda *_: calls.append(1))
     got = decode.generate(model, torch.arange(3), PROMPTS, max_new_tokens=20, top_k=6)

@@ -15,10 +15,10 @@ from genai.core.errors import UserError
 from genai.models.autoregressive import decode, gpt2, speculative
 from genai.models.autoregressive.gpt import GPT, Decoder
 from genai.nn import norm, transformer
-from genai.nn.attention import Attention, Learned, Rotary, rotate
-from genai.nn.cache import Cache, Places
+from genai.nn.attention import Attention, LearnedPositions, RotaryPositions, rotate
+from genai.nn.cache import Cache, Positions
 from genai.nn.transformer import MLP, SwiGLU, Transformer
-from genai.train.lit import LitModel, Player
+from genai.train.lit import LitModel, ParameterGroup
 
 V = 13
 MLPS = {
@@ -38,7 +38,7 @@ def gpt(
         attention=partial(Attention, heads=heads, kv_heads=kv_heads, bias=bias, qk_norm=qk_norm and norm.RMSNorm),
         mlp=MLPS[mlp],
         norm=partial(norm.RMSNorm, gain=True) if normal == "rms" else norm.LayerNorm,
-        position=Rotary if position == "rotary" else partial(Learned, length=length),
+        position=RotaryPositions if position == "rotary" else partial(LearnedPositions, length=length),
         shift=transformer.Shift if shift else None,
     )  # fmt: skip
     model = GPT("tokens", V, length, Decoder(V, net, tied, init))
@@ -104,7 +104,7 @@ def test_attention_is_its_definition():
     """softmax(q k / sqrt(D)) v, head by head, with grouped keys, and the weights that are shown."""
     torch.manual_seed(0)
     attention = Attention(16, heads=4, kv_heads=2, qk_norm=norm.RMSNorm).double()
-    x, rotation = torch.randn(2, 7, 16).double(), Rotary(16)(torch.arange(7), 4)[1]
+    x, rotation = torch.randn(2, 7, 16).double(), RotaryPositions(16)(torch.arange(7), 4)[1]
     q, k, v = attention.heads_of(x, rotation)
     heads = []
     for h in range(4):
@@ -117,7 +117,7 @@ def test_attention_is_its_definition():
 
 def test_rotary_positions_turn_pairs_and_know_only_distances():
     q, k = torch.randn(2, 1, 1, 1, 8).double()
-    _, (cos, sin) = Rotary(8)(torch.arange(50), 8)
+    _, (cos, sin) = RotaryPositions(8)(torch.arange(50), 8)
     assert torch.allclose(cos[3, 0, 1].double(), torch.tensor(3 * 10000 ** (-2 / 8)).cos().double(), atol=1e-6)
     q, k = (rotate(t.expand(1, 50, 1, 8), (cos.double(), sin.double()))[0, :, 0] for t in (q, k))
     scores = q @ k.T
@@ -134,11 +134,15 @@ def test_logits_and_loss_equal_public_gpt2():
         transformers.GPT2Config(vocab_size=50, n_positions=32, n_embd=24, n_layer=3, n_head=4, initializer_range=0.3)
     ).eval()
     net = Transformer(
-        24, 3, attention=partial(Attention, heads=4, bias=True), norm=norm.LayerNorm, position=partial(Learned, length=32),
+        24,
+        3,
+        attention=partial(Attention, heads=4, bias=True),
+        norm=norm.LayerNorm,
+        position=partial(LearnedPositions, length=32),
         mlp=partial(MLP, activation=transformer.GELU("tanh"), bias=True),
-    )  # fmt: skip
+    )
     ours = GPT("tokens", 50, 32, Decoder(50, net, tied=True)).eval()
-    ours.load_state_dict(gpt2.renamed(theirs.state_dict()))
+    ours.load_state_dict(gpt2.convert_names(theirs.state_dict()))
     tokens = torch.randint(0, 50, (2, 33))
     with torch.no_grad():
         expected = theirs(tokens[:, :-1]).logits
@@ -155,7 +159,7 @@ def test_initial_weights():
         torch.manual_seed(0)
         wide = Decoder(
             V,
-            Transformer(128, 1, partial(Attention, heads=4), SwiGLU, norm.RMSNorm, Rotary),
+            Transformer(128, 1, partial(Attention, heads=4), SwiGLU, norm.RMSNorm, RotaryPositions),
             tied,
             transformer.zero_init,
         )
@@ -163,7 +167,7 @@ def test_initial_weights():
         assert 0.01 < logits.std() < 2 and logits.abs().max() < 4, tied
     torch.manual_seed(0)
     deep = Transformer(
-        64, 8, attention=partial(Attention, heads=4), mlp=MLPS["gelu"], norm=norm.LayerNorm, position=Rotary
+        64, 8, attention=partial(Attention, heads=4), mlp=MLPS["gelu"], norm=norm.LayerNorm, position=RotaryPositions
     )
     transformer.scaled_init(deep)
     assert deep.blocks[0].attention.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
@@ -205,7 +209,7 @@ def test_a_batch_without_targets_weighs_nothing():
         trainer=SimpleNamespace(world_size=1), seed=0, global_rank=0, device=torch.device("cpu"), overlaps=True,
         no_sync=contextlib.nullcontext, manual_backward=lambda total: total.backward(),
     )  # fmt: skip
-    player = Player(model.named_parameters())
+    player = ParameterGroup(model.named_parameters())
     losses = LitModel.accumulate_gradients(lit, player, [masked, masked], lambda b: model(b, 0), 0)
     assert len(losses) == 2 and all((p.grad == 0).all() for p in model.parameters())
 
@@ -353,7 +357,7 @@ def test_past_the_context_by_a_sliding_cache(capsys, shift, lengths):
         with torch.no_grad():
             x, rotation = model.net.embed(text[None, :-1]), net.position(torch.arange(t), net.head_dim)[1]
             for block in net.blocks:
-                x = block(x, Places(None, rotation, band))
+                x = block(x, Positions(None, rotation, band))
             logits = model.net.head(net.norm(x))[0, len(row) - 1 :]
         u = rng.uniform(torch.tensor([b]), (n,), stream=rng.TOKENS)[0][:, None]
         assert torch.equal(decode.draw(logits.float().softmax(-1), u)[:, 0], batch["tokens"][b])
@@ -391,7 +395,7 @@ def test_a_step_is_the_same_work_whatever_the_position(options, given, n, monkey
     cond = {"tokens": torch.randint(1, V, (3, given)), "pad": torch.tensor([0, 5, 2]), "stop": torch.tensor([V, 2, V])}
     arguments = {"max_new_tokens": n, "top_k": 8, "temperature": 0.9, "repetition_penalty": 1.1}
     expected = decode.generate(model, torch.arange(3), cond, **arguments)
-    monkeypatch.setattr(decode, "_captures", lambda _, writer: writer.model.fix(writer.state))
+    monkeypatch.setattr(decode, "_uses_graph", lambda _, writer: writer.model.fix(writer.state))
     monkeypatch.setattr(decode, "capture", replay_of)
     read, calls = [], []
     model.net.register_forward_hook(lambda *_: calls.append(1))
@@ -409,7 +413,7 @@ def test_a_graph_that_cannot_be_says_why(monkeypatch):
     def capture(trajectory, inputs):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(decode, "_captures", lambda _, writer: writer.model.fix(writer.state))
+    monkeypatch.setattr(decode, "_uses_graph", lambda _, writer: writer.model.fix(writer.state))
     monkeypatch.setattr(decode, "capture", capture)
     with pytest.warns(UserWarning, match="not as a CUDA graph: operation not permitted when stream is capturing$"):
         assert torch.equal(decode.generate(gpt(), torch.arange(2), max_new_tokens=5)["tokens"], plain_)
@@ -469,7 +473,7 @@ def test_speculative_judgement_keeps_the_target_distribution(shape):
     n = 100_000
     u = rng.uniform(torch.arange(n), (5,), stream=rng.TOKENS)
     drafted = decode.draw(q.expand(n, V), u[:, :1])
-    kept, token = speculative.judge(p.expand(n, 2, V), q.expand(n, 1, V), drafted, u[:, 1:3], u[:, 3:5])
+    kept, token = speculative.verify(p.expand(n, 2, V), q.expand(n, 1, V), drafted, u[:, 1:3], u[:, 3:5])
     out = torch.where(kept == 1, drafted[:, 0], token[:, 0])
     statistic, freedom = chi_square(out, p[0])
     assert statistic < chi2.ppf(0.999, freedom)

@@ -47,13 +47,13 @@ class GaussianNet(nn.Module):
 
     def affine(self, t):
         """(slope, offset) of E[x0 | x_t], each (3,)."""
-        alpha, sigma = self.schedule.at(t)
+        alpha, sigma = self.schedule.alpha_sigma(t)
         gain = alpha * VAR / (alpha**2 * VAR + sigma**2)
         return gain, MEAN - gain * alpha * MEAN
 
     def forward(self, x, time):
         times = [t * len(self.schedule) / 1000 for t in time.tolist()]
-        at = [self.schedule.at(round(t) if abs(t - round(t)) < 1e-9 else t) for t in times]
+        at = [self.schedule.alpha_sigma(round(t) if abs(t - round(t)) < 1e-9 else t) for t in times]
         alpha, sigma = torch.tensor(at, dtype=torch.float64).T.unsqueeze(-1)
         gain = alpha * VAR / (alpha**2 * VAR + sigma**2)
         p, q = to_x0(self.kind, alpha, sigma)
@@ -174,7 +174,7 @@ def test_posterior_is_bayes_rule():
     """q(x_s | x_t, x0) from the product of q(x_t | x_s) and q(x_s | x0), written out independently."""
     s = schedules.cosine(50)
     for t in (1, 20, 49):
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = s.at(t), s.at(t - 1)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = s.alpha_sigma(t), s.alpha_sigma(t - 1)
         ratio = alpha_t / alpha_s
         noise = sigma_t**2 - ratio**2 * sigma_s**2
         precision = ratio**2 / noise + 1 / sigma_s**2
@@ -191,7 +191,9 @@ def test_loss_of_the_exact_denoiser_is_the_posterior_variance():
     torch.manual_seed(0)
     x0 = MEAN + VAR.sqrt() * torch.randn(200_000, 3, dtype=torch.float64)
     loss = model({"vector": x0}, 0).total.item()
-    best = [(VAR * sigma**2 / (alpha**2 * VAR + sigma**2)).mean().item() for alpha, sigma in map(s.at, range(4))]
+    best = [
+        (VAR * sigma**2 / (alpha**2 * VAR + sigma**2)).mean().item() for alpha, sigma in map(s.alpha_sigma, range(4))
+    ]
     assert loss == pytest.approx(sum(best) / 4, rel=0.01)
 
 
@@ -209,9 +211,9 @@ def test_labels_are_dropped_at_the_stated_rate_and_only_in_training():
     model = DDPM(net, schedules.cosine(10), [1, 8, 8], classes=10, label_dropout=0.3)
     label = torch.zeros(20_000, dtype=torch.int64)
     torch.manual_seed(0)
-    dropped = (model.train().conditions({"label": label})["label"] == 10).double().mean().item()
+    dropped = (model.train().training_conditions({"label": label})["label"] == 10).double().mean().item()
     assert dropped == pytest.approx(0.3, abs=0.02)
-    assert torch.equal(model.eval().conditions({"label": label})["label"], label)
+    assert torch.equal(model.eval().training_conditions({"label": label})["label"], label)
 
 
 # Continuous time
@@ -309,11 +311,11 @@ def test_bound_of_a_gaussian_with_the_exact_denoiser():
     x0 = MEAN + VAR.sqrt() * torch.randn(20_000, 3, dtype=torch.float64)
     terms = model.bound_terms({"vector": x0}, seed=0)
     for k, t in enumerate(range(19, 0, -1)):
-        alpha, sigma = s.at(t)
+        alpha, sigma = s.alpha_sigma(t)
         _, b, var = vlb.posterior(s, t)
         expected = (0.5 * b**2 / var * VAR * sigma**2 / (alpha**2 * VAR + sigma**2)).sum().item()
         assert terms.kl[:, k].mean().item() == pytest.approx(expected, rel=0.04)
-    alpha, sigma = s.at(19)
+    alpha, sigma = s.alpha_sigma(19)
     prior = 0.5 * ((alpha**2 * (VAR + MEAN**2)) + sigma**2 - 1 - math.log(sigma**2)).sum().item()
     assert terms.prior.mean().item() == pytest.approx(prior, rel=0.02)
     assert torch.equal(model.log_prob({"vector": x0[:5]}, 0), -model.bound_terms({"vector": x0[:5]}, 0).total())
@@ -329,7 +331,7 @@ def test_bound_approaches_the_entropy_of_a_known_discrete_source():
             self.unused = nn.Parameter(torch.zeros((), dtype=torch.float64))
 
         def forward(self, x, time):
-            alpha, sigma = s.at(round(float(time[0]) * T / 1000))
+            alpha, sigma = s.alpha_sigma(round(float(time[0]) * T / 1000))
             logit = math.log(p1 / (1 - p1)) + 2 * alpha * x / sigma**2
             return torch.tanh(logit / 2)
 
@@ -508,16 +510,16 @@ def test_times_between_whole_ones_are_levels_of_their_own(make, T):
     net = LevelPosterior(nn.Linear(1, 1), 4, s)
     times = [0.0, 0.3, T - 1.75, T - 1.25, T - 1.0]
     for t in times:
-        alpha, sigma = s.at(t)
-        level = s.level_of(sigma / alpha) if alpha else s.level(t)
+        alpha, sigma = s.alpha_sigma(t)
+        level = s.marginal_of_ratio(sigma / alpha) if alpha else s.marginal(t)
         assert level.t == pytest.approx(t, abs=1e-6 * T)
         assert (level.alpha, level.sigma) == pytest.approx((alpha, sigma))
-    alpha, precision = net.at(torch.tensor(times))
-    expected = torch.tensor([s.at(t) for t in times])
+    alpha, precision = net.alpha_precision(torch.tensor(times))
+    expected = torch.tensor([s.alpha_sigma(t) for t in times])
     assert torch.allclose(alpha, expected[:, 0], atol=1e-5, rtol=1e-3)
     assert torch.allclose(precision, expected[:, 1] ** -2, rtol=2e-3)
     whole = torch.arange(T)
-    alpha, precision = net.at((whole * (1000 / T)).float() * (T / 1000))
+    alpha, precision = net.alpha_precision((whole * (1000 / T)).float() * (T / 1000))
     assert torch.equal(alpha, net.alpha) and torch.equal(precision, net.precision)
 
 
@@ -603,7 +605,7 @@ def test_likelihoods_are_given_what_the_batch_says_and_null_for_the_rest(score):
     model, n = captioned(), 3
     batch = {"image": torch.randint(0, 3, (n, 1, 4, 4)).float() - 1}
     batch |= {"caption": encode(["one", "two", "six"], 6, "length"), "label": torch.arange(n)}
-    null = model.nulls(n)
+    null = model.null_conditions(n)
 
     def nats(**given):
         given = {"image": batch["image"], **given}
@@ -633,7 +635,7 @@ def test_captions_are_encoded_once_for_all_steps(reader):
     model.text.register_forward_hook(lambda module, inputs, output: read.append(output.states))
     batch = {"image": torch.zeros(2, 1, 4, 4), "caption": encode(["one", "two"], 6, "length")}
     if reader == "sampler":
-        exact = ddim(model, torch.arange(2), model.nulls(2), steps=3)["image"]
+        exact = ddim(model, torch.arange(2), model.null_conditions(2), steps=3)["image"]
         read.clear()
         assert torch.equal(READERS[reader](model, None)["image"], exact)
     else:

@@ -19,7 +19,7 @@ from genai.checkpoint.build import build_typed
 from genai.cli import composed, resumed
 from genai.core import rng
 from genai.core.errors import UserError
-from genai.core.protocols import Codec, Reconstructing
+from genai.core.protocols import Codec, Reconstructor
 from genai.data import captions
 from genai.data.image_folder import ImageFolder
 from genai.data.images import Digits
@@ -116,7 +116,7 @@ def test_the_loss_of_an_autoencoder_is_error_kl_and_what_the_eye_sees():
     expected = (y - x).square().mean() + 0.5 * kl / 64 + 0.3 * model.perceptual(x, y).mean()
     assert losses.total.item() == pytest.approx(expected.item(), rel=1e-5)
     assert torch.equal(model.encode(x), mean)
-    assert isinstance(model, Codec) and isinstance(model, Reconstructing)
+    assert isinstance(model, Codec) and isinstance(model, Reconstructor)
 
 
 class PublishedDistance(nn.Module):
@@ -230,10 +230,10 @@ def test_the_loss_in_latents_is_that_of_the_latents():
     torch.manual_seed(2)
     a = model({"image": x}, 0).total
     torch.manual_seed(2)
-    assert torch.equal(a, plain({"latent": model.clean({"image": x})}, 0).total)
+    assert torch.equal(a, plain({"latent": model.encode_data({"image": x})}, 0).total)
     seeds = torch.arange(3)
     out = ddim(plain, seeds, steps=3)["latent"]
-    assert torch.allclose(ddim(model, seeds, steps=3)["image"], model.shown(out), atol=1e-5)
+    assert torch.allclose(ddim(model, seeds, steps=3)["image"], model.decode_data(out), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["unet", "dit"])
@@ -302,7 +302,7 @@ def test_guidance_leads_from_the_negative_prompt_to_the_prompt():
     away = sample({"caption": ids["one"], "negative": ids["two"]}, 3.0)
     assert (away - sample({"caption": ids["one"]}, 3.0)).abs().max() > 1e-3
     assert torch.allclose(sample({"caption": ids["two"], "negative": ids["one"]}, 0.0), one, atol=1e-4)
-    none = model.nulls(2)
+    none = model.null_conditions(2)
     assert torch.allclose(ddim(model, seeds, None, steps=2)["image"], sample(none, 1.0), atol=1e-5)
     alone = ddim(model, seeds[1:], {"caption": ids["one"][1:]}, steps=2, guidance=3.0)["image"]
     assert torch.allclose(alone[0], sample({"caption": ids["one"]}, 3.0)[1], atol=1e-4)
@@ -312,7 +312,7 @@ def test_training_leaves_captions_out_as_often_as_it_says():
     model = latent_flow().train()
     model.label_dropout = 0.3
     batch = {"caption": captions.encode(["seven"] * 4000, 8, "length"), "image": torch.zeros(4000, 1, 8, 8)}
-    real = model.conditions(batch)["real"]
+    real = model.training_conditions(batch)["real"]
     assert (real.sum(1) == 1).double().mean().item() == pytest.approx(0.3, abs=0.03)
     assert set(real.sum(1).tolist()) == {1, 6}
 
@@ -616,8 +616,8 @@ def test_each_model_encodes_its_own_captions_once_a_call(kind):
     guided = ddim(model, seeds, cond, steps=1, guidance=3.0, autoguidance=worse)["image"]
     assert read.count((model.text, 2)) == read.count((worse.text, 2)) == 1
     x = rng.normal(seeds, (4, 4, 4), stream=rng.INITIAL)
-    ours, theirs = (m.denoise(x, 1.0, m.told(cond, 2)).out for m in (model, worse))
-    assert torch.allclose(guided, model.shown(x - (theirs + 3 * (ours - theirs))), atol=1e-4)
+    ours, theirs = (m.denoise(x, 1.0, m.net_inputs(cond, 2)).out for m in (model, worse))
+    assert torch.allclose(guided, model.decode_data(x - (theirs + 3 * (ours - theirs))), atol=1e-4)
 
     read.clear(), seen.clear()
     limited = ddim(model, seeds, cond, steps=4, guidance=3.0, guidance_interval=[0.5, 2.0])["image"]
@@ -635,10 +635,10 @@ def test_images_go_through_the_first_stage_and_what_is_kept_comes_back_as_it_was
     model, seeds, x = latent_flow(text=False), torch.arange(3), images(3)
     states = []
     ddim(model, seeds, None, lambda i, n, state: states.append(state["x"]), image=x, strength=0.001, steps=4)
-    assert torch.allclose(states[-1], model.clean({"image": x}), atol=0.05)
+    assert torch.allclose(states[-1], model.encode_data({"image": x}), atol=0.05)
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :5, :] = 1  # the third row of latents stands for kept and lost pixels
     out = ddim(model, seeds, None, image=x, mask=mask, steps=4)["image"]
     assert torch.equal(out[:, :, :5], x[:, :, :5]) and (out[:, :, 6:] - x[:, :, 6:]).abs().max() > 0.1
-    assert torch.equal(model.latent.shrunk(mask)[0, :, :, 0], torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(4, 4))
+    assert torch.equal(model.latent.downsample_mask(mask)[0, :, :, 0], torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(4, 4))
     assert ddim(model, seeds, None, steps=4, frames=True)["frames"].shape == (3, 5, 1, 8, 8)

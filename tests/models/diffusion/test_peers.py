@@ -25,10 +25,10 @@ def both(scheduler, table, kind, schedule, clip):
         theirs = scheduler.step(outs[t], t, theirs).prev_sample
 
     def denoise(x, t):
-        p, q = to_x0(kind, *schedule.at(t))
+        p, q = to_x0(kind, *schedule.alpha_sigma(t))
         return Prediction(outs[t], p=p, q=q)
 
-    return theirs, samplers.walk(denoise, table, start, torch.zeros(2, dtype=torch.int64), clip=clip)
+    return theirs, samplers.run_table(denoise, table, start, torch.zeros(2, dtype=torch.int64), clip=clip)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -45,7 +45,7 @@ def test_ddim_equals_diffusers(kind, clip, steps):
         set_alpha_to_one=True,
     )
     scheduler.set_timesteps(steps)
-    table = tables.ddim(schedule, tables.levels(schedule, steps))
+    table = tables.ddim(schedule, tables.discretize(schedule, steps))
     assert scheduler.timesteps.tolist() == table.times
     if clip is not None:
         step = scheduler.step
@@ -61,7 +61,7 @@ def test_ddpm_mean_equals_diffusers(kind, monkeypatch):
     schedule = schedules.linear(T)
     scheduler = DDPMScheduler(T, prediction_type=KINDS[kind], clip_sample=True, variance_type="fixed_small")
     scheduler.set_timesteps(T)
-    table = tables.ddpm(schedule, tables.levels(schedule, T))
+    table = tables.ddpm(schedule, tables.discretize(schedule, T))
     scheduler.alphas_cumprod = schedule.alpha**2
     for t, row in zip(table.times, table.rows[:-1], strict=False):
         assert scheduler._get_variance(t).item() == pytest.approx(row.s**2, rel=1e-9)

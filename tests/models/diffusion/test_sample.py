@@ -38,10 +38,10 @@ class Mixture(nn.Module):
     def forward(self, x, time, label):
         time = time[0].item()
         if self.kind == "edm":
-            level, (p, q, c_in) = self.model.path.level(sigma := self.sigma(time)), self.model.preconditioning(sigma)
+            level, (p, q, c_in) = self.model.path.marginal(sigma := self.sigma(time)), self.model.preconditioning(sigma)
             x = x / c_in
         else:
-            level = self.model.path.level(time * 200 / 1000 if self.kind == "ddpm" else time / 1000)
+            level = self.model.path.marginal(time * 200 / 1000 if self.kind == "ddpm" else time / 1000)
             p, q = to_x0("v" if self.kind == "ddpm" else "flow", level.alpha, level.sigma)
         weights = torch.tensor([[1.0, 1e-300], [1e-300, 1.0], [0.5, 0.5]], dtype=torch.float64)[label]  # (B, 2)
         means, var = torch.tensor(MEANS, dtype=torch.float64), (self.scale * STD) ** 2
@@ -105,7 +105,7 @@ class Watch:
     def levels(self, model, solver):
         """Those of the first call of each step."""
         times = [t for _, t, _ in self.calls][:: 2 if solver in ("heun", "midpoint") else 1]
-        return [model.path.level(t) for t in times]
+        return [model.path.marginal(t) for t in times]
 
 
 def draw(kind, solver, cond=LABEL, steps=8, **keys):
@@ -132,11 +132,13 @@ def test_an_image_starts_at_the_level_asked_for(kind, solver, monkeypatch):
         watch = Watch(model, monkeypatch)
         x = draw(kind, solver, image=images(), strength=strength)["image"]
         levels = watch.levels(model, solver)
-        assert levels[0].share == pytest.approx(strength, abs=1e-6)
+        assert levels[0].noise_fraction == pytest.approx(strength, abs=1e-6)
         eps = rng.normal(SEEDS, SHAPE, stream=rng.INITIAL).double()
         assert torch.allclose(watch.calls[0][0], levels[0].alpha * images() + levels[0].sigma * eps, atol=1e-6)
-        whole = tables.levels(model.path, 8, model.path.spacing)
-        assert [a.share for a in levels[1:]] == pytest.approx([a.share for a in whole[-len(levels) : -1]])
+        whole = tables.discretize(model.path, 8, model.path.spacing)
+        assert [a.noise_fraction for a in levels[1:]] == pytest.approx(
+            [a.noise_fraction for a in whole[-len(levels) : -1]]
+        )
         assert len(levels) == min(range(1, 9), key=lambda k: abs(math.log(whole[-k - 1].ratio * (1 / strength - 1))))
         assert near(x, LABEL["label"])
     kept = draw(kind, solver, None, image=images(), strength=0.05)["image"]
@@ -177,7 +179,7 @@ def test_guidance_is_twice_the_batch_in_its_interval_and_not_elsewhere(kind, sol
         watch = Watch(model, monkeypatch)
         draw(kind, solver, guidance=w, guidance_interval=interval)
         low, high = interval or (None, None)
-        acts = [(low or 0) < model.path.level(t).ratio <= (high or math.inf) and w == 2 for _, t, _ in watch.calls]
+        acts = [(low or 0) < model.path.marginal(t).ratio <= (high or math.inf) and w == 2 for _, t, _ in watch.calls]
         assert [n for *_, n in watch.calls] == [12 if inside else 6 for inside in acts]
         assert interval is None or len(set(acts)) == 2
     assert torch.allclose(draw(kind, solver, guidance=0)["image"], draw(kind, solver, None)["image"])
@@ -212,7 +214,7 @@ def test_other_ends_and_a_shift_move_the_levels(kind, solver, monkeypatch):
     for shift in (3.0, 1 / 3):
         watch = Watch(model, monkeypatch)
         draw(kind, solver, shift=shift)
-        plain = tables.levels(model.path, 8, model.path.spacing)[:-1]
+        plain = tables.discretize(model.path, 8, model.path.spacing)[:-1]
         moved = watch.levels(model, solver)
         assert moved[0] == pytest.approx(plain[0])
         assert all((a.ratio > b.ratio) == (shift > 1) for a, b in zip(moved[1:-1], plain[1:-1], strict=True))
@@ -229,7 +231,7 @@ def test_frames_show_the_way(kind, solver):
     frames = batch["frames"]
     assert frames.shape == (6, len(states) + 1, *SHAPE)
     assert torch.equal(frames[:, -1], batch["image"]) and torch.equal(batch["image"], draw(kind, solver)["image"])
-    first = exact(kind).path.level(exact(kind).path.t_max)
+    first = exact(kind).path.marginal(exact(kind).path.t_max)
     eps = rng.normal(SEEDS, SHAPE, stream=rng.INITIAL).double()
     assert torch.allclose(frames[:, 0], first.sigma * eps / (first.alpha + first.sigma))
 
@@ -237,8 +239,8 @@ def test_frames_show_the_way(kind, solver):
 @pytest.mark.parametrize("kind", ["ddpm", "edm", "flow"])
 def test_ancestral_sampling_takes_one_call_a_step(kind, monkeypatch):
     """All T of a discrete path, and as many as it is told, or as many as the papers', of others."""
-    assert samplers.STEPS == 1000
-    monkeypatch.setattr(samplers, "STEPS", 30)
+    assert samplers.CONTINUOUS_STEPS == 1000
+    monkeypatch.setattr(samplers, "CONTINUOUS_STEPS", 30)
     for steps, calls in ((7, 7), (None, 200 if kind == "ddpm" else 30)):
         watch = Watch(exact(kind), monkeypatch)
         draw(kind, "ddpm", steps=steps)
@@ -269,7 +271,7 @@ def test_a_sampler_as_it_comes_is_near_the_data_in_few_steps(kind, name):
 def test_heun_steps_in_the_coordinate_of_its_paper_on_the_path_of_its_paper():
     for kind, space in (("ddpm", "flow"), ("edm", "sigma"), ("flow", "flow")):
         path = exact(kind).path
-        levels = tables.levels(path, 6, path.spacing)
+        levels = tables.discretize(path, 6, path.spacing)
         assert tables.heun(path, levels, space=None) == tables.heun(path, levels, space=space)
     assert NODES["heun"].solver.space is None
 
@@ -316,5 +318,5 @@ def test_a_path_that_ends_in_pure_noise_or_clean_data_takes_other_spacings_betwe
 
 
 def test_frames_are_of_as_many_samples_as_memory_is_for(monkeypatch):
-    monkeypatch.setattr(samplers, "FILM", 9 * 4 * 2 + 5)
+    monkeypatch.setattr(samplers, "MAX_FRAME_NUMBERS", 9 * 4 * 2 + 5)
     assert draw("flow", "ddim", frames=True)["frames"].shape == (2, 9, *SHAPE)

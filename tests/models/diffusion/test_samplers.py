@@ -20,9 +20,9 @@ from genai.models.diffusion.flow import Flow
 from genai.models.diffusion.likelihood import vlb
 from genai.models.diffusion.nets.unet import UNet
 from genai.models.diffusion.process import schedules
-from genai.models.diffusion.process.paths import CLEAN, Level, Straight, VarianceExploding, to_x0
+from genai.models.diffusion.process.paths import CLEAN, LinearPath, Marginal, VarianceExploding, to_x0
 from genai.models.diffusion.sampling import samplers, tables
-from genai.models.diffusion.sampling.guidance import autoguidance, classifier_free, plain
+from genai.models.diffusion.sampling.guidance import autoguidance, classifier_free_guidance, conditional_denoiser
 from genai.models.diffusion.sampling.samplers import sample
 from tests.kernels.test_kernels import in_the_interpreter
 from tests.models.diffusion.test_diffusion import MEAN, SCHEDULES, VAR, gaussian_model
@@ -44,7 +44,7 @@ SOLVERS = {
 
 
 def table_of(name, path, steps, spacing="trailing"):
-    return SOLVERS[name](path, tables.levels(path, steps, spacing))
+    return SOLVERS[name](path, tables.discretize(path, steps, spacing))
 
 
 # The levels
@@ -54,7 +54,7 @@ def table_of(name, path, steps, spacing="trailing"):
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_levels_fall_from_the_noisiest_to_clean_data(T, steps, spacing):
     path = schedules.cosine(T)
-    levels = tables.levels(path, steps, spacing)
+    levels = tables.discretize(path, steps, spacing)
     assert len(levels) == steps + 1
     assert levels[-1] == CLEAN
     assert all(t.ratio > s.ratio for t, s in itertools.pairwise(levels))
@@ -66,29 +66,29 @@ def test_levels_fall_from_the_noisiest_to_clean_data(T, steps, spacing):
 
 def test_spacings_are_those_of_their_papers():
     path = schedules.linear(1000)
-    times = {s: [level.t for level in tables.levels(path, 4, s)[:-1]] for s in SPACINGS}
+    times = {s: [level.t for level in tables.discretize(path, 4, s)[:-1]] for s in SPACINGS}
     assert times["trailing"] == [999, 749, 499, 249]
     assert times["leading"] == [999, 500, 250, 0]
     assert times["linspace"] == [999, 666, 333, 0]
-    ratios = [level.ratio for level in tables.levels(path, 4, "karras")[:-1]]
+    ratios = [level.ratio for level in tables.discretize(path, 4, "karras")[:-1]]
     roots = [r ** (1 / 7) for r in ratios]
     assert [b - a for a, b in itertools.pairwise(roots)] == pytest.approx([roots[1] - roots[0]] * 3)
-    logs = [math.log(level.ratio) for level in tables.levels(path, 4, "log_snr")[:-1]]
+    logs = [math.log(level.ratio) for level in tables.discretize(path, 4, "log_snr")[:-1]]
     assert [b - a for a, b in itertools.pairwise(logs)] == pytest.approx([logs[1] - logs[0]] * 3)
 
 
-@pytest.mark.parametrize("path", [schedules.linear(1000), VarianceExploding(), Straight()])
+@pytest.mark.parametrize("path", [schedules.linear(1000), VarianceExploding(), LinearPath()])
 @pytest.mark.parametrize("ratio", [0.03, 0.7, 12.0])
 def test_the_level_of_a_ratio_has_it(path, ratio):
-    level = path.level_of(ratio)
+    level = path.marginal_of_ratio(ratio)
     assert level.ratio == pytest.approx(ratio)
-    assert path.level(level.t) == pytest.approx(level)
+    assert path.marginal(level.t) == pytest.approx(level)
 
 
 @pytest.mark.parametrize("steps", [0, 11, -1])
 def test_impossible_step_counts_are_refused(steps):
     with pytest.raises(UserError, match=rf"sampler\.steps={steps} must be between 1 and the model's T=10"):
-        tables.levels(schedules.linear(10), steps)
+        tables.discretize(schedules.linear(10), steps)
 
 
 def test_zero_terminal_snr_keeps_the_first_and_empties_the_last():
@@ -96,7 +96,7 @@ def test_zero_terminal_snr_keeps_the_first_and_empties_the_last():
     s = schedules.zero_terminal_snr(plain)
     assert s.alpha[0] == pytest.approx(plain.alpha[0].item())
     assert s.alpha[-1] == 0
-    assert math.isinf(s.level(999).ratio)
+    assert math.isinf(s.marginal(999).ratio)
     theirs = diffusers.schedulers.scheduling_ddim.rescale_zero_terminal_snr(1 - (1 - torch.linspace(1e-4, 0.02, 1000)))
     assert torch.allclose((s.alpha**2).float(), (1 - theirs).cumprod(0), atol=1e-5)
 
@@ -107,16 +107,16 @@ def test_cells_that_cannot_exist_are_refused_by_name():
         gaussian_model("eps", pure)
     for spacing in ("karras", "log_snr"):
         with pytest.raises(UserError, match=f"spacing={spacing} cannot start from pure noise"):
-            tables.levels(pure, 10, spacing)
+            tables.discretize(pure, 10, spacing)
     for name in ("heun", "midpoint"):
         with pytest.raises(UserError, match="space=sigma cannot start from pure noise"):
             table_of(name, pure, 10)
     with pytest.raises(UserError, match="spacing=linspace would visit clean data"):
-        tables.levels(Straight(), 10, "linspace")
+        tables.discretize(LinearPath(), 10, "linspace")
     with pytest.raises(UserError, match="'even' is none of trailing, leading"):
-        tables.levels(pure, 10, "even")
+        tables.discretize(pure, 10, "even")
     with pytest.raises(UserError, match="space='flaw' is none of sigma, flow"):
-        tables.heun(pure, tables.levels(pure, 10), space="flaw")
+        tables.heun(pure, tables.discretize(pure, 10), space="flaw")
 
 
 # The rows
@@ -153,9 +153,9 @@ def test_ddpm_rows_are_the_posterior_and_the_last_returns_x0(make):
 def test_ddim_row_is_the_papers_formula():
     """Equation 12 with x0 and eps written out, at one (t, s) of a shortened run."""
     s, eta = schedules.linear(100), 0.6
-    table = tables.ddim(s, tables.levels(s, 10), eta=eta)
+    table = tables.ddim(s, tables.discretize(s, 10), eta=eta)
     t, r = table.times[3], table.times[4]
-    abar_t, abar_s = s.at(t)[0] ** 2, s.at(r)[0] ** 2
+    abar_t, abar_s = s.alpha_sigma(t)[0] ** 2, s.alpha_sigma(r)[0] ** 2
     std = eta * math.sqrt((1 - abar_s) / (1 - abar_t)) * math.sqrt(1 - abar_t / abar_s)
     x, x0 = 0.8, -0.3
     eps = (x - math.sqrt(abar_t) * x0) / math.sqrt(1 - abar_t)
@@ -209,13 +209,13 @@ def test_output_on_gaussian_data_is_what_the_rows_propagate(name, kind, make):
         state = propagated(table, model.net.affine, n, x)
         z = torch.stack([rng.normal(seeds, (3,), row=k, stream=rng.STEP).double() for k in range(n)])  # (n, 4, 3)
         expected = state[:, 0] * x + state[:, 1] + torch.einsum("dk,kbd->bd", state[:, 2:], z)
-        out = samplers.walk(model.denoise, table, x, seeds)
+        out = samplers.run_table(model.denoise, table, x, seeds)
         assert (out - expected).abs().max() < max(1e-10, 3e-13 * rounding) * max(1.0, expected.abs().max().item())
 
 
 def exact(path, t):
     """(slope, offset) of E[x0 | x] at a level of any path, each (3,)."""
-    _, alpha, sigma = path.level(t)
+    _, alpha, sigma = path.marginal(t)
     gain = alpha * VAR / (alpha**2 * VAR + sigma**2)
     return gain, MEAN - gain * alpha * MEAN
 
@@ -242,7 +242,7 @@ class ExactFlow(nn.Module):
 
     def forward(self, x, time):
         t = time[:, None] / 1000
-        gain, offset = exact(Straight(), t)
+        gain, offset = exact(LinearPath(), t)
         return (x - gain * x - offset) / t  # eps - x0, with eps = (x - (1 - t) x0) / t
 
 
@@ -261,7 +261,7 @@ def continuous(kind):
 )
 def test_continuous_models_do_what_the_rows_propagate(name, kind, spacing):
     model = continuous(kind)
-    levels = tables.levels(model.path, 6, spacing)
+    levels = tables.discretize(model.path, 6, spacing)
     if kind == "flow" and name in ("heun", "midpoint"):
         with pytest.raises(UserError, match="space=sigma cannot start from pure noise"):
             SOLVERS[name](model.path, levels)
@@ -271,7 +271,7 @@ def test_continuous_models_do_what_the_rows_propagate(name, kind, spacing):
     state = propagated(table, functools.partial(exact, model.path), n, x)
     z = torch.stack([rng.normal(seeds, (3,), row=k, stream=rng.STEP).double() for k in range(n)])
     expected = state[:, 0] * x + state[:, 1] + torch.einsum("dk,kbd->bd", state[:, 2:], z)
-    assert (samplers.walk(model.denoise, table, x, seeds) - expected).abs().max() < 1e-10
+    assert (samplers.run_table(model.denoise, table, x, seeds) - expected).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -298,7 +298,7 @@ def mixture(path):
     """The exact denoiser of a mixture of three Gaussians on the line."""
 
     def denoise(x, t):
-        _, alpha, sigma = path.level(t)
+        _, alpha, sigma = path.marginal(t)
         var = (alpha * STDS) ** 2 + sigma**2
         log_weight = WEIGHTS.log() - 0.5 * var.log() - 0.5 * (x - alpha * MEANS) ** 2 / var
         mean = MEANS + alpha * STDS**2 / var * (x - alpha * MEANS)
@@ -310,12 +310,12 @@ def mixture(path):
 @functools.cache
 def solved(path, name, steps):
     """Carried from the path's noisiest level to its least noisy one, not to clean data, whose jump hides the order."""
-    table = SOLVERS[name](path, tables.levels(path, steps + 1, "log_snr")[:-1])
-    x = path.level(path.t_max).sigma * torch.linspace(-2, 2, 32, dtype=torch.float64)[:, None]
-    return samplers.walk(mixture(path), table, x, torch.zeros(32, dtype=torch.int64))
+    table = SOLVERS[name](path, tables.discretize(path, steps + 1, "log_snr")[:-1])
+    x = path.marginal(path.t_max).sigma * torch.linspace(-2, 2, 32, dtype=torch.float64)[:, None]
+    return samplers.run_table(mixture(path), table, x, torch.zeros(32, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("path", [VarianceExploding(0.05, 20.0), Straight(0.05, 0.95)], ids=["sigma", "flow"])
+@pytest.mark.parametrize("path", [VarianceExploding(0.05, 20.0), LinearPath(0.05, 0.95)], ids=["sigma", "flow"])
 @pytest.mark.parametrize(
     ("name", "order"),
     [("ddim", 1), ("heun", 2), ("heun flow", 2), ("midpoint", 2), ("midpoint flow", 2), ("2m", 2)],
@@ -345,7 +345,7 @@ def theirs_and_ours(scheduler, solver, vp, z=None):
     visited = []
     for k, ratio in enumerate(sigmas.tolist()):
         alpha = (1 + ratio**2) ** -0.5 if vp else 1.0
-        visited.append(Level(k, alpha, ratio * alpha))
+        visited.append(Marginal(k, alpha, ratio * alpha))
     table = solver(None, visited)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64) * visited[0].sigma
@@ -363,7 +363,7 @@ def theirs_and_ours(scheduler, solver, vp, z=None):
         p, q = to_x0("eps", visited[t].alpha, visited[t].sigma)
         return Prediction(next(calls), p=p, q=q)
 
-    return theirs, samplers.walk(denoise, table, x, seeds)
+    return theirs, samplers.run_table(denoise, table, x, seeds)
 
 
 PUBLIC = {
@@ -401,7 +401,7 @@ def test_euler_ancestral_equals_diffusers(monkeypatch):
 
 def test_2m_is_k_diffusions():
     """sample_dpmpp_2m of k-diffusion (Crowson), its formulas written out: sigma(t) = exp(-t), x in the exploding view."""
-    sigmas = [level.t for level in tables.levels(VarianceExploding(), 9, "karras")[:-1]] + [0.0]
+    sigmas = [level.t for level in tables.discretize(VarianceExploding(), 9, "karras")[:-1]] + [0.0]
     outs = torch.randn(9, 5, dtype=torch.float64)
     x = y = torch.randn(5, dtype=torch.float64) * sigmas[0]
     old = None
@@ -416,7 +416,9 @@ def test_2m_is_k_diffusions():
         old = outs[i]
     calls = iter(outs)
     table = table_of("2m", VarianceExploding(), 9, "karras")
-    ours = samplers.walk(lambda *_: Prediction(next(calls)[None]), table, y[None], torch.zeros(1, dtype=torch.int64))
+    ours = samplers.run_table(
+        lambda *_: Prediction(next(calls)[None]), table, y[None], torch.zeros(1, dtype=torch.int64)
+    )
     assert torch.allclose(ours[0], x, atol=1e-10)
 
 
@@ -480,13 +482,13 @@ def test_guidance_extrapolates_from_the_null_and_1_is_none():
     x, cond = torch.randn(2, 1, 8, 8), {"label": torch.tensor([3, 4])}
     c, u = model.denoise(x, 20, cond), model.denoise(x, 20, {"label": torch.tensor([10, 10])})
     assert torch.equal(model.denoise(x, 20).out, u.out)
-    condition = model.condition(cond, 2)
-    guided = classifier_free(model, condition, 3.0)(x, 20)
+    condition = model.encode_conditions(cond, 2)
+    guided = classifier_free_guidance(model, condition, 3.0)(x, 20)
     expected = c.p * x + c.q * (u.out + 3.0 * (c.out - u.out))
     assert torch.allclose(guided.x0(x), expected, atol=1e-4)
     assert (guided.out_uncond - u.out).abs().max() < 1e-5
     for w, out in ((0.0, u.out), (1.0, c.out)):
-        alone = classifier_free(model, condition, w)(x, 20)
+        alone = classifier_free_guidance(model, condition, w)(x, 20)
         assert alone.out_uncond is None and torch.equal(alone.out, out)
 
 
@@ -502,7 +504,7 @@ def test_autoguidance_extrapolates_from_the_worse_model():
     model = tiny_unet()
     worse = worse_than(model)
     x, cond = torch.randn(2, 1, 8, 8), {"label": torch.tensor([3, 4])}
-    ours, theirs = (plain(m, m.condition(cond, 2)) for m in (model, worse))
+    ours, theirs = (conditional_denoiser(m, m.encode_conditions(cond, 2)) for m in (model, worse))
     guided = autoguidance(ours, theirs, 2.0)(x, 20)
     better, other = model.denoise(x, 20, cond), worse.denoise(x, 20, cond)
     assert torch.allclose(guided.x0(x), other.x0(x) + 2 * (better.x0(x) - other.x0(x)), atol=1e-4)
@@ -520,7 +522,7 @@ def test_guidance_acts_within_its_interval():
     draw = functools.partial(ddim, model, seeds, cond, steps=10)
     table = table_of("ddim", model.path, 10)
     limited = draw(guidance=3.0, guidance_interval=[0.2, 2.0])["image"]
-    assert seen == [4 if 0.2 < model.path.level(t).ratio <= 2.0 else 2 for t in table.times]
+    assert seen == [4 if 0.2 < model.path.marginal(t).ratio <= 2.0 else 2 for t in table.times]
     assert 2 in seen and 4 in seen
     never, always = draw(guidance=1.0)["image"], draw(guidance=3.0)["image"]
     assert torch.equal(draw(guidance=3.0, guidance_interval=[None, None])["image"], always)
@@ -551,14 +553,14 @@ def test_inpainting_ends_in_the_known_part_and_follows_it_with_noise(name):
     known, mask = torch.randn(3, 3, dtype=torch.float64), torch.tensor([1.0, 0.0, 0.0]).double().expand(3, 3)
     table, states = table_of(name, model.path, 10), []
     x = rng.normal(seeds, (3,), stream=rng.INITIAL).double()
-    out = samplers.walk(
+    out = samplers.run_table(
         model.denoise, table, x, seeds, on_step=lambda i, n, s: states.append(s["x"]), known=known, mask=mask
     )
     assert torch.equal(out[:, 0], known[:, 0])
     for k, row in enumerate(table.rows):
         z = rng.normal(seeds, (3,), row=k, stream=rng.MASK).double()
         assert torch.allclose(states[k][:, 0], (row.alpha * known + row.sigma * z)[:, 0])
-    free = samplers.walk(model.denoise, table, x, seeds)
+    free = samplers.run_table(model.denoise, table, x, seeds)
     assert torch.allclose(out[:, 1:], free[:, 1:])  # coordinates of this Gaussian are independent
 
 
@@ -583,7 +585,7 @@ def test_every_solver_starts_at_the_state_its_first_level_says(kind, solver, spa
         sample(model, seeds, solver=solver, steps=steps, spacing=spacing)
         t, x = seen[0]
         assert t == pytest.approx(model.path.t_max)
-        level = model.path.level(t)
+        level = model.path.marginal(t)
         assert torch.allclose(x, level.sigma * rng.normal(seeds, (3,), stream=rng.INITIAL).to(x))
 
 

@@ -13,7 +13,7 @@ from genai.core import rng
 from genai.core.errors import UserError
 from genai.losses import adversarial
 from genai.models.gan import biggan, dcgan, nets, samplers, spectral
-from genai.models.gan.gan import GAN, slerp, standing_statistics, truncated
+from genai.models.gan.gan import GAN, slerp, standing_statistics, truncate_normal
 from genai.nn import latents
 
 SPECTRAL = [
@@ -32,7 +32,7 @@ def test_a_spectral_weight_has_largest_singular_value_1(build, x):
         for _ in range(300):
             layer(x)
     sigma = torch.linalg.svdvals(layer.weight.flatten(1))[0]
-    weight = spectral.normalised(layer.weight, layer.u, keep=False)
+    weight = spectral.spectral_normalize(layer.weight, layer.u, keep=False)
     assert torch.allclose(weight, layer.weight / sigma, rtol=1e-4)
     plain = build()
     plain.load_state_dict({**layer.state_dict(), "weight": layer.weight / sigma})
@@ -186,7 +186,7 @@ def test_convolutions_begin_as_in_the_paper():
 # The game
 
 
-def game(kind="mlp", loss=None, classes=3, model=GAN, **arguments):
+def make_gan(kind="mlp", loss=None, classes=3, model=GAN, **arguments):
     torch.manual_seed(0)
     generator, discriminator = pair(kind, [1, 8, 8], classes)
     loss = loss or adversarial.NonSaturating()
@@ -205,7 +205,7 @@ LOSSES = [
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda m: type(m).__name__)
 def test_the_players_minimise_what_they_should(loss):
-    model, data = game(loss=loss, r1=3.0, r2=0.5, gradient_penalty=10.0), batch()
+    model, data = make_gan(loss=loss, r1=3.0, r2=0.5, gradient_penalty=10.0), batch()
     fake = model.generate(data, 0)
     real, false = (model.discriminator(x, data["label"]) for x in (data["image"], fake["fake"]))
     torch.manual_seed(1)
@@ -232,7 +232,7 @@ def test_the_players_minimise_what_they_should(loss):
 
 
 def test_each_player_moves_its_own_parameters():
-    model, data = game(r1=1.0), batch()
+    model, data = make_gan(r1=1.0), batch()
     fake = model.generate(data, 0)
     model.discriminator_loss(data, fake, 0).total.backward()
     assert all(p.grad is None for _, p in model.generator_parameters())
@@ -244,19 +244,19 @@ def test_each_player_moves_its_own_parameters():
 
 
 def test_evaluation_has_no_penalties():
-    model, data = game(r1=1.0, gradient_penalty=10.0).eval(), batch()
+    model, data = make_gan(r1=1.0, gradient_penalty=10.0).eval(), batch()
     with torch.no_grad():
         losses = model.discriminator_loss(data, model.generate(data, 0), 0)
     assert "r1" not in losses.logs and torch.isfinite(losses.total)
 
 
 def test_what_cannot_be_compiled_is_not_a_net_of_the_model():
-    assert set(game().nets()) == {"generator", "discriminator"}
-    assert set(game(r1=1.0).nets()) == {"generator"}
+    assert set(make_gan().nets()) == {"generator", "discriminator"}
+    assert set(make_gan(r1=1.0).nets()) == {"generator"}
 
 
 def test_big_gans_pay_for_filters_that_are_alike():
-    model, data = game("biggan", model=biggan.BigGAN, orthogonal=0.3).eval(), batch()
+    model, data = make_gan("biggan", model=biggan.BigGAN, orthogonal=0.3).eval(), batch()
     with torch.no_grad():
         for p in model.generator.parameters():
             p += 0.1
@@ -270,7 +270,7 @@ def test_big_gans_pay_for_filters_that_are_alike():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_few_rounds_teach_the_discriminator(kind):
     norm = kind == "dcgan"
-    model, data = game(kind, r1=0.0 if norm else 0.1), batch()
+    model, data = make_gan(kind, r1=0.0 if norm else 0.1), batch()
     players = [model.discriminator_parameters(), model.generator_parameters()]
     optimizers = [torch.optim.Adam([p for _, p in player], 1e-2, betas=(0.5, 0.99)) for player in players]
     for step in range(12):
@@ -291,14 +291,17 @@ def test_a_few_rounds_teach_the_discriminator(kind):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: game("dcgan", r1=1.0), "batch norm in model.discriminator mixes samples"),
-        (lambda: game("dcgan", gradient_penalty=10.0), "batch norm in model.discriminator mixes samples"),
-        (lambda: game(r1=-1.0), "model.r1=-1.0 must be a number at least 0"),
-        (lambda: game("biggan", model=biggan.BigGAN, orthogonal=-1), "model.orthogonal=-1"),
-        (lambda: samplers.gan(game(), torch.arange(2), batch(2), truncation=0), "sampler.truncation=0 must be"),
-        (lambda: samplers.gan(game(), torch.arange(2), batch(2), standing_batches=-1), "sampler.standing_batches=-1"),
-        (lambda: samplers.gan(game(), torch.arange(2), batch(2), standing_batches=2), "has no batch norm"),
-        (lambda: latents.interpolate(game(), torch.arange(2), batch(2), columns=1), "sampler.columns=1"),
+        (lambda: make_gan("dcgan", r1=1.0), "batch norm in model.discriminator mixes samples"),
+        (lambda: make_gan("dcgan", gradient_penalty=10.0), "batch norm in model.discriminator mixes samples"),
+        (lambda: make_gan(r1=-1.0), "model.r1=-1.0 must be a number at least 0"),
+        (lambda: make_gan("biggan", model=biggan.BigGAN, orthogonal=-1), "model.orthogonal=-1"),
+        (lambda: samplers.gan(make_gan(), torch.arange(2), batch(2), truncation=0), "sampler.truncation=0 must be"),
+        (
+            lambda: samplers.gan(make_gan(), torch.arange(2), batch(2), standing_batches=-1),
+            "sampler.standing_batches=-1",
+        ),
+        (lambda: samplers.gan(make_gan(), torch.arange(2), batch(2), standing_batches=2), "has no batch norm"),
+        (lambda: latents.interpolate(make_gan(), torch.arange(2), batch(2), columns=1), "sampler.columns=1"),
     ],
 )
 def test_what_cannot_be_is_refused(build, message):
@@ -347,7 +350,7 @@ def test_standing_statistics_are_the_means_over_batches():
 
 @pytest.mark.parametrize("kind", ["dcgan", "biggan"])
 def test_a_sampler_may_measure_statistics_first_always_the_same(kind):
-    model, seeds, cond = game(kind).eval(), torch.arange(8), batch(8)
+    model, seeds, cond = make_gan(kind).eval(), torch.arange(8), batch(8)
     before = samplers.gan(model, seeds, cond)["image"]
     after = samplers.gan(model, seeds, cond, standing_batches=3)["image"]
     assert (before - after).abs().max() > 1e-3
@@ -369,7 +372,7 @@ def test_a_sampler_may_measure_statistics_first_always_the_same(kind):
 
 @pytest.mark.parametrize("threshold", [0.3, 1.0, 2.5])
 def test_truncated_normals_are_distributed_as_resampled_ones(threshold):
-    z = truncated(rng.normal(torch.arange(1), (100_000,)), threshold)[0].double()
+    z = truncate_normal(rng.normal(torch.arange(1), (100_000,)), threshold)[0].double()
     assert z.abs().max() <= threshold
     phi = lambda x: 0.5 * (1 + torch.erf(torch.as_tensor(x, dtype=torch.float64) / math.sqrt(2)))  # noqa: E731
     cdf = (phi(z.sort().values) - phi(-threshold)) / (phi(threshold) - phi(-threshold))
@@ -382,14 +385,14 @@ def test_truncated_normals_are_distributed_as_resampled_ones(threshold):
 
 def test_no_truncation_is_its_limit():
     z = rng.normal(torch.arange(50), (7,))
-    assert torch.allclose(truncated(z, 12.0), z, atol=1e-5)
-    assert torch.isfinite(truncated(torch.tensor([-40.0, 40.0]), 3.0)).all()
-    assert torch.equal(truncated(z, 0.5).sign(), z.sign())
+    assert torch.allclose(truncate_normal(z, 12.0), z, atol=1e-5)
+    assert torch.isfinite(truncate_normal(torch.tensor([-40.0, 40.0]), 3.0)).all()
+    assert torch.equal(truncate_normal(z, 0.5).sign(), z.sign())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sample_i_depends_on_seed_i_alone(kind):
-    model, seeds, cond = game(kind).eval(), torch.arange(30), batch(30)
+    model, seeds, cond = make_gan(kind).eval(), torch.arange(30), batch(30)
     assert isinstance(model, latents.LatentGenerator)
     for sampler in (samplers.gan, functools.partial(latents.interpolate, columns=6)):
         whole = sampler(model, seeds, cond, truncation=1.0)["image"]
@@ -398,7 +401,7 @@ def test_sample_i_depends_on_seed_i_alone(kind):
 
 
 def test_rows_go_from_sample_to_sample():
-    model, seeds = game(classes=None).eval(), torch.arange(20)
+    model, seeds = make_gan(classes=None).eval(), torch.arange(20)
     plain, rows = samplers.gan(model, seeds)["image"], latents.interpolate(model, seeds, columns=5)["image"]
     assert torch.allclose(rows[[0, 4, 10, 14]], plain[[0, 4, 10, 14]], atol=1e-5)
     z = model.latent(torch.tensor([5, 9]), None)
@@ -417,4 +420,4 @@ def test_the_great_circle_keeps_length_and_angle():
 
 def test_a_misspelt_label_is_refused():
     with pytest.raises(UserError, match="this model takes label, one of 3 classes, and was given lable"):
-        samplers.gan(game(), torch.arange(2), {"lable": torch.tensor([1, 2])})
+        samplers.gan(make_gan(), torch.arange(2), {"lable": torch.tensor([1, 2])})

@@ -16,7 +16,7 @@ from genai.core.errors import UserError
 from genai.models.gan import samplers
 from genai.models.gan.ada import ADA, Augment
 from genai.models.gan.equalized import GAIN, EqualizedConv, EqualizedLinear
-from genai.models.gan.resample import FIR, enlarge, halve
+from genai.models.gan.resample import FIR, downsample, upsample
 from genai.models.gan.stylegan2 import StyleGAN2
 from genai.models.gan.stylegan2_nets import (
     Discriminator,
@@ -24,7 +24,7 @@ from genai.models.gan.stylegan2_nets import (
     StyledConv,
     StyledUpConv,
     minibatch_std,
-    seeded,
+    seeded_noise,
 )
 
 NAMES = [
@@ -107,14 +107,14 @@ def test_the_filter_is_upfirdn():
 
     full = both(1, 1, taps, (0, 0))  # "full": three more than x on each axis
     assert np.allclose(FIR(padding=2).double()(x), full[:, :, 1:-1, 1:-1])
-    assert np.allclose(halve().double()(x), full[:, :, 2:-2:2, 2:-2:2])
+    assert np.allclose(downsample().double()(x), full[:, :, 2:-2:2, 2:-2:2])
     spread = both(2, 1, 2 * taps, (0, 0))  # twice as many, minus the last zero, plus three
-    assert np.allclose(enlarge().double()(x), spread[:, :, 1:-1, 1:-1])
-    middle = enlarge()(torch.ones(1, 1, 4, 4))[:, :, 1:-1, 1:-1]
+    assert np.allclose(upsample().double()(x), spread[:, :, 1:-1, 1:-1])
+    middle = upsample()(torch.ones(1, 1, 4, 4))[:, :, 1:-1, 1:-1]
     assert torch.allclose(middle, torch.ones_like(middle))
 
 
-@pytest.mark.parametrize("fir", [FIR(padding=1), FIR(padding=2), halve(), enlarge()])
+@pytest.mark.parametrize("fir", [FIR(padding=1), FIR(padding=2), downsample(), upsample()])
 def test_the_filters_gradients_are_its_own(fir):
     x = torch.randn(2, 2, 4, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(fir.double(), x) and torch.autograd.gradgradcheck(fir, x)
@@ -266,7 +266,7 @@ def test_r1_is_the_gradients_square_and_has_a_gradient(augment):
     def judged():
         if augment is not None:
             augment.p.copy_(p)  # update moves it
-        return model.judge(x, None).sum()
+        return model.discriminate(x, None).sum()
 
     slopes = [numeric(again(judged), x, i) for i in np.ndindex(*x.shape)]
     expected = np.square(slopes).reshape(4, -1).sum(1).mean()
@@ -290,7 +290,7 @@ def test_r1_is_the_gradients_square_and_has_a_gradient(augment):
 def test_path_lengths_are_those_of_the_jacobian_and_have_gradients():
     model = build().double().eval()
     model.path_mean.fill_(0.3)
-    z, noise = torch.randn(2, 5).double(), seeded(torch.tensor([4, 9]))
+    z, noise = torch.randn(2, 5).double(), seeded_noise(torch.tensor([4, 9]))
     w = model.generator(z, noise=noise)[1].detach().contiguous().requires_grad_()
     lengths, penalty = again(lambda: model.path_penalty(model.generator.synthesis(w, noise), w))()
 
@@ -410,7 +410,7 @@ def test_styles_mix_from_a_layer_on():
 
 def test_labels_reach_both_players():
     model, batch = build(classes=3), example(classes=3)
-    z, noise = torch.randn(4, 5), seeded(torch.arange(4))
+    z, noise = torch.randn(4, 5), seeded_noise(torch.arange(4))
     other = (batch["label"] + 1) % 3
     images = [model.generator(z, label, noise=noise)[0] for label in (batch["label"], other)]
     assert not torch.allclose(*images)

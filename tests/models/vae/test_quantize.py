@@ -10,7 +10,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from genai.core.errors import UserError
-from genai.models.vae.quantize import FiniteScalarQuantizer, ResidualQuantizer, VectorQuantizer, occurrences, rotated
+from genai.models.vae.quantize import (
+    FiniteScalarQuantizer,
+    ResidualQuantizer,
+    VectorQuantizer,
+    occurrences,
+    rotate_gradient,
+)
 from genai.models.vae.vqvae import VQVAE
 
 
@@ -95,7 +101,7 @@ def test_gradients_are_the_published_ones():
         assert torch.allclose(turn @ turn.T, torch.eye(3), atol=1e-5)
         scale = (code[k].norm() / x[k].norm()).detach()
         one = x[k : k + 1].detach().requires_grad_()
-        out = rotated(one, code[k : k + 1])
+        out = rotate_gradient(one, code[k : k + 1])
         assert torch.allclose(out[0], code[k], atol=1e-5)
         (grad,) = torch.autograd.grad(out, one, g[k : k + 1])
         assert torch.allclose(grad[0], scale * turn.T @ g[k], atol=1e-5)

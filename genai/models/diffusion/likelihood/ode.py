@@ -22,7 +22,7 @@ from torch import Tensor
 from genai.core import rng
 from genai.core.errors import at_least, number
 from genai.core.protocols import Batch, for_models
-from genai.models.diffusion.base import Diffusion, Told
+from genai.models.diffusion.base import Diffusion, NetInputs
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -46,7 +46,7 @@ def probability_flow(
     at_least(steps, 1, "likelihood.steps")
     if probes is not None:
         at_least(probes, 1, "likelihood.probes")
-    low, high = model.path.level(model.path.t_min), model.path.level(model.path.t_max)
+    low, high = model.path.marginal(model.path.t_min), model.path.marginal(model.path.t_max)
     ratio = max(
         1 / (3 * (levels - 1)) if noise is None else number(noise, "likelihood.noise", 0, open_low=True), low.ratio
     )
@@ -54,7 +54,7 @@ def probability_flow(
     x = batch[model.field]
     seeds = rng.seed_range(seed, len(x)).to(x.device)
     with torch.no_grad():
-        cond = model.told(batch, len(x))
+        cond = model.net_inputs(batch, len(x))
         eps = rng.normal(seeds, model.shape, row=0, stream=rng.MODEL)
         y = (1 - u_0) * x + u_0 * eps
         gain = _decoder(y, x, u_0, levels) + _flat(0.5 * (eps**2 + LOG_2PI)) + x[0].numel() * math.log(u_0)
@@ -72,10 +72,10 @@ def probability_flow(
 
 
 def _field(
-    model: Diffusion, y: Tensor, u: float, cond: Told, seeds: Tensor, row: int, probes: int | None
+    model: Diffusion, y: Tensor, u: float, cond: NetInputs, seeds: Tensor, row: int, probes: int | None
 ) -> tuple[Tensor, Tensor]:
     """dy / d ln u (B, *shape) and its divergence (B,)."""
-    level = model.path.level_of(u / (1 - u)) if u < 1 else model.path.level(model.path.t_max)
+    level = model.path.marginal_of_ratio(u / (1 - u)) if u < 1 else model.path.marginal(model.path.t_max)
     scale = level.alpha + level.sigma
     with torch.enable_grad():
         y = y.detach().requires_grad_()

@@ -11,7 +11,7 @@ from genai.models.diffusion.process.schedules import Schedule
 Variance = Literal["small", "large"]
 
 
-class Terms(NamedTuple):
+class BoundTerms(NamedTuple):
     """Nats per sample: prior (B,), one KL per t = T-1, ..., 1 (B, T-1), decoder (B,)."""
 
     prior: Tensor
@@ -25,13 +25,13 @@ class Terms(NamedTuple):
 
 def prior_kl(schedule: Schedule, x0: Tensor) -> Tensor:
     """KL(q(x_{T-1} | x0) || N(0, I)), nats (B,)."""
-    alpha, sigma = schedule.at(len(schedule) - 1)
+    alpha, sigma = schedule.alpha_sigma(len(schedule) - 1)
     return 0.5 * ((alpha * x0) ** 2 + sigma**2 - 1 - math.log(sigma**2)).flatten(1).sum(1)
 
 
 def posterior(schedule: Schedule, t: int) -> tuple[float, float, float]:
     """(a, b, var) of q(x_{t-1} | x_t, x0) = N(a x_t + b x0, var) (eq. 6, 7), t >= 1."""
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t), schedule.at(t - 1)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(t - 1)
     ratio = alpha_t / alpha_s
     beta = sigma_t**2 - (ratio * sigma_s) ** 2
     return ratio * sigma_s**2 / sigma_t**2, alpha_s * beta / sigma_t**2, beta * sigma_s**2 / sigma_t**2
@@ -42,7 +42,7 @@ def reverse_variance(schedule: Schedule, t: int, variance: Variance) -> float:
     the only step of a schedule."""
     if variance == "small" and len(schedule) > 1:
         return posterior(schedule, max(t, 1))[2]
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t), schedule.at(t - 1)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(t - 1)
     return sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
 
 

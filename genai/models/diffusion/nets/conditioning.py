@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from genai.nn.attention import Context
 
 
-def conditioned(
+def add_conditions(
     emb: Tensor, of_label: nn.Module | None, label: Tensor | None, of_summary: nn.Module | None, states: Tensor | None,
     real: Tensor | None,
 ) -> tuple[Tensor, Context | None]:  # fmt: skip

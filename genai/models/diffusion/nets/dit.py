@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from genai.core.errors import UserError, at_least
-from genai.core.precision import fitted
-from genai.models.diffusion.nets.conditioning import conditioned
-from genai.nn.attention import Attention, Context, CrossAttention, Projected
+from genai.core.precision import downcast
+from genai.models.diffusion.nets.conditioning import add_conditions
+from genai.nn.attention import Attention, Context, ContextKeyValues, CrossAttention
 from genai.nn.embed import time_embedding
 from genai.nn.init import zero
 from genai.nn.norm import RMSNorm
@@ -29,17 +29,17 @@ class DiTBlock(nn.Module):
         self.mlp = MLP(width, GELU("tanh"), ratio, bias=True)
         self.modulation = zero(nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context | Projected | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | ContextKeyValues | None = None) -> Tensor:
         """x (B, T, width), emb (B, width) already activated -> (B, T, width)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb)[:, None].chunk(6, -1)
-        x = x + gate1 * self.attention(modulated(x, shift1, scale1))
+        x = x + gate1 * self.attention(modulate(x, shift1, scale1))
         if self.cross is not None:
             assert context is not None
             x = x + self.cross(F.layer_norm(x, x.shape[-1:]), context)
-        return x + gate2 * self.mlp(modulated(x, shift2, scale2))
+        return x + gate2 * self.mlp(modulate(x, shift2, scale2))
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """norm(x) * (1 + scale) + shift."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
 
@@ -84,24 +84,24 @@ class DiT(nn.Module):
 
     def forward(
         self, x: Tensor, time: Tensor, label: Tensor | None = None, states: Tensor | None = None,
-        real: Tensor | None = None, projected: Sequence[Projected] | None = None,
+        real: Tensor | None = None, projected: Sequence[ContextKeyValues] | None = None,
     ) -> Tensor:  # fmt: skip
         """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,), `Context` of a caption and what `project` made of it, if it
         did -> (B, out_channels, H, W)."""
-        emb = self.time(fitted(time_embedding(time, self.width), self.stem.weight))
-        emb, context = conditioned(emb, self.label, label, self.summary, states, real)
+        emb = self.time(downcast(time_embedding(time, self.width), self.stem.weight))
+        emb, context = add_conditions(emb, self.label, label, self.summary, states, real)
         height = x.shape[2] // self.patch
-        patches = F.pixel_unshuffle(fitted(x, self.stem.weight), self.patch).flatten(2).mT
+        patches = F.pixel_unshuffle(downcast(x, self.stem.weight), self.patch).flatten(2).mT
         h = self.stem(patches) + self.positions  # (B, T, width)
         for block, seen in zip(self.blocks, projected or [context] * len(self.blocks), strict=True):
             if self.gradient_checkpointing and self.training:
                 h = checkpoint(block, h, emb, seen, use_reentrant=False)
             else:
                 h = block(h, emb, seen)
-        out = self.head(modulated(h, *self.modulation(emb)[:, None].chunk(2, -1)))  # type: ignore[arg-type]
+        out = self.head(modulate(h, *self.modulation(emb)[:, None].chunk(2, -1)))  # type: ignore[arg-type]
         return F.pixel_shuffle(out.mT.unflatten(2, (height, -1)), self.patch)
 
-    def project(self, context: Context) -> list[Projected]:
+    def project(self, context: Context) -> list[ContextKeyValues]:
         """Every block's keys and values of a caption, for many calls with it."""
         return [block.cross.project(context) for block in self.blocks]  # type: ignore[union-attr,operator]
 

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from genai.core import stored
 from genai.core.errors import UserError
-from genai.core.precision import WideBuffers
+from genai.core.precision import KeepBufferPrecision
 from genai.models.diffusion.process.schedules import Schedule
 from genai.nn.attention import Context
 from genai.nn.text_encoder import TextEncoder
 
 
-class LevelPosterior(WideBuffers):
+class LevelPosterior(KeepBufferPrecision):
     """The posterior mean of x0 under a categorical prior per pixel that the network predicts from the whole of x_t.
 
         x0_hat = sum_k l_k w_k,   w = softmax_k(logits_k(x_t, t) + log N(x_t; alpha_t l_k, sigma_t^2)),
@@ -75,13 +75,13 @@ class LevelPosterior(WideBuffers):
                 f"the network makes {logits.shape[1]} logits a pixel, but {x.shape[1]} channels of {self.levels} grey levels "
                 f"take {x.shape[1] * self.levels}: give model.net.net.out_per_channel={self.levels}"
             )
-        alpha, precision = (s.view(-1, 1, 1, 1, 1) for s in self.at(time * (self.steps / 1000)))
+        alpha, precision = (s.view(-1, 1, 1, 1, 1) for s in self.alpha_precision(time * (self.steps / 1000)))
         logits = logits.float().unflatten(1, (-1, self.levels))  # (B, C, K, H, W)
         logits = logits - precision / 2 * (x.float().unsqueeze(2) - alpha * self.level) ** 2
         return (logits.softmax(2) * self.level).sum(2).to(x.dtype)
 
-    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and 1 / sigma^2 (B,) at times of the schedule; see `Schedule.at` for what lies between whole ones."""
+    def alpha_precision(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and 1 / sigma^2 (B,) at times of the schedule; see `Schedule.alpha_sigma` for what lies between whole ones."""
         t = t.float().clamp(0, self.steps - 1)
         whole, early = t.round(), t.floor()
         i = early.long()

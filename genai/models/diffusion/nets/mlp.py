@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from genai.core.precision import fitted
+from genai.core.precision import downcast
 from genai.nn.embed import time_embedding
 from genai.nn.init import zero
 
@@ -32,10 +32,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
         """x (B, dim), time (B,) in [0, 1000), label int64 (B,) -> (B, dim)."""
-        emb = self.time(fitted(time_embedding(time, self.width), self.stem.weight))
+        emb = self.time(downcast(time_embedding(time, self.width), self.stem.weight))
         if self.label is not None:
             emb = emb + self.label(label)
-        h = self.stem(fitted(x, self.stem.weight))
+        h = self.stem(downcast(x, self.stem.weight))
         for block in self.blocks:
             h = h + block(h + emb)
         return self.head(torch.nn.functional.silu(h))

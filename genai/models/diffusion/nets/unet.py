@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from genai.core import stored
 from genai.core.errors import UserError
-from genai.core.precision import fitted
+from genai.core.precision import downcast
 from genai.kernels.norm import normalize
-from genai.models.diffusion.nets.conditioning import conditioned
-from genai.nn.attention import Context, CrossAttention, Projected, attending
+from genai.models.diffusion.nets.conditioning import add_conditions
+from genai.nn.attention import Context, ContextKeyValues, CrossAttention, resolve_attention_depths
 from genai.nn.embed import time_embedding
 from genai.nn.init import zero
 from genai.nn.text_encoder import TextEncoder
@@ -36,7 +36,7 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context | Projected | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | ContextKeyValues | None = None) -> Tensor:
         """x (B, c_in, H, W), emb (B, c_emb) already activated -> (B, c_out, H, W)."""
         h = self.conv1(normalize(self.norm1, x, silu=True))
         h = normalize(self.norm2, h, self.emb(emb), silu=True)
@@ -51,7 +51,7 @@ class AttentionBlock(nn.Module):
         self.norm, self.qkv = group_norm(channels), nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context | Projected | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | ContextKeyValues | None = None) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W); nothing else is used."""
         qkv = self.qkv(normalize(self.norm, x)).flatten(2).mT  # (B, HW, 3C)
         h = F.scaled_dot_product_attention(*qkv[:, None].chunk(3, -1))[:, 0]  # (B, HW, C)
@@ -66,7 +66,7 @@ class CrossAttentionBlock(nn.Module):
         self.norm = group_norm(channels)
         self.attention = CrossAttention(channels, context_width, math.gcd(channels, max(channels // 32, 1)))
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context | Projected | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | ContextKeyValues | None = None) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W); emb is not used."""
         assert context is not None
         h = self.attention(normalize(self.norm, x).flatten(2).mT, context)
@@ -76,12 +76,12 @@ class CrossAttentionBlock(nn.Module):
 class Stage(nn.ModuleList):
     """Blocks called one after the other with the same embedding and text."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context | Projected | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | ContextKeyValues | None = None) -> Tensor:
         for block in self:
             x = block(x, emb, context)
         return x
 
-    def project(self, context: Context) -> Projected | None:
+    def project(self, context: Context) -> ContextKeyValues | None:
         """Keys and values of a text as the one block that reads it sees them, None where there is none."""
         return next((b.attention.project(context) for b in self if isinstance(b, CrossAttentionBlock)), None)
 
@@ -92,7 +92,7 @@ class Downsample(nn.Conv2d):
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context | Projected | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | ContextKeyValues | None = None) -> Tensor:
         return super().forward(x)
 
 
@@ -102,7 +102,7 @@ class Upsample(nn.Conv2d):
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context | Projected | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Context | ContextKeyValues | None = None) -> Tensor:
         return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -145,11 +145,11 @@ class UNet(nn.Module):
         out_per_channel: int = 1,
     ):
         super().__init__()
-        c_image, height, _ = _checked(shape, len(multipliers))
+        c_image, height, _ = _check_shape(shape, len(multipliers))
         if attention_depths is None and attention is None:
             attention, attention_depths = ((16,), None) if stored.is_building() else (None, (-1,))
         heights = {depth: height >> depth for depth in range(len(multipliers))}
-        depths = attending(heights, attention_depths, attention, "model.net")
+        depths = resolve_attention_depths(heights, attention_depths, attention, "model.net")
         if text is not None and not depths and not stored.is_building():
             raise UserError(
                 "model.net.attention_depths=[] leaves no place that reads a caption: give one, such as [-1]"
@@ -196,14 +196,14 @@ class UNet(nn.Module):
 
     def forward(
         self, x: Tensor, time: Tensor, label: Tensor | None = None, states: Tensor | None = None,
-        real: Tensor | None = None, projected: Sequence[Projected | None] | None = None,
+        real: Tensor | None = None, projected: Sequence[ContextKeyValues | None] | None = None,
     ) -> Tensor:  # fmt: skip
         """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,), `Context` of a caption and what `project` made of it, if it
         did -> (B, out_channels, H, W)."""
-        emb = self.time(fitted(time_embedding(time, self.channels), self.stem.weight))
-        emb, context = conditioned(emb, self.label, label, self.summary, states, real)
+        emb = self.time(downcast(time_embedding(time, self.channels), self.stem.weight))
+        emb, context = add_conditions(emb, self.label, label, self.summary, states, real)
         seen = itertools.repeat(context) if projected is None else iter(projected)  # of each stage
-        h = self.stem(fitted(x, self.stem.weight).contiguous(memory_format=torch.channels_last))
+        h = self.stem(downcast(x, self.stem.weight).contiguous(memory_format=torch.channels_last))
         skips = [h]
         for stage in self.down:
             h = self._run(stage, h, emb, next(seen))
@@ -214,17 +214,17 @@ class UNet(nn.Module):
         norm, _, conv = self.head
         return conv(normalize(norm, h, silu=True)).contiguous()  # type: ignore[arg-type]
 
-    def project(self, context: Context) -> list[Projected | None]:
+    def project(self, context: Context) -> list[ContextKeyValues | None]:
         """Every stage's keys and values of a caption, for many calls with it."""
         return [stage.project(context) for stage in (*self.down, self.middle, *self.up)]  # type: ignore[operator]
 
-    def _run(self, stage: nn.Module, h: Tensor, emb: Tensor, context: Context | Projected | None) -> Tensor:
+    def _run(self, stage: nn.Module, h: Tensor, emb: Tensor, context: Context | ContextKeyValues | None) -> Tensor:
         if self.gradient_checkpointing and self.training:
             return checkpoint(stage, h, emb, context, use_reentrant=False)
         return stage(h, emb, context)
 
 
-def _checked(shape: Sequence[int], levels: int) -> Sequence[int]:
+def _check_shape(shape: Sequence[int], levels: int) -> Sequence[int]:
     if len(shape) != 3:
         raise UserError(f"a U-Net takes images of shape [C, H, W], got {list(shape)} (data=, or model=ddpm_mlp)")
     multiple = 2 ** (levels - 1)

@@ -18,7 +18,7 @@ Spacing = Literal["trailing", "leading", "linspace", "karras", "log_snr"]
 Number = TypeVar("Number", float, Tensor)
 
 
-class Level(NamedTuple):
+class Marginal(NamedTuple):
     """A point of a path: the time the network is told, and alpha and sigma there."""
 
     t: float
@@ -31,12 +31,12 @@ class Level(NamedTuple):
         return self.sigma / self.alpha if self.alpha else math.inf
 
     @property
-    def share(self) -> float:
+    def noise_fraction(self) -> float:
         """sigma / (alpha + sigma), the share of noise in the state: 0 for clean data, 1 for pure noise."""
         return self.sigma / (self.alpha + self.sigma)
 
 
-CLEAN = Level(-1, 1.0, 0.0)
+CLEAN = Marginal(-1, 1.0, 0.0)
 
 
 class Path(Protocol):
@@ -56,9 +56,9 @@ class Path(Protocol):
         """Whether training saw whole times only."""
         ...
 
-    def level(self, t: float) -> Level: ...
+    def marginal(self, t: float) -> Marginal: ...
 
-    def level_of(self, ratio: float) -> Level:
+    def marginal_of_ratio(self, ratio: float) -> Marginal:
         """The level where sigma / alpha is `ratio`."""
         ...
 
@@ -72,15 +72,15 @@ class VarianceExploding:
     discrete = False
     spacing: ClassVar[Spacing] = "karras"
 
-    def level(self, t: float) -> Level:
-        return Level(t, 1.0, t)
+    def marginal(self, t: float) -> Marginal:
+        return Marginal(t, 1.0, t)
 
-    def level_of(self, ratio: float) -> Level:
-        return self.level(ratio)
+    def marginal_of_ratio(self, ratio: float) -> Marginal:
+        return self.marginal(ratio)
 
 
 @dataclass(frozen=True)
-class Straight:
+class LinearPath:
     """x = (1 - t) x0 + t eps, from data at t = 0 to noise at t = 1 (rectified flow, Liu et al. 2023; flow matching)."""
 
     t_min: float = 0.0
@@ -88,11 +88,11 @@ class Straight:
     discrete = False
     spacing: ClassVar[Spacing] = "trailing"
 
-    def level(self, t: float) -> Level:
-        return Level(t, 1.0 - t, t)
+    def marginal(self, t: float) -> Marginal:
+        return Marginal(t, 1.0 - t, t)
 
-    def level_of(self, ratio: float) -> Level:
-        return self.level(ratio / (1 + ratio))
+    def marginal_of_ratio(self, ratio: float) -> Marginal:
+        return self.marginal(ratio / (1 + ratio))
 
 
 def combination(kind: Parameterization, alpha: Number, sigma: Number) -> tuple[Number, Number]:

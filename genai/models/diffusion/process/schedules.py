@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from genai.core.errors import UserError
-from genai.models.diffusion.process.paths import Level, Spacing
+from genai.models.diffusion.process.paths import Marginal, Spacing
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Schedule:
     def t_max(self) -> int:
         return len(self) - 1
 
-    def at(self, t: float) -> tuple[float, float]:
+    def alpha_sigma(self, t: float) -> tuple[float, float]:
         """(alpha_t, sigma_t); t = -1 is clean data, (1, 0). Between whole times log(sigma / alpha) is linear, or alpha / sigma
         where the later one is pure noise."""
         if t < 0:
@@ -43,12 +43,14 @@ class Schedule:
             return self._pairs[int(t)]
         low, high = self._log_ratios[int(t)], self._log_ratios[int(t) + 1]
         share = t - int(t)
-        return _preserving(math.exp(low) / (1 - share) if math.isinf(high) else math.exp(low + share * (high - low)))
+        return _variance_preserving(
+            math.exp(low) / (1 - share) if math.isinf(high) else math.exp(low + share * (high - low))
+        )
 
-    def level(self, t: float) -> Level:
-        return Level(t, *self.at(t))
+    def marginal(self, t: float) -> Marginal:
+        return Marginal(t, *self.alpha_sigma(t))
 
-    def level_of(self, ratio: float) -> Level:
+    def marginal_of_ratio(self, ratio: float) -> Marginal:
         """The level at a time, in general not a whole one, where sigma / alpha is `ratio`."""
         logs, log = self._log_ratios, math.log(ratio)
         i = min(max(bisect.bisect_right(logs, log) - 1, 0), max(len(logs) - 2, 0))
@@ -58,7 +60,7 @@ class Schedule:
             t = i + 1 - math.exp(logs[i] - log)
         else:
             t = i + (log - logs[i]) / (logs[i + 1] - logs[i])
-        return Level(min(max(t, 0), self.t_max), *_preserving(ratio))
+        return Marginal(min(max(t, 0), self.t_max), *_variance_preserving(ratio))
 
     @functools.cached_property
     def _pairs(self) -> list[tuple[float, float]]:
@@ -73,7 +75,7 @@ class Schedule:
         return (self.alpha / self.sigma) ** 2
 
 
-def _preserving(ratio: float) -> tuple[float, float]:
+def _variance_preserving(ratio: float) -> tuple[float, float]:
     """The (alpha, sigma) with sigma / alpha = ratio and alpha^2 + sigma^2 = 1."""
     alpha = (1 + ratio**2) ** -0.5
     return alpha, ratio * alpha
@@ -84,7 +86,7 @@ def from_alpha_bar(alpha_bar: Tensor) -> Schedule:
     return Schedule(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
 
-def _checked(steps: int) -> int:
+def _check_steps(steps: int) -> int:
     if steps < 1:
         raise UserError(f"a schedule needs at least 1 step, got {steps} (model.schedule.steps)")
     return steps
@@ -92,14 +94,14 @@ def _checked(steps: int) -> int:
 
 def linear(steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
     """beta_t linear from beta_start to beta_end, both scaled by 1000 / T (DDPM, Ho et al. 2020, section 4)."""
-    scale = 1000 / _checked(steps)
+    scale = 1000 / _check_steps(steps)
     beta = torch.linspace(beta_start * scale, beta_end * scale, steps, dtype=torch.float64).clamp_max(0.999)
     return from_alpha_bar(torch.cumprod(1 - beta, 0))
 
 
 def cosine(steps: int = 1000, offset: float = 0.008, beta_max: float = 0.999) -> Schedule:
     """abar_t = f(t) / f(0), f(t) = cos^2((t / T + s) / (1 + s) * pi / 2), beta <= 0.999 (Nichol & Dhariwal 2021, eq. 17)."""
-    u = torch.arange(_checked(steps) + 1, dtype=torch.float64) / steps
+    u = torch.arange(_check_steps(steps) + 1, dtype=torch.float64) / steps
     f = torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
     beta = (1 - f[1:] / f[:-1]).clamp(0, beta_max)
     return from_alpha_bar(torch.cumprod(1 - beta, 0))
@@ -107,14 +109,14 @@ def cosine(steps: int = 1000, offset: float = 0.008, beta_max: float = 0.999) ->
 
 def karras(steps: int = 1000, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Schedule:
     """sigma / alpha spaced evenly in its rho-th root (EDM, Karras et al. 2022, eq. 5), on the variance-preserving path."""
-    ramp = torch.linspace(0, 1, _checked(steps), dtype=torch.float64)
+    ramp = torch.linspace(0, 1, _check_steps(steps), dtype=torch.float64)
     ratio = (sigma_min ** (1 / rho) + ramp * (sigma_max ** (1 / rho) - sigma_min ** (1 / rho))) ** rho
     return from_alpha_bar(1 / (1 + ratio**2))
 
 
 def log_snr(steps: int = 1000, log_snr_max: float = 9.0, log_snr_min: float = -9.0) -> Schedule:
     """log SNR linear in t from log_snr_max down to log_snr_min (Variational Diffusion Models, Kingma et al. 2021, sec. 3)."""
-    ratio = torch.linspace(log_snr_max, log_snr_min, _checked(steps), dtype=torch.float64)
+    ratio = torch.linspace(log_snr_max, log_snr_min, _check_steps(steps), dtype=torch.float64)
     return from_alpha_bar(torch.sigmoid(ratio))
 
 

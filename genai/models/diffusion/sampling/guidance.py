@@ -13,25 +13,25 @@ from genai.models.diffusion.base import Condition, Diffusion
 from genai.models.diffusion.process.paths import Path
 
 
-def plain(model: Diffusion, condition: Condition) -> Denoiser:
+def conditional_denoiser(model: Diffusion, condition: Condition) -> Denoiser:
     """The model with what it was told, and no guidance: one network call."""
-    given = model.projected(condition.given)
+    given = model.project_context(condition.cond)
     return lambda x, t: model.denoise(x, t, given)
 
 
-def classifier_free(model: Diffusion, condition: Condition, w: float) -> Denoiser:
+def classifier_free_guidance(model: Diffusion, condition: Condition, w: float) -> Denoiser:
     """Classifier-free guidance out = u + w (c - u), one call of twice the batch (Ho & Salimans 2022).
 
     w = 1 is no guidance (the paper's w is this one minus 1) and w = 0 unconditional, by one call of the batch alone.
     """
     given, null = condition
     if w == 1:
-        return plain(model, condition)
+        return conditional_denoiser(model, condition)
     null = {name: null[name].to(c).expand_as(c) for name, c in given.items()}
     if w == 0:
-        unconditional = model.projected(null)
+        unconditional = model.project_context(null)
         return lambda x, t: model.denoise(x, t, unconditional)
-    both = model.projected({name: torch.cat([c, null[name]]) for name, c in given.items()})
+    both = model.project_context({name: torch.cat([c, null[name]]) for name, c in given.items()})
 
     def guided(x: Tensor, t: float) -> Prediction:
         prediction = model.denoise(torch.cat([x, x]), t, both)
@@ -56,16 +56,16 @@ def autoguidance(better: Denoiser, worse: Denoiser, w: float) -> Denoiser:
     return guided
 
 
-def interval(guided: Denoiser, unguided: Denoiser, path: Path, low: float, high: float) -> Denoiser:
+def limit_to_interval(guided: Denoiser, unguided: Denoiser, path: Path, low: float, high: float) -> Denoiser:
     """`guided` where low < sigma / alpha <= high, `unguided` elsewhere (Kynkaanniemi et al. 2024, eq. 5)."""
 
     def limited(x: Tensor, t: float) -> Prediction:
-        return (guided if low < path.level(t).ratio <= high else unguided)(x, t)
+        return (guided if low < path.marginal(t).ratio <= high else unguided)(x, t)
 
     return limited
 
 
-class Guide(NamedTuple):
+class Guidance(NamedTuple):
     """How a sampling call is guided: with weight w where low < sigma / alpha <= high, away from `worse` if there is one."""
 
     w: float
@@ -79,9 +79,9 @@ def first_stage(model: Diffusion) -> Any:
     return getattr(model.codec, "pretrained_from", None)
 
 
-def guide(
+def resolve_guidance(
     model: Diffusion, cond: Batch, w: float | None, interval: Sequence[float | None] | None, worse: Diffusion | None
-) -> Guide:
+) -> Guidance:
     """The guidance of a call that is told `cond`, with the model's own weight where w is None; None for an end is none.
 
     Raises UserError for guidance that cannot be, or what is said of guidance where there is none.
@@ -110,24 +110,26 @@ def guide(
             "autoguidance= at guidance=0 is the worse model alone: give guidance= above 1, or sample from that"
         )
     if interval is None:
-        return Guide(w, worse=worse)
+        return Guidance(w, worse=worse)
     low, high = interval
     low, high = low or 0.0, math.inf if high is None else high
     if not low < high:
         raise UserError(f"guidance_interval={list(interval)} must be [low,high] of sigma / alpha with low below high")
     if worse is None and not model.null():
         raise UserError("guidance_interval= was given, but this model is unconditional: leave guidance_interval= out")
-    return Guide(w, low, high, worse)
+    return Guidance(w, low, high, worse)
 
 
-def guided(model: Diffusion, cond: Batch, n: int, guide: Guide) -> Denoiser:
+def guided_denoiser(model: Diffusion, cond: Batch, n: int, guide: Guidance) -> Denoiser:
     """The model with its guidance, each model told by itself what n samples are."""
-    condition, (w, low, high, worse) = model.condition(cond, n), guide
+    condition, (w, low, high, worse) = model.encode_conditions(cond, n), guide
     if worse is not None:
-        led = autoguidance(plain(model, condition), plain(worse, worse.condition(cond, n)), w)
+        led = autoguidance(
+            conditional_denoiser(model, condition), conditional_denoiser(worse, worse.encode_conditions(cond, n)), w
+        )
     elif condition.null:
-        led = classifier_free(model, condition, w)
+        led = classifier_free_guidance(model, condition, w)
     else:
-        return plain(model, condition)
+        return conditional_denoiser(model, condition)
     everywhere = (low, high) == (0, math.inf)
-    return led if everywhere else interval(led, plain(model, condition), model.path, low, high)
+    return led if everywhere else limit_to_interval(led, conditional_denoiser(model, condition), model.path, low, high)

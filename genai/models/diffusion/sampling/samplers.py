@@ -7,23 +7,23 @@ import torch
 from torch import Tensor
 
 from genai.core import rng
-from genai.core.cuda_graph import captured, say, with_room
+from genai.core.cuda_graph import find_graph, retry_without_graphs, warn_no_graph
 from genai.core.errors import UserError
-from genai.core.precision import wide
+from genai.core.precision import upcast
 from genai.core.protocols import Batch, Denoiser, OnStep, Prediction, for_models
-from genai.kernels.affine_step import Impl, affine_step, prefer
+from genai.kernels.affine_step import Impl, affine_step, choose_impl
 from genai.models.diffusion.base import Diffusion
-from genai.models.diffusion.process.paths import Level, Spacing
+from genai.models.diffusion.process.paths import Marginal, Spacing
 from genai.models.diffusion.sampling import guidance as guides
 from genai.models.diffusion.sampling import tables
-from genai.models.diffusion.sampling.tables import Solver, Table, levels, remaining
+from genai.models.diffusion.sampling.tables import Solver, Table, discretize, start_at_strength
 
-STEPS = 1000  # of all steps where the path's time is continuous, as many as DDPM's
-FILM = 2**25  # numbers of the frames of one call
-LEAST = 0.002  # sigma / alpha where inversion starts on a path that ends in clean data, that of EDM
+CONTINUOUS_STEPS = 1000  # of all steps where the path's time is continuous, as many as DDPM's
+MAX_FRAME_NUMBERS = 2**25  # numbers of the frames of one call
+INVERSION_SIGMA = 0.002  # sigma / alpha where inversion starts on a path that ends in clean data, that of EDM
 
 
-def walk(
+def run_table(
     denoiser: Denoiser,
     table: Table,
     x: Tensor,
@@ -39,10 +39,10 @@ def walk(
     With `known` and `mask` (as x), what the mask covers is replaced after each step by known data as noisy as the state. The
     state is float32 or wider, whatever the denoiser answers in.
     """
-    x = wide(x)
+    x = upcast(x)
     known, mask = (None if t is None else t.to(x.dtype) for t in (known, mask))
     noisy = any(row.s for row in table.rows)
-    impl = prefer(x, len(table.rows), noisy or mask is not None) if impl == "auto" else impl
+    impl = choose_impl(x, len(table.rows), noisy or mask is not None) if impl == "auto" else impl
     x_base = x0_prev = None
     for k, (t, row) in enumerate(zip(table.times, table.rows, strict=True)):
         keep = k + 1 < len(table.rows) and table.rows[k + 1].c != 0
@@ -56,11 +56,11 @@ def walk(
         )  # fmt: skip
         x_base, x0_prev, x = x, x0, x_new
         if on_step is not None:
-            on_step(k, len(table.rows), {"x": ordinary(x)})
+            on_step(k, len(table.rows), {"x": leave_inference_mode(x)})
     return x
 
 
-def ordinary(x: Tensor) -> Tensor:
+def leave_inference_mode(x: Tensor) -> Tensor:
     """x, or a copy where inference mode made it, which may be used where gradients are computed."""
     with torch.inference_mode(False):
         return x.clone() if x.is_inference() else x
@@ -95,10 +95,10 @@ def sample(
     """Noise by seed, or an image and noise, carried along the path to data by any solver.
 
     Args:
-        cond: what `Diffusion.condition` takes; of n samples each.
+        cond: what `Diffusion.encode_conditions` takes; of n samples each.
         solver: see `tables`.
         steps: of the solver; None for all of a discrete path, 1,000 of another.
-        spacing, rho, shift, sigma_min, sigma_max: of the levels it visits, see `tables.levels`; spacing None is the path's own.
+        spacing, rho, shift, sigma_min, sigma_max: of the discretization, see `tables.discretize`; spacing None is the path's own.
         guidance: weight of classifier-free guidance, or of autoguidance; None is the model's own, 1 none, 0 unconditional.
         guidance_interval: (low, high) of sigma / alpha within which there is guidance; None for an end is none.
         autoguidance: the worse model that guidance leads away from, instead of from no condition.
@@ -116,11 +116,11 @@ def sample(
     """
     n, path = len(seeds), model.path
     if steps is None:
-        steps = int(path.t_max) + 1 if path.discrete else STEPS
-    visited = levels(path, steps, spacing or path.spacing, rho, shift, sigma_min, sigma_max)
+        steps = int(path.t_max) + 1 if path.discrete else CONTINUOUS_STEPS
+    visited = discretize(path, steps, spacing or path.spacing, rho, shift, sigma_min, sigma_max)
     _check_image(model, n, image, strength, mask, invert)
-    guide = guides.guide(model, cond or {}, guidance, guidance_interval, autoguidance)
-    visited = visited if strength is None else remaining(path, visited, strength)
+    guide = guides.resolve_guidance(model, cond or {}, guidance, guidance_interval, autoguidance)
+    visited = visited if strength is None else start_at_strength(path, visited, strength)
     table = solver(path, visited)
     if invert and any(row.s for row in table.rows):
         raise UserError(
@@ -131,42 +131,42 @@ def sample(
     x = table.start.sigma * rng.normal(inputs["seeds"], model.shape, stream=rng.INITIAL).to(model.dtype)
     if image is not None:
         image = image.to(model.device, model.dtype)
-        known = model.clean({model.field: image}).to(model.dtype)
-        x = _inverted(model, visited, known) if invert else x + table.start.alpha * known
+        known = model.encode_data({model.field: image}).to(model.dtype)
+        x = _invert(model, visited, known) if invert else x + table.start.alpha * known
         if mask is not None:
             mask = mask.to(image).expand_as(image)
-            inputs |= {"known": known, "mask": mask if model.latent is None else model.latent.shrunk(mask)}
+            inputs |= {"known": known, "mask": mask if model.latent is None else model.latent.downsample_mask(mask)}
     inputs["x"] = x
 
     def trajectory(inputs: Batch, on_step: OnStep | None = None, watch: bool = False) -> Tensor:
         cond, (x, seeds) = {name: inputs[name] for name in told}, (inputs["x"], inputs["seeds"])
-        denoise = guides.guided(model, cond, n, guide)
-        denoise = _watched(denoise, len(table.rows)) if watch else denoise
-        return walk(denoise, table, x, seeds, on_step, model.clip, inputs.get("known"), inputs.get("mask"), impl)
+        denoise = guides.guided_denoiser(model, cond, n, guide)
+        denoise = _check_outputs(denoise, len(table.rows)) if watch else denoise
+        return run_table(denoise, table, x, seeds, on_step, model.clip, inputs.get("known"), inputs.get("mask"), impl)
 
-    film = _Film(table, x, on_step) if frames else None
+    film = _Frames(table, x, on_step) if frames else None
     on_step = film or on_step
     graph = None
-    if _graphed(cuda_graph, model, autoguidance, on_step):
+    if _uses_graph(cuda_graph, model, autoguidance, on_step):
         half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         kind = table.start, tuple(table.times), tuple(table.rows), guide, model.clip, impl, half
-        graph = captured(model, kind, trajectory, inputs)
+        graph = find_graph(model, kind, trajectory, inputs)
     if graph is None:
-        out = with_room(model, lambda: trajectory(inputs, on_step))
+        out = retry_without_graphs(model, lambda: trajectory(inputs, on_step))
     else:
         out = graph(inputs)
         if on_step is not None:
-            on_step(len(table.rows) - 1, len(table.rows), {"x": ordinary(out)})
+            on_step(len(table.rows) - 1, len(table.rows), {"x": leave_inference_mode(out)})
     if not out.isfinite().all():  # the same again, with the host looking at every step
         trajectory(inputs, watch=True)
         raise UserError(
             "samples are not finite, though the network's outputs are: its numbers are too large, sample with clip"
         )
-    out = model.shown(out)
+    out = model.decode_data(out)
     if mask is not None and image is not None and model.latent is not None:
         out = torch.lerp(out, image, mask)  # what goes through a first stage is not quite what it was
-    batch = {model.field: ordinary(out)}
-    return batch if film is None else {**batch, "frames": film.shown(model)}
+    batch = {model.field: leave_inference_mode(out)}
+    return batch if film is None else {**batch, "frames": film.decode(model)}
 
 
 def _check_image(
@@ -199,27 +199,27 @@ def _check_image(
         )
 
 
-def _inverted(model: Diffusion, visited: Sequence[Level], x: Tensor) -> Tensor:
+def _invert(model: Diffusion, visited: Sequence[Marginal], x: Tensor) -> Tensor:
     """The state at the first level that the ODE leads from to x, by the midpoint method up the levels, two network calls each.
 
     The data count as the state at the path's least noisy level, and the noisiest is never asked about, where eps says nothing.
     """
     path = model.path
-    low = path.level(path.t_min) if path.level(path.t_min).sigma else path.level_of(LEAST)
+    low = path.marginal(path.t_min) if path.marginal(path.t_min).sigma else path.marginal_of_ratio(INVERSION_SIGMA)
     up = [*([low] if low.ratio < visited[-2].ratio else []), *visited[-2::-1]]
     if len(up) < 2:
         raise UserError("invert=true needs at least two levels to go up: give more sampler.steps")
-    denoise = guides.plain(model, model.condition(None, len(x)))
+    denoise = guides.conditional_denoiser(model, model.encode_conditions(None, len(x)))
     seeds = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    return walk(denoise, tables.midpoint(path, up), x, seeds, clip=model.clip)
+    return run_table(denoise, tables.midpoint(path, up), x, seeds, clip=model.clip)
 
 
-class _Film:
+class _Frames:
     """An on_step that keeps the states of the first samples."""
 
     def __init__(self, table: Table, x: Tensor, on_step: OnStep | None):
         self.table, self.on_step, numbers = table, on_step, x[0].numel() * (len(table.rows) + 1)
-        self.n = max(min(len(x), FILM // numbers), 1)
+        self.n = max(min(len(x), MAX_FRAME_NUMBERS // numbers), 1)
         self.states = [x[: self.n] / (table.start.alpha + table.start.sigma)]
 
     def __call__(self, i: int, n: int, state: Batch) -> None:
@@ -228,25 +228,25 @@ class _Film:
         if self.on_step is not None:
             self.on_step(i, n, state)
 
-    def shown(self, model: Diffusion) -> Tensor:
-        return ordinary(torch.stack([model.shown(x) for x in self.states], 1))
+    def decode(self, model: Diffusion) -> Tensor:
+        return leave_inference_mode(torch.stack([model.decode_data(x) for x in self.states], 1))
 
 
-def _graphed(asked: bool | None, model: Diffusion, worse: Diffusion | None, on_step: OnStep | None) -> bool:
+def _uses_graph(asked: bool | None, model: Diffusion, worse: Diffusion | None, on_step: OnStep | None) -> bool:
     """Whether a trajectory may become a CUDA graph; what keeps one that was asked for from it is said."""
     reason = None
     if model.device.type != "cuda":
         reason = f"the model is on {model.device}"
-    elif isinstance(on_step, _Film):
+    elif isinstance(on_step, _Frames):
         reason = "frames=true shows every step"
     elif worse is not None or model.training:
         reason = "autoguidance calls two models" if worse is not None else "the model is in training mode"
     if asked and reason:
-        say(reason)
+        warn_no_graph(reason)
     return reason is None and (getattr(on_step, "counts_only", on_step is None) if asked is None else asked)
 
 
-def _watched(denoiser: Denoiser, steps: int) -> Denoiser:
+def _check_outputs(denoiser: Denoiser, steps: int) -> Denoiser:
     """Raises UserError that names the first step at which the network's output is not finite."""
     calls = itertools.count()
 

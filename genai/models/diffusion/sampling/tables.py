@@ -15,7 +15,7 @@ from typing import Literal
 
 from genai.core.errors import UserError, number
 from genai.kernels.affine_step import Row
-from genai.models.diffusion.process.paths import CLEAN, Level, Path, Spacing
+from genai.models.diffusion.process.paths import CLEAN, Marginal, Path, Spacing
 
 Space = Literal["sigma", "flow"]
 
@@ -27,19 +27,19 @@ class Table:
     x0_prev of a row is the x0 of the row before it, x_base the state before that row.
     """
 
-    start: Level
+    start: Marginal
     times: list[float]
     rows: list[Row]
 
 
-Solver = Callable[[Path, Sequence[Level]], Table]
+Solver = Callable[[Path, Sequence[Marginal]], Table]
 """How to step from each of the levels to the next."""
 
 
 # Which levels to visit
 
 
-def levels(
+def discretize(
     path: Path,
     steps: int,
     spacing: Spacing = "trailing",
@@ -47,7 +47,7 @@ def levels(
     shift: float = 1.0,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
-) -> list[Level]:
+) -> list[Marginal]:
     """`steps` levels from much noise to little, and clean data.
 
     trailing (from t_max down in equal strides), leading (equal strides up from t_min) and linspace (both ends) are spaced in
@@ -84,7 +84,7 @@ def levels(
             ratios = [(first + f * (last - first)) ** rho for f in fractions]
         else:
             ratios = [high.ratio * (low.ratio / high.ratio) ** f for f in fractions]
-        visited = [high, *(path.level_of(ratio) for ratio in ratios[1:])]
+        visited = [high, *(path.marginal_of_ratio(ratio) for ratio in ratios[1:])]
     else:
         span = high.t - low.t
         if path.discrete and sigma_min is sigma_max is None:
@@ -101,63 +101,65 @@ def levels(
             }
         if spacing not in times:
             raise UserError(f"sampler.spacing={spacing!r} is none of trailing, leading, linspace, karras, log_snr")
-        visited = [high, *(path.level(t) for t in times[spacing][1:])]
+        visited = [high, *(path.marginal(t) for t in times[spacing][1:])]
     if number(shift, "sampler.shift", 0, open_low=True) != 1:
-        visited = [high, *(_shifted(path, level, low, high, shift) for level in visited[1:])]
+        visited = [high, *(_shift(path, level, low, high, shift) for level in visited[1:])]
     return [*visited, CLEAN]
 
 
-def _ends(path: Path, sigma_min: float | None, sigma_max: float | None) -> tuple[Level, Level]:
+def _ends(path: Path, sigma_min: float | None, sigma_max: float | None) -> tuple[Marginal, Marginal]:
     """The least and the most noisy level. Raises UserError for one that lies outside of the path."""
-    low, high = path.level(path.t_min), path.level(path.t_max)
+    low, high = path.marginal(path.t_min), path.marginal(path.t_max)
     least, most = low.ratio, high.ratio
     trained = f"this model knows sigma / alpha from {least:g} to {most:g}"
     if sigma_max is not None:
         if not least < number(sigma_max, "sampler.sigma_max", 0, open_low=True) <= most * (1 + 1e-9):
             raise UserError(f"sampler.sigma_max={sigma_max} is out of range: {trained}")
-        high = path.level_of(min(sigma_max, most))
+        high = path.marginal_of_ratio(min(sigma_max, most))
     if sigma_min is not None:
         if not least * (1 - 1e-9) <= number(sigma_min, "sampler.sigma_min", 0, open_low=True) < high.ratio:
             below = "" if sigma_max is None else f", and it must lie below sampler.sigma_max={sigma_max}"
             raise UserError(f"sampler.sigma_min={sigma_min} is out of range: {trained}{below}")
-        low = path.level_of(max(sigma_min, least))
+        low = path.marginal_of_ratio(max(sigma_min, least))
     return low, high
 
 
-def _shifted(path: Path, level: Level, low: Level, high: Level, shift: float) -> Level:
+def _shift(path: Path, level: Marginal, low: Marginal, high: Marginal, shift: float) -> Marginal:
     """u' = s u / (1 + (s - 1) u) with u = sigma / (alpha + sigma) from 0 at the least noisy level to 1 at the noisiest."""
-    first, last = low.share, high.share
-    u = (level.share - first) / (last - first)
+    first, last = low.noise_fraction, high.noise_fraction
+    u = (level.noise_fraction - first) / (last - first)
     u = first + (last - first) * shift * u / (1 + (shift - 1) * u)
-    return path.level_of(u / (1 - u))
+    return path.marginal_of_ratio(u / (1 - u))
 
 
-def remaining(path: Path, levels: Sequence[Level], share: float) -> list[Level]:
+def start_at_strength(path: Path, levels: Sequence[Marginal], share: float) -> list[Marginal]:
     """The levels from the one whose sigma / (alpha + sigma) is `share` on, which takes the place of the nearest; all of them
     where none has that much noise.
 
     Raises UserError for less noise than the path has.
     """
     number(share, "strength", 0, 1, open_low=True)
-    if share >= levels[0].share:
+    if share >= levels[0].noise_fraction:
         return list(levels)
-    ratio, least = share / (1 - share), path.level(path.t_min)
+    ratio, least = share / (1 - share), path.marginal(path.t_min)
     if ratio < least.ratio:
-        raise UserError(f"strength={share} must be at least {least.share:g}, the least noise that this model knows")
+        raise UserError(
+            f"strength={share} must be at least {least.noise_fraction:g}, the least noise that this model knows"
+        )
     nearest = min(range(len(levels) - 1), key=lambda k: abs(math.log(levels[k].ratio / ratio)))
-    return [path.level_of(ratio), *levels[nearest + 1 :]]
+    return [path.marginal_of_ratio(ratio), *levels[nearest + 1 :]]
 
 
 # How to step between them
 
 
-def _table(levels: Sequence[Level], steps: Sequence[tuple[Level, Level, Row]]) -> Table:
+def _table(levels: Sequence[Marginal], steps: Sequence[tuple[Marginal, Marginal, Row]]) -> Table:
     """From (level the network sees, level reached, row) of each step."""
     rows = [row._replace(alpha=to.alpha, sigma=to.sigma) for _, to, row in steps]
     return Table(levels[0], [seen.t for seen, _, _ in steps], rows)
 
 
-def euler_row(t: Level, s: Level, eta: float = 0.0) -> Row:
+def euler_row(t: Marginal, s: Marginal, eta: float = 0.0) -> Row:
     """x_s = alpha_s x0 + sqrt(sigma_s^2 - std^2) eps + std z, eps re-derived from x and the clipped x0 (DDIM, Song et al.
     2021, eq. 12 and 16; there alpha^2 is alpha)."""
     if not eta:
@@ -168,14 +170,14 @@ def euler_row(t: Level, s: Level, eta: float = 0.0) -> Row:
     return Row(a=a, b=s.alpha - a * t.alpha, s=eta * s.sigma * max(1 - r**2, 0.0) ** 0.5)
 
 
-def ddim(path: Path, levels: Sequence[Level], *, eta: float = 0.0) -> Table:
+def ddim(path: Path, levels: Sequence[Marginal], *, eta: float = 0.0) -> Table:
     """One first-order step between neighbours; eta = 0 is deterministic, eta = 1 has DDPM's variance."""
     if not 0 <= eta <= 1:
         raise UserError(f"sampler.solver.eta={eta} must be between 0 (deterministic) and 1 (as noisy as DDPM)")
     return _table(levels, [(t, s, euler_row(t, s, eta)) for t, s in itertools.pairwise(levels)])
 
 
-def ddpm(path: Path, levels: Sequence[Level], *, variance: str = "small") -> Table:
+def ddpm(path: Path, levels: Sequence[Marginal], *, variance: str = "small") -> Table:
     """Ancestral steps from q(x_s | x_t, x0) (DDPM, Ho et al. 2020, eq. 6 and 7, with alpha_t / alpha_s for a longer step).
 
     variance: "small" is the posterior's own (beta tilde), "large" is beta. The last step adds no noise.
@@ -191,13 +193,13 @@ def ddpm(path: Path, levels: Sequence[Level], *, variance: str = "small") -> Tab
     return _table(levels, steps)
 
 
-def _coordinate(level: Level, space: Space) -> tuple[float, float]:
+def _coordinate(level: Marginal, space: Space) -> tuple[float, float]:
     """(u, m): x / m has noise u there."""
     m = level.alpha if space == "sigma" else level.alpha + level.sigma
     return level.sigma / m if m else math.inf, m
 
 
-def _checked(levels: Sequence[Level], space: Space) -> None:
+def _check_space(levels: Sequence[Marginal], space: Space) -> None:
     if space not in ("sigma", "flow"):
         raise UserError(f"sampler.solver.space={space!r} is none of sigma, flow")
     if not all(_coordinate(level, space)[1] for level in levels):
@@ -206,14 +208,14 @@ def _checked(levels: Sequence[Level], space: Space) -> None:
         )
 
 
-def heun(path: Path, levels: Sequence[Level], *, space: Space | None = "flow") -> Table:
+def heun(path: Path, levels: Sequence[Marginal], *, space: Space | None = "flow") -> Table:
     """An Euler step, then the mean of the slopes at its two ends (Karras et al. 2022, algorithm 1); the slope is
     (x / m - x0) / u in either coordinate. Where sigma reaches 0 the Euler step stands.
 
     space: None for sigma where alpha is 1, as in the paper, else flow.
     """
     space = space or ("sigma" if all(level.alpha == 1 for level in levels) else "flow")
-    _checked(levels, space)
+    _check_space(levels, space)
     steps = []
     for t, s in itertools.pairwise(levels):
         (u, m), (u_s, m_s) = _coordinate(t, space), _coordinate(s, space)
@@ -225,14 +227,14 @@ def heun(path: Path, levels: Sequence[Level], *, space: Space | None = "flow") -
     return _table(levels, steps)
 
 
-def midpoint(path: Path, levels: Sequence[Level], *, space: Space = "flow") -> Table:
+def midpoint(path: Path, levels: Sequence[Marginal], *, space: Space = "flow") -> Table:
     """The whole step with the slope half-way, reached by an Euler step."""
-    _checked(levels, space)
+    _check_space(levels, space)
     steps = []
     for t, s in itertools.pairwise(levels):
         (u, m), (u_s, m_s) = _coordinate(t, space), _coordinate(s, space)
         middle = (u + u_s) / 2
-        half = path.level_of(middle if space == "sigma" else middle / (1 - middle))
+        half = path.marginal_of_ratio(middle if space == "sigma" else middle / (1 - middle))
         _, m_half = _coordinate(half, space)
         slope = (u_s - u) / middle
         steps.append((t, half, euler_row(t, half)))
@@ -240,7 +242,7 @@ def midpoint(path: Path, levels: Sequence[Level], *, space: Space = "flow") -> T
     return _table(levels, steps)
 
 
-def dpmpp_2m(path: Path, levels: Sequence[Level], *, eta: float = 0.0) -> Table:
+def dpmpp_2m(path: Path, levels: Sequence[Marginal], *, eta: float = 0.0) -> Table:
     """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2): exponential integrator in h = log SNR / 2, x0 extrapolated from the last
     two. eta = 1 solves the SDE (their appendix on SDE solvers, the midpoint variant). The first step and the last
     are of first order."""

@@ -15,8 +15,8 @@ from genai.modalities.image import Image
 from genai.modalities.stored import nodes_of
 from genai.train.callbacks import Evaluate, File, Save
 from genai.train.ema import EMA
-from genai.train.lit import Player
-from genai.train.lit_adversarial import LitAdversarial, still
+from genai.train.lit import ParameterGroup
+from genai.train.lit_adversarial import LitAdversarial, frozen
 from genai.train.optim import adamw
 from genai.train.record import Record
 from tests.conftest import CONFIG
@@ -208,7 +208,7 @@ import functools, sys, torch, lightning as L
 sys.path.insert(0, {root!r})
 torch.set_num_threads(1)
 from pathlib import Path
-from tests.train.test_game import Game, LitAdversarial, EMA, Record, adamw, data
+from tests.train.test_lit_adversarial import Game, LitAdversarial, EMA, Record, adamw, data
 devices, batch, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 folder.mkdir(exist_ok=True)
 optim = functools.partial(adamw, lr=0.02, betas=(0.0, 0.9))
@@ -230,7 +230,7 @@ def test_two_ranks_equal_one_with_the_doubled_batch(tmp_path):
 
 def test_what_is_frozen_for_an_update_learns_again_after_a_loss_that_raises():
     net = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="of the loss"), still(Player(net.named_parameters(), "")):
+    with pytest.raises(ValueError, match="of the loss"), frozen(ParameterGroup(net.named_parameters(), "")):
         assert not any(p.requires_grad for p in net.parameters())
         raise ValueError("of the loss")
     assert all(p.requires_grad for p in net.parameters())
