@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from genai import cli
+from genai.cli import compose as composing
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job, whose children would inherit it
@@ -146,22 +146,22 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session", autouse=True)
 def composed_once():
     """Let Hydra merge the project's own files once for the same choices of groups; every test has a copy of its own."""
-    made, compose = {}, cli.compose
+    made, compose = {}, composing.compose
 
     def cached(name, choices, **given):
         if any("hydra.searchpath" in choice for choice in choices):  # a user's own files
             return compose(name, choices, **given)
         loader: Any = GlobalHydra.instance().hydra.config_loader  # type: ignore[union-attr]
-        key = (cli.conf_dir(), name, *choices)
+        key = (composing.conf_dir(), name, *choices)
         if key not in made:
             made[key] = compose(name, choices, **given), loader.changed
         cfg, changed = made[key]
         loader.changed = dict(changed)
         return copy.deepcopy(cfg)
 
-    cli.compose = cached
+    composing.compose = cached
     yield
-    cli.compose = compose
+    composing.compose = compose
 
 
 @pytest.fixture

@@ -1,0 +1,195 @@
+"""Composing a config: groups first, then values, checked."""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import IConfigRepository
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.default_element import ResultDefault
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from genai import nodes
+from genai.cli.errors import nearest
+from genai.cli.overrides import PATHS, check_empty, parsed_override, quoted
+from genai.cli.values import apply_all, keys
+from genai.core.errors import UserError
+from genai.ranges import check as ranges
+
+Prepare = Callable[[DictConfig, list[Override]], list[Override]]
+
+
+def conf_dir() -> str:
+    """The folder of the configs: inside the package when installed as a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    return str(next(c for c in (package / "conf", package.parent / "conf") if c.is_dir()))
+
+
+def config_folders(config_dir: str | None) -> list[Path]:
+    """Where configs are: the project's folder and the user's own."""
+    return [Path(folder).absolute() for folder in (conf_dir(), config_dir) if folder]
+
+
+def choices_of(group: str, folders: Iterable[Path]) -> list[str]:
+    """The names of a group's files; none if there is no such group."""
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+
+
+def defaults_of(name: str) -> dict[str, str | None]:
+    """The groups of config `name` and what is chosen in each where the command line chooses nothing."""
+    own: Any = OmegaConf.load(Path(conf_dir()) / f"{name}.yaml")
+    nodes = [node for node in own.defaults if OmegaConf.is_dict(node)]
+    return {str(group): choice for node in nodes for group, choice in node.items()}
+
+
+def name_run(cfg: DictConfig, choices: Any) -> None:
+    """A run without a name is called after its experiment, or its model and data."""
+    if "name" in cfg and cfg.name is None:
+        cfg.name = choices.experiment if choices.get("experiment") else f"{choices.model}_{choices.data}"
+
+
+def composed(
+    name: str,
+    overrides: Sequence[str],
+    prepare: Prepare | None = None,
+    sweep: bool = False,
+    config_dir: str | None = None,
+) -> DictConfig:
+    """Compose config `name`: groups first, then `prepare(cfg, overrides)`, then every value override, checked.
+
+    `prepare` may change cfg and returns the overrides that remain; `config_dir` is a folder of the user's own configs.
+    Raises UserError for a key, a choice or a type that does not exist, with what comes nearest.
+    """
+    folders = config_folders(config_dir)
+    overrides = [quoted(override, sweep) for override in overrides]
+    search = [f"hydra.searchpath=[file://{folder}]" for folder in folders[1:]]
+    try:
+        parsed = [parsed_override(override) for override in overrides]
+        GlobalHydra.instance().clear()
+        for o in parsed:
+            check_empty(o)
+        groups, values = _split(parsed, folders, sweep, name)
+        with initialize_config_dir(conf_dir(), version_base="1.3", job_name=name):
+            lines = [*search, *(str(o.input_line) for o in groups)]
+            hydra: Any = GlobalHydra.instance().hydra
+            hydra.config_loader = loader = Loader(hydra.config_loader.config_search_path)
+            cfg = compose(name, lines, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError("cannot compose the config: " + " ".join(str(error).split("\n")[:2])) from error
+    choices = cfg.hydra.runtime.choices
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    name_run(cfg, choices)
+    if prepare is not None:
+        values = [o for o in prepare(cfg, [*groups, *values]) if o not in groups]
+    before = set(keys(cfg))
+    apply_all(cfg, values, loader.changed)
+    _expand_metrics(cfg, folders[1:])
+    _expand_home(cfg)
+    try:
+        OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key} cannot be read: {str(error).splitlines()[0]}") from error
+    ranges.check(cfg, name, values, before)
+    return cfg
+
+
+class Loader(ConfigLoaderImpl):
+    """Hydra's composition, in which a file that gives a node another `_target_` replaces it: see `genai.nodes`.
+
+    `changed` holds the paths of those nodes.
+    """
+
+    def __init__(self, config_search_path: ConfigSearchPath):
+        super().__init__(config_search_path)
+        self.changed: dict[str, None] = {}
+
+    def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: IConfigRepository) -> DictConfig:
+        cfg = OmegaConf.create()
+        for default in defaults:
+            part: Any = self._load_single_config(default, repo).config
+            own = OmegaConf.select(part, default.package or "") if default.package else part
+            if not str(default.config_path).startswith("hydra/"):
+                own.pop("defaults", None)
+                self.changed |= dict.fromkeys(nodes.drop_stale_keys(cfg, part))
+            cfg.merge_with(part)
+        return cfg
+
+
+def _expand_home(cfg: DictConfig) -> None:
+    """Let ~ begin a path, wherever it was written."""
+    for key in list(keys(cfg)):
+        if key.rpartition(".")[2] in PATHS:
+            value = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
+            if isinstance(value, str) and value.startswith("~"):
+                OmegaConf.update(cfg, key, os.path.expanduser(value))
+
+
+def _expand_metrics(cfg: DictConfig, folders: Iterable[Path]) -> None:
+    """Give each name in metrics= that the user's own metrics.yaml has the node that it stands for, {name: node}."""
+    for path in (folder / "metrics.yaml" for folder in folders):
+        if not path.is_file():
+            continue
+        try:
+            own: Any = OmegaConf.to_container(OmegaConf.load(path))
+        except (OmegaConfBaseException, yaml.YAMLError, OSError) as error:
+            raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        if not isinstance(own, dict):
+            raise UserError(f"{path} must map names to nodes, brightness: {{_target_: my_lab.brightness.Brightness}}")
+        for key in [key for key in keys(cfg) if key.rpartition(".")[2] == "metrics"]:
+            value = OmegaConf.select(cfg, key)
+            names = [value] if isinstance(value, str) else value
+            if OmegaConf.is_list(names) or isinstance(names, list):
+                expanded = [{one: own[one]} if isinstance(one, str) and one in own else one for one in names]
+                OmegaConf.update(cfg, key, expanded)
+
+
+def _split(
+    parsed: Iterable[Override], folders: Sequence[Path], sweep: bool, name: str
+) -> tuple[list[Override], list[Override]]:
+    """Group choices and value overrides; those of Hydra itself and those swept over are left out.
+
+    Raises UserError for a choice that does not exist, none where there is a default, or several of them without -m.
+    """
+    groups, values = [], []
+    for override in parsed:
+        key = override.key_or_group
+        options = choices_of(key, folders)
+        if key.startswith(("hydra.", "hydra/")):
+            continue
+        if override.is_sweep_override():
+            if not sweep:
+                raise UserError(f"{override.input_line} names several values: add -m to run them all")
+        elif not options:
+            values.append(override)
+        else:
+            choice = override.value()
+            if choice is None and defaults_of(name).get(key) is None:
+                continue
+            if choice is None:
+                off = f"; {key}=none turns it off" if "none" in options else ""
+                raise UserError(f"{key}= cannot be left empty: choose one of {', '.join(options)}{off}")
+            if str(choice) not in options:
+                raise UserError(f"{key}={choice} is none of {', '.join(options)}{nearest(str(choice), options)}")
+            groups.append(override)
+    return groups, values
+
+
+def new_keys(name: str, overrides: Sequence[str], config_dir: str | None) -> Iterator[str]:
+    """The overrides of a sweep that are of a changed `_target_` alone, so that Hydra, which merges, would not know their keys."""
+    folders = config_folders(config_dir)
+    chosen = [o for o in overrides if (key := o.partition("=")[0]) in defaults_of(name) and choices_of(key, folders)]
+    known = set(keys(composed(name, chosen, sweep=True, config_dir=config_dir)))
+    for override in overrides:
+        key = override.partition("=")[0]
+        if re.fullmatch(r"\w+(\.\w+)+", key) and not key.startswith("hydra.") and key not in known:
+            yield override

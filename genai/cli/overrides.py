@@ -1,0 +1,82 @@
+"""Overrides as they are typed: key=value with the value quoted where Hydra's grammar would cut it, and parsed."""
+
+import re
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from genai.core.errors import UserError
+from genai.core.stored import RENAMED_OVERRIDES
+
+# Last parts of keys whose value is a path, and of those whose value is prose: both are taken as they were typed.
+PATHS = (
+    "run_dir", "resume", "init_from", "ckpt", "root", "path", "file", "out", "cache", "draft", "weights", "image", "mask",
+    "autoguidance",
+)  # fmt: skip
+PROMPTS = "prompt", "negative_prompt", "stop"  # where even ${ is text, for they are in no stored config
+PROSE = *PROMPTS, "label", "name", "project", "notes", "url"
+LISTS = "prompt", "negative_prompt", "label"
+
+
+def quoted(override: str, sweep: bool = False) -> str:
+    """A path or prose in quotes, so that its commas, spaces and brackets are no syntax; what has quotes of its own stays.
+
+    In a sweep a comma separates values, as of any key, and choice() and the like choose.
+    """
+    override = RENAMED_OVERRIDES.get(override, override)
+    key, _, value = override.partition("=")
+    last = key.lstrip("+").rpartition(".")[2]
+    if last not in PATHS + PROSE or value in ("", "null"):
+        return override
+    literally = last in PROMPTS
+    if last in LISTS and re.fullmatch(r"\[.*\]", value, re.DOTALL):
+        if last == "label":
+            value = f"[{','.join(quote(part.strip()) for part in _parts(value[1:-1]))}]"
+        return f"{key}={value}"
+    if not sweep:
+        return f"{key}={quote(value, literally)}"
+    if re.fullmatch(r"(choice|shuffle|sort|tag|glob)\(.*\)", value):
+        return override
+    return f"{key}={','.join(part if part == 'null' else quote(part, literally) for part in _parts(value))}"
+
+
+QUOTED = r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
+
+
+def _parts(value: str) -> list[str]:
+    """A value cut at the commas outside of quotes; of an empty one nothing."""
+    return re.findall(rf"(?:{QUOTED}|[^,])+", value, re.DOTALL)
+
+
+def quote(value: str, literally: bool = False) -> str:
+    """A string as Hydra's grammar writes it, `literally` with ${ as text; one that is in quotes already stays."""
+    if re.fullmatch(QUOTED, value, re.DOTALL):
+        return value
+    value = re.sub(
+        r'(\\*)("|\Z)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), value
+    )  # a backslash counts before a quote
+    if literally:
+        value = value.replace("${", "\\${")
+    return f'"{value}"'
+
+
+def parsed_override(override: str) -> Override:
+    """Raises UserError for what is no key=value."""
+    if not re.match(r"[^=]+=|~", override):
+        raise UserError(f"{override!r} is no key=value: write both, such as max_steps=100 (--help lists all keys)")
+    try:
+        return OverridesParser.create().parse_override(override)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(
+            f"{override!r} cannot be read: write key=value without spaces around =, and a value with characters other than "
+            "letters, digits and -_./ in quotes of its own, 'key=\"value\"'"
+        ) from error
+
+
+def check_empty(override: Override) -> None:
+    """Raise UserError for a path or a name that is empty, which would mean the folder one stands in."""
+    key = override.key_or_group
+    if override.value() == "" and key.rpartition(".")[2] in (*PATHS, "name"):
+        raise UserError(f"{key}= is empty: give a value, or null for the default")

@@ -1,0 +1,109 @@
+"""The config of a run that is resumed: its own, in which few keys may change."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from genai import nodes
+from genai.cli.stored import stored_config
+from genai.cli.values import flat
+from genai.core.errors import UserError
+from genai.core.stored import PRETRAINED
+
+PLAYERS = "optim", "discriminator_optim"
+SCHEDULE = {"decay_steps": None, "lr_min": 0.0, "schedule": "cosine", "cooldown": 0.2}  # with what old runs mean
+RESUMABLE = (
+    "max_steps",
+    "data.root",
+    "data.path",
+    "data.num_workers",
+    "codec.ckpt",
+    "codec.cache",
+    "trainer.accelerator",
+    "trainer.devices",
+    "logger",
+    "trust",
+    *(f"{player}.{key}" for player in PLAYERS for key in SCHEDULE),
+)
+PART_FILE = re.compile(r"model\..+\.ckpt")
+"""Where the file of a part lies, whose weights a run that goes on has in its own checkpoints."""
+
+
+def check_unchanged(config: Mapping[str, Any], stored: Mapping[str, Any], run: Path) -> None:
+    """Raise UserError that names every value of a run's config.yaml that is not the one its checkpoint was trained with."""
+    again: Any = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(dict(stored)))))
+    now, then = flat(config), flat(again)  # as YAML keeps it
+    free = {*RESUMABLE, *(f"loop.{key}" for key in RESUMABLE), "run_dir", "resume"}
+    changed = [
+        f"{key} is {now.get(key, 'not there')} and was {then.get(key, 'not there')}"
+        for key in {**then, **now}
+        if (key not in now or key not in then or repr(now[key]) != repr(then[key]))
+        and not any(f"{key}.".startswith(f"{name}.") for name in free)
+        and not PART_FILE.fullmatch(key)
+    ]
+    if changed:
+        raise UserError(
+            f"{run / 'config.yaml'} is not what this run was trained with: {'; '.join(changed)}; put the old values back, or "
+            f"train anew with init_from={run}"
+        )
+
+
+def resumed(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
+    """With resume=<run>, put that run's own config in the place of cfg; few keys may differ from it.
+
+    Raises UserError if there is no such run or another key is given.
+    """
+    given = {o.key_or_group: o for o in overrides}
+    resume = given["resume"].value() if "resume" in given else None
+    if resume is None:
+        return overrides
+    resume = os.path.expanduser(str(resume))
+    path = Path(resume) / "config.yaml"
+    if not os.path.isfile(path):
+        runs = sorted(Path(resume).glob("*/config.yaml")) if os.path.isdir(resume) else []
+        hint = f", did you mean resume={runs[-1].parent}?" if runs else ""
+        raise UserError(f"resume={resume} is no run directory: there is no {path}{hint}")
+    for key in given:
+        if key not in (*RESUMABLE, "resume") and not key.startswith("logger.") and not PART_FILE.fullmatch(key):
+            raise UserError(f"{key}= cannot change when a run is resumed, only {', '.join(RESUMABLE)} can")
+    stored: Any = OmegaConf.create(stored_config(path, RUN_GROUPS))
+    stored.trust = None  # what a run may build is for the user to say, each time
+    missing = [key for key in NEEDED if OmegaConf.select(stored, key) is None]
+    if missing:
+        raise UserError(f"{path} is no config of a run (it has no {', '.join(missing)}): bring the file back")
+    if "logger" in given:
+        stored.logger = cfg.logger
+    _completed(stored, given, cfg)
+    cfg.clear()
+    cfg.update(stored)
+    return overrides
+
+
+NEEDED = (  # values without which nothing goes on
+    "name", "max_steps", "seed", "debug", "accumulate", "log_every_steps",
+    "trainer.devices", "trainer.accelerator", "trainer.precision",
+)  # fmt: skip
+RUN_GROUPS = ("model", "data", "loop", "optim", "sampler", "trainer", "callbacks")
+
+
+def _completed(stored: DictConfig, given: Iterable[str], cfg: DictConfig) -> None:
+    """Add to a run's stored config the keys that are given now and that it is too old to have, as they were meant then."""
+    logger = stored.get("logger")
+    if logger is not None and cfg.logger is not None and logger._target_ == cfg.logger._target_:
+        for key in (key.removeprefix("logger.") for key in given if key.startswith("logger.")):
+            if key in cfg.logger:
+                logger.setdefault(key, cfg.logger[key])
+    first_stage = OmegaConf.select(stored, "model.latent.codec")
+    if "codec" in stored and nodes.target_of(first_stage) == PRETRAINED:  # where it is from was stored twice
+        first_stage.update({key: f"${{codec.{key}}}" for key in ("ckpt", "sha256") if key in stored.codec})
+    loop = stored.get("loop") or {}
+    for player, key in (key.split(".") for key in given if key in RESUMABLE and key.startswith(tuple(PLAYERS))):
+        if player in stored:
+            stored[player].setdefault(key, SCHEDULE[key])
+            if loop.get(player) is not None:  # it was stored twice
+                loop[player] = f"${{{player}}}"

@@ -1,0 +1,56 @@
+"""The sampler of a checkpoint in the config of `sample.py`."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from genai import nodes
+from genai.cli.errors import nearest
+from genai.cli.overrides import PATHS
+from genai.cli.stored import stored_config
+from genai.core.errors import UserError
+
+
+def with_sampler(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
+    """Put the run's own sampler into cfg unless sampler= chose one; bare names of its arguments become sampler.name.
+
+    Raises UserError for an argument that the sampler lacks.
+    """
+    given = {o.key_or_group: o for o in overrides}
+    if cfg.get("sampler") is None:
+        cfg.ckpt, stored = _stored_config(given["ckpt"].value() if "ckpt" in given else None)
+        theirs = {key: None if key in PATHS else value for key, value in stored["sampler"].items()}
+        cfg.sampler = OmegaConf.create(theirs)  # a file names no other files
+    node: Any = cfg.sampler
+    own = nodes.arguments(node)
+    remaining = []
+    for override in overrides:
+        key, (_, _, value) = override.key_or_group, str(override.input_line).partition("=")
+        name = key.removeprefix("sampler.")
+        bare = key == name and key not in cfg and not override.is_add()
+        if name in own and (bare or key != name):
+            (override,) = OverridesParser.create().parse_overrides([f"sampler.{own[name]}={value}"])
+        elif (key == "guidance" and name not in own) or (
+            key != name and name.removesuffix("._target_") not in own.values()
+        ):
+            raise UserError(
+                f"the sampler {nodes.name_of(node)} has no {name}; it has {', '.join(own)}{nearest(name, own)}"
+            )
+        remaining.append(override)
+    return remaining
+
+
+def _stored_config(ckpt: Any) -> tuple[str, dict[str, Any]]:
+    """The run or file that `ckpt` names and its config: a run directory's is read without torch, that of a checkpoint
+    file or of the newest run with it."""
+    ckpt = None if ckpt is None else os.path.expanduser(str(ckpt))
+    if ckpt is not None and os.path.isfile(path := Path(ckpt) / "config.yaml"):
+        return ckpt, stored_config(path)
+    from genai import checkpoint
+
+    content, found = checkpoint.locate(ckpt)
+    return str(found), content["config"]

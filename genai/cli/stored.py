@@ -1,0 +1,48 @@
+"""The config.yaml of a run, read without torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from genai.core.errors import UserError
+from genai.core.stored import up_to_date
+
+CONFIG_BYTES = 2**22
+
+
+def stored_config(path: Path, groups: Sequence[str] = ("model", "data", "sampler")) -> dict[str, Any]:
+    """The config.yaml of a run, which somebody else may have written, brought up to date by MOVED.
+
+    Raises UserError unless it can be read, holds plain values alone, and has these groups of keys.
+    """
+    try:
+        reason = "" if path.stat().st_size <= CONFIG_BYTES else f"it has more than {CONFIG_BYTES // 2**20} MiB"
+        text = "" if reason else path.read_text(encoding="utf-8")
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        if "${" in text or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
+            reason = "it has values that stand for others (${...} or *), which no run writes"
+        found: Any = {} if reason else up_to_date(OmegaConf.to_container(OmegaConf.create(text)))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        reason, found = " ".join(str(error).split())[:200], {}
+    if not reason and not (isinstance(found, dict) and found):
+        reason = "it holds no keys"
+    for group in groups if not reason else ():
+        node = found.get(group)
+        if not isinstance(node, dict):
+            reason = f"it has no {group}"
+        elif group in ("model", "data", "sampler") and not isinstance(node.get("_target_"), str):
+            reason = f"its {group} has no _target_"
+        if reason:
+            break
+    logger = found.get("logger") if not reason else None
+    if logger is not None and not (isinstance(logger, dict) and isinstance(logger.get("_target_"), str)):
+        reason = "its logger has no _target_"
+    if reason:
+        raise UserError(
+            f"{path} is no config of a run ({reason}): bring the file back, or name a checkpoint file below it with ckpt="
+        )
+    return found
