@@ -2,8 +2,10 @@
 
 import genai
 
-m = genai.load("runs/ddpm_digits/2026-01-01_12-00-00")
-batch = genai.sample(m, n=16, seed=0, label=7)
+run = genai.train(genai.compose(["model=ddpm", "data=digits", "max_steps=1200"]))
+loaded = genai.load(run)
+batch = genai.sample(loaded, n=16, seed=0, label=7)
+figures = genai.evaluate(loaded, metrics=["frechet"])
 """
 
 from __future__ import annotations
@@ -12,10 +14,27 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from omegaconf import DictConfig
+
     from genai.checkpoint import Loaded
     from genai.core.protocols import Batch
 
+    def train(cfg: DictConfig | Sequence[str]) -> Path:
+        """Train as a config says, and return the run directory; see `genai.train.Train`."""
+        ...
+else:
+    from genai import train as train
+
 __version__ = "0.1.0"
+
+
+def compose(overrides: Sequence[str] = (), config: str = "train", config_dir: str | None = None) -> DictConfig:
+    """The checked config of a command, `genai.compose(["model=edm", "max_steps=100"])`; see `genai.cli.door.compose`."""
+    from genai.cli.door import compose
+
+    return compose(overrides, config, config_dir)
 
 
 def load(
@@ -37,6 +56,13 @@ def sample(loaded: Loaded, n: int = 16, seed: int = 0, label: Any = None, **argu
     from genai import sampling
 
     return sampling.sample(loaded, n, seed, label, **arguments)
+
+
+def evaluate(loaded: Loaded, split: str = "test", metrics: Any = None, n: int | None = None, **settings: Any) -> dict:
+    """Figures of a loaded model on a split of its data, as `evaluate.py` measures them; see `genai.evaluation.door.evaluate`."""
+    from genai.evaluation.door import evaluate
+
+    return evaluate(loaded, split, metrics, n, **settings)
 
 
 def texts(loaded: Loaded, batch: Batch) -> list[str]:

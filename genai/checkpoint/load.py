@@ -33,6 +33,8 @@ class Loaded:
     trust: tuple[str, ...] = ()
     precision: str = "32-true"
     """Precision of the networks, one of `core.precision.PRECISIONS`."""
+    weights: str = "ema"
+    """Which of the checkpoint's weights these are, ema or raw."""
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +101,7 @@ def load(
     told = {name: build_modality(node, trust) for name, node in kinds["conditions"].items()}
     if wrong := [name for name, modality in told.items() if modality.field != name]:
         raise UserError(f"{path} is refused: it tells its model a {told[wrong[0]].field} by the name of {wrong[0]}")
-    return Loaded(model, content["config"], output, told, content["step"], path, trust, precision)
+    return Loaded(model, content["config"], output, told, content["step"], path, trust, precision, weights)
 
 
 def modalities(content: dict, model: Any = None) -> dict[str, Any]:

@@ -72,6 +72,7 @@ def composed(
     folders = config_folders(config_dir)
     overrides = [quoted(override, sweep) for override in overrides]
     search = [f"hydra.searchpath=[file://{folder}]" for folder in folders[1:]]
+    theirs = GlobalHydra.instance().hydra  # of a notebook or script that uses Hydra itself
     try:
         parsed = [parsed_override(override) for override in overrides]
         GlobalHydra.instance().clear()
@@ -85,6 +86,8 @@ def composed(
             cfg = compose(name, lines, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError("cannot compose the config: " + " ".join(str(error).split("\n")[:2])) from error
+    finally:
+        GlobalHydra.instance().hydra = theirs
     choices = cfg.hydra.runtime.choices
     OmegaConf.set_struct(cfg, False)
     del cfg["hydra"]

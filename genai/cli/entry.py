@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from genai.cli.compose import Prepare, choices_of, composed, conf_dir, config_folders, defaults_of, new_keys
 from genai.cli.errors import UNUSABLE, fail
-from genai.cli.overrides import quoted
+from genai.cli.overrides import quoted, refuse_hydra_keys
 from genai.core.errors import UserError
 from genai.core.interrupt import raise_on_signal
 
@@ -104,9 +104,7 @@ def check_flags(args: argparse.Namespace, name: str) -> None:
             "--experimental-rerun and --package are flags of Hydra that change nothing here: leave them out"
         )
     if not (args.multirun or args.cfg or args.info or args.hydra_help or args.shell_completion):
-        for override in args.overrides:
-            if re.match(r"[+~]*hydra[./]", override):
-                raise UserError(f"{override} changes nothing without -m: leave it out")
+        refuse_hydra_keys(args.overrides)
     if args.config_dir is not None and not Path(args.config_dir).is_dir():
         raise UserError(f"--config-dir {args.config_dir} is no folder: name the one with your own configs")
 

@@ -1,6 +1,7 @@
 """Overrides as they are typed: key=value with the value quoted where Hydra's grammar would cut it, and parsed."""
 
 import re
+from collections.abc import Iterable
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -80,3 +81,10 @@ def check_empty(override: Override) -> None:
     key = override.key_or_group
     if override.value() == "" and key.rpartition(".")[2] in (*PATHS, "name"):
         raise UserError(f"{key}= is empty: give a value, or null for the default")
+
+
+def refuse_hydra_keys(overrides: Iterable[str]) -> None:
+    """Raise UserError for a key of Hydra itself, which is read in a sweep alone."""
+    for override in overrides:
+        if re.match(r"[+~]*hydra[./]", override):
+            raise UserError(f"{override} changes nothing without -m: leave it out")

@@ -27,39 +27,49 @@ from genai.modalities.stored import difference, nodes_of
 WANDB = "genai.train.trackers.wandb"
 
 
+Entries = Sequence[str | Mapping[str, Any]]
+"""Metrics: names of conf/metrics.yaml, and {name: config node or metric}."""
+
+
 def run(cfg: Any) -> dict[str, Any]:
-    """`evaluate.py`: one JSON line of the pass over the split, also written beside the checkpoint, and one for each card, which
-    go to the run's `cards/`. Returns the facts of the pass, and `cards`."""
+    """`evaluate.py`: load and measure a checkpoint; prints a JSON line of the pass over the split and one for each card."""
     loaded = checkpoint.load(cfg.ckpt, cfg.weights, cfg.device, cfg.trust, cfg.precision, cfg.compile)
-    method: Any = None if cfg.get("likelihood") is None else OmegaConf.to_container(cfg.likelihood)
-    plan = Plan(
-        build_metrics(cfg.metrics), cfg.split, cfg.n, cfg.repeats, cfg.seed, cfg.batch_size,
-        build_typed(OmegaConf.to_container(cfg.extractor)), method, cfg.baselines,
-    )  # fmt: skip
-    with checkpoint.explain_errors(loaded):
-        facts, found = evaluate(loaded, data_of(loaded, cfg.root), plan)
+    metrics: Any = OmegaConf.to_container(cfg.metrics) if OmegaConf.is_config(cfg.metrics) else cfg.metrics
+    facts, found = measure(loaded, cfg, [metrics] if isinstance(metrics, str) else metrics)
     if facts:
-        facts |= {"seed": cfg.seed, "weights": cfg.weights, "step": loaded.step, "checkpoint": str(loaded.path)}
-        facts["rng_version"] = rng.RNG_VERSION
         print(json.dumps(facts))
-        kind = cfg.split if method is None else f"{cfg.split}.{method['_target_'].rpartition('.')[2]}"
-        out = loaded.path.with_suffix(f".{kind}.json")
-        files.write_text(out, json.dumps(facts, indent=2) + "\n", within=folder_of(loaded.path))
     short = "metric", "value", "low", "high", "floor", "beats_baseline", "memorised", "memorised_reason", "why"
-    for card in found if plan.metrics is not None else ():
+    for card in found if metrics is not None else ():
         print(json.dumps({key: card[key] for key in short if key in card}))
     return {**facts, "cards": found}
 
 
-def build_metrics(value: Any) -> list[str | dict[str, Metric]] | None:
-    """metrics= of the command line: a name, or a list of names and of {name: node}, with the nodes built; None as it is."""
-    if value is None:
-        return None
-    entries: Any = [value] if isinstance(value, str) else OmegaConf.to_container(value)
-    return [
-        entry if isinstance(entry, str) else {name: build_typed(node) for name, node in entry.items()}
-        for entry in entries
-    ]
+def measure(loaded: Loaded, cfg: Any, metrics: Entries | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the facts of the pass over the split and the cards of `metrics`, by the settings of conf/evaluate.yaml.
+
+    The facts are also written beside the checkpoint, and the cards to the run's `cards/`. Raises UserError for what cannot be
+    measured.
+    """
+    method: Any = None if cfg.get("likelihood") is None else OmegaConf.to_container(cfg.likelihood)
+    extractor = build_typed(OmegaConf.to_container(cfg.extractor))
+    built = None if metrics is None else [build_metrics(entry) for entry in metrics]
+    plan = Plan(built, cfg.split, cfg.n, cfg.repeats, cfg.seed, cfg.batch_size, extractor, method, cfg.baselines)
+    with checkpoint.explain_errors(loaded):
+        facts, found = evaluate(loaded, data_of(loaded, cfg.root), plan)
+    if facts:
+        facts |= {"seed": cfg.seed, "weights": loaded.weights, "step": loaded.step, "checkpoint": str(loaded.path)}
+        facts["rng_version"] = rng.RNG_VERSION
+        kind = cfg.split if method is None else f"{cfg.split}.{method['_target_'].rpartition('.')[2]}"
+        out = loaded.path.with_suffix(f".{kind}.json")
+        files.write_text(out, json.dumps(facts, indent=2) + "\n", within=folder_of(loaded.path))
+    return facts, found
+
+
+def build_metrics(entry: str | Mapping[str, Any]) -> str | dict[str, Metric]:
+    """Return an entry of metrics= with its config nodes built."""
+    if isinstance(entry, str):
+        return entry
+    return {name: build_typed(node) if isinstance(node, Mapping) else node for name, node in entry.items()}
 
 
 def tracked_run(found: Sequence[dict[str, Any]]) -> Path | None:

@@ -1,12 +1,15 @@
 """One training run, from a composed config to a run directory."""
 
 import contextlib
+import copy
 import functools
 import logging
 import os
+import signal
 import subprocess
 import time
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from genai import checkpoint
 from genai.checkpoint.build import DATA, MODELS, RUN, build_stored, build_typed, packages_of
 from genai.checkpoint.load import trusted_packages
 from genai.cli import check_unchanged
+from genai.cli.door import compose
 from genai.core import files, precision, rng
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Preparable
@@ -43,15 +47,36 @@ Known = tuple[Modality, dict[str, Modality]]
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true")  # fp16 would need its loss scaled
 
 
-def run(cfg: DictConfig) -> Path:
+def train(cfg: DictConfig | Sequence[str]) -> Path:
+    """Train from Python, see `genai.train.Train`."""
+    cfg = copy.deepcopy(cfg) if isinstance(cfg, DictConfig) else compose(cfg)
+    OmegaConf.set_struct(cfg, False)
+    if "max_steps" not in cfg:
+        raise UserError("this is not a config of training: compose it with genai.compose([...])")
+    ranges.check(cfg, "train")
+    try:
+        return run(cfg, command=False)
+    except SystemExit as stopped:
+        if stopped.code == 128 + signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise
+
+
+def run(cfg: DictConfig, command: bool = True) -> Path:
     """Train as `cfg` says; returns the run directory. Raises UserError for what the user can mend.
 
-    Everything is built before anything is written, and nobody else can write to that directory meanwhile.
+    Everything is built before anything is written, and nobody else can write to that directory meanwhile. `command` says that
+    this process is a command of its own, which more processes can be started from, as trainer.devices=2 needs.
     """
     at_least(cfg.trainer.devices, 1, "trainer.devices")
     ranks = launched(os.environ, cfg.trainer.devices)
+    if ranks.world > 1 and not ranks.launcher and not command:
+        raise UserError(
+            f"trainer.devices={cfg.trainer.devices} starts processes, which a call from Python cannot: use the command genai "
+            "train, or start this script by torchrun"
+        )
     cfg.trainer.devices = ranks.here
-    with ranks, contextlib.ExitStack() as held:
+    with _quiet(), ranks, contextlib.ExitStack() as held:
         return _run(cfg, ranks, held)
 
 
@@ -124,7 +149,6 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     if cfg.compile:
         for net in model.nets().values():
             net.compile()
-    _quiet()
     ranks.start(device.type == "cuda")
     stop = Stop()
     trainer = L.Trainer(
@@ -373,13 +397,21 @@ def _write(folder: Path, config: dict) -> None:
         pass  # no git here, nothing to describe
 
 
-def _quiet() -> None:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """Leave out what Lightning prints about itself; its warnings that concern a user stay."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for message in (
-        ".*does not have many workers.*",
-        ".*`isinstance.treespec, LeafSpec.*",
-        ".*exists and is not empty.*",
-        ".*in eval mode at the start of training.*",  # a first stage that is not trained
-    ):
-        warnings.filterwarnings("ignore", message)
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    with warnings.catch_warnings():
+        logger.setLevel(logging.ERROR)
+        for message in (
+            ".*does not have many workers.*",
+            ".*`isinstance.treespec, LeafSpec.*",
+            ".*exists and is not empty.*",
+            ".*in eval mode at the start of training.*",  # a first stage that is not trained
+        ):
+            warnings.filterwarnings("ignore", message)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
