@@ -121,7 +121,7 @@ class Optuna:
         try:
             self.optuna: Any = importlib.import_module("optuna")
         except ModuleNotFoundError as error:
-            raise UserError('sweep.search=optuna needs the package optuna: pip install "genai[sweeps]"') from error
+            raise UserError('sweep.search=optuna needs the package optuna: pip install "genai-lab[sweeps]"') from error
         for override in parsed:
             if override.is_sweep_override():
                 raise UserError(f"{override.input_line}: with sweep.search=optuna only sweep.over names several values")
