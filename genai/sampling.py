@@ -266,3 +266,7 @@ def bar() -> Iterator[OnStep]:
 
         on_step.counts_only = True  # type: ignore[attr-defined]
         yield on_step
+
+
+if __name__ == "__main__":
+    raise SystemExit("error: this module is no command: type genai sample, or python sample.py")

@@ -23,6 +23,8 @@ ROWS = [
     ["evaluation"],
     ["train"],
     ["compare", "sweeps", "__init__"],
+    ["commands"],
+    ["__main__", "baselines"],
 ]
 LEVEL = {room: i for i, row in enumerate(ROWS) for room in row}
 # Heavy packages and the only rooms that may import them anywhere.

@@ -53,7 +53,9 @@ def expand_folders(names: Sequence[str]) -> list[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m genai.compare", description="Finished runs side by side.")
+    """Run the command with sys.argv."""
+    prog = sys.argv[0] if sys.argv[0].startswith("genai ") else "python -m genai.compare"
+    parser = argparse.ArgumentParser(prog=prog, description="Finished runs side by side.")
     parser.error = lambda message: fail(UserError(f"{message} (--help lists all)"))  # type: ignore[method-assign]
     parser.add_argument("runs", nargs="+", help="run directories, or folders of them")
     parser.add_argument("--out", default="runs/compare", help="where report.html and report.csv go")

@@ -199,3 +199,7 @@ def data_of(loaded: Loaded, root: str | None) -> Data:
             f"the {what} of {loaded.path} is not that of its data now: give the data it was trained on with root="
         )
     return data
+
+
+if __name__ == "__main__":
+    raise SystemExit("error: this module is no command: type genai evaluate, or python evaluate.py")

@@ -18,7 +18,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
-from genai.cli import arguments, composed, fail, nearest, parsed_override, quoted, resumed
+from genai.cli import arguments, composed, conf_dir, fail, nearest, parsed_override, quoted, resumed
 from genai.core import files
 from genai.core.errors import UserError
 from genai.sweeps.comparison import Comparison
@@ -58,6 +58,12 @@ def register() -> None:
     if args.multirun and not (args.help or args.hydra_help or args.cfg or args.info):
         JournalSweeper.given = [o for o in args.overrides if not re.match(r"[+~]*hydra[./]", o)]
         sys.argv = [a for a in sys.argv if a not in JournalSweeper.given]
+
+
+def train_command() -> list[str]:
+    """Return the command line that starts one training: a checkout's train.py, or the command of an installed package."""
+    script = Path(conf_dir()).parent / "train.py"
+    return [sys.executable, *([str(script)] if script.is_file() else ["-P", "-m", "genai", "train"])]
 
 
 class JournalSweeper(Sweeper):
@@ -112,7 +118,7 @@ class JournalSweeper(Sweeper):
     def launch(self, folder: Path, metric: str | None, jobs: Sequence[Job]) -> None:
         """Run jobs through Hydra's launcher; what became of them stands in the journal."""
         own = ["--config-dir", str(Path(self.config_dir).absolute())] if self.config_dir else []
-        command = [sys.executable, str(Path(sys.argv[0]).absolute()), *own]
+        command = [*train_command(), *own]
         runner = Runner(folder, command, metric, {job.key: job for job in jobs})
         launcher = Plugins.instance().instantiate_launcher(self.context, runner, self.options)
         try:

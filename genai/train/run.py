@@ -415,3 +415,7 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
+
+
+if __name__ == "__main__":
+    raise SystemExit("error: this module is no command: type genai train, or python train.py")

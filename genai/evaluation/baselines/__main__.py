@@ -7,14 +7,19 @@ if __name__ == "__main__":
 
 from omegaconf import DictConfig
 
-from genai.cli import main
+from genai import cli
 
 
-def task(cfg: DictConfig) -> None:
-    from genai.evaluation.baselines.run import run
+def main() -> None:
+    """Run the command with sys.argv."""
 
-    run(cfg)
+    def task(cfg: DictConfig) -> None:
+        from genai.evaluation.baselines.run import run
+
+        run(cfg)
+
+    cli.main(task, "baselines")
 
 
 if __name__ == "__main__":
-    main(task, "baselines")
+    main()

@@ -1,0 +1,133 @@
+"""The commands train, sample, evaluate, compare and baselines, from the console (`genai train`) and from a checkout's scripts.
+
+Nothing here imports torch or Hydra before a command needs it, so that `genai --help` answers at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import genai
+from genai.core import interrupt
+
+HELP = """\
+Train, sample and measure generative models:  genai <command> [key=value ...]
+
+  genai train model=ddpm data=digits     train a model; the run goes to runs/
+  genai sample label=7                   sample from the newest run
+  genai evaluate metrics=[frechet]       measure the newest run
+  genai compare runs/                    compare finished runs in a table and a page
+  genai baselines data=digits            measure trivial models of a data set
+
+genai <command> --help lists every key of a command, genai --version prints the version.
+Completion of commands and keys:  eval "$(genai -sc install=bash)", or zsh; fish: genai -sc install=fish | source
+"""
+
+
+def main() -> None:
+    """Run the console command: the first argument names a command, the rest is its own."""
+    interrupt.exit_on_signal()  # before the imports, which take long
+    name, rest = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
+    if name in COMMANDS:
+        sys.argv = [f"genai {name}", *rest]
+        COMMANDS[name]()
+    elif name in ("", "-h", "--help"):
+        print(HELP, end="")
+        raise SystemExit(0 if name else 2)
+    elif name == "--version":
+        print(f"genai {genai.__version__}")
+    elif name in ("-sc", "--shell-completion"):
+        complete()
+    else:
+        from genai.cli import fail, nearest
+        from genai.core.errors import UserError
+
+        known = ", ".join(COMMANDS)
+        fail(UserError(f"{name} must be one of the commands {known}{nearest(name, COMMANDS)} (genai --help)"))
+
+
+def complete() -> None:
+    """Install Hydra's completion in a shell, or answer its query: for a command, or for the keys of the one that is typed."""
+    _, name, *rest = [*os.environ.get("COMP_LINE", "").split(" "), "", ""]
+    sys.argv[0] = "genai"
+    if not any(argument.startswith("query=") for argument in sys.argv):
+        train()
+    elif not any(rest[:-2]) and name not in COMMANDS:
+        print(*COMMANDS)
+    elif name in COMMANDS and name != "compare":  # whose arguments are folders, which the shell knows
+        os.environ["COMP_LINE"] = " ".join(["genai", *rest[:-2]])
+        COMMANDS[name]()
+
+
+def train() -> None:
+    """Train a model: `python train.py`, `genai train`."""
+    interrupt.exit_on_signal()
+    from genai import sweeps
+    from genai.cli import main
+
+    def task(cfg: Any) -> None:
+        from genai.train.run import run
+
+        sweeps.refuse_alone(cfg)
+        run(cfg)
+
+    sweeps.register()
+    main(task, "train", sweeps.prepare)
+
+
+def sample() -> None:
+    """Sample from a checkpoint: `python sample.py`, `genai sample`."""
+    interrupt.exit_on_signal()
+    from genai.cli import main, with_sampler
+
+    def task(cfg: Any) -> None:
+        from genai.sampling import run
+
+        run(cfg)
+
+    main(task, "sample", with_sampler)
+
+
+def evaluate() -> None:
+    """Measure a checkpoint: `python evaluate.py`, `genai evaluate`."""
+    interrupt.exit_on_signal()
+    from genai.cli import main
+
+    def task(cfg: Any) -> None:
+        from genai.evaluation.run import run, tracked
+
+        result = run(cfg)
+        folder = tracked(result["cards"]) if cfg.track else None
+        if folder is not None:
+            from genai.train.trackers import log_cards
+
+            log_cards(folder, result["cards"])
+
+    main(task, "evaluate")
+
+
+def compare() -> None:
+    """Compare finished runs: `genai compare`, `python -m genai.compare`."""
+    interrupt.exit_on_signal()
+    from genai.compare.__main__ import main
+
+    with interrupt.raise_on_signal():
+        main()
+
+
+def baselines() -> None:
+    """Measure trivial models of a data set: `genai baselines`, `python -m genai.evaluation.baselines`."""
+    interrupt.exit_on_signal()
+    from genai.evaluation.baselines.__main__ import main
+
+    main()
+
+
+COMMANDS: dict[str, Callable[[], None]] = {
+    "train": train,
+    "sample": sample,
+    "evaluate": evaluate,
+    "compare": compare,
+    "baselines": baselines,
+}
