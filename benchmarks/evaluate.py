@@ -1,12 +1,13 @@
-"""What the cards of 10,000 samples of MNIST's size cost, the samples themselves apart.
+"""Time and memory of the metrics of samples.
 
-    python -m benchmarks.evaluate --root ../shared/data
+    python -m benchmarks.evaluate --root ../shared/data [--baselines]
 
-The samples are test images with a little noise; baselines and the judge are of before, as they are in a second evaluation.
+All metrics of samples are taken of 10,000 of MNIST's size; the time of making the samples does not count. The samples are test
+images with a little noise. The classifier whose features compare images is in the cache, and so are the baselines, as in a
+second evaluation; a run with --baselines fits those that the cache lacks, too.
 """
 
 import argparse
-import json
 import resource
 import tempfile
 import time
@@ -17,7 +18,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from benchmarks.common import RESULTS, hardware
+from benchmarks.common import left_out, parse, report
 from genai.checkpoint import Loaded
 from genai.checkpoint.build import build_typed
 from genai.cli import composed
@@ -27,12 +28,16 @@ from genai.evaluation.metrics import Plan, standard_metrics
 from genai.evaluation.run import evaluate
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--root", default="data", help="where MNIST is")
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data", help="folder that holds MNIST")
     parser.add_argument("--n", type=int, default=10_000)
-    parser.add_argument("--baselines", action="store_true", help="fit what is not kept of them yet, too")
-    args = parser.parse_args()
+    parser.add_argument("--baselines", action="store_true", help="fit the baselines that the cache lacks, too")
+    return parse(parser, n=100)
+
+
+def main() -> None:
+    args = arguments()
     node = OmegaConf.to_container(composed("train", ["data=mnist", f"data.root={args.root}"]).data, resolve=True)
     data = build_typed(node)
     extractors.classifier(data, node, "cpu")
@@ -46,19 +51,18 @@ def main() -> None:
             "label": batch["label"],
         }
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(samples.sampling, "sample", noisy):
+    sampler = {"sample": noisy, "bind": lambda *_: None}
+    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(samples.sampling, **sampler):
         loaded = Loaded(nn.Linear(1, 1), config, data.modality, data.conditions, 0, Path(folder) / "last.ckpt")
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
         plan = Plan(names, "test", args.n, 1, baselines=args.baselines)
         evaluate(loaded, data, plan)
         seconds = time.monotonic() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result = {
-        "hardware": hardware(torch.device("cpu")), "metrics": names, "n": args.n, "seconds": round(seconds, 1),
-        "peak_mb": peak // 1024, "of_them_before_mb": before // 1024,
-    }  # fmt: skip
-    print(json.dumps(result))
-    (RESULTS / "evaluate_cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+    what = f"{len(names)} metrics of {args.n} samples{', baselines included' if args.baselines else ''}"
+    row = {"measure": what, "seconds": round(seconds, 1), "GB added": round((peak - before) / 2**20, 2)}
+    left_out.append("a run without --baselines" if args.baselines else "--baselines")
+    report("evaluate", args, torch.device("cpu"), [row])
 
 
 if __name__ == "__main__":

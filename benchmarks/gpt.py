@@ -1,4 +1,4 @@
-"""What gpt_train and gpt_generate share: one shape of GPT, ours, nanoGPT's by hand, and the public packages'."""
+"""GPTs of one shape for gpt_train and gpt_generate: ours, one like nanoGPT's written by hand, and those of public packages."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ class PlainBlock(nn.Module):
 
 
 class Plain(nn.Module):
-    """A GPT-2 of the shape and in the manner of nanoGPT's, written out."""
+    """A GPT-2 of nanoGPT's shape, written by hand in its style."""
 
     def __init__(self, length: int):
         super().__init__()
@@ -49,7 +49,7 @@ class Plain(nn.Module):
         self.blocks, self.norm = nn.ModuleList(PlainBlock() for _ in range(LAYERS)), nn.LayerNorm(WIDTH, bias=False)
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
         self.head.weight = self.wte.weight
-        scaled_init(self)  # as nanoGPT starts; the depth's factor changes no speed
+        scaled_init(self)  # nanoGPT's initial weights; the factor for depth does not change the speed
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))

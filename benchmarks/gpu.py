@@ -1,23 +1,23 @@
-"""Everything that wants a GPU, in calls of under nine minutes; figures and failures in results/gpu_<card>.json.
+"""All benchmarks and tests that need a GPU, in calls of under nine minutes; records and failures in results/gpu_<card>.json.
 
     benchmarks/gpu.sh tests            the tests marked for a GPU
-    benchmarks/gpu.sh 1                benchmarks, half of them
-    benchmarks/gpu.sh 2                the others
+    benchmarks/gpu.sh 1                half of the benchmarks
+    benchmarks/gpu.sh 2                the other half
     benchmarks/gpu.sh ddpm_cifar10     nine and a half minutes of training; or stable_cifar10, gpt_shakespeare, stylegan2_cifar10
-    benchmarks/gpu.sh 1 --toy          the same parts at the least size, on a CPU too, into another folder
+    benchmarks/gpu.sh 1 --toy          the same parts at the smallest size, also on a CPU, into another folder
 
-A part that fails, or takes too long, leaves the last lines of its output in the file, and the rest go on; the exit code is 1.
-A call made again goes on: parts that the file has of this commit and these versions are passed over, failed ones come last.
-The trainings read CIFAR-10 from --data (or $CIFAR10), a folder or zip of class folders, and tiny Shakespeare from --text (or
-$SHAKESPEARE). $COMMIT says which commit this is where there is no git.
+A part that fails or takes too long leaves the last lines of its output in the file, and the others go on; the exit code is then
+1. A repeated call continues: parts that the file has for this commit and these versions are skipped, failed ones come last. The
+trainings read CIFAR-10 from --data (or $CIFAR10), a folder or zip of class folders, and tiny Shakespeare from --text (or
+$SHAKESPEARE). $COMMIT names the commit where there is no git.
 
-Where there is no network, bring the packages that are missing along as wheels in a folder that git ignores:
+Where there is no network, bring the missing packages along as wheels in a folder that git ignores:
 
     pip download --only-binary :all: --python-version 3.12 -d wheels hydra-core omegaconf wandb diffusers x-transformers
     pip wheel --no-deps -w wheels antlr4-python3-runtime==4.9.3          (it is published as source alone)
     pip install --no-index --find-links wheels hydra-core omegaconf wandb
 
-the last of them on the machine with the GPU; peers that are not installed are left out of the tables.
+the last of them on the machine with the GPU. Peers that are not installed are left out of the tables.
 """
 
 import argparse
@@ -35,17 +35,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.common import PART, RESULTS
+from benchmarks.common import PART, RESULTS, ROOT, origin, write
 
-ROOT = Path(__file__).parent.parent
 LIMIT = 530  # seconds of a call
-LEAST = 20  # for which a part is not begun
+LEAST = 20  # seconds left below which no part starts
 TRAINING = 570
-LINES = 20  # of a failure's output
+LINES = 20  # kept of a failure's output
 
 
 class Part(NamedTuple):
-    """A command of a call, and the longest it may take."""
+    """The arguments of a command, and the seconds that it may take."""
 
     arguments: tuple[str, ...]
     seconds: int = 300
@@ -81,36 +80,31 @@ CALLS: dict[str, dict[str, Part]] = {
 
 
 def slug(card: str) -> str:
-    """A card's name as part of a file's: NVIDIA H100 80GB HBM3 is nvidia_h100_80gb_hbm3."""
+    """A card's name as part of a file name: NVIDIA H100 80GB HBM3 gives nvidia_h100_80gb_hbm3."""
     return re.sub(r"[^a-z0-9]+", "_", card.lower()).strip("_")
 
 
-def versions() -> dict[str, str | None]:
-    """The commit, and the versions of what decides speed."""
-    commit = os.environ.get("COMMIT")
-    if not commit:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        commit = found.stdout.strip() if found.returncode == 0 else None
+def versions() -> dict[str, Any]:
+    """The commit, and the versions of the packages that decide speed."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = None
-    return {"commit": commit, "torch": torch.__version__, "triton": triton}
+    return {"commit": origin(".")["commit"], "torch": torch.__version__, "triton": triton}
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Replace the file at once, for a lease may end at any time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(content, indent=1) + "\n")
-    new.replace(path)
+def perform(
+    arguments: Sequence[str], seconds: float, env: Mapping[str, str], old: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Run a part for at most `seconds`; its record is `figures`, or the last lines of a failed one's output are `error`.
 
-
-def perform(arguments: Sequence[str], seconds: float, env: Mapping[str, str]) -> dict[str, Any]:
-    """Run a part for at most so long: what it reports as `figures`, or the last lines of its output as `error`."""
+    Where packages are missing, the rows that the entry `old` has of them stay.
+    """
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
+        if old is not None and "rows" in old.get("figures", {}):
+            write(report, {**old, **old["figures"]})
         process = subprocess.Popen(
             [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **env, PART: str(report)}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -121,22 +115,23 @@ def perform(arguments: Sequence[str], seconds: float, env: Mapping[str, str]) ->
             process.kill()
             output, failed = process.communicate()[0] + f"\nstopped after {seconds:.0f} s", True
         print(output, flush=True)
-        output = output.replace(f"{ROOT}{os.sep}", "")  # the file is for others to read
+        output = output.replace(f"{ROOT}{os.sep}", "")  # the file is read elsewhere
         lines = [line for line in output.splitlines() if line.strip()]
         figures = json.loads(report.read_text()) if report.exists() else {"summary": lines[-1] if lines else ""}
-    told: dict[str, Any] = {"error": lines[-LINES:]} if failed else {"figures": figures}
-    return {"seconds": round(time.monotonic() - start, 1), **told}
+    figures = {key: value for key, value in figures.items() if key not in ("command", "commit", "date")}  # the entry's
+    found: dict[str, Any] = {"error": lines[-LINES:]} if failed else {"figures": figures}
+    return {"seconds": round(time.monotonic() - start, 1), **found}
 
 
 def order(call: str, done: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The parts of a call that the file has not of these versions, those that failed last."""
+    """The parts of a call that the file does not have for these versions, failed ones last."""
     same = {name: entry for name, entry in done.items() if all(entry.get(key) == value for key, value in now.items())}
     left = [name for name in CALLS[call] if "figures" not in same.get(name, {})]
     return sorted(left, key=lambda name: name in same)
 
 
 def call(name: str, card: str, results: Path, toy: bool, env: Mapping[str, str], limit: float = LIMIT) -> bool:
-    """Do what is left of a call; whether no part failed or had to be left out for want of time."""
+    """Run the remaining parts of a call; False if one failed or there was no time for it."""
     path, now, end, well = results / f"gpu_{slug(card)}.json", versions(), time.monotonic() + limit, True
     if name not in ("tests", "1", "2"):
         end += TRAINING - LIMIT
@@ -155,7 +150,12 @@ def call(name: str, card: str, results: Path, toy: bool, env: Mapping[str, str],
             continue
         command = " ".join(["python", *arguments])
         print(f"== {command}", flush=True)
-        entry = {"command": command, **now, **perform(arguments, min(part.seconds, left), env)}
+        entry = {
+            "command": command,
+            **now,
+            "date": origin()["date"],
+            **perform(arguments, min(part.seconds, left), env, content["parts"].get(part_name)),
+        }
         content["parts"][part_name] = entry
         write(path, content)
         well = well and "error" not in entry
@@ -166,7 +166,7 @@ def call(name: str, card: str, results: Path, toy: bool, env: Mapping[str, str],
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("calls", nargs="*", choices=[*CALLS, []], help="default: tests 1 2")
-    parser.add_argument("--toy", action="store_true", help="the least of everything, to see that it runs")
+    parser.add_argument("--toy", action="store_true", help="the smallest sizes, to see that it runs")
     parser.add_argument(
         "--results", type=Path, help="folder of the file; default: benchmarks/results, runs/toy with --toy"
     )

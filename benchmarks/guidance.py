@@ -1,23 +1,21 @@
-"""What guidance gives and takes: accuracy of the digit asked for, and recall, against the guidance weight.
+"""Effect of classifier-free guidance.
 
     pip install -e ".[notebooks]"
     python -m benchmarks.guidance <run of experiment=latent_mnist_text> [--root data] [--n 1000] [--guidance 1 1.5 2 3 4 6 8]
-    python -m benchmarks.guidance <run> --split val       # to choose by
+    python -m benchmarks.guidance <run> --split val       # to choose a weight
 
-Prompts go over the ten digits in turn. The judge is a small convolutional network trained on real MNIST; recall is the share of
-n real images of the split that lie among the samples, within the distance of a sample to its third neighbour, in the judge's last
-hidden layer (Kynkaanniemi et al., 2019, eq. 2). Prints a table and, of the test split, writes results/guidance.json and
-docs/guidance.png.
+Accuracy of the requested digit, and recall, are measured at each guidance weight. Prompts name the ten digits in turn. Accuracy
+is that of a small convolutional classifier trained on MNIST; recall is the share of n real images of the split that lie among
+the samples, within the distance of a sample to its third neighbour, in the classifier's last hidden layer (Kynkäänniemi et al.,
+2019, eq. 2). Only the test split is recorded; it also draws docs/guidance.png.
 """
 
 import argparse
-import json
 
 import torch
 
 import genai
-from benchmarks.common import RESULTS, hardware, setup
-from benchmarks.quality import ROOT
+from benchmarks.common import ROOT, parse, report, setup
 from genai import checkpoint
 from genai.checkpoint.build import build_typed
 from genai.data.stream import batches
@@ -30,7 +28,7 @@ def plot(rows: list[dict], floor: float) -> None:
 
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     w = [row["guidance"] for row in rows]
-    axes.plot(w, [row["accuracy"] for row in rows], "o-", label="accuracy of the digit asked for")
+    axes.plot(w, [row["accuracy"] for row in rows], "o-", label="accuracy of the requested digit")
     axes.plot(w, [row["recall"] for row in rows], "s-", label="recall")
     axes.axhline(floor, color="grey", linestyle=":", label="recall of other real images")
     axes.set(xlabel="guidance", ylim=(None, 1.01))
@@ -54,14 +52,18 @@ def measure(
     return rows
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("--root", help="folder of the data, if not where the run had it")
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--split", choices=("val", "test"), default="test")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1, 1.5, 2, 3, 4, 6, 8])
-    args = parser.parse_args()
+    return parse(parser, n=20, guidance=[1.0])
+
+
+def main() -> None:
+    args = arguments()
     device = setup()
     loaded = genai.load(args.run)
     node = loaded.config["data"]["images"]
@@ -69,14 +71,16 @@ def main() -> None:
     classifier, images = load_or_train(data), next(batches(data.splits[args.split], 2 * args.n, 2 * args.n))["image"]
     real, right = images[: args.n], classifier.accuracy(data, args.split)
     floor = precision_recall(classifier.features(real), classifier.features(images[args.n :])).recall
-    print(f"judge: {right:.4f} on {args.split} images; recall of {args.n} real images by {args.n} others {floor:.4f}")
+    print(
+        f"classifier: {right:.4f} on {args.split} images; recall of {args.n} real images by {args.n} others {floor:.4f}"
+    )
     rows = measure(loaded, classifier, real, args.n, args.guidance)
-    if args.split != "test":
-        return
-    facts = {"hardware": hardware(device), "n": args.n, "sampler": loaded.config["sampler"], "step": loaded.step}
-    result = {**facts, "judge_accuracy": round(right, 4), "recall_of_real": round(floor, 4), "rows": rows}
-    (RESULTS / "guidance.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(rows, floor)
+    if args.split == "test":
+        facts = {"n": args.n, "sampler": loaded.config["sampler"], "step": loaded.step}
+        facts |= {"classifier_accuracy": round(right, 4), "recall_of_real_images": round(floor, 4)}
+        report("guidance", args, device, rows, **facts)
+        if not args.toy:
+            plot(rows, floor)
 
 
 if __name__ == "__main__":

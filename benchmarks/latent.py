@@ -1,15 +1,15 @@
-"""What a step of diffusion costs in the latents of a first stage, beside one in pixels, in training and in sampling.
+"""Cost of diffusion in the latents of a first stage and in pixels.
 
     python -m benchmarks.latent [--rounds 7] [--channels 32]
 
-At 28x28 the U-Nets of the recipes: conf/experiment/ddpm_mnist's in pixels, latent_mnist_text's in the 4x7x7 latents of
-autoencoder_mnist, both told the class. At 32x32x3 one U-Net at both, so that only the size of its maps differs: --channels
-times 1, 2 and 2, two blocks each, attention in the middle resolution, in pixels or in the 4x16x16 latents of
-autoencoder_cifar10. First stages are not trained, which changes no speed.
+At 28x28 the U-Nets are those of the recipes: ddpm_mnist's in pixels and latent_mnist_text's in the 4x7x7 latents of
+autoencoder_mnist, both conditioned on the class. At 3x32x32 one U-Net serves both, so that only the size of its maps differs:
+--channels times 1, 2 and 2, two blocks each, attention in the middle resolution, in pixels or in the 4x16x16 latents of
+autoencoder_cifar10. First stages are not trained, which does not change their speed.
 
-A training step is loss, backward and the recipe's optimiser; it encodes its images, or finds the latents in the batch as
-with codec.cache. A sampling step is the difference between ddim with 10 steps and with 2, divided by 8: one call of the
-network, unguided; the decoding that follows once is a column of its own. All of them take turns within a round.
+A training step is the loss, the backward pass and the recipe's optimiser; it encodes its images, or finds the latents in the
+batch as with codec.cache. A sampling step is the difference between ddim with 10 steps and with 2, divided by 8: one call of
+the network, unguided; decoding, once a batch, is a column of its own. All cases take turns within a round.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def built(cfg: Any, device: torch.device) -> tuple[nn.Module, torch.optim.Optimi
 
 
 def over(first_stage: str, *overrides: str) -> Any:
-    """The config of diffusion in the latents of this experiment's autoencoder."""
+    """The config of diffusion in the latents of the autoencoder that the experiment `first_stage` trains."""
     cfg, stage = composed("train", [*overrides]), composed("train", [f"experiment={first_stage}"])
     cfg.codec.model, cfg.codec.shape = OmegaConf.to_container(stage.model, resolve=True), stage.model.latent_shape
     return cfg
@@ -55,7 +55,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Ca
 
 
 def compare(pixels: Any, latents: Any, n: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
-    """A row for each way to train, of batches of n."""
+    """A row for each way to train, with batches of n images."""
     batch = {name: value.to(device) for name, value in synthetic_batch(pixels.data.shape, "image", 10, n).items()}
     cases: dict[str, Callable[[], Any]] = {}
     sizes = {}
@@ -90,9 +90,9 @@ def compare(pixels: Any, latents: Any, n: int, rounds: int, device: torch.device
                 "diffusion in": name,
                 "U-Net": sizes[space],
                 "ms/training step": spread(seconds[case], 1e3, 1),
-                "training / pixels": ratio(seconds[case], seconds["pixels"]),
+                "training, relative to pixels": ratio(seconds[case], seconds["pixels"]),
                 "ms/sampling step": spread(sampling[space], 1e3, 1),
-                "sampling / pixels": ratio(sampling[space], sampling["pixels"]),
+                "sampling, relative to pixels": ratio(sampling[space], sampling["pixels"]),
                 "ms to decode": "-" if space == "pixels" else spread(seconds["decode"], 1e3, 1),
             }
         )
@@ -109,18 +109,18 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     device = setup()
-    told = ["model.classes=10", "model.net.text=null"]
+    given = ["model.classes=10", "model.net.text=null"]
     mnist = (
         composed("train", ["experiment=ddpm_mnist"]),
-        over("autoencoder_mnist", "experiment=latent_mnist_text", *told),
+        over("autoencoder_mnist", "experiment=latent_mnist_text", *given),
     )
     net = [f"model.net.channels={args.channels}", "model.net.multipliers=[1,2,2]", "model.net.blocks=2", "data=cifar10"]
     cifar = (
         composed("train", ["model=ddpm", *net, "model.net.attention_depths=[1]"]),
-        over("autoencoder_cifar10", "model=latent", *net, "model.net.attention_depths=[1]", *told),
+        over("autoencoder_cifar10", "model=latent", *net, "model.net.attention_depths=[1]", *given),
     )
     rows = [*compare(*mnist, 32, args.rounds, device), *compare(*cifar, 16, args.rounds, device)]
-    report("latent", device, rows, rounds=args.rounds, channels=args.channels)
+    report("latent", args, device, rows, ("images", "diffusion in"), rounds=args.rounds, channels=args.channels)
 
 
 if __name__ == "__main__":

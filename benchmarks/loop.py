@@ -1,12 +1,12 @@
-"""What the training loop adds to a step: `train.py` with all its callbacks and loggers over a bare loop.
+"""Overhead of the training loop.
 
     python -m benchmarks.loop [--rounds 40] [--window 50]
 
-Both train the same small MLP with the same optimiser on a DataLoader over the same stream. Ours is `train.py` itself: Lightning,
-averaging, clipping, the finite check, seeding, metrics.csv, W&B offline, the progress callback, logging every 50
-steps; evaluation, grids and saves fall outside the timed windows. The two take turns, a window of steps each, short
-because a shared machine changes its speed within seconds: the ratio is steadier than the milliseconds.
-Target: at most 0.6 ms added to a step of 1 ms.
+Compares `train.py`, with all its callbacks and loggers, with a bare loop. Both train the same small MLP with the same optimiser
+on a DataLoader over the same stream. `train.py` runs Lightning, averaging, clipping, the check for non-finite values, seeding,
+metrics.csv, W&B offline, the progress callback and logging every 50 steps; evaluation, grids and checkpoints fall outside the
+timed windows. The two take turns, a window of steps each; windows are short because a shared machine changes its speed within
+seconds, so the ratio is steadier than the milliseconds. Target: at most 0.6 ms added to a step of 1 ms.
 """
 
 import argparse
@@ -29,7 +29,7 @@ FAR = 10**9
 
 
 class Bare:
-    """The least that trains `lit`'s model on its data."""
+    """The shortest loop that trains `lit`'s model on its data."""
 
     def __init__(self, lit: LitModel):
         self.model, self.device = copy.deepcopy(lit.model), lit.device
@@ -46,10 +46,9 @@ class Bare:
 
 
 class Turns(L.Callback):
-    """After each window of the run's steps, as many of each peer; `seconds` per step of all, by window.
+    """A callback that trains each peer for as many steps after each window of the run; `seconds` per step of each, by window.
 
-    A peer is made of the LitModel, has its WARMUP steps before the first window and then trains when it is told to; the
-    run itself is "ours".
+    A peer is built from the LitModel and trains for WARMUP steps before the first window; the run itself is "ours".
     """
 
     peers: ClassVar[Mapping[str, Callable[[LitModel], Any]]] = {"bare": Bare}
@@ -78,7 +77,7 @@ class Turns(L.Callback):
 
 
 def trained(turns: type[Turns], rounds: int, window: int, *overrides: str) -> dict[str, list[float]]:
-    """Seconds per step of `train.py` with these overrides and of its peers, by window; `turns` is found by its name."""
+    """Seconds per step of `train.py` with these overrides and of its peers, by window; `turns` is imported by its name."""
     with tempfile.TemporaryDirectory() as folder:
         never = [f"callbacks.{name}.every_steps={FAR}" for name in ("evaluate", "samples", "save")]
         steps = f"max_steps={WARMUP + rounds * window + 1}"
@@ -107,12 +106,12 @@ def main() -> None:
             {
                 "loop": name,
                 "ms/step": spread(ours, 1e3, 3),
-                "bare ms/step": spread(bare, 1e3, 3),
+                "bare loop, ms/step": spread(bare, 1e3, 3),
                 "added ms": round(1e3 * statistics.median(a - b for a, b in zip(ours, bare, strict=True)), 3),
-                "ours / bare": ratio(ours, bare),
+                "time relative to bare loop": ratio(ours, bare),
             }
         )
-    report("loop", device, rows, rounds=args.rounds, window=args.window)
+    report("loop", args, device, rows, rounds=args.rounds, window=args.window)
 
 
 if __name__ == "__main__":

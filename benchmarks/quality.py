@@ -1,16 +1,16 @@
-"""Fréchet distance against steps, for every sampler of conf/sampler, on one checkpoint of digits.
+"""Fréchet distance of every sampler against the number of steps.
 
     pip install -e ".[notebooks]"
     python -m benchmarks.quality <run> [--n 1437] [--steps 5 10 20 50]
 
-Distances are taken in the features of the judge that cards have (genai/evaluation/classifier.py), but against the 1,437 training
-images; compare only figures with one n, for the distance has a bias. Seeds and guidance are those of sample.py. Prints a table
-for the README and writes results/quality.json and docs/quality.png.
+The samplers are those of conf/sampler. Each distance is that of 1,437 samples of one DDPM, the default run, to the 1,437
+training and validation images, in the features of the classifier that metric cards use. Compare only figures with the same n,
+for the distance has a bias. Seeds and guidance are those of sample.py. A solver's distance is shown once for each number of
+steps; Heun's method and midpoint call the network twice a step. It also draws docs/quality.png.
 """
 
 import argparse
 import itertools
-import json
 import pathlib
 import sys
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from omegaconf import OmegaConf
 
 import genai
-from benchmarks.common import RESULTS, hardware
+from benchmarks.common import ROOT, parse, report, setup
 from genai.checkpoint.build import build_typed
 from genai.core.errors import UserError
 from genai.data.images import Digits
@@ -28,8 +28,6 @@ from genai.evaluation.features import FeatureSet, classifier
 from genai.metrics.frechet import frechet
 from genai.models.diffusion.process.paths import Path
 from genai.models.diffusion.sampling.tables import Table, discretize
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 def plot(rows: dict[str, dict[int, float]], calls: dict[str, int], path: pathlib.Path) -> None:
@@ -47,18 +45,23 @@ SAMPLER = "genai.models.diffusion.sampling.samplers.sample"
 
 
 def table_of(path: Path, node: dict[str, Any], steps: int) -> Table:
-    """The rows that a sampler's node walks."""
+    """The table of coefficients that a sampler's config stands for."""
     keys = ("rho", "shift", "sigma_min", "sigma_max")
     visited = discretize(path, steps, node["spacing"] or path.spacing, **{key: node[key] for key in keys})
     return build_typed(node["solver"])(path, visited)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("--n", type=int, default=1437)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50])
-    args = parser.parse_args()
+    return parse(parser, n=32, steps=[5])
+
+
+def main() -> None:
+    args = arguments()
+    setup()
     loaded, data = genai.load(args.run), Digits("image", [1, 8, 8], 10, 17, 64, 0)
     extractor = classifier(data, None, "cpu")
     real = FeatureSet(extractor, ()).add(training_data(data, ["train", "val"]).x).moments
@@ -80,18 +83,14 @@ def main() -> None:
                 rows.setdefault(path.stem, {})[steps] = distances[table]
         except UserError as error:
             print(f"{path.stem}: {error}", file=sys.stderr)
-    print("| sampler | network calls a step |" + "".join(f" {n} steps |" for n in args.steps))
-    print("|---|---|" + "---|" * len(args.steps))
-    for name, row in rows.items():
-        print(f"| `{name}` | {calls[name]} |" + "".join(f" {value:.2f} |" for value in row.values()))
-    about = {
-        "hardware": hardware(torch.device("cpu")),
-        "n": args.n,
-        "metric": "frechet",
-        "model": loaded.config["model"]["_target_"],
-    }
-    (RESULTS / "quality.json").write_text(json.dumps({**about, "step": loaded.step, "rows": rows}, indent=1) + "\n")
-    plot(rows, calls, ROOT / "docs" / "quality.png")
+    table = [
+        {"sampler": name, "network calls a step": calls[name], **{f"{n} steps": value for n, value in row.items()}}
+        for name, row in rows.items()
+    ]
+    facts = {"n": args.n, "metric": "frechet", "model": loaded.config["model"]["_target_"], "step": loaded.step}
+    report("quality", args, torch.device("cpu"), table, **facts)
+    if not args.toy:
+        plot(rows, calls, ROOT / "docs" / "quality.png")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""Time outside the network per DDIM step: 50 steps at batch 16, 3x32x32, with a network that returns a constant.
+"""Time outside the network of a sampling step.
 
     pip install -e .[bench]
     python -m benchmarks.sample [--rounds 15] [--batch 16] [--steps 50]
     python -m benchmarks.sample --network 64 [--dtype bfloat16]
 
-A step is the difference between a call of 50 steps and one of 10, divided by 40; beside it the whole call divided by its
-steps, in which initial noise, tables and conversions count. Ours goes through
-`genai.models.diffusion.sampling.samplers.sample` and a DDPM; diffusers' is DDIMPipeline itself, tensors out, its progress bar
-off; the hand loop is the least that torch can do, with its coefficients computed beforehand. At eta 1 both add noise.
-Targets: ours <= 0.25x diffusers and <= 100 us a step.
+A DDIM step at batch 16 of 3x32x32 has a network that returns a constant. A step is the difference between a call of 50 steps
+and one of 10, divided by 40; a second column has the whole call divided by its steps, which counts initial noise, tables and
+conversions. genai samples a DDPM by its own sampler; diffusers runs its DDIMPipeline with tensors as output and no progress
+bar; the hand-written loop is the least that torch can do, with its coefficients computed beforehand. At eta 1 both add noise.
+Targets: at most 0.25 of diffusers' time and at most 100 us a step.
 
-With --network, the whole of sampling instead: a U-Net of that many channels, its rate in GFLOP/s so that the ratio is
-that of images per second at equal FLOPs. On a GPU ours replays one CUDA graph, each network runs as it is and compiled, as
-`sample.py compile=true` does and diffusers advises (reduce-overhead), and theirs is channels-last too. Target: 3x diffusers.
+With --network it measures sampling as a whole, with a U-Net of that many channels; the rate is in GFLOP/s, so the speedup is
+the ratio of images per second at equal FLOPs. On a GPU genai replays one CUDA graph, each network runs as it is and compiled,
+as `sample.py compile=true` does and as diffusers advises (reduce-overhead), and diffusers' network is channels-last too.
+Target: 3 times diffusers.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from genai.models.diffusion.sampling.tables import ddim, discretize
 
 
 class Constant(nn.Module):
-    """A network that costs nothing."""
+    """A network that returns a constant and takes no time."""
 
     def __init__(self, out: Tensor):
         super().__init__()
@@ -47,7 +48,7 @@ class Constant(nn.Module):
 
 
 def ours(net: nn.Module, n: int, steps: int, eta: float, label: Tensor | None = None) -> Callable[[], Tensor]:
-    """Through the model and the sampler, guided where there are labels (the network then sees twice the batch)."""
+    """A call of the sampler, guided where there are labels (the network then gets twice the batch)."""
     classes = None if label is None else 10
     model = DDPM(net, linear(1000), SHAPE, classes=classes, guidance=1.5).eval()
     model.to(next(net.buffers(), next(net.parameters())).device)
@@ -82,7 +83,7 @@ def diffusers(net: nn.Module, n: int, steps: int, eta: float) -> Callable[[], Te
 
 
 def by_hand(out: Tensor, steps: int) -> Callable[[], Tensor]:
-    """Five operations in place on a new tensor a step, and the network's time."""
+    """A hand-written loop: five operations in place on a new tensor each step, and the network's input time."""
     schedule, net = linear(1000), Constant(out)
     table = ddim(schedule, discretize(schedule, steps))
     rows = [(float(t), *schedule.alpha_sigma(t), row.a, row.b) for t, row in zip(table.times, table.rows, strict=True)]
@@ -101,34 +102,34 @@ def by_hand(out: Tensor, steps: int) -> Callable[[], Tensor]:
 
 def end_to_end(channels: int, dtype: torch.dtype, args: argparse.Namespace, device: torch.device) -> None:
     peer = Diffusers(channels)
-    nets = {"ours": UNet(SHAPE, channels, MULTIPLIERS, attention_depths=[1]), "diffusers": peer.net}
-    gflop = {"ours": forward_gflop(nets["ours"]), "diffusers": forward_gflop(peer)}
+    nets = {"genai": UNet(SHAPE, channels, MULTIPLIERS, attention_depths=[1]), "diffusers": peer.net}
+    gflop = {"genai": forward_gflop(nets["genai"]), "diffusers": forward_gflop(peer)}
     for net in nets.values():
         net.to(device, dtype).eval()
     if device.type == "cuda":
         peer.net.to(memory_format=torch.channels_last)
-        for name, options in (("ours", {}), ("diffusers", {"mode": "reduce-overhead"})):
+        for name, options in (("genai", {}), ("diffusers", {"mode": "reduce-overhead"})):
             nets[f"{name}, compiled"] = copy.deepcopy(nets[name])
             nets[f"{name}, compiled"].compile(**options)
-    loops = {"ours": ours, "diffusers": diffusers}
+    loops = {"genai": ours, "diffusers": diffusers}
     calls = {name: loops[name.split(",")[0]](net, args.batch, args.steps, 0.0) for name, net in nets.items()}
     seconds = interleave(calls, args.rounds, 1, device, warmup=3)
     gflop = {name: gflop[name.split(",")[0]] for name in calls}
     rate = {name: [args.steps * args.batch * gflop[name] / s for s in seconds[name]] for name in calls}
-    fastest = "ours, compiled" if "ours, compiled" in calls else "ours"
+    fastest = "genai, compiled" if "genai, compiled" in calls else "genai"
     rows = [
         {
-            "loop": name,
+            "system": name,
             "forward GFLOP/img": gflop[name],
             "img/s": spread([args.batch / s for s in seconds[name]], 1, 2),
             "GFLOP/s": spread(rate[name], 1, 1),
-            "ours / it": ratio(rate["ours"], rate[name]),
-            "ours, compiled / it": ratio(rate[fastest], rate[name]),
+            "speedup of genai": ratio(rate["genai"], rate[name]),
+            "speedup of genai, compiled": ratio(rate[fastest], rate[name]),
         }
         for name in calls
     ]
     facts = {"channels": channels, "dtype": str(dtype), "batch": args.batch, "steps": args.steps, "rounds": args.rounds}
-    report("sample_network", device, rows, **facts)
+    report("sample_network", args, device, rows, **facts)
 
 
 def arguments() -> argparse.Namespace:
@@ -155,11 +156,11 @@ def main() -> None:
 
     def cases(steps: int) -> dict[str, Callable[[], Tensor]]:
         return {
-            "ours": ours(Constant(out), n, steps, 0.0),
-            "hand loop": by_hand(out, steps),
+            "genai": ours(Constant(out), n, steps, 0.0),
+            "hand-written loop": by_hand(out, steps),
             "diffusers": diffusers(constant_for_diffusers(out), n, steps, 0.0),
-            "ours, guided": ours(Constant(torch.cat([out, out])), n, steps, 0.0, label),
-            "ours, eta 1": ours(Constant(out), n, steps, 1.0),
+            "genai, guided": ours(Constant(torch.cat([out, out])), n, steps, 0.0, label),
+            "genai, eta 1": ours(Constant(out), n, steps, 1.0),
             "diffusers, eta 1": diffusers(constant_for_diffusers(out), n, steps, 1.0),
         }
 
@@ -175,14 +176,14 @@ def main() -> None:
         peer = "diffusers, eta 1" if "eta" in name else "diffusers"
         rows.append(
             {
-                "loop": name,
-                "us a step": spread(step[name], 1e6, 1),
-                "/ diffusers": ratio(step[name], step[peer]),
-                "us of the call / steps": spread(seconds[name], 1e6 / args.steps, 1),
-                "call / diffusers": ratio(seconds[name], seconds[peer]),
+                "system": name,
+                "us/step": spread(step[name], 1e6, 1),
+                "relative to diffusers": ratio(step[name], step[peer]),
+                "whole call, us/step": spread(seconds[name], 1e6 / args.steps, 1),
+                "whole call, relative to diffusers": ratio(seconds[name], seconds[peer]),
             }
         )
-    report("sample", device, rows, batch=args.batch, steps=args.steps, rounds=args.rounds)
+    report("sample", args, device, rows, batch=args.batch, steps=args.steps, rounds=args.rounds)
 
 
 if __name__ == "__main__":

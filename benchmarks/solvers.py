@@ -1,22 +1,22 @@
-"""Which levels to visit: distance to the exact ODE for each solver, path, spacing and number of steps.
+"""Error of each solver against the exact ODE.
 
     python -m benchmarks.solvers [--n 128] [--steps 5 10 20 50]
 
-The data are a mixture of Gaussians, one for each of the ten digits, with the mean and covariance of the training images (8x8, in
-[-1, 1]), so that the denoiser is exact and the only error is the solver's: the root mean square over pixels of what it makes
-of a seed less what Heun's method makes of it in 400 steps spaced in log SNR. A path names the spacing that is best for most
-solvers (`spacing` in genai/models/diffusion/process/paths.py and schedules.py). Prints a table for the README and writes
-results/solvers.json.
+It is given for each path, spacing and number of steps. The data are a mixture of Gaussians, one for each of the ten digits,
+with the mean and covariance of the training images (8x8, in [-1, 1]), so the denoiser is exact and the only error is the
+solver's: the root mean square over pixels, in x / (alpha + sigma), of its result for a seed minus the result of Heun's method
+in 400 steps spaced in log SNR. The default spacing of a path (`spacing` in genai/models/diffusion/process/paths.py and
+schedules.py) is the best for most solvers. Heun's method and midpoint call the network twice a step. Flow has spacings other
+than trailing only between `sigma_min=0.002 sigma_max=80`.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import RESULTS, parse, setup
+from benchmarks.common import parse, report, setup
 from genai.core import rng
 from genai.core.errors import UserError
 from genai.core.protocols import Denoiser, Prediction
@@ -30,12 +30,15 @@ from genai.models.diffusion.sampling.samplers import run_table
 PATHS: dict[str, Path] = {"DDPM": schedules.cosine(200), "EDM": VarianceExploding(), "Flow": LinearPath()}
 SOLVERS = {"ddim": tables.ddim, "dpmpp_2m": tables.dpmpp_2m, "heun": tables.heun, "midpoint": tables.midpoint}
 SPACINGS = ("trailing", "leading", "linspace", "karras", "log_snr")
-ENDS = {"sigma_min": 0.002, "sigma_max": 80.0}  # EDM's, for spacings that a path from pure noise to clean data has not
-SMOOTH = 0.01  # variance added to each pixel, of which some never change
+ENDS = {
+    "sigma_min": 0.002,
+    "sigma_max": 80.0,
+}  # EDM's, for spacings that a path from pure noise to clean data does not have
+SMOOTH = 0.01  # variance added to each pixel, since some never change
 
 
 def mixture() -> Callable[[Path], Denoiser]:
-    """The exact denoiser along a path, float64."""
+    """A function from a path to the exact denoiser along it, in float64."""
     data = Digits("image", [1, 8, 8], 10, 17, 64, 0)
     batch = next(batches(data.splits["train"], 1437, 1437))
     x, label = batch["image"].flatten(1).double(), batch["label"]
@@ -59,7 +62,7 @@ def mixture() -> Callable[[Path], Denoiser]:
 
 
 def errors(path: Path, denoise: Denoiser, n: int, steps: list[int]) -> dict[str, dict[str, list[float | None]]]:
-    """Root mean square error by solver and spacing, None for what the path has not."""
+    """Root mean square errors by spacing and solver, one for each number of steps."""
     seeds = rng.seed_range(0, n)
     eps, start = rng.normal(seeds, (64,)).double(), path.marginal(path.t_max)
 
@@ -83,24 +86,22 @@ def errors(path: Path, denoise: Denoiser, n: int, steps: list[int]) -> dict[str,
     return found
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=128)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50])
-    args = parse(parser, n=2, steps=[5])
+    return parse(parser, n=2, steps=[5])
+
+
+def main() -> None:
+    args = arguments()
     setup()
-    along = mixture()
-    rows = {name: errors(path, along(path), args.n, args.steps) for name, path in PATHS.items()}
-    print("| path | spacing |" + "".join(f" `{name}` |" for name in SOLVERS))
-    print("|---|---|" + "---|" * len(SOLVERS))
-    for path, found in rows.items():
-        for spacing, row in found.items():
-            shown = f"**{spacing}**" if spacing == PATHS[path].spacing else spacing
-            cells = (" ".join("-" if e is None else f"{e:.3f}".lstrip("0") for e in row[name]) for name in SOLVERS)
-            print(f"| {path} | {shown} |" + "".join(f" {cell} |" for cell in cells))
-    if not args.toy:
-        result = {"n": args.n, "steps": args.steps, "rms": rows}
-        (RESULTS / "solvers.json").write_text(json.dumps(result, indent=1) + "\n")
+    along, rows = mixture(), []
+    for name, path in PATHS.items():
+        for spacing, found in errors(path, along(path), args.n, args.steps).items():
+            default = " (default)" if spacing == path.spacing else ""
+            rows.append({"path": name, "spacing": spacing + default, **found})
+    report("solvers", args, torch.device("cpu"), rows, ("path", "spacing"), n=args.n, steps=args.steps)
 
 
 if __name__ == "__main__":

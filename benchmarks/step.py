@@ -1,12 +1,13 @@
-"""One reverse step without a network, in floors: the time of torch.add(x, eps, out=y), which reads two tensors and writes one.
+"""Time of one reverse step without a network.
 
     pip install -e .[bench]
     python -m benchmarks.step [--rounds 15] [--shapes 64,3,32,32 8,3,256,256]
 
-Ours runs as torch does it in place, compiled by Inductor where there is a C++ compiler or a GPU, and on a GPU as the
-Triton kernel, launched from Python as theirs are, and in a CUDA graph as our samplers launch it: a row in a graph counts in
-floors of `torch.add` in a graph. diffusers' schedulers and denoising-diffusion-pytorch's (lucidrains) get the same tensors.
-"Stochastic" draws its noise within the time: ours by seed, theirs from torch.randn. Target: 1.15 floors in a graph.
+Times are in units of torch.add(x, eps, out=y), which reads two tensors and writes one. genai's step runs in place in torch,
+compiled by Inductor where there is a C++ compiler or a GPU, and on a GPU as the Triton kernel, launched from Python as the
+others are, and in a CUDA graph as its samplers launch it: a row in a graph counts in units of `torch.add` in a graph. The
+schedulers of diffusers and denoising-diffusion-pytorch get the same tensors. A stochastic step draws its noise within the time:
+genai by seed, the others from torch.randn. Target: 1.15 units in a graph.
 """
 
 import argparse
@@ -35,14 +36,16 @@ def cases(shape: list[int], device: torch.device) -> dict[str, Callable[[], obje
         impls.append("triton")
     if device.type == "cuda" or shutil.which("g++"):
         impls.append("compiled")
-    found: dict[str, Callable[[], object]] = {"floor": lambda: torch.add(x, eps, out=y)}
+    found: dict[str, Callable[[], object]] = {"torch.add": lambda: torch.add(x, eps, out=y)}
     for kind, row in ROWS.items():
         for impl in impls:
-            found[f"{kind}, ours in {impl}"] = lambda row=row, impl=impl: affine_step(
+            found[f"{kind}, genai, {impl}"] = lambda row=row, impl=impl: affine_step(
                 x, prediction, row, seeds=seeds, index=3, clip=1.0, impl=impl
             )
     if device.type == "cuda":
-        found |= {name + GRAPH: graphed(call) for name, call in found.items() if name == "floor" or "triton" in name}
+        found |= {
+            name + GRAPH: graphed(call) for name, call in found.items() if name == "torch.add" or "triton" in name
+        }
     if installed("diffusers"):
         from diffusers import DDIMScheduler, DDPMScheduler
 
@@ -58,7 +61,7 @@ def cases(shape: list[int], device: torch.device) -> dict[str, Callable[[], obje
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], None]:
-    """CALLS calls as one CUDA graph."""
+    """One CUDA graph of CALLS calls."""
     call()  # which compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -68,7 +71,7 @@ def graphed(call: Callable[[], object]) -> Callable[[], None]:
 
 
 def lucidrains(eps: torch.Tensor) -> Callable[[torch.Tensor, int], object]:
-    """Their ancestral step, with a network that returns eps."""
+    """The ancestral step of denoising-diffusion-pytorch with a network that returns eps."""
     from denoising_diffusion_pytorch import GaussianDiffusion
 
     class Stub(nn.Module):
@@ -97,10 +100,10 @@ def main() -> None:
             seconds = interleave(cases(shape, device), args.rounds, 3, device, warmup=2)
         for name, values in seconds.items():
             graph = GRAPH if name.endswith(GRAPH) else ""
-            floors = ratio(values, seconds["floor" + graph])
+            units = ratio(values, seconds["torch.add" + graph])
             us = spread(values, 1e6 / (CALLS if graph else 1), 1)
-            rows.append({"shape": text, "step": name, "us": us, "floors": floors})
-    report("step", device, rows, rounds=args.rounds)
+            rows.append({"shape": text, "step": name, "us": us, "units of torch.add": units})
+    report("step", args, device, rows, ("shape", "step"), rounds=args.rounds)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""A recipe for a GPU, trained for some minutes: steps, images or windows a second, validation loss, and a grid of samples.
+"""Training of a GPU recipe for some minutes.
 
     python -m benchmarks.training ddpm_cifar10 [--seconds 570] [--data cifar10-subset.zip]
 
-Of --seconds everything counts, starting and sampling included. CIFAR-10 is read from --data, a folder or zip of class folders
-($CIFAR10 by default), tiny Shakespeare from --text ($SHAKESPEARE). stable_cifar10 trains its first stage in a quarter of
-the time.
+Measures steps, images or windows a second and the validation loss, and keeps a grid of samples. --seconds includes the start
+and the samples. CIFAR-10 is read from --data, a folder or zip of class folders ($CIFAR10 by default), tiny Shakespeare from
+--text ($SHAKESPEARE). stable_cifar10 spends a quarter of the time on its first stage.
 """
 
 import argparse
@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, parse, report, setup
+from benchmarks.common import RESULTS, ROOT, parse, report, setup
 
-ROOT = Path(__file__).parent.parent
-SAMPLING = 60  # seconds that are kept for the end
+SAMPLING = 60  # seconds reserved for sampling at the end
 FOLDER = ("data=image_folder", "data.root={data}")
 CAPTIONS = (
     "data=captioned_folder", "data.root={data}", "data.file=null", "data.length=32",
@@ -32,7 +31,7 @@ CAPTIONS = (
 NETS = "model.net.channels=8", "model.net.multipliers=[1,1,2]", "model.net.blocks=1"
 GENERATOR = "model.generator.widths=[8,8,8,8]", "model.discriminator.widths=[8,8,8,8]", "model.discriminator.group=4"
 AUTOENCODER = "autoencoder_cifar10"
-# experiment: where its data are, and what makes it small
+# experiment: the overrides for its data, and those of the smallest size
 RECIPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ddpm_cifar10": (FOLDER, (*NETS, "data.batch_size=4")),
     AUTOENCODER: (FOLDER, ("data.batch_size=4",)),
@@ -45,7 +44,7 @@ RECIPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def overrides(experiment: str, data: str, text: str, toy: bool, folder: Path) -> list[str]:
-    """Overrides of train.py on top of the recipe: its data, and no samples or checkpoints between steps."""
+    """Overrides of train.py for a recipe: its data, and no samples or checkpoints between steps."""
     given, small = RECIPES[experiment]
     least = ["max_steps=2", "data.num_workers=0", "log_every_steps=1", "callbacks.evaluate.n=4", *small] if toy else []
     every = 1 if toy else 250
@@ -56,7 +55,7 @@ def overrides(experiment: str, data: str, text: str, toy: bool, folder: Path) ->
 
 
 def train(arguments: list[str], end: float) -> None:
-    """train.py until `end`, stopped as Ctrl-C would. Raises CalledProcessError if it fails."""
+    """Run train.py and stop it at `end` as Ctrl-C would. Raises CalledProcessError if it fails."""
     process = subprocess.Popen([sys.executable, "train.py", *arguments], cwd=ROOT, start_new_session=True)
     try:
         process.wait(max(1.0, end - time.monotonic()))
@@ -70,7 +69,7 @@ def train(arguments: list[str], end: float) -> None:
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """The last of metrics.csv, and the median speed."""
+    """The last losses in metrics.csv, the step, and the median speed."""
     rows = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()[1:]]
     speeds = [float(value) for _, name, value in rows if name == "perf/samples_per_second"]
     last = {name: float(value) for _, name, value in rows if name in ("train/loss", "val/loss", "val/g_loss")}
@@ -109,7 +108,7 @@ def main() -> None:
                 if not args.toy:
                     (RESULTS / kept).write_bytes((out / name).read_bytes())
     rows = [{"experiment": args.experiment, "seconds": round(time.monotonic() - start), **found}]
-    report(f"training_{args.experiment}", device, rows, data=Path(args.data).name, gpu_memory=memory(), **shown)
+    report(f"training_{args.experiment}", args, device, rows, data=Path(args.data).name, gpu_memory=memory(), **shown)
 
 
 def memory() -> str | None:

@@ -1,12 +1,13 @@
-"""Training throughput of the U-Net beside diffusers' and lucidrains', at equal floating point operations per image.
+"""Training speed of the U-Net.
 
     pip install -e .[bench]
     python -m benchmarks.unet [--channels 64] [--batch 16] [--rounds 7]
 
-Forward, backward and fused AdamW on 32x32x3 in fp32. diffusers' UNet2DModel has its defaults (attention heads of 8
-channels at 16x16 and in the middle) at our widths; lucidrains' Unet the `dim` whose FLOPs come nearest to ours. The
-rate is GFLOP/s with backward = 2 forward, so that its ratio is that of images per second at equal FLOPs.
-Targets: 1.1x diffusers, 1.4x lucidrains.
+Compares the U-Net with those of diffusers and denoising-diffusion-pytorch at equal FLOPs per image. A step is the forward pass,
+the backward pass and fused AdamW on 32x32x3 images in fp32. diffusers' UNet2DModel has its default settings (attention heads of
+8 channels at 16x16 and in the middle) at the widths of ours; the Unet of denoising-diffusion-pytorch has the `dim` whose FLOPs
+come nearest to ours. The rate is GFLOP/s, with the backward pass counted as two forward passes, so the speedup is the ratio of
+images per second at equal FLOPs. Targets: 1.1 times diffusers, 1.4 times denoising-diffusion-pytorch.
 """
 
 import argparse
@@ -28,7 +29,7 @@ MULTIPLIERS = (1, 2, 2)
 
 
 class Diffusers(nn.Module):
-    """UNet2DModel with our channels: three resolutions, two blocks each, attention at 16x16."""
+    """diffusers' UNet2DModel at the widths of ours: three resolutions, two blocks each, attention at 16x16."""
 
     def __init__(self, channels: int):
         from diffusers import UNet2DModel
@@ -47,7 +48,7 @@ class Diffusers(nn.Module):
 
 
 def lucidrains(gflop: float) -> nn.Module:
-    """The Unet whose GFLOP per image come nearest to `gflop`, its dim a multiple of 8 as fast kernels like it."""
+    """The Unet of denoising-diffusion-pytorch whose GFLOP per image come nearest to `gflop`, with a dim divisible by 8."""
     from denoising_diffusion_pytorch import Unet
 
     with torch.device("meta"):
@@ -56,7 +57,7 @@ def lucidrains(gflop: float) -> nn.Module:
 
 
 def forward_gflop(net: nn.Module, device: torch.device | str = "cpu") -> float:
-    """GFLOP of one image's forward pass; the counter does not know the CPU's flash attention, so attention is spelt out."""
+    """GFLOP of one image's forward pass, with plain attention, since the counter does not count the CPU's flash attention."""
     x, time = torch.randn(1, *SHAPE, device=device), torch.zeros(1, device=device)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         net.train()(x, time)
@@ -91,11 +92,11 @@ def main() -> None:
     logging.disable(logging.WARNING)
     device = setup()
 
-    nets: dict[str, nn.Module] = {"ours": UNet(SHAPE, args.channels, MULTIPLIERS, attention_depths=[1])}
+    nets: dict[str, nn.Module] = {"genai": UNet(SHAPE, args.channels, MULTIPLIERS, attention_depths=[1])}
     if installed("diffusers"):
         nets["diffusers"] = Diffusers(args.channels)
     if installed("denoising_diffusion_pytorch"):
-        nets["lucidrains"] = lucidrains(forward_gflop(nets["ours"]))
+        nets["denoising-diffusion-pytorch"] = lucidrains(forward_gflop(nets["genai"]))
     gflop = {name: forward_gflop(net) for name, net in nets.items()}
     steps = {name: trainer(net, args.batch, device) for name, net in nets.items()}
     seconds = interleave(steps, args.rounds, 10 if device.type == "cuda" else 1, device)
@@ -109,11 +110,11 @@ def main() -> None:
             "ms/step": spread(seconds[name], 1e3, 0 if device.type == "cpu" else 2),
             "img/s": args.batch / statistics.median(seconds[name]),
             "GFLOP/s": statistics.median(rate[name]),
-            "ours / it": ratio(rate["ours"], rate[name]),
+            "speedup of genai": ratio(rate["genai"], rate[name]),
         }
         for name, net in nets.items()
     ]
-    report("unet", device, rows, channels=args.channels, batch=args.batch, rounds=args.rounds)
+    report("unet", args, device, rows, channels=args.channels, batch=args.batch, rounds=args.rounds)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""Training samples/s of a VAE of MLPs by `train.py`, beside a loop by hand and pythae's trainer.
+"""Training speed of a VAE of MLPs.
 
     pip install -e .[bench]
     python -m benchmarks.vae [--rounds 30] [--window 50] [--root ../shared/data]
 
-model=vae_binary on 28x28 with pythae's own MLPs, 784-512-16 and back with ReLUs, in batches of 64. Everybody trains a copy of the
-same encoder and decoder on the same images, in turns, a window of steps each, as in benchmarks/loop.py.
+Compares `train.py` with a hand-written loop and with pythae's trainer. The model is model=vae_binary on 28x28 images with the
+MLPs of pythae, 784-512-16 and back with ReLUs, in batches of 64. All systems train a copy of the same encoder and decoder on
+the same images and take turns, a window of steps each, as in benchmarks/loop.py.
 
-Ours is `train.py` itself: its stream of batches, averaging, clipping, the finite check, seeding, metrics.csv; it binarises
-the images anew each step. The plain loop takes the same module, loss and all, draws its batches by hand and has nothing
-but fused Adam. pythae's trainer runs its `train_step`, an epoch of as many batches as the window has steps, with its
-own data set, DataLoader, progress bar and `VAE` with `reconstruction_loss="bce"`; the grey levels are its targets, so it
-draws nothing. It neither evaluates nor keeps or saves a model. Its AdamW is what `optimizer_cls="AdamW"` makes, and a
-second time fused, as ours is. Images are MNIST's below --root, or random ones of its shape.
+`train.py` runs with everything it has: its stream of batches, averaging, clipping, the check for non-finite values, seeding and
+metrics.csv; it draws new binary images at each step. The plain loop trains the same module with the same loss, draws its
+batches by hand and has nothing but fused Adam. pythae's trainer runs its `train_step`, an epoch of as many batches as the
+window has steps, with its own data set, DataLoader, progress bar and `VAE` with `reconstruction_loss="bce"`; its targets are
+the grey levels, so it draws nothing. It neither evaluates nor saves a model. Its AdamW is the one that `optimizer_cls="AdamW"`
+makes; a second row has the fused one, as ours is. Images are those of MNIST below --root, or random ones of that shape.
 Targets: 1.4 times pythae's samples/s, 0.9 of the plain loop's.
 """
 
@@ -56,7 +57,7 @@ def decoder(shape: list[int], latents: int, outputs: int, width: int, layers: in
 
 
 class Plain:
-    """What one writes by hand: a permutation of images in memory, the module's loss, fused Adam."""
+    """The loop one writes by hand: a permutation of images in memory, the module's loss, fused Adam."""
 
     def __init__(self, lit: LitModel):
         self.model, self.device, self.batch = copy.deepcopy(lit.model), lit.device, lit.data.batch_size
@@ -105,7 +106,7 @@ class Pythae:
 
 
 def networks(model: Any) -> tuple[Any, Any]:
-    """Copies of the model's encoder and decoder, with pythae's kind of answers."""
+    """Copies of the model's encoder and decoder, which return the outputs that pythae expects."""
     from pythae.models.base.base_utils import ModelOutput
     from pythae.models.nn import BaseDecoder, BaseEncoder
 
@@ -142,7 +143,7 @@ class Turns(loop.Turns):
 
 
 def random_images(root: str) -> None:
-    """Files of MNIST's form and shape below `root`."""
+    """Write random images in MNIST's file format and shape below `root`."""
     raw = Path(root) / "MNIST" / "raw"
     raw.mkdir(parents=True)
     draw = np.random.default_rng(0).integers
@@ -178,12 +179,12 @@ def main() -> None:
             "system": "train.py" if name == "ours" else name,
             "ms/step": spread(times, 1e3, 2),
             "samples/s": round(batch / statistics.median(times)),
-            "ours / it": ratio(times, seconds["ours"]),
+            "speedup of genai": ratio(times, seconds["ours"]),
         }
         for name, times in seconds.items()
     ]
     facts = {"data": "MNIST" if found else "random 28x28", "batch": batch}
-    report("vae", device, rows, **facts, rounds=args.rounds, window=args.window)
+    report("vae", args, device, rows, **facts, rounds=args.rounds, window=args.window)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The benchmarks for a GPU: each command of each call is understood, failures are kept, and a call made again goes on."""
+"""Benchmarks for a GPU: each command of each call is understood, failures are kept, and a repeated call continues."""
 
 import importlib
 import json
@@ -76,7 +76,7 @@ def test_recorded_figures_are_of_parts_and_of_the_card_that_names_the_file():
         assert path.name == f"gpu_{gpu.slug(content['card'])}.json"
         for name, entry in content["parts"].items():
             assert name == "tests" or name in PARTS
-            assert {"command", "commit", "torch", "triton", "seconds"} <= entry.keys()
+            assert {"command", "commit", "date", "torch", "triton", "seconds"} <= entry.keys()
             assert ("figures" in entry) != ("error" in entry)
 
 
