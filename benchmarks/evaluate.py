@@ -10,7 +10,6 @@ second evaluation; a run with --baselines fits those that the cache lacks, too.
 import argparse
 import resource
 import tempfile
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -18,7 +17,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from benchmarks.common import left_out, parse, report
+from benchmarks.common import clock, left_out, parse, report, setup
 from genai.checkpoint import Loaded
 from genai.checkpoint.build import build_typed
 from genai.cli import composed
@@ -37,7 +36,8 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = arguments()
+    args, device = arguments(), torch.device("cpu")
+    setup()
     node = OmegaConf.to_container(composed("train", ["data=mnist", f"data.root={args.root}"]).data, resolve=True)
     data = build_typed(node)
     extractors.classifier(data, node, "cpu")
@@ -54,15 +54,15 @@ def main() -> None:
     sampler = {"sample": noisy, "bind": lambda *_: None}
     with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(samples.sampling, **sampler):
         loaded = Loaded(nn.Linear(1, 1), config, data.modality, data.conditions, 0, Path(folder) / "last.ckpt")
-        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, clock(device)
         plan = Plan(names, "test", args.n, 1, baselines=args.baselines)
         evaluate(loaded, data, plan)
-        seconds = time.monotonic() - start
+        seconds = clock(device) - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     what = f"{len(names)} metrics of {args.n} samples{', baselines included' if args.baselines else ''}"
-    row = {"measure": what, "seconds": round(seconds, 1), "GB added": round((peak - before) / 2**20, 2)}
+    row = {"measure": what, "CPU seconds": round(seconds, 1), "GB added": round((peak - before) / 2**20, 2)}
     left_out.append("a run without --baselines" if args.baselines else "--baselines")
-    report("evaluate", args, torch.device("cpu"), [row])
+    report("evaluate", args, device, [row])
 
 
 if __name__ == "__main__":

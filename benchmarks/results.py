@@ -122,8 +122,8 @@ def cell(value: Any) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a Markdown table; a column stands where any row has it."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    """Rows as a Markdown table with the columns of all of them, `measured` last."""
+    columns = sorted(dict.fromkeys(name for row in rows for name in row), key=lambda name: name == "measured")
     lines = [columns, ["---"] * len(columns), *([cell(row.get(name)) for name in columns] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -212,3 +212,15 @@ def test_the_commands_of_recipes_are_those_of_the_entry_scripts():
         first, *others = entry["commands"]
         assert first.startswith("python train.py ") and "seed={seed}" in first and "run_dir={run}" in first, name
         assert all("{run}" in command for command in others), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["solvers", "folder", "gan", "recipes vae_digits"])
+def test_a_benchmark_runs_at_toy_size_and_leaves_its_record(name):
+    before = {path: path.read_text() for path in common.RESULTS.glob("*.json")}
+    done = subprocess.run(
+        [sys.executable, "-m", *f"benchmarks.{name}".split(), "--toy"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("bits_per_dim" if "recipes" in name else "stays as it is") in done.stdout
+    assert {path: path.read_text() for path in common.RESULTS.glob("*.json")} == before
