@@ -92,8 +92,14 @@ def adam(parameters: Any) -> torch.optim.Adam:
 def our_stylegan2(x: torch.Tensor) -> Callable[[int], None]:
     shape = tuple(x.shape[1:])
     model = StyleGAN2(
-        "image", shape, None, LATENTS, Generator(shape, LATENTS, WIDTHS, LATENTS, 8), Discriminator(shape, WIDTHS), gamma=0.1
-    ).train()  # fmt: skip
+        "image",
+        shape,
+        None,
+        LATENTS,
+        Generator(shape, LATENTS, WIDTHS, LATENTS, 8),
+        Discriminator(shape, WIDTHS),
+        gamma=0.1,
+    ).train()
     both = [[p for _, p in named] for named in (model.generator_parameters(), model.discriminator_parameters())]
     (g, d), (g_optim, d_optim) = both, map(adam, both)
 
@@ -116,9 +122,7 @@ def their_stylegan2(folder: str, x: torch.Tensor, grouped: bool) -> Callable[[in
     from training import loss, networks  # type: ignore[import-not-found]
 
     widths = {"channel_base": 2048, "channel_max": 128}
-    g = networks.Generator(
-        LATENTS, 0, LATENTS, 32, 3, mapping_kwargs={"num_layers": 8}, synthesis_kwargs=widths
-    )  # fmt: skip
+    g = networks.Generator(LATENTS, 0, LATENTS, 32, 3, mapping_kwargs={"num_layers": 8}, synthesis_kwargs=widths)
     d = networks.Discriminator(0, 32, 3, **widths, epilogue_kwargs={"mbstd_group_size": 4})
     if grouped:
         for block in g.synthesis.children():

@@ -63,10 +63,18 @@ def hugging_face(length: int) -> nn.Module:
 
     return GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=VOCAB, n_positions=length, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=None,
+            vocab_size=VOCAB,
+            n_positions=length,
+            n_embd=WIDTH,
+            n_layer=LAYERS,
+            n_head=HEADS,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=None,
         )
-    )  # fmt: skip
+    )
 
 
 def litgpt(length: int) -> nn.Module:
@@ -90,6 +98,7 @@ def x_transformers(length: int) -> nn.Module:
     from x_transformers import Decoder, TransformerWrapper
 
     return TransformerWrapper(
-        num_tokens=VOCAB, max_seq_len=length,
+        num_tokens=VOCAB,
+        max_seq_len=length,
         attn_layers=Decoder(dim=WIDTH, depth=LAYERS, heads=HEADS, attn_dim_head=WIDTH // HEADS, attn_flash=True),
-    )  # fmt: skip
+    )

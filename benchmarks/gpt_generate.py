@@ -30,9 +30,15 @@ def cases(batch: int, new: int, device: torch.device) -> dict[str, Callable[[], 
     if installed("transformers"):
         hf = gpt.hugging_face(LENGTH).to(device).eval()
         made["Hugging Face"] = lambda: hf.generate(  # type: ignore[operator]
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=True, temperature=TEMPERATURE,
-            top_k=TOP_K, use_cache=True, pad_token_id=0,
-        )  # fmt: skip
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new,
+            do_sample=True,
+            temperature=TEMPERATURE,
+            top_k=TOP_K,
+            use_cache=True,
+            pad_token_id=0,
+        )
     if installed("x_transformers"):
         from x_transformers import AutoregressiveWrapper
 

@@ -77,10 +77,22 @@ def through(rounds: int) -> tuple[float, list[float], list[float]]:
         for k in range(rounds):
             run = Path(folder) / f"run{k}"
             command = [
-                sys.executable, "train.py", "model=gpt_nano", "data=text_file", f"data.path={path}", f"data.cache={folder}/cache",
-                f"data.shape=[{LENGTH}]", f"data.batch_size={BATCH}", "max_steps=600", f"run_dir={run}", "logger=none",
-                "callbacks.samples=null", "callbacks.evaluate=null", "callbacks.save=null", "log_every_steps=50",
-            ]  # fmt: skip
+                sys.executable,
+                "train.py",
+                "model=gpt_nano",
+                "data=text_file",
+                f"data.path={path}",
+                f"data.cache={folder}/cache",
+                f"data.shape=[{LENGTH}]",
+                f"data.batch_size={BATCH}",
+                "max_steps=600",
+                f"run_dir={run}",
+                "logger=none",
+                "callbacks.samples=null",
+                "callbacks.evaluate=null",
+                "callbacks.save=null",
+                "log_every_steps=50",
+            ]
             subprocess.run(command, check=True, capture_output=True, env=environment)
             rates = re.findall(r"perf/steps_per_second,([\d.]+)", (run / "metrics.csv").read_text())
             ours_.append(statistics.median(map(float, rates[2:])) * BATCH * LENGTH)

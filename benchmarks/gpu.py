@@ -106,9 +106,13 @@ def perform(
         if old is not None and "rows" in old.get("figures", {}):
             write(report, {**old, **old["figures"]})
         process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **env, PART: str(report)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env={**os.environ, **env, PART: str(report)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         try:
             output, failed = process.communicate(timeout=seconds)[0], process.returncode != 0
         except subprocess.TimeoutExpired:

@@ -25,9 +25,12 @@ from benchmarks.common import RESULTS, ROOT, parse, report, setup
 SAMPLING = 60  # seconds reserved for sampling at the end
 FOLDER = ("data=image_folder", "data.root={data}")
 CAPTIONS = (
-    "data=captioned_folder", "data.root={data}", "data.file=null", "data.length=32",
+    "data=captioned_folder",
+    "data.root={data}",
+    "data.file=null",
+    "data.length=32",
     'data.templates=["a photo of a {{}}","a picture of one {{}}","{{}}"]',
-)  # fmt: skip
+)
 NETS = "model.net.channels=8", "model.net.multipliers=[1,1,2]", "model.net.blocks=1"
 GENERATOR = "model.generator.widths=[8,8,8,8]", "model.discriminator.widths=[8,8,8,8]", "model.discriminator.group=4"
 AUTOENCODER = "autoencoder_cifar10"
@@ -35,12 +38,29 @@ AUTOENCODER = "autoencoder_cifar10"
 RECIPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ddpm_cifar10": (FOLDER, (*NETS, "data.batch_size=4")),
     AUTOENCODER: (FOLDER, ("data.batch_size=4",)),
-    "stable_cifar10": (CAPTIONS, (*NETS, "model.net.text.width=16", "model.net.text.layers=1", "model.net.text.heads=2",
-                                  "compile=false", "data.batch_size=4")),
-    "gpt_shakespeare": (("data.path={text}",), ("model.net.transformer.width=24", "model.net.transformer.layers=1",
-                                                "compile=false", "data.batch_size=2", "data.shape=[16]")),
+    "stable_cifar10": (
+        CAPTIONS,
+        (
+            *NETS,
+            "model.net.text.width=16",
+            "model.net.text.layers=1",
+            "model.net.text.heads=2",
+            "compile=false",
+            "data.batch_size=4",
+        ),
+    ),
+    "gpt_shakespeare": (
+        ("data.path={text}",),
+        (
+            "model.net.transformer.width=24",
+            "model.net.transformer.layers=1",
+            "compile=false",
+            "data.batch_size=2",
+            "data.shape=[16]",
+        ),
+    ),
     "stylegan2_cifar10": (FOLDER, (*GENERATOR, "model.generator.style=8", "model.latents=8", "data.batch_size=4")),
-}  # fmt: skip
+}
 
 
 def overrides(experiment: str, data: str, text: str, toy: bool, folder: Path) -> list[str]:
@@ -49,9 +69,15 @@ def overrides(experiment: str, data: str, text: str, toy: bool, folder: Path) ->
     least = ["max_steps=2", "data.num_workers=0", "log_every_steps=1", "callbacks.evaluate.n=4", *small] if toy else []
     every = 1 if toy else 250
     return [
-        f"experiment={experiment}", *(o.format(data=data, text=text) for o in given), f"run_dir={folder}", "logger=none",
-        f"callbacks.evaluate.every_steps={every}", "callbacks.samples=null", "callbacks.save.every_steps=null", *least,
-    ]  # fmt: skip
+        f"experiment={experiment}",
+        *(o.format(data=data, text=text) for o in given),
+        f"run_dir={folder}",
+        "logger=none",
+        f"callbacks.evaluate.every_steps={every}",
+        "callbacks.samples=null",
+        "callbacks.save.every_steps=null",
+        *least,
+    ]
 
 
 def train(arguments: list[str], end: float) -> None:
@@ -74,8 +100,10 @@ def figures(folder: Path) -> dict[str, Any]:
     speeds = [float(value) for _, name, value in rows if name == "perf/samples_per_second"]
     last = {name: float(value) for _, name, value in rows if name in ("train/loss", "val/loss", "val/g_loss")}
     return {
-        "step": max(int(step) for step, *_ in rows), "samples/s": statistics.median(speeds) if speeds else None, **last
-    }  # fmt: skip
+        "step": max(int(step) for step, *_ in rows),
+        "samples/s": statistics.median(speeds) if speeds else None,
+        **last,
+    }
 
 
 def arguments() -> argparse.Namespace:

@@ -40,15 +40,14 @@ from genai.train.lit import LitModel
 
 LR, BETAS, WEIGHT_DECAY = 1e-3, (0.9, 0.99), 0.01
 SHAPE = (
-    "model.latents=16", *(f"model.{net}.width=512" for net in ("encoder", "decoder")),
+    "model.latents=16",
+    *(f"model.{net}.width=512" for net in ("encoder", "decoder")),
     *(f"model.{net}._target_={__spec__.name if __spec__ else __name__}.{net}" for net in ("encoder", "decoder")),
-)  # fmt: skip
+)
 
 
 def encoder(shape: list[int], latents: int, width: int, layers: int, dropout: float) -> nn.Module:
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(math.prod(shape), width), nn.ReLU(), nn.Linear(width, 2 * latents)
-    )  # fmt: skip
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), width), nn.ReLU(), nn.Linear(width, 2 * latents))
 
 
 def decoder(shape: list[int], latents: int, outputs: int, width: int, layers: int, dropout: float) -> nn.Module:
@@ -88,9 +87,12 @@ class Pythae:
         config = VAEConfig(input_dim=lit.model.shape, latent_dim=lit.model.latents, reconstruction_loss="bce")
         self.folder = tempfile.TemporaryDirectory()
         settings = BaseTrainerConfig(
-            output_dir=self.folder.name, per_device_train_batch_size=self.batch, learning_rate=LR, optimizer_cls="AdamW",
+            output_dir=self.folder.name,
+            per_device_train_batch_size=self.batch,
+            learning_rate=LR,
+            optimizer_cls="AdamW",
             optimizer_params={"betas": BETAS, "weight_decay": WEIGHT_DECAY, **optimizer},
-        )  # fmt: skip
+        )
         self.trainer = BaseTrainer(VAE(config, encoder, decoder), self.data(1), training_config=settings)
         self.trainer.prepare_training()
 
@@ -170,10 +172,18 @@ def main() -> None:
         if not found:
             random_images(folder)
         seconds = loop.trained(
-            Turns, args.rounds, args.window, "model=vae_binary", "logger=none", f"data.batch_size={batch}",
-            f"data.root={args.root if found else folder}", *SHAPE, f"optim.lr={LR}", f"optim.betas=[{BETAS[0]},{BETAS[1]}]",
+            Turns,
+            args.rounds,
+            args.window,
+            "model=vae_binary",
+            "logger=none",
+            f"data.batch_size={batch}",
+            f"data.root={args.root if found else folder}",
+            *SHAPE,
+            f"optim.lr={LR}",
+            f"optim.betas=[{BETAS[0]},{BETAS[1]}]",
             f"optim.weight_decay={WEIGHT_DECAY}",
-        )  # fmt: skip
+        )
     rows = [
         {
             "system": "train.py" if name == "ours" else name,

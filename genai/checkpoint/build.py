@@ -142,8 +142,9 @@ def _checked(node: Any, key: str, check: Callable[[Any], Any], largest: int | No
             raise _refusal(f"the _partial_ of {node.get('_target_')} must be true or false")
         values = {
             name: _checked(value, f"{key}.{name}".lstrip("."), check, largest, depth + 1)
-            for name, value in node.items() if name not in ("_target_", "_partial_")
-        }  # fmt: skip
+            for name, value in node.items()
+            if name not in ("_target_", "_partial_")
+        }
         return values if target is None else Call(target, values, node.get("_partial_", False))
     if kind not in (str, int, float, bool, type(None)):
         raise _refusal(

@@ -74,9 +74,13 @@ def trusted_packages(trust: Any) -> tuple[str, ...]:
 
 
 def load(
-    ckpt: str | Path | None = None, weights: str = "ema", device: str = "cpu",
-    trust: str | Sequence[str] | None = None, precision: str = "32-true", compile: bool = False,
-) -> Loaded:  # fmt: skip
+    ckpt: str | Path | None = None,
+    weights: str = "ema",
+    device: str = "cpu",
+    trust: str | Sequence[str] | None = None,
+    precision: str = "32-true",
+    compile: bool = False,
+) -> Loaded:
     """Build the model of a run or checkpoint file and load its weights, "ema" or "raw"; see `locate` for `ckpt`.
 
     Args:

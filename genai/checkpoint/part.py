@@ -26,9 +26,13 @@ class Origin(NamedTuple):
 
 
 def pretrained(
-    ckpt: str | None = None, sha256: str | None = None, weights: str = "ema", frozen: bool = True,
-    shape: Sequence[int] | None = None, model: nn.Module | None = None,
-) -> nn.Module:  # fmt: skip
+    ckpt: str | None = None,
+    sha256: str | None = None,
+    weights: str = "ema",
+    frozen: bool = True,
+    shape: Sequence[int] | None = None,
+    model: nn.Module | None = None,
+) -> nn.Module:
     """A model of another checkpoint as a module of this one; nothing is read here.
 
     When a run starts `adopt_all` reads the file that the config names and completes the node with what it found, and `fill` gives

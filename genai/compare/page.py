@@ -74,11 +74,16 @@ def metric_cards(metric: str, runs: Sequence[Run]) -> dict[str, Any]:
         bar = (at(card["low"]), at(card["high"]) - at(card["low"])) if "low" in card else None
         rows.append(
             {
-                "k": k, "name": run.label, "flag": "memorises its training data" if card.get("memorised") else "",
-                "value": format_value(card["value"]) + mark(card.get("beats_baseline")), "at": f"{at(card['value']):.1f}",
-                "bar": bar and tuple(f"{end:.1f}" for end in bar), "colour": COLOURS[k % 8], "notes": notes(card),
+                "k": k,
+                "name": run.label,
+                "flag": "memorises its training data" if card.get("memorised") else "",
+                "value": format_value(card["value"]) + mark(card.get("beats_baseline")),
+                "at": f"{at(card['value']):.1f}",
+                "bar": bar and tuple(f"{end:.1f}" for end in bar),
+                "colour": COLOURS[k % 8],
+                "notes": notes(card),
             }
-        )  # fmt: skip
+        )
     for name, value in plain.items():
         rows.append(
             {
@@ -122,8 +127,15 @@ def report(runs: Sequence[Run]) -> str:
     charts = [found for name in order[:CHARTS] if (found := chart(name, runs)) is not None]
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     return page.get_template("page.html").render(
-        runs=runs, head=head, summary=[[cell(row, name) for name in head] for row in rows], marks=MARKS, colours=COLOURS,
+        runs=runs,
+        head=head,
+        summary=[[cell(row, name) for name in head] for row in rows],
+        marks=MARKS,
+        colours=COLOURS,
         cards=[metric_cards(name, runs) for name in dict.fromkeys(name for run in runs for name in run.cards)],
-        charts=charts, changed=[[name, *map(format_value, values)] for name, values in differences(runs)],
-        same_model_class=same_model_class(runs), read_base64=read_base64, read_beginning=read_beginning,
-    )  # fmt: skip
+        charts=charts,
+        changed=[[name, *map(format_value, values)] for name, values in differences(runs)],
+        same_model_class=same_model_class(runs),
+        read_base64=read_base64,
+        read_beginning=read_beginning,
+    )

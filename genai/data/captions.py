@@ -32,10 +32,20 @@ class Captioned(Data):
     """
 
     def __init__(
-        self, images: Data, root: str | None, templates: Sequence[str] | None, names: Sequence[str] | None,
-        file: str | None, length: int, field: str, shape: Sequence[int] | None, classes: int | None, levels: int | None,
-        batch_size: int, num_workers: int = 0,
-    ):  # fmt: skip
+        self,
+        images: Data,
+        root: str | None,
+        templates: Sequence[str] | None,
+        names: Sequence[str] | None,
+        file: str | None,
+        length: int,
+        field: str,
+        shape: Sequence[int] | None,
+        classes: int | None,
+        levels: int | None,
+        batch_size: int,
+        num_workers: int = 0,
+    ):
         at_least(length, 1, "data.length")
         if (templates is None) == (file is None):
             raise UserError(
@@ -54,9 +64,17 @@ class Captioned(Data):
             for name, part in images.splits.items():
                 splits[name] = CaptionedSplit(part, captions_from_file(part, file), length, by_label=False)
         super().__init__(
-            field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
-            splits=dict(splits), found_shape=images.shape, class_names=images.class_names, found_levels=images.levels,
-        )  # fmt: skip
+            field=field,
+            shape=shape,
+            classes=classes,
+            levels=levels,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            splits=dict(splits),
+            found_shape=images.shape,
+            class_names=images.class_names,
+            found_levels=images.levels,
+        )
         self.conditions = {"caption": Caption(length), **self.conditions}
         self.shown = splits["val"]
 

@@ -17,9 +17,17 @@ class CelebA(Data):
     """
 
     def __init__(
-        self, root: str, size: Sequence[int], flip: bool, field: str, shape: Sequence[int], classes: None, levels: int,
-        batch_size: int, num_workers: int = 0,
-    ):  # fmt: skip
+        self,
+        root: str,
+        size: Sequence[int],
+        flip: bool,
+        field: str,
+        shape: Sequence[int],
+        classes: None,
+        levels: int,
+        batch_size: int,
+        num_workers: int = 0,
+    ):
         check_size(size)
         looked = f"{root}/celeba/list_eval_partition.txt and {root}/celeba/img_align_celeba"
         splits: dict[str, Split] = {}
@@ -30,6 +38,14 @@ class CelebA(Data):
                 field, files, np.array(part.filename), None, [3, *size], "center", flip and name == "train"
             )
         super().__init__(
-            field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
-            splits=splits, found_shape=[3, *size], class_names=None, found_levels=256,
-        )  # fmt: skip
+            field=field,
+            shape=shape,
+            classes=classes,
+            levels=levels,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            splits=splits,
+            found_shape=[3, *size],
+            class_names=None,
+            found_levels=256,
+        )

@@ -43,10 +43,22 @@ class ImageFolder(Data):
     """
 
     def __init__(
-        self, root: str, size: Sequence[int] | None, channels: int | None, crop: str, flip: bool, field: str,
-        shape: Sequence[int] | None, classes: int | None, levels: int | None, batch_size: int, num_workers: int = 0,
-        value_range: Sequence[float] | None = None, background: str | None = None, version: int = 1,
-    ):  # fmt: skip
+        self,
+        root: str,
+        size: Sequence[int] | None,
+        channels: int | None,
+        crop: str,
+        flip: bool,
+        field: str,
+        shape: Sequence[int] | None,
+        classes: int | None,
+        levels: int | None,
+        batch_size: int,
+        num_workers: int = 0,
+        value_range: Sequence[float] | None = None,
+        background: str | None = None,
+        version: int = 1,
+    ):
         check_size(size)
         if channels not in (None, 1, 3):
             raise UserError(f"data.channels={channels} is none of 1, 3, null")
@@ -70,9 +82,17 @@ class ImageFolder(Data):
             own = None if labels is None else labels[i]
             splits[key] = Images(field, files, names[i], own, [channels, height, width], *how, reading)
         super().__init__(
-            field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
-            splits=splits, found_shape=[channels, height, width], class_names=class_names, found_levels=256,
-        )  # fmt: skip
+            field=field,
+            shape=shape,
+            classes=classes,
+            levels=levels,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            splits=splits,
+            found_shape=[channels, height, width],
+            class_names=class_names,
+            found_levels=256,
+        )
         used = sorted({*range(len(class_names or []))} if version == 1 or labels is None else {*labels[parts["train"]]})
         self.train_labels = torch.tensor(used, dtype=torch.int64)
         if version > 1:
@@ -95,9 +115,16 @@ class Images:
     """
 
     def __init__(
-        self, field: str, files: Files, names: Sequence[str] | np.ndarray, labels: np.ndarray | None,
-        shape: Sequence[int], crop: str, flip: bool, reading: DecodeOptions | None = None,
-    ):  # fmt: skip
+        self,
+        field: str,
+        files: Files,
+        names: Sequence[str] | np.ndarray,
+        labels: np.ndarray | None,
+        shape: Sequence[int],
+        crop: str,
+        flip: bool,
+        reading: DecodeOptions | None = None,
+    ):
         self.field, self.files, self.shape, self.crop, self.flip = field, files, shape, crop, flip
         self.reading = reading or DecodeOptions(shape[0])
         self.names = np.asarray(names)
@@ -202,9 +229,12 @@ def parse_colour(name: str) -> tuple[int, int, int]:
 
 
 def describe_reading(
-    scan: Scan, between: tuple[float, float] | None, measured: bool, background: str | None,
+    scan: Scan,
+    between: tuple[float, float] | None,
+    measured: bool,
+    background: str | None,
     splits: Mapping[str, Sequence[str]],
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """What a user should know of how images are read."""
     found, notes = scan.found, []
     if between is not None:

@@ -35,10 +35,17 @@ class Digits(Data):
         order = np.random.default_rng(0).permutation(len(images))
         parts = {"train": order[:1293], "val": order[1293:1437], "test": order[1437:]}
         super().__init__(
-            field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
+            field=field,
+            shape=shape,
+            classes=classes,
+            levels=levels,
+            batch_size=batch_size,
+            num_workers=num_workers,
             splits={name: Arrays(field, images[i], raw.target[i]) for name, i in parts.items()},
-            found_shape=images.shape[1:], class_names=DIGITS, found_levels=17,
-        )  # fmt: skip
+            found_shape=images.shape[1:],
+            class_names=DIGITS,
+            found_levels=17,
+        )
 
 
 def array_splits(
@@ -61,9 +68,16 @@ class MNIST(Data):
     name, names = "MNIST", DIGITS
 
     def __init__(
-        self, root: str, field: str, shape: Sequence[int], classes: int, levels: int, batch_size: int,
-        num_workers: int = 0, flip: bool = False,
-    ):  # fmt: skip
+        self,
+        root: str,
+        field: str,
+        shape: Sequence[int],
+        classes: int,
+        levels: int,
+        batch_size: int,
+        num_workers: int = 0,
+        flip: bool = False,
+    ):
         raw = Path(root) / self.name / "raw"
         if not all(_idx_file(raw, f"{part}-{kind}") for part in ("train", "t10k") for kind in _IDX_KINDS):
             looked = f"{raw}/train-images-idx3-ubyte[.gz] and its three companions"
@@ -71,9 +85,17 @@ class MNIST(Data):
         train, test = ([_read_idx(raw, f"{part}-{kind}") for kind in _IDX_KINDS] for part in ("train", "t10k"))
         splits = array_splits(field, (train[0][:, None], train[1]), (test[0][:, None], test[1]), flip)
         super().__init__(
-            field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
-            splits=splits, found_shape=(1, *train[0].shape[1:]), class_names=self.names, found_levels=256,
-        )  # fmt: skip
+            field=field,
+            shape=shape,
+            classes=classes,
+            levels=levels,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            splits=splits,
+            found_shape=(1, *train[0].shape[1:]),
+            class_names=self.names,
+            found_levels=256,
+        )
 
 
 class FashionMNIST(MNIST):
@@ -86,9 +108,16 @@ class CIFAR10(Data):
     """CIFAR-10 as torchvision keeps it below `root`, downloaded if absent; training images are mirrored at random."""
 
     def __init__(
-        self, root: str, field: str, shape: Sequence[int], classes: int, levels: int, batch_size: int,
-        num_workers: int = 0, flip: bool = True,
-    ):  # fmt: skip
+        self,
+        root: str,
+        field: str,
+        shape: Sequence[int],
+        classes: int,
+        levels: int,
+        batch_size: int,
+        num_workers: int = 0,
+        flip: bool = True,
+    ):
         looked = f"{Path(root) / 'cifar-10-batches-py'}/data_batch_1, ..."
         train, test = (
             download("CIFAR10", root, looked, lambda module, may, t=t: module.CIFAR10(root, t, download=may))
@@ -96,10 +125,17 @@ class CIFAR10(Data):
         )
         pairs = [(part.data.transpose(0, 3, 1, 2), np.array(part.targets)) for part in (train, test)]
         super().__init__(
-            field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
-            splits=array_splits(field, pairs[0], pairs[1], flip), found_shape=pairs[0][0].shape[1:], class_names=CIFAR10_NAMES,
+            field=field,
+            shape=shape,
+            classes=classes,
+            levels=levels,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            splits=array_splits(field, pairs[0], pairs[1], flip),
+            found_shape=pairs[0][0].shape[1:],
+            class_names=CIFAR10_NAMES,
             found_levels=256,
-        )  # fmt: skip
+        )
 
 
 def download(name: str, root: str, looked: str, fetch: Callable[[Any, bool], Any]) -> Any:

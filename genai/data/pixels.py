@@ -24,18 +24,33 @@ class Pixels(Data):
     """
 
     def __init__(
-        self, images: Data, field: str, shape: Sequence[int] | None, classes: int | None, levels: int | None,
-        batch_size: int, num_workers: int = 0,
-    ):  # fmt: skip
+        self,
+        images: Data,
+        field: str,
+        shape: Sequence[int] | None,
+        classes: int | None,
+        levels: int | None,
+        batch_size: int,
+        num_workers: int = 0,
+    ):
         if images.levels is None or len(images.shape) != 3:
             raise UserError(f"data.images is {images.field} of shape {images.shape}: give images on grey levels")
         c, h, w = images.shape
         self.images, pixels = images, modalities.Pixels(images.shape, images.levels)
         parts: dict[str, Split] = {name: PixelSplit(part, images.field, pixels) for name, part in images.splits.items()}
         super().__init__(
-            field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
-            splits=parts, found_shape=[h * w * c], class_names=None, found_levels=images.levels + 1, modality=pixels,
-        )  # fmt: skip
+            field=field,
+            shape=shape,
+            classes=classes,
+            levels=levels,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            splits=parts,
+            found_shape=[h * w * c],
+            class_names=None,
+            found_levels=images.levels + 1,
+            modality=pixels,
+        )
 
     @property
     def values(self) -> int | None:

@@ -144,9 +144,10 @@ class Scan:
         stamps, now = self.files.stamps, time.time_ns()
         facts = {**self.problems, **self.found}
         settled = {
-            name: [stamps[name], dataclasses.astuple(one)] for name, one in facts.items()
+            name: [stamps[name], dataclasses.astuple(one)]
+            for name, one in facts.items()
             if stamps[name] and now - max(stamps[name][1:]) > fingerprint.RACY_NS
-        }  # fmt: skip
+        }
         if settled:
             with contextlib.suppress(UserError):
                 write_text(self.path, json.dumps(settled))
@@ -180,10 +181,14 @@ class Scan:
             with decode.open_image(file, files.root / name, size, large=files.version > 1) as image:
                 swapped = decode.is_sideways(image)
                 facts = Facts(
-                    height=image.width if swapped else image.height, width=image.height if swapped else image.width,
-                    mode=image.mode, deep=decode.is_deep(image), transparent=decode.is_transparent(image), checksum=digest,
+                    height=image.width if swapped else image.height,
+                    width=image.height if swapped else image.width,
+                    mode=image.mode,
+                    deep=decode.is_deep(image),
+                    transparent=decode.is_transparent(image),
+                    checksum=digest,
                     pages=image.n_frames if image.format in MANY and getattr(image, "is_animated", False) else 1,
-                )  # fmt: skip
+                )
                 end = ENDS.get(image.format or "")
                 if files.version > 1 and end and not _ends(file, end) and (digest or files.root.is_dir()):
                     image.seek(0)

@@ -317,10 +317,21 @@ class Text(Data):
     """
 
     def __init__(
-        self, source: Source, tokenizer: str, vocab_size: int | None, val: float, test: float, overlap: int,
-        cache: str | None, field: str, shape: Sequence[int], classes: None, levels: int | None, batch_size: int,
+        self,
+        source: Source,
+        tokenizer: str,
+        vocab_size: int | None,
+        val: float,
+        test: float,
+        overlap: int,
+        cache: str | None,
+        field: str,
+        shape: Sequence[int],
+        classes: None,
+        levels: int | None,
+        batch_size: int,
         num_workers: int = 0,
-    ):  # fmt: skip
+    ):
         if len(shape) != 1:
             raise UserError(f"data.shape={list(shape)} must be [context length in tokens]")
         length = at_least(shape[0], 1, "data.shape[0]")
@@ -348,10 +359,18 @@ class Text(Data):
                 )
             splits[name] = part
         super().__init__(
-            field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
-            splits=splits, found_shape=shape, class_names=None, found_levels=self.tokenizer.vocab_size,
+            field=field,
+            shape=shape,
+            classes=classes,
+            levels=levels,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            splits=splits,
+            found_shape=shape,
+            class_names=None,
+            found_levels=self.tokenizer.vocab_size,
             modality=modalities.Text(self.tokenizer),
-        )  # fmt: skip
+        )
 
 
 def _file(path: str, url: str | None) -> Path:

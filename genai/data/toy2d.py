@@ -35,17 +35,27 @@ def eight_gaussians(n: int, generator: np.random.Generator) -> np.ndarray:
 
 
 SHAPES: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
-    "moons": moons, "swiss_roll": swiss_roll, "checkerboard": checkerboard, "eight_gaussians": eight_gaussians,
-}  # fmt: skip
+    "moons": moons,
+    "swiss_roll": swiss_roll,
+    "checkerboard": checkerboard,
+    "eight_gaussians": eight_gaussians,
+}
 
 
 class Toy2D(Data):
     """`n` points of one of the SHAPES, and a tenth as many each for validation and test; no labels."""
 
     def __init__(
-        self, distribution: str, n: int, field: str, shape: Sequence[int], classes: None, levels: None,
-        batch_size: int, num_workers: int = 0,
-    ):  # fmt: skip
+        self,
+        distribution: str,
+        n: int,
+        field: str,
+        shape: Sequence[int],
+        classes: None,
+        levels: None,
+        batch_size: int,
+        num_workers: int = 0,
+    ):
         if distribution not in SHAPES:
             raise UserError(f"data.distribution={distribution!r} is none of {', '.join(SHAPES)}")
         at_least(n, 1, "data.n")
@@ -53,7 +63,14 @@ class Toy2D(Data):
         draw = SHAPES[distribution]
         sizes = {"train": n, "val": max(n // 10, 1), "test": max(n // 10, 1)}
         super().__init__(
-            field=field, shape=shape, classes=classes, levels=levels, batch_size=batch_size, num_workers=num_workers,
+            field=field,
+            shape=shape,
+            classes=classes,
+            levels=levels,
+            batch_size=batch_size,
+            num_workers=num_workers,
             splits={k: Arrays(field, draw(size, generator).astype(np.float32), None) for k, size in sizes.items()},
-            found_shape=[2], class_names=None, found_levels=None,
-        )  # fmt: skip
+            found_shape=[2],
+            class_names=None,
+            found_levels=None,
+        )

@@ -24,9 +24,15 @@ def data_facts(checked: CheckedPlan) -> dict[str, Any]:
 
 
 def card(
-    name: str, metric: Metric, value: float, low: float, high: float, floor: float | None, baselines: Mapping[str, float],
+    name: str,
+    metric: Metric,
+    value: float,
+    low: float,
+    high: float,
+    floor: float | None,
+    baselines: Mapping[str, float],
     facts: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Make one card.
 
     A baseline counts as beaten if even the worse end of the interval is better. Copies of the training data are listed, but
@@ -37,12 +43,15 @@ def card(
     figures = {"value": value, "low": low, "high": high, **({} if floor is None else {"floor": floor})}
     own = custom_facts(name, metric)
     return {
-        "metric": name, **{key: round(figure, 5) for key, figure in figures.items()}, "better": metric.better,
+        "metric": name,
+        **{key: round(figure, 5) for key, figure in figures.items()},
+        "better": metric.better,
         **({"unit": metric.unit} if metric.unit else {}),
         "baselines": {what: round(figure, 5) for what, figure in baselines.items()},
-        "beats_baseline": all(sign * worst > sign * figure for figure in others) if others else None, **facts,
+        "beats_baseline": all(sign * worst > sign * figure for figure in others) if others else None,
+        **facts,
         **({"protocol": {**facts["protocol"], "metric": own}} if own else {}),
-    }  # fmt: skip
+    }
 
 
 def write(cards: list[dict[str, Any]], run: Path) -> None:

@@ -22,9 +22,15 @@ class Classifier(nn.Module):
         super().__init__()
         height, width = (-(-side // 4) for side in shape[1:])
         self.features = nn.Sequential(
-            nn.Conv2d(shape[0], 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 32, 5, 2, 2), nn.ReLU(), nn.Flatten(),
-            nn.Dropout(0.2), nn.Linear(32 * height * width, FEATURES), nn.ReLU(),
-        )  # fmt: skip
+            nn.Conv2d(shape[0], 16, 5, 2, 2),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 5, 2, 2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(32 * height * width, FEATURES),
+            nn.ReLU(),
+        )
         self.head = nn.Linear(FEATURES, classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -31,9 +31,14 @@ class Extractor:
     """
 
     def __init__(
-        self, net: nn.Module, see: Callable[[Tensor], tuple[Tensor, Tensor | None]], labels: bool, device: str,
-        resize: str | None = None, batch: int = 256,
-    ):  # fmt: skip
+        self,
+        net: nn.Module,
+        see: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+        labels: bool,
+        device: str,
+        resize: str | None = None,
+        batch: int = 256,
+    ):
         self.net, self.see, self.labels = net.eval().requires_grad_(False).to(device), see, labels
         self.device, self.batch = device, batch
         self.facts = {"extractor": {"kind": type(net).__name__, "sha256": sha256(net)}, "resize": resize}

@@ -81,11 +81,19 @@ def sample_cards(loaded: Loaded, checked: CheckedPlan, extractor: Extractor, fol
     others = reference_scores(data, metrics, split, n, real) if plan.baselines else {}
     facts = {
         "protocol": {
-            "n": n, "split": split, "real": real.moments.n, "repeats": plan.repeats, **data_facts(checked),
-            "levels": data.levels, **extractor.facts, "dtype": loaded.dtype,
+            "n": n,
+            "split": split,
+            "real": real.moments.n,
+            "repeats": plan.repeats,
+            **data_facts(checked),
+            "levels": data.levels,
+            **extractor.facts,
+            "dtype": loaded.dtype,
         },
-        "floor_of": floor, "sampler": loaded.config["sampler"], **_copies(data, torch.cat(first)[:LOOKED_AT], folder),
-    }  # fmt: skip
+        "floor_of": floor,
+        "sampler": loaded.config["sampler"],
+        **_copies(data, torch.cat(first)[:LOOKED_AT], folder),
+    }
     spreads = {name: over_seeds(found) for name, found in values.items()}
     return [
         card(name, metrics[name], s.mean, s.min, s.max, floors.get(name), others.get(name, {}), facts)
@@ -120,9 +128,13 @@ def _copies(data: Data, samples: Tensor, folder: Path) -> dict[str, Any]:
     save(data.modality.preview({data.field: pairs}, len(nearest)), folder / "nearest", folder.parent)
     reason = {} if copies.reason is None else {"memorised_reason": copies.reason}
     return {
-        "memorised": copies.flagged, **reason, "copies": copies.copies, "distance_ratio": round(copies.ratio, 4),
-        "share_too_close": round(copies.close, 4), "looked_at": len(samples),
-    }  # fmt: skip
+        "memorised": copies.flagged,
+        **reason,
+        "copies": copies.copies,
+        "distance_ratio": round(copies.ratio, 4),
+        "share_too_close": round(copies.close, 4),
+        "looked_at": len(samples),
+    }
 
 
 def text_cards(loaded: Loaded, checked: CheckedPlan) -> list[dict[str, Any]]:
@@ -148,11 +160,16 @@ def text_cards(loaded: Loaded, checked: CheckedPlan) -> list[dict[str, Any]]:
     )
     facts = {
         "protocol": {
-            "n": n, "split": split, "repeats": plan.repeats, **data_facts(checked), "vocabulary": data.levels,
-            "max_new_tokens": loaded.config["sampler"].get("max_new_tokens") or data.shape[0], "train_characters": len(train),
+            "n": n,
+            "split": split,
+            "repeats": plan.repeats,
+            **data_facts(checked),
+            "vocabulary": data.levels,
+            "max_new_tokens": loaded.config["sampler"].get("max_new_tokens") or data.shape[0],
+            "train_characters": len(train),
         },
         "sampler": loaded.config["sampler"],
-    }  # fmt: skip
+    }
     spreads = {name: over_seeds(found) for name, found in values.items()}
     return [card(name, metrics[name], s.mean, s.min, s.max, floors.get(name), {}, facts) for name, s in spreads.items()]
 

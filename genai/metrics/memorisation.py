@@ -98,10 +98,12 @@ def nearest_neighbours(x: Array, train: Array | Iterable[Array]) -> tuple[Tensor
     for part in [train] if isinstance(train, Array) else train:
         items, part = pair(x, part, ("items", "training items"))
         near = torch.cat([squared.argmin(1) for _, squared in squared_distances(items, part)])
-        exact = torch.cat([
-            (a.double() - part[i].double()).norm(dim=1)
-            for a, i in zip(items.split(1024), near.split(1024), strict=True)
-        ])  # fmt: skip
+        exact = torch.cat(
+            [
+                (a.double() - part[i].double()).norm(dim=1)
+                for a, i in zip(items.split(1024), near.split(1024), strict=True)
+            ]
+        )
         closer = exact < distance
         distance, index = exact.where(closer, distance), (near + first).where(closer, index)
         first += len(part)

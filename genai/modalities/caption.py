@@ -45,8 +45,9 @@ class Caption(Modality):
         given = {"caption": ("prompt", prompt), "negative": ("negative_prompt", negative)}
         return {
             name: encode(repeat_strings(text, n, key), self.length, "data.length of this model")
-            for name, (key, text) in given.items() if text is not None
-        }  # fmt: skip
+            for name, (key, text) in given.items()
+            if text is not None
+        }
 
     def preview(self, batch: Batch, columns: int | None = None) -> Texts:
         return [bytes(i for i in row if i != PAD).decode(errors="replace") for row in batch["caption"].tolist()]

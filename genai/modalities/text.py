@@ -69,9 +69,14 @@ class Text(Modality):
             prompt = self.tokenizer.decode(start)
             plain.append(f"--- seed {seed}\n{prompt}{text}\n\n")
             facts = {
-                "seed": seed, "prompt": prompt, "text": text, "log_prob": round(log_prob.double().sum().item(), 4),
-                "tokens": tokens.tolist(), "log_probs": [round(x, 4) for x in log_prob.tolist()], "rng_version": RNG_VERSION,
-            }  # fmt: skip
+                "seed": seed,
+                "prompt": prompt,
+                "text": text,
+                "log_prob": round(log_prob.double().sum().item(), 4),
+                "tokens": tokens.tolist(),
+                "log_probs": [round(x, 4) for x in log_prob.tolist()],
+                "rng_version": RNG_VERSION,
+            }
             lines.append(json.dumps(facts) + "\n")
         (folder / "samples.txt").write_text("".join(plain), encoding="utf-8")
         (folder / "samples.jsonl").write_text("".join(lines))

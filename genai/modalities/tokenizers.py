@@ -130,9 +130,11 @@ class BPE:
         bpe.pre_tokenizer = library.pre_tokenizers.Sequence([words, parts])
         bpe.decoder = library.decoders.ByteLevel()
         trainer = library.trainers.BpeTrainer(
-            vocab_size=vocab_size - end, show_progress=sys.stderr.isatty(), special_tokens=[],
+            vocab_size=vocab_size - end,
+            show_progress=sys.stderr.isatty(),
+            special_tokens=[],
             initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
-        )  # fmt: skip
+        )
         bpe.train_from_iterator(chunks, trainer)
         bpe.pre_tokenizer = words
         return cls(bpe.to_str(), end)

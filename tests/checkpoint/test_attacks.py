@@ -56,10 +56,15 @@ def content_of(overrides):
     weights = {name: tensor.clone() for name, tensor in build_typed(config["model"]).state_dict().items()}
     modalities = nodes_of(data.modality, data.conditions)
     return {
-        "format": 1, "rng_version": 1, "step": 3, "config": config, "modalities": modalities, "model": weights,
+        "format": 1,
+        "rng_version": 1,
+        "step": 3,
+        "config": config,
+        "modalities": modalities,
+        "model": weights,
         "ema": dict(weights),
         "trainer": {"optimizer_states": [{"betas": (0.9, 0.99)}]},
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +107,13 @@ def attacked(folder):
     """What `tests.checkpoint.victim` says of every file of a folder; nothing else may be in it afterwards."""
     before = sorted(folder.rglob("*"))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.checkpoint.victim", str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "tests.checkpoint.victim", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "XDG_CACHE_HOME": str(folder / "cache")},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert sorted(folder.rglob("*")) == before
     found = {(line := json.loads(row))["file"]: line for row in done.stdout.splitlines()}
@@ -166,10 +175,17 @@ def test_a_config_is_of_plain_values_only(content, tmp_path, key, value):
 def test_what_lightning_keeps_may_have_tuples_and_comes_back_equal(content, tmp_path):
     shared = torch.arange(6.0)
     content["trainer"] = {
-        "betas": (0.9, (1, 2)), "ordered": collections.OrderedDict(a=1), "by number": {0: shared[1:4], 1: shared},
-        "across": torch.arange(6).view(2, 3).T, "none": torch.zeros(0, 3), "half": torch.ones(2, dtype=torch.bfloat16),
-        "flags": torch.tensor([True, False]), "one": torch.tensor(3), "negative": -5, "large": 2**62,
-    }  # fmt: skip
+        "betas": (0.9, (1, 2)),
+        "ordered": collections.OrderedDict(a=1),
+        "by number": {0: shared[1:4], 1: shared},
+        "across": torch.arange(6).view(2, 3).T,
+        "none": torch.zeros(0, 3),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "flags": torch.tensor([True, False]),
+        "one": torch.tensor(3),
+        "negative": -5,
+        "large": 2**62,
+    }
     checkpoint.save(content, tmp_path / "x.ckpt")
     found = checkpoint.read(tmp_path / "x.ckpt")["trainer"]
     expected = torch.load(tmp_path / "x.ckpt", weights_only=True)["trainer"]
@@ -197,8 +213,11 @@ def targets(node):
             yield from targets(value)
 
 
-CONFS = [path for group in ("model", "sampler", "data", "experiment", "optim", "callbacks", "logger", "extractor")
-         for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]  # fmt: skip
+CONFS = [
+    path
+    for group in ("model", "sampler", "data", "experiment", "optim", "callbacks", "logger", "extractor")
+    for path in sorted((ROOT / "conf" / group).glob("*.yaml"))
+]
 
 
 def test_every_target_of_every_config_may_be_stored():
@@ -218,10 +237,26 @@ def test_every_target_of_every_config_may_be_stored():
 
 
 HARMLESS_MODULES = (
-    "__future__", "bisect", "collections", "contextlib", "dataclasses", "einops", "functools", "inspect", "itertools", "lpips",
-    "math", "sys", "torch", "typing", "genai.core", "genai.kernels", "genai.losses", "genai.models",
+    "__future__",
+    "bisect",
+    "collections",
+    "contextlib",
+    "dataclasses",
+    "einops",
+    "functools",
+    "inspect",
+    "itertools",
+    "lpips",
+    "math",
+    "sys",
+    "torch",
+    "typing",
+    "genai.core",
+    "genai.kernels",
+    "genai.losses",
+    "genai.models",
     "genai.nn",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("room", ["models", "nn", "losses"])
@@ -258,9 +293,22 @@ def test_functions_of_data_and_training_that_do_things_are_not_admitted():
     metrics = {name for name in admitted if name.startswith("genai.evaluation.metrics.")}
     assert admitted - data - metrics == set(build.RUN_TARGETS) and "genai.evaluation.metrics.Distinct" in metrics
     assert {name.rpartition(".")[2] for name in data} == {
-        "Captioned", "CelebA", "CIFAR10", "Data", "Digits", "FashionMNIST", "ImageFolder", "MNIST", "Pixels", "Text", "Toy2D",
-        "lines", "python_docs", "text_file", "text_folder",
-    }  # fmt: skip
+        "Captioned",
+        "CelebA",
+        "CIFAR10",
+        "Data",
+        "Digits",
+        "FashionMNIST",
+        "ImageFolder",
+        "MNIST",
+        "Pixels",
+        "Text",
+        "Toy2D",
+        "lines",
+        "python_docs",
+        "text_file",
+        "text_folder",
+    }
 
 
 @pytest.mark.parametrize(
@@ -302,10 +350,21 @@ def test_what_user_typed_is_not_bounded(tmp_path):
 
 def test_a_stored_data_node_downloads_nothing(tmp_path, content):
     node = {
-        "_target_": "genai.data.text.text_file", "path": str(tmp_path / "new.txt"), "url": "data:,attack", "tokenizer": "byte",
-        "vocab_size": None, "val": 0.1, "test": 0.1, "overlap": 0, "cache": None, "field": "tokens", "shape": [2],
-        "classes": None, "levels": None, "batch_size": 2,
-    }  # fmt: skip
+        "_target_": "genai.data.text.text_file",
+        "path": str(tmp_path / "new.txt"),
+        "url": "data:,attack",
+        "tokenizer": "byte",
+        "vocab_size": None,
+        "val": 0.1,
+        "test": 0.1,
+        "overlap": 0,
+        "cache": None,
+        "field": "tokens",
+        "shape": [2],
+        "classes": None,
+        "levels": None,
+        "batch_size": 2,
+    }
     for key in ("config.data", "config.model.net", "config.sampler.clip"):
         path = tmp_path / f"{key}.ckpt"
         checkpoint.save(put(copy.deepcopy(content), key, node), path)
@@ -328,10 +387,20 @@ def test_a_stored_text_is_prepared_in_the_users_own_cache(tmp_path, monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
     (tmp_path / "a.txt").write_text("some words, " * 40)
     node = {
-        "_target_": "genai.data.text.text_file", "path": str(tmp_path / "a.txt"), "tokenizer": "byte", "vocab_size": None,
-        "val": 0.1, "test": 0.1, "overlap": 0, "cache": str(tmp_path / "theirs"), "field": "tokens", "shape": [4],
-        "classes": None, "levels": None, "batch_size": 2,
-    }  # fmt: skip
+        "_target_": "genai.data.text.text_file",
+        "path": str(tmp_path / "a.txt"),
+        "tokenizer": "byte",
+        "vocab_size": None,
+        "val": 0.1,
+        "test": 0.1,
+        "overlap": 0,
+        "cache": str(tmp_path / "theirs"),
+        "field": "tokens",
+        "shape": [4],
+        "classes": None,
+        "levels": None,
+        "batch_size": 2,
+    }
     data = build_stored(node, kinds=(build.DATA,))
     assert not (tmp_path / "theirs").exists()
     assert data.splits["val"].path.is_relative_to(tmp_path / "own")
@@ -415,9 +484,7 @@ def wrong(content, words):
     """Name -> content that `torch.save` can write."""
     weights, node = content["model"], content["config"]["model"]
     old, old_words = older(content, class_names=None), older(words, class_names=None, tokenizer=BYTES)
-    pixels, label, caption = (
-        lambda *values, kind=kind: node_like(kind, values) for kind in (Pixels, Label, Caption)
-    )  # fmt: skip
+    pixels, label, caption = (lambda *values, kind=kind: node_like(kind, values) for kind in (Pixels, Label, Caption))
     huge = {
         f"a huge {key} {str(value)[:20]}": (content, f"config.model.{key}", value)
         for key in ("net.width", "net.blocks", "net.dim", "schedule.steps", "classes", "shape", "levels", "clip")
@@ -495,7 +562,9 @@ def wrong(content, words):
         "a sampler of another family": (content, "config.sampler._target_", "genai.models.gan.samplers.gan"),
         "a function that is no sampler": (content, "config.sampler._target_", "genai.models.gan.gan.slerp"),
         "a sampler of another family, bare": (
-            content, "config.sampler", {"_target_": "genai.models.gan.samplers.gan", "_partial_": True},
+            content,
+            "config.sampler",
+            {"_target_": "genai.models.gan.samplers.gan", "_partial_": True},
         ),
         "a sampler without an argument": (content, "config.sampler.solver.eta", ...),
         "a solver that is code": (content, "config.sampler.solver._target_", "os.system"),
@@ -526,22 +595,35 @@ def wrong(content, words):
         "chars that are a list": (words, "modalities.output.state.tokenizer", {**CHAR, "chars": ["a"]}),
         "chars of none": (words, "modalities.output.state.tokenizer", {**CHAR, "chars": ""}),
         "chars in disorder": (words, "modalities.output.state.tokenizer", {**CHAR, "chars": "ba"}),
-    }  # fmt: skip
+    }
     for name, (base, key, value) in changes.items():
         yield name, put({**copy.deepcopy(base), "ema": {}}, key, value)
 
 
-PADDING = json.dumps({
-    "version": "1.0", "padding": {"strategy": {"Fixed": 10**12}, "direction": "Left", "pad_id": 0, "pad_type_id": 0,
-    "pad_token": "a"},
-    "pre_tokenizer": {"type": "ByteLevel"}, "decoder": {"type": "ByteLevel"}, 
-    "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
-})  # fmt: skip
+PADDING = json.dumps(
+    {
+        "version": "1.0",
+        "padding": {
+            "strategy": {"Fixed": 10**12},
+            "direction": "Left",
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "a",
+        },
+        "pre_tokenizer": {"type": "ByteLevel"},
+        "decoder": {"type": "ByteLevel"},
+        "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+    }
+)
 HARMLESS = {
-    "class names for no classes", "a field of nothing", "data that are code", "a sampler without an argument",
-    *(f"a huge clip {value}" for value in (-1, 0, 1e30)), *(f"a huge levels {value}" for value in (-1, 0, 1e30)),
+    "class names for no classes",
+    "a field of nothing",
+    "data that are code",
+    "a sampler without an argument",
+    *(f"a huge clip {value}" for value in (-1, 0, 1e30)),
+    *(f"a huge levels {value}" for value in (-1, 0, 1e30)),
     f"a huge levels {str([1] * 100)[:20]}",
-}  # fmt: skip
+}
 
 
 def rewritten(source, target, change, compression=zipfile.ZIP_STORED):
@@ -590,17 +672,19 @@ def bombs(content, folder):
     for name, program in programs.items():
         stop = b"" if name == "no end" else b"."
         rewritten(
-            folder / "good", folder / f"{name}.ckpt",
+            folder / "good",
+            folder / f"{name}.ckpt",
             lambda record, data, p=b"\x80\x02" + program + stop: p if record.endswith("/data.pkl") else data,
-        )  # fmt: skip
+        )
     with zipfile.ZipFile(folder / "good") as archive:
         program = archive.read("good/data.pkl")
     assert b"K\x08K\x08\x86" in program
     larger = program.replace(b"K\x08K\x08\x86", b"J\x00\x00\x10\x00K\x08\x86")
     rewritten(
-        folder / "good", folder / "beyond its storage.ckpt",
+        folder / "good",
+        folder / "beyond its storage.ckpt",
         lambda record, data: larger if record.endswith("/data.pkl") else data,
-    )  # fmt: skip
+    )
     for name in ("good", "zeros"):
         (folder / name).unlink()
 
@@ -636,10 +720,20 @@ def places(node, way=()):
 
 
 NAMES = [
-    "os.system", "builtins.exec", "subprocess.Popen", "genai.checkpoint.save", "genai.data.text.text_file",
-    "genai.modalities.base.save", "genai.models.gan.gan.GAN", "genai.models.diffusion.ddpm.DDPM", "genai.nn.norm.LayerNorm",
-    "genai.models.diffusion.sampling.samplers.sample", f"{SCHEDULES}.cosine", "genai.train.run.run", "torch.load",
-]  # fmt: skip
+    "os.system",
+    "builtins.exec",
+    "subprocess.Popen",
+    "genai.checkpoint.save",
+    "genai.data.text.text_file",
+    "genai.modalities.base.save",
+    "genai.models.gan.gan.GAN",
+    "genai.models.diffusion.ddpm.DDPM",
+    "genai.nn.norm.LayerNorm",
+    "genai.models.diffusion.sampling.samplers.sample",
+    f"{SCHEDULES}.cosine",
+    "genai.train.run.run",
+    "torch.load",
+]
 
 
 def mutated(content, seed):
@@ -665,14 +759,30 @@ def mutated(content, seed):
         swapped = functools.partial(lambda other, v: other, other)
         change = draw.choice(
             [
-                lambda v: (v,), lambda v: [v], lambda v: {"a": v}, lambda v: {1, 2}, lambda v: Text("x"), lambda v: Group(a=1),
-                lambda v: collections.OrderedDict(a=v), lambda v: collections.Counter("ab"), lambda v: draw.choice(NUMBERS),
-                lambda v: draw.choice(NUMBERS), lambda v: draw.choice(["", "x", "${oc.env:HOME}", "true", "\0", "\ud800"]),
-                lambda v: None, lambda v: not v, lambda v: {"_target_": draw.choice(NAMES), "path": "ran"},
-                lambda v: {"_target_": draw.choice(NAMES), "_args_": [v]}, lambda v: draw.choice(NAMES), swapped,
-                lambda v: torch.zeros(2), lambda v: b"x", lambda v: nested(draw.randint(1, 200)), lambda v: ..., lambda v: ...,
+                lambda v: (v,),
+                lambda v: [v],
+                lambda v: {"a": v},
+                lambda v: {1, 2},
+                lambda v: Text("x"),
+                lambda v: Group(a=1),
+                lambda v: collections.OrderedDict(a=v),
+                lambda v: collections.Counter("ab"),
+                lambda v: draw.choice(NUMBERS),
+                lambda v: draw.choice(NUMBERS),
+                lambda v: draw.choice(["", "x", "${oc.env:HOME}", "true", "\0", "\ud800"]),
+                lambda v: None,
+                lambda v: not v,
+                lambda v: {"_target_": draw.choice(NAMES), "path": "ran"},
+                lambda v: {"_target_": draw.choice(NAMES), "_args_": [v]},
+                lambda v: draw.choice(NAMES),
+                swapped,
+                lambda v: torch.zeros(2),
+                lambda v: b"x",
+                lambda v: nested(draw.randint(1, 200)),
+                lambda v: ...,
+                lambda v: ...,
             ]
-        )  # fmt: skip
+        )
         value = change(value)
         if value is ... and isinstance(node, dict):
             del node[key]

@@ -41,8 +41,15 @@ def test_holds_tensors_and_plain_values_only(run):
     path = run / "checkpoints" / "last.ckpt"
     assert torch.serialization.get_unsafe_globals_in_checkpoint(path) == []
     assert set(torch.load(path, weights_only=True)) == {
-        "format", "rng_version", "step", "config", "modalities", "model", "ema", "trainer",
-    }  # fmt: skip
+        "format",
+        "rng_version",
+        "step",
+        "config",
+        "modalities",
+        "model",
+        "ema",
+        "trainer",
+    }
 
 
 def test_load_and_sample_in_python_equal_the_command_line(run, command, tmp_path):
@@ -166,8 +173,11 @@ def test_files_that_are_no_checkpoints(tmp_path):
     torch.save({"weights": torch.zeros(2)}, tmp_path / "y.ckpt")
     torch.save({"format": 99}, tmp_path / "z.ckpt")
     for name, message in {
-        "x.ckpt": "torn or no checkpoint", "y.ckpt": "no format number", "z.ckpt": "format 99", "w.ckpt": "no checkpoint",
-    }.items():  # fmt: skip
+        "x.ckpt": "torn or no checkpoint",
+        "y.ckpt": "no format number",
+        "z.ckpt": "format 99",
+        "w.ckpt": "no checkpoint",
+    }.items():
         with pytest.raises(UserError, match=message):
             checkpoint.read(tmp_path / name)
     with pytest.raises(UserError, match="no readable checkpoint"):

@@ -25,8 +25,24 @@ from genai.train.run import run
 from tests.checkpoint.old import record
 
 OLD = Path(__file__).parent / "old"
-NAMES = ["autoencoder_adversarial", "biggan", "ddpm", "ddpm_levels", "ddpm_mlp", "dit", "edm", "first", "flow", "gan",
-         "gpt", "gpt_digits", "latent", "stylegan2", "vae", "vqvae"]  # fmt: skip
+NAMES = [
+    "autoencoder_adversarial",
+    "biggan",
+    "ddpm",
+    "ddpm_levels",
+    "ddpm_mlp",
+    "dit",
+    "edm",
+    "first",
+    "flow",
+    "gan",
+    "gpt",
+    "gpt_digits",
+    "latent",
+    "stylegan2",
+    "vae",
+    "vqvae",
+]
 FIELDS = ("image", "vector", "tokens", "log_prob")
 
 
@@ -202,9 +218,13 @@ def test_a_run_whose_every_target_has_moved_makes_what_it_made(recorded, tmp_pat
 
 def test_a_stored_node_is_brought_up_to_date_from_within(monkeypatch):
     moves = {
-        "a.One": "a.Two", "a.Two": "b.Three", "b.Keys": into("b.Keys", {"old": "new"}, more=3), "a.Pair": into("b.Pair", less=1),
-        "c.Ring": "c.Gnir", "c.Gnir": "c.Ring",
-    }  # fmt: skip
+        "a.One": "a.Two",
+        "a.Two": "b.Three",
+        "b.Keys": into("b.Keys", {"old": "new"}, more=3),
+        "a.Pair": into("b.Pair", less=1),
+        "c.Ring": "c.Gnir",
+        "c.Gnir": "c.Ring",
+    }
     for target, now in moves.items():
         monkeypatch.setitem(checkpoint.MOVED, target, now)
     node = {

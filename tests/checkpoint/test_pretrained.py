@@ -292,8 +292,10 @@ def test_a_stored_node_builds_what_it_says_and_reads_no_file(teacher, unread):
 def test_a_stored_sampler_names_no_file(teacher, tmp_path, unread):
     content = last(teacher)
     content["config"]["sampler"] = {
-        "_target_": "genai.models.autoregressive.speculative.speculative", "_partial_": True, "draft": str(teacher),
-    }  # fmt: skip
+        "_target_": "genai.models.autoregressive.speculative.speculative",
+        "_partial_": True,
+        "draft": str(teacher),
+    }
     path = tmp_path / "theirs.ckpt"
     checkpoint.save({k: v for k, v in content.items() if k not in ("format", "rng_version", "written")}, path)
     loaded = genai.load(path)
@@ -322,8 +324,10 @@ def test_parts_are_found_wherever_they_stand_but_within_others():
 
 def test_a_first_stage_that_only_codec_named_is_named_by_its_node():
     built = {"_target_": "genai.models.vae.autoencoder.Autoencoder", "field": "image"}
-    old = {"codec": {"ckpt": "a", "sha256": "b", "cache": None, "shape": [2], "model": built},
-           "model": {"_target_": "x.Y", "latent": {"_target_": "x.Latent", "codec": built}}}  # fmt: skip
+    old = {
+        "codec": {"ckpt": "a", "sha256": "b", "cache": None, "shape": [2], "model": built},
+        "model": {"_target_": "x.Y", "latent": {"_target_": "x.Latent", "codec": built}},
+    }
     new = up_to_date(old)
     node = {"_target_": PRETRAINED, "ckpt": "a", "sha256": "b", "shape": [2], "weights": "ema", "model": built}
     assert new["model"]["latent"]["codec"] == node and new["codec"] == old["codec"]

@@ -49,9 +49,17 @@ def write(folder, target="genai.models.gan.gan.GAN", value=0.5, lr=1e-3, protoco
     else:
         (folder / "samples" / "samples_0000040.txt").write_text(texts)
     card = {
-        "metric": "frechet", "value": value, "low": value - 0.1, "high": value + 0.1, "better": "lower", "protocol": protocol,
-        "floor": 0.2, "baselines": {"gmm": 0.7}, "beats_baseline": value < 0.7, "memorised": False,
-    }  # fmt: skip
+        "metric": "frechet",
+        "value": value,
+        "low": value - 0.1,
+        "high": value + 0.1,
+        "better": "lower",
+        "protocol": protocol,
+        "floor": 0.2,
+        "baselines": {"gmm": 0.7},
+        "beats_baseline": value < 0.7,
+        "memorised": False,
+    }
     (folder / "cards" / "frechet.json").write_text(json.dumps(card))
     if texts is None:
         to_pil(torch.zeros(1, 8, 8, dtype=torch.uint8)).save(folder / "cards" / "nearest.png")
@@ -222,8 +230,17 @@ def test_the_page_opens_in_a_browser_without_errors(four, tmp_path):
     for width in (1280, 390):
         picture = tmp_path / f"{width}.png"
         done = subprocess.run(
-            ["chromium", *flags, *log, f"--window-size={width},900", f"--screenshot={picture}", f"file://{tmp_path}/report.html"],
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+            [
+                "chromium",
+                *flags,
+                *log,
+                f"--window-size={width},900",
+                f"--screenshot={picture}",
+                f"file://{tmp_path}/report.html",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0 and picture.exists(), done.stderr[-2000:]
         assert "CONSOLE" not in done.stderr

@@ -37,9 +37,17 @@ def indexed(n=50, batch_size=4, num_workers=0, flip=False):
     values[..., 0] += 0.5
     split = Arrays("image", values, np.arange(n) % 10, flip)
     return Data(
-        field="image", shape=None, classes=None, levels=None, batch_size=batch_size, num_workers=num_workers,
-        splits={"train": split}, found_shape=[1, 2, 3], class_names=images.DIGITS, found_levels=None,
-    )  # fmt: skip
+        field="image",
+        shape=None,
+        classes=None,
+        levels=None,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        splits={"train": split},
+        found_shape=[1, 2, 3],
+        class_names=images.DIGITS,
+        found_levels=None,
+    )
 
 
 def take(data, n, accumulate=1, seed=0, start=0, rank=0, world=1):
@@ -172,8 +180,10 @@ def test_samples_are_written_whole(tmp_path):
 def test_validation_images_are_held_out_of_the_training_images():
     values, labels = np.arange(60, dtype=np.uint8)[:, None, None, None], np.arange(60) % 10
     splits = images.array_splits("image", (values, labels), (values[:7] + 100, labels[:7]), flip=False)
-    seen = {name: ((split.batch(torch.arange(len(split)), None)["image"] + 1) * 127.5).round().flatten().tolist()
-            for name, split in splits.items()}  # fmt: skip
+    seen = {
+        name: ((split.batch(torch.arange(len(split)), None)["image"] + 1) * 127.5).round().flatten().tolist()
+        for name, split in splits.items()
+    }
     assert sorted(seen["train"] + seen["val"]) == list(range(60)) and len(seen["val"]) == 5
     assert seen["test"] == list(range(100, 107))
 

@@ -35,9 +35,17 @@ def arrays(images, labels, batch_size=4):
     parts = {"train": slice(0, 400), "val": slice(400, 500), "test": slice(500, 600)}
     splits = {name: Arrays("image", images[part], labels[part]) for name, part in parts.items()}
     return Data(
-        field="image", shape=None, classes=None, levels=None, batch_size=batch_size, num_workers=0, splits=splits,
-        found_shape=[1, 4, 4], class_names=["a", "b"], found_levels=4,
-    )  # fmt: skip
+        field="image",
+        shape=None,
+        classes=None,
+        levels=None,
+        batch_size=batch_size,
+        num_workers=0,
+        splits=splits,
+        found_shape=[1, 4, 4],
+        class_names=["a", "b"],
+        found_levels=4,
+    )
 
 
 @pytest.fixture

@@ -338,9 +338,18 @@ def deep(folder, top, kind=np.uint16, suffix=".png"):
 
 
 @pytest.mark.parametrize(
-    "top, kind, white", [(4095, np.uint16, 4095), (255, np.uint16, 255), (65535, np.uint16, 65535), (3000, np.uint16, 4095),
-                         (1, np.float32, 1), (-500, np.int32, None), (7.5, np.float32, None), (0.5, np.float32, 1)],
-)  # fmt: skip
+    "top, kind, white",
+    [
+        (4095, np.uint16, 4095),
+        (255, np.uint16, 255),
+        (65535, np.uint16, 65535),
+        (3000, np.uint16, 4095),
+        (1, np.float32, 1),
+        (-500, np.int32, None),
+        (7.5, np.float32, None),
+        (0.5, np.float32, 1),
+    ],
+)
 def test_more_than_eight_bits_fill_the_range_of_their_values(tmp_path, capsys, top, kind, white):
     ramp = deep(tmp_path, top, kind, ".png" if kind == np.uint16 else ".tiff").astype(float)
     low, high = (0, white) if white else (ramp.min(), ramp.max())

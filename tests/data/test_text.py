@@ -28,9 +28,17 @@ from tests.conftest import ROOT
 
 PROSE = "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich; 東京 🙂\n" * 40
 FACTS = {
-    "tokenizer": "byte", "vocab_size": None, "val": 0.1, "test": 0.1, "overlap": 0, "field": "tokens", "shape": [16],
-    "classes": None, "levels": None, "batch_size": 4,
-}  # fmt: skip
+    "tokenizer": "byte",
+    "vocab_size": None,
+    "val": 0.1,
+    "test": 0.1,
+    "overlap": 0,
+    "field": "tokens",
+    "shape": [16],
+    "classes": None,
+    "levels": None,
+    "batch_size": 4,
+}
 
 
 @pytest.fixture
@@ -451,9 +459,17 @@ print(next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(
 # From the command line
 
 TINY = [
-    "model=gpt", "logger=none", "max_steps=8", "data.shape=[24]", "data.batch_size=4", "model.net.transformer.width=16",
-    "model.net.transformer.layers=1", "optim.warmup_steps=2", "callbacks.samples.n=2", "callbacks.evaluate.n=8",
-]  # fmt: skip
+    "model=gpt",
+    "logger=none",
+    "max_steps=8",
+    "data.shape=[24]",
+    "data.batch_size=4",
+    "model.net.transformer.width=16",
+    "model.net.transformer.layers=1",
+    "optim.warmup_steps=2",
+    "callbacks.samples.n=2",
+    "callbacks.evaluate.n=8",
+]
 
 
 @pytest.fixture(scope="module")
@@ -480,9 +496,17 @@ def test_a_run_leaves_texts_and_samples_come_from_the_checkpoint_alone(runs, tmp
     shown = (runs / "lines" / "samples" / "samples_0000008.txt").read_text()
     assert shown.startswith("--- 0\n")
     out = command(
-        "sample.py", f"ckpt={runs / 'lines'}", "prompt=Zoë, what's 1={2}?", "n=3", "seed=7", "max_new_tokens=20",
-        "temperature=0.8", "top_k=50", "out=here", cwd=tmp_path,
-    )  # fmt: skip
+        "sample.py",
+        f"ckpt={runs / 'lines'}",
+        "prompt=Zoë, what's 1={2}?",
+        "n=3",
+        "seed=7",
+        "max_new_tokens=20",
+        "temperature=0.8",
+        "top_k=50",
+        "out=here",
+        cwd=tmp_path,
+    )
     assert out.returncode == 0, out.stderr
     rows = [json.loads(line) for line in (tmp_path / "here" / "samples.jsonl").read_text().splitlines()]
     plain = (tmp_path / "here" / "samples.txt").read_text(encoding="utf-8")
@@ -632,8 +656,13 @@ def test_wrong_texts(refused, tmp_path):
     }
     for arguments, message in cases.items():
         # the cache is beside the folder that must stay as it was
-        said = refused("train.py", "model=gpt", *arguments, f"data.cache={tmp_path.parent / 'cache'}"
-                       if "data=digits" not in arguments else "logger=none", "logger=none")  # fmt: skip
+        said = refused(
+            "train.py",
+            "model=gpt",
+            *arguments,
+            f"data.cache={tmp_path.parent / 'cache'}" if "data=digits" not in arguments else "logger=none",
+            "logger=none",
+        )
         assert message in said, arguments
 
 

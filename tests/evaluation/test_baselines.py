@@ -170,9 +170,17 @@ def by_class():
     splits = {"train": Arrays("image", x.astype(np.float32), label)}
     splits |= {name: Arrays("image", x[::10].astype(np.float32), label[::10]) for name in ("val", "test")}
     return Data(
-        field="image", shape=None, classes=None, levels=None, batch_size=4, num_workers=0, splits=splits, found_shape=[1, 2, 2],
-        class_names=["a", "b", "c"], found_levels=None,
-    )  # fmt: skip
+        field="image",
+        shape=None,
+        classes=None,
+        levels=None,
+        batch_size=4,
+        num_workers=0,
+        splits=splits,
+        found_shape=[1, 2, 2],
+        class_names=["a", "b", "c"],
+        found_levels=None,
+    )
 
 
 def test_some_of_a_split_stands_for_all_of_it(by_class):

@@ -233,8 +233,14 @@ def test_a_metric_in_ones_own_package(runs, my_lab, command, monkeypatch):
     keys = ["model=gan", *DIGITS, *(f"callbacks.cards.{key}" for key in keys), "run_dir=run"]
     folder = train(composed("train", keys, resumed, config_dir="my_lab/conf"))
     assert [step for step, _ in read(folder).curves["card/brightness"]] == [2, 3]
-    (after,) = evaluate("ckpt=run", f"metrics=[{{brightness:{target}}}]".replace("'", ""), "n=30", "repeats=1", "split=val",
-                        "baselines=false")["cards"]  # fmt: skip
+    (after,) = evaluate(
+        "ckpt=run",
+        f"metrics=[{{brightness:{target}}}]".replace("'", ""),
+        "n=30",
+        "repeats=1",
+        "split=val",
+        "baselines=false",
+    )["cards"]
     assert after == read(folder).cards["brightness"]
     long = ["resume=run", "max_steps=4", "optim.decay_steps=4", "discriminator_optim.decay_steps=4"]
     with pytest.raises(UserError, match=r"wants to build my_lab.brightness.Brightness, .* add trust=my_lab"):
@@ -290,10 +296,12 @@ def test_a_metric_of_reconstructions_has_their_baselines(runs, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"kind": "images"}, "kind=images of mine is none of samples, texts, likelihoods"),
-     ({"better": "more"}, "better=more of mine"),
-     ({"reads": ("pixels",)}, r"reads=\('pixels',\) of mine is none of features, probabilities, images")],
-)  # fmt: skip
+    [
+        ({"kind": "images"}, "kind=images of mine is none of samples, texts, likelihoods"),
+        ({"better": "more"}, "better=more of mine"),
+        ({"reads": ("pixels",)}, r"reads=\('pixels',\) of mine is none of features, probabilities, images"),
+    ],
+)
 def test_a_metric_that_says_what_there_is_not_is_refused(change, message):
     with pytest.raises(UserError, match=message):
         resolve({"mine": type("Mine", (Metric,), change)()})
@@ -305,9 +313,13 @@ def test_a_metric_that_says_what_there_is_not_is_refused(change, message):
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [(torch.nan, "mine gives nan, and samples need one finite number"), (torch.ones(3), r"numbers of shape \[3\]"),
-     ("good", r"mine fails \((Value|Type)Error: "), (None, r"mine fails \(")],
-)  # fmt: skip
+    [
+        (torch.nan, "mine gives nan, and samples need one finite number"),
+        (torch.ones(3), r"numbers of shape \[3\]"),
+        ("good", r"mine fails \((Value|Type)Error: "),
+        (None, r"mine fails \("),
+    ],
+)
 def test_a_metric_that_gives_no_number_is_named(given, message):
     with pytest.raises(UserError, match=message):
         compute("mine", type("Mine", (Metric,), {"__call__": lambda self, sets: given})(), None)
@@ -451,8 +463,16 @@ def test_the_same_cards_while_a_run_trains(runs, tmp_path):
 @pytest.mark.slow
 def test_an_offline_tracker_holds_the_cards(runs, command, tmp_path):
     """Config, metrics and pictures are read back in test_tracking; here the tables of cards, in the run and after it."""
-    given = ["model=gan", "data=digits", *SMALL, "callbacks.cards.every_steps=3", "callbacks.cards.metrics=[recall]",
-             "callbacks.cards.n=20", "callbacks.cards.baselines=false", f"run_dir={tmp_path / 'run'}"]  # fmt: skip
+    given = [
+        "model=gan",
+        "data=digits",
+        *SMALL,
+        "callbacks.cards.every_steps=3",
+        "callbacks.cards.metrics=[recall]",
+        "callbacks.cards.n=20",
+        "callbacks.cards.baselines=false",
+        f"run_dir={tmp_path / 'run'}",
+    ]
     assert command("train.py", *given).returncode == 0
     asked = ["metrics=[frechet]", "n=20", "repeats=1", "baselines=false"]
     done = command("evaluate.py", f"ckpt={tmp_path / 'run'}", *asked)
@@ -490,14 +510,22 @@ def test_cards_of_different_data_are_not_ranked(runs, tmp_path):
     one, other = photos(tmp_path / "one", 0), photos(tmp_path / "other", 3)
     small = ["data.size=[8,8]", "callbacks.evaluate.n=2", "callbacks.samples.n=2"]
     named = {
-        "first": [*one, *small], "second": [*other, *small],
+        "first": [*one, *small],
+        "second": [*other, *small],
         "larger": [*one, "data.size=[16,16]", *small[1:]],
-    }  # fmt: skip
+    }
     found = {}
     for name, given in named.items():
         folder = train(composed("train", ["model=gan", *given, f"run_dir={tmp_path / name}"], resumed))
-        evaluate(f"ckpt={folder}", "metrics=[recall]", "n=4", "repeats=1", "baselines=false", "extractor=module",
-                 "extractor.net={_target_: tests.evaluation.test_cards.Norm}")  # fmt: skip
+        evaluate(
+            f"ckpt={folder}",
+            "metrics=[recall]",
+            "n=4",
+            "repeats=1",
+            "baselines=false",
+            "extractor=module",
+            "extractor.net={_target_: tests.evaluation.test_cards.Norm}",
+        )
         found[name] = read(folder)
     with pytest.raises(UserError, match=r"protocol.data_checksum is \w{16} in .*first and \w{16} in .*second"):
         check_protocols([found["first"], found["second"]])
@@ -547,9 +575,11 @@ CARDS = {
     ("metrics=[recall]", "repeats=0"): "repeats=0 must be a whole number",
     (): "has no likelihood of its own",
     ("metrics=[recall]", f"extractor={{{MODULE}, weights: gone}}"): "extractor.net=",
-    ("metrics=[accuracy]", f"extractor={{{MODULE}, net: {{_target_: torch.nn.Flatten}}}}"):
-        "accuracy needs extractor=classifier",
-}  # fmt: skip
+    (
+        "metrics=[accuracy]",
+        f"extractor={{{MODULE}, net: {{_target_: torch.nn.Flatten}}}}",
+    ): "accuracy needs extractor=classifier",
+}
 
 
 @pytest.mark.parametrize("given", CARDS)

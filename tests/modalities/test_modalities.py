@@ -95,10 +95,25 @@ def test_a_modality_in_ones_own_package(tmp_path, monkeypatch):
     (tmp_path / "my_notes.py").write_text(TRACKER)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    given = ["data=toy2d", "data._target_=my_waves.Tones", "data.sr_hz=8000", "data.field=wave", "data.shape=[8]",
-             "model=ddpm_mlp", "model.net.width=8", "model.net.blocks=1", "model.schedule.steps=4", "sampler.steps=2",
-             "max_steps=2", "data.batch_size=4", "callbacks.samples.every_steps=2", "callbacks.samples.n=3",
-             "callbacks.evaluate.n=4", "logger._target_=my_notes.notes", "run_dir=run"]  # fmt: skip
+    given = [
+        "data=toy2d",
+        "data._target_=my_waves.Tones",
+        "data.sr_hz=8000",
+        "data.field=wave",
+        "data.shape=[8]",
+        "model=ddpm_mlp",
+        "model.net.width=8",
+        "model.net.blocks=1",
+        "model.schedule.steps=4",
+        "sampler.steps=2",
+        "max_steps=2",
+        "data.batch_size=4",
+        "callbacks.samples.every_steps=2",
+        "callbacks.samples.n=3",
+        "callbacks.evaluate.n=4",
+        "logger._target_=my_notes.notes",
+        "run_dir=run",
+    ]
     folder = run(composed("train", given, resumed))
     shown = (folder / "samples" / "samples_0000002.txt").read_text()
     bars = shown.split()[2::3]
@@ -134,9 +149,15 @@ def test_a_modality_in_ones_own_package(tmp_path, monkeypatch):
 
 
 MODALITIES = [
-    Image(), Image("face"), Vector(), Pixels([3, 4, 5], 17), Text(Char("ab", end=True)), Caption(12), Label(2, ["a", "b"]),
+    Image(),
+    Image("face"),
+    Vector(),
+    Pixels([3, 4, 5], 17),
+    Text(Char("ab", end=True)),
+    Caption(12),
+    Label(2, ["a", "b"]),
     Label(3),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("modality", MODALITIES, ids=lambda m: type(m).__name__)

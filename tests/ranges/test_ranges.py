@@ -143,10 +143,23 @@ def changed(cfg: DictConfig, script: str, key: str, text: str) -> DictConfig:
 
 
 FITS = {  # a model for each sampler that sample.py may choose
-    "gan": "gan", "style_mix": "stylegan2", "generate": "gpt", "speculative": "gpt", "prior": "vae", "reconstruct": "vae",
-    "traverse": "vae", "interpolate": "vae", "random_latents": "vqvae", "flow_heun": "flow", "flow_midpoint": "flow",
-    "flow_euler": "flow", "heun": "edm", "midpoint": "edm", "euler": "edm", "euler_ancestral": "edm",
-}  # fmt: skip
+    "gan": "gan",
+    "style_mix": "stylegan2",
+    "generate": "gpt",
+    "speculative": "gpt",
+    "prior": "vae",
+    "reconstruct": "vae",
+    "traverse": "vae",
+    "interpolate": "vae",
+    "random_latents": "vqvae",
+    "flow_heun": "flow",
+    "flow_midpoint": "flow",
+    "flow_euler": "flow",
+    "heun": "edm",
+    "midpoint": "edm",
+    "euler": "edm",
+    "euler_ancestral": "edm",
+}
 
 
 def tiny(cfg):

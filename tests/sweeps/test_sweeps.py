@@ -24,11 +24,21 @@ from tests.conftest import ROOT, python
 from tests.train.test_tracking import records
 
 TINY = [
-    "experiment=ddpm_toy2d", "model.net.width=8", "model.net.blocks=1", "model.schedule.steps=10", "sampler.steps=2",
-    "data.n=256", "data.batch_size=16", "max_steps=40", "log_every_steps=20", "callbacks.evaluate.n=16",
-    "callbacks.evaluate.every_steps=20", "callbacks.samples.n=4", "callbacks.samples.every_steps=null",
+    "experiment=ddpm_toy2d",
+    "model.net.width=8",
+    "model.net.blocks=1",
+    "model.schedule.steps=10",
+    "sampler.steps=2",
+    "data.n=256",
+    "data.batch_size=16",
+    "max_steps=40",
+    "log_every_steps=20",
+    "callbacks.evaluate.n=16",
+    "callbacks.evaluate.every_steps=20",
+    "callbacks.samples.n=4",
+    "callbacks.samples.every_steps=null",
     "callbacks.save.every_steps=20",
-]  # fmt: skip
+]
 
 
 @pytest.fixture

@@ -59,9 +59,13 @@ def run(cfg: Any) -> dict[str, Any]:
         found.append({"baseline": name, "arguments": arguments, "what": baseline.what, "metrics": metrics})
     found = measured(found, cfg.get("baseline"))
     result = {
-        "data": {k: v for k, v in node.items() if k not in ("batch_size", "num_workers")}, "split": split, "fit": fit,
-        "levels": data.levels, "seed": cfg.seed, "rows": found,
-    }  # fmt: skip
+        "data": {k: v for k, v in node.items() if k not in ("batch_size", "num_workers")},
+        "split": split,
+        "fit": fit,
+        "levels": data.levels,
+        "seed": cfg.seed,
+        "rows": found,
+    }
     files.write_text(out, json.dumps(result, indent=2) + "\n", hint="name another file with out=")
     show(result, out)
     return result
@@ -152,8 +156,13 @@ def show(result: dict[str, Any], out: Path) -> None:
     if sys.stdout.isatty():
         print("\r" + " " * 60 + "\r", end="")
     Console(width=None if sys.stdout.isatty() else 200).print(table)
-    sizes = sorted({(figure["n"], figure.get("split") or f"{figure['real']} (samples)") for row in result["rows"]
-                    for figure in row["metrics"].values()})  # fmt: skip
+    sizes = sorted(
+        {
+            (figure["n"], figure.get("split") or f"{figure['real']} (samples)")
+            for row in result["rows"]
+            for figure in row["metrics"].values()
+        }
+    )
     scored = ", ".join(f"n={n} of {where}" for n, where in sizes)
     print(f"fitted on {'+'.join(result['fit'])}; {scored}; mean over repeats, least to greatest in brackets\n{out}")
 
