@@ -33,7 +33,7 @@ def parameters(target: str, node: str = "") -> dict[str, inspect.Parameter]:
     try:
         signature = inspect.signature(found).parameters.values()
     except (TypeError, ValueError):
-        raise UserError(f"{given} is no class or function: give the dotted name of one") from None
+        raise UserError(f"{given} is not a class or function: give the dotted name of one") from None
     named = [p for p in signature if p.kind not in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)]
     return {"**" if p.kind is p.VAR_KEYWORD else p.name: p for p in named}
 

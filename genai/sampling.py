@@ -67,7 +67,7 @@ def sample(
     """
     if not isinstance(loaded, Loaded):
         raise UserError(
-            f"{loaded!r} is no loaded model: sample(load({str(loaded)!r})) samples from a run or checkpoint"
+            f"{loaded!r} is not a loaded model: sample(load({str(loaded)!r})) samples from a run or checkpoint"
         )
     at_least(n, 1, "n")
     if n > MOST:

@@ -134,11 +134,11 @@ def test_figures_from_python_are_those_of_the_command(tmp_path):
     own = genai.evaluate(loaded, **{**settings, "metrics": [{"mine": Frechet()}]})
     assert own["mine"] == figures["frechet"]
     wrong = {
-        "split=tets is none of": {"split": "tets"},
+        "split=tets must be one of": {"split": "tets"},
         "n=0 must be": {"n": 0},
         "'x' is not a loaded model": {"loaded": "x"},
-        "extractor=jduge is none of": {"extractor": "jduge"},
-        "is none that this model can have": {"metrics": [{"mine": PSNR()}]},
+        "extractor=jduge must be one of": {"extractor": "jduge"},
+        "is not available for this model": {"metrics": [{"mine": PSNR()}]},
     }
     for message, change in wrong.items():
         with pytest.raises(UserError, match=message):

@@ -245,9 +245,9 @@ REFUSED = {
     f"model.schedule._target_={S}.karras model.schedule.offset=1": "there is no key model.schedule.offset",
     f"model.schedule={{_target_:{S}.karras,offset:1}}": f"model.schedule.offset is nothing that {S}.karras takes: it takes",
     f"model.schedule._target_={S}.karas": f"model.schedule._target_={S}.karas cannot be found",
-    f"model.schedule._target_={S}": f"model.schedule._target_={S} is no class or function",
+    f"model.schedule._target_={S}": f"model.schedule._target_={S} is not a class or function",
     "model.schedule._target_=3": "model.schedule._target_=3 must be the dotted name",
-    f"resume=runs/x model.schedule._target_={S}.karras": "resume=runs/x is no run directory",
+    f"resume=runs/x model.schedule._target_={S}.karras": "resume=runs/x is not a run directory",
 }  # fmt: skip
 
 

@@ -106,7 +106,7 @@ def build_modality(node: Any, trust: Sequence[str] = ()) -> Modality:
     """
     kind: Any = check_target(node["_target_"], trust, (MODALITIES,))
     if not (inspect.isclass(kind) and issubclass(kind, Modality)):
-        raise UserError(f"the checkpoint wants to build {node['_target_']}, which is no modality")
+        raise UserError(f"the checkpoint wants to build {node['_target_']}, which is not a modality")
     try:
         with stored.building():
             return kind.from_state(node["state"])
@@ -212,7 +212,7 @@ def check_target(target: Any, trust: Sequence[str] = (), kinds: Sequence[str] = 
     if not trusted and name.startswith("_"):
         raise UserError(f"{wants}, which is not public")
     if data and not trusted and not _makes_data(found):
-        raise UserError(f"{wants}, which is no data set")
+        raise UserError(f"{wants}, which is not a data set")
     return found
 
 

@@ -80,7 +80,7 @@ def read(path: Path) -> dict:
         why = getattr(error, "strerror", None) or str(error) or "out of memory"
         raise UserError(f"{path} cannot be read now ({why}): try again when it can") from error
     if not isinstance(content, dict) or "format" not in content:
-        raise UserError(f"{path} is no checkpoint of this project: it has no format number")
+        raise UserError(f"{path} is not a checkpoint of this project: it has no format number")
     if type(content["format"]) is int and content["format"] > FORMAT:
         raise UserError(f"{path} has checkpoint format {content['format']}, this version reads up to {FORMAT}: update")
     try:

@@ -55,7 +55,7 @@ def device_of(name: Any) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not isinstance(name, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"device={name} is none of auto, cpu, cuda, cuda:0, ...")
+        raise UserError(f"device={name} must be one of auto, cpu, cuda, cuda:0, ...")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device={name}, but torch sees no GPU here: use device=cpu or auto")
     if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
@@ -64,12 +64,14 @@ def device_of(name: Any) -> str:
 
 
 def trusted_packages(trust: Any) -> tuple[str, ...]:
-    """The packages that trust= names, one or a list. Raises UserError for what is no name of one."""
+    """The packages that trust= names, one or a list. Raises UserError for what is not a name of one."""
     several = isinstance(trust, Sequence) and not isinstance(trust, str)
     names = trust if several else [] if trust is None else [trust]
     for name in names:
         if not (isinstance(name, str) and all(part.isidentifier() for part in name.split("."))):
-            raise UserError(f"trust={name} is no name of a Python package: name one, such as trust=my_lab, or a list")
+            raise UserError(
+                f"trust={name} is not a name of a Python package: name one, such as trust=my_lab, or a list"
+            )
     return tuple(names)
 
 
@@ -133,7 +135,7 @@ def weights_of(content: dict, weights: str = "ema") -> dict[str, Tensor]:
 
 def check_weights(weights: Any, key: str = "weights") -> None:
     if weights not in ("ema", "raw"):
-        raise UserError(f"{key}={weights} is none of ema, raw")
+        raise UserError(f"{key}={weights} must be one of ema, raw")
 
 
 def restore_model(content: dict, path: Path, weights: str, trust: Sequence[str]) -> nn.Module:
@@ -152,7 +154,7 @@ def build_model(node: Any, state: dict[str, Tensor], trust: Sequence[str] = ()) 
     model = build_stored(node, trust, weights=state)
     if not isinstance(model, nn.Module) or not callable(getattr(model, "nets", None)):
         raise UserError(
-            f"the checkpoint's config.model is refused: {node.get('_target_')} is no model, but a part of one"
+            f"the checkpoint's config.model is refused: {node.get('_target_')} is not a model, but a part of one"
         )
     return model
 

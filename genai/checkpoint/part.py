@@ -174,12 +174,12 @@ def pretrained_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str
 
 
 def fill(model: nn.Module, adopted: Mapping[str, Part]) -> None:
-    """Give the modules of a model that are adopted parts, by key, their weights. Raises UserError for a part that is no module of
+    """Give the modules of a model that are adopted parts, by key, their weights. Raises UserError for a part that is not a module of
     the model."""
     found = [module for _, module in pretrained_modules(model)]
     for key, part in adopted.items():
         mine = [module for module in found if module.pretrained_from == part.model.pretrained_from]
         if not mine:
-            raise UserError(f"{key} is no module of this model, which must have it as an attribute to store it")
+            raise UserError(f"{key} is not a module of this model, which must have it as an attribute to store it")
         for module in mine:
             module.load_state_dict(part.model.state_dict())

@@ -182,7 +182,7 @@ def _split(
                 off = f"; {key}=none turns it off" if "none" in options else ""
                 raise UserError(f"{key}= cannot be left empty: choose one of {', '.join(options)}{off}")
             if str(choice) not in options:
-                raise UserError(f"{key}={choice} is none of {', '.join(options)}{nearest(str(choice), options)}")
+                raise UserError(f"{key}={choice} must be one of {', '.join(options)}{nearest(str(choice), options)}")
             groups.append(override)
     return groups, values
 

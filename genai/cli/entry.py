@@ -106,7 +106,7 @@ def check_flags(args: argparse.Namespace, name: str) -> None:
     if not (args.multirun or args.cfg or args.info or args.hydra_help or args.shell_completion):
         refuse_hydra_keys(args.overrides)
     if args.config_dir is not None and not Path(args.config_dir).is_dir():
-        raise UserError(f"--config-dir {args.config_dir} is no folder: name the one with your own configs")
+        raise UserError(f"--config-dir {args.config_dir} is not a folder: name the one with your own configs")
 
 
 def help_text(name: str, cfg: DictConfig, config_dir: str | None) -> str:

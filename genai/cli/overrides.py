@@ -64,9 +64,9 @@ def quote(value: str, literally: bool = False) -> str:
 
 
 def parsed_override(override: str) -> Override:
-    """Raises UserError for what is no key=value."""
+    """Raises UserError for what is not a key=value."""
     if not re.match(r"[^=]+=|~", override):
-        raise UserError(f"{override!r} is no key=value: write both, such as max_steps=100 (--help lists all keys)")
+        raise UserError(f"{override!r} is not a key=value: write both, such as max_steps=100 (--help lists all keys)")
     try:
         return OverridesParser.create().parse_override(override)
     except (HydraException, OmegaConfBaseException) as error:

@@ -67,7 +67,7 @@ def resumed(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
     if not os.path.isfile(path):
         runs = sorted(Path(resume).glob("*/config.yaml")) if os.path.isdir(resume) else []
         hint = f", did you mean resume={runs[-1].parent}?" if runs else ""
-        raise UserError(f"resume={resume} is no run directory: there is no {path}{hint}")
+        raise UserError(f"resume={resume} is not a run directory: there is no {path}{hint}")
     for key in given:
         if key not in (*RESUMABLE, "resume") and not key.startswith("logger.") and not PART_FILE.fullmatch(key):
             raise UserError(f"{key}= cannot change when a run is resumed, only {', '.join(RESUMABLE)} can")
@@ -75,7 +75,7 @@ def resumed(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
     stored.trust = None  # what a run may build is for the user to say, each time
     missing = [key for key in NEEDED if OmegaConf.select(stored, key) is None]
     if missing:
-        raise UserError(f"{path} is no config of a run (it has no {', '.join(missing)}): bring the file back")
+        raise UserError(f"{path} is not a config of a run (it has no {', '.join(missing)}): bring the file back")
     if "logger" in given:
         stored.logger = cfg.logger
     _completed(stored, given, cfg)

@@ -43,6 +43,6 @@ def stored_config(path: Path, groups: Sequence[str] = ("model", "data", "sampler
         reason = "its logger has no _target_"
     if reason:
         raise UserError(
-            f"{path} is no config of a run ({reason}): bring the file back, or name a checkpoint file below it with ckpt="
+            f"{path} is not a config of a run ({reason}): bring the file back, or name a checkpoint file below it with ckpt="
         )
     return found

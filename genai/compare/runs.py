@@ -60,7 +60,7 @@ def read(folder: Path) -> Run:
 
     if not (folder / "config.yaml").is_file():
         raise UserError(
-            f"{folder} is no run: there is no {folder / 'config.yaml'}; name run directories, such as runs/*/*"
+            f"{folder} is not a run: there is no {folder / 'config.yaml'}; name run directories, such as runs/*/*"
         )
     config: Any = stored_config(folder / "config.yaml", ("model", "data"))
     run = Run(folder, config, label=str(folder))

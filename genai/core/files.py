@@ -83,7 +83,7 @@ def check_folder(folder: Path, key: str) -> None:
                 raise UserError(f"{key}={folder} has a name of {len(above.name)} characters: name a shorter one")
             above = above.parent
         if not above.is_dir():
-            raise UserError(f"{key}={folder} cannot be a folder, for {above} is none: name another")
+            raise UserError(f"{key}={folder} cannot be a folder, for {above} is not one: name another")
         if above != folder and not os.access(above, os.W_OK | os.X_OK):
             raise UserError(f"{key}={folder} cannot be written: name another folder, or allow writing in {above}")
     except OSError as error:

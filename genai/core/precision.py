@@ -25,7 +25,7 @@ MATMUL_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d,
 def precision_of(name: object, device: str | torch.device, key: str = "precision") -> str:
     """The precision that `name` means on a device. Raises UserError for what is none."""
     if not isinstance(name, str) or name not in PRECISIONS:
-        raise UserError(f"{key}={name} is none of {', '.join(PRECISIONS)}")
+        raise UserError(f"{key}={name} must be one of {', '.join(PRECISIONS)}")
     if name != "auto":
         return name
     return "bf16-mixed" if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported() else "32-true"

@@ -93,7 +93,7 @@ class Data:
     def items(self, split: str, index: Tensor) -> Tensor:
         """The field of items int64 (B,) of a split, beginning again at its end. Raises UserError for a split it lacks."""
         if split not in self.splits:
-            raise UserError(f"sampler.split={split} is none of {', '.join(self.splits)}")
+            raise UserError(f"sampler.split={split} must be one of {', '.join(self.splits)}")
         part = self.splits[split]
         return part.batch(index % len(part), None)[self.field]
 

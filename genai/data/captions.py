@@ -145,7 +145,7 @@ def captions_from_file(split: Split, file: str) -> list[list[str]]:
                 raise TypeError(f"text is {text}")
             found.setdefault(posixpath.normpath(posixpath.join(posixpath.dirname(at), name)), []).append(text)
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{root / at}, line {number}, is no JSON with file_name and text ({error})") from None
+            raise UserError(f"{root / at}, line {number}, is not JSON with file_name and text ({error})") from None
     missing = [name for name in map(str, split.names) if name not in found]
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")

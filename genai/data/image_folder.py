@@ -61,9 +61,9 @@ class ImageFolder(Data):
     ):
         check_size(size)
         if channels not in (None, 1, 3):
-            raise UserError(f"data.channels={channels} is none of 1, 3, null")
+            raise UserError(f"data.channels={channels} must be one of 1, 3, null")
         if crop not in CROPS:
-            raise UserError(f"data.crop={crop!r} is none of {', '.join(CROPS)}")
+            raise UserError(f"data.crop={crop!r} must be one of {', '.join(CROPS)}")
         if crop == "random" and size is None:
             raise UserError("data.crop=random needs a size to crop to: set data.size=[height,width]")
         under = None if background is None else parse_colour(background)
@@ -223,7 +223,7 @@ def parse_colour(name: str) -> tuple[int, int, int]:
         red, green, blue = ImageColor.getrgb(name)[:3]
     except (ValueError, AttributeError, TypeError):
         raise UserError(
-            f"data.background={name} is no colour: give one like white, black or '#808080', or null"
+            f"data.background={name} is not a colour: give one like white, black or '#808080', or null"
         ) from None
     return red, green, blue
 

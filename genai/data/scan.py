@@ -241,7 +241,7 @@ def reason(error: BaseException) -> str:
 
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, UnidentifiedImageError):
-        return "is no image that Pillow reads"
+        return "is not an image that Pillow reads"
     if isinstance(error, OSError) and error.errno:
         return f"cannot be read ({os.strerror(error.errno)})"
     if any(word in text.lower() for word in ("truncated", "unexpected end")) or isinstance(error, EOFError):

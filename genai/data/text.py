@@ -384,7 +384,7 @@ def _file(path: str, url: str | None) -> Path:
             )
         _download(target, url)
     if not target.is_file():
-        raise UserError(f"data.path={path!r} is no file: set data.path to a UTF-8 text")
+        raise UserError(f"data.path={path!r} is not a file: set data.path to a UTF-8 text")
     if target.stat().st_size == 0:
         raise UserError(f"data.path={path!r} is empty: give a text")
     return target
@@ -430,7 +430,7 @@ def text_folder(path: str, pattern: str, hidden: bool = True, links: bool = Fals
             p for at in _folders(root, hidden, links) for p in at.glob(pattern) if p.is_file() and p.stat().st_size
         }
     except (ValueError, NotImplementedError) as error:
-        raise UserError(f"data.pattern={pattern!r} is no pattern of file names ({error}): try *.txt") from None
+        raise UserError(f"data.pattern={pattern!r} is not a pattern of file names ({error}): try *.txt") from None
     files = sorted(p for p in matches if hidden or not _is_hidden(p, root))
     skipped = f"{len(matches) - len(files)} hidden files of {path}"
     if not files:

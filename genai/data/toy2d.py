@@ -57,7 +57,7 @@ class Toy2D(Data):
         num_workers: int = 0,
     ):
         if distribution not in SHAPES:
-            raise UserError(f"data.distribution={distribution!r} is none of {', '.join(SHAPES)}")
+            raise UserError(f"data.distribution={distribution!r} must be one of {', '.join(SHAPES)}")
         at_least(n, 1, "data.n")
         generator = np.random.default_rng(0)
         draw = SHAPES[distribution]

@@ -88,7 +88,7 @@ def check(loaded: Loaded, data: Data, plan: Plan) -> CheckedPlan:
     for key, least in {"repeats": 1, "seed": 0, "batch_size": 1}.items():
         at_least(getattr(plan, key), least, key)
     if plan.split not in data.splits:
-        raise UserError(f"split={plan.split} is none of {', '.join(data.splits)}")
+        raise UserError(f"split={plan.split} must be one of {', '.join(data.splits)}")
     size = len(data.splits[plan.split])
     n = size if plan.n is None else at_least(plan.n, 1, "n")
     can = {
@@ -102,7 +102,7 @@ def check(loaded: Loaded, data: Data, plan: Plan) -> CheckedPlan:
         wanted = {name: metric for entry in plan.metrics for name, metric in resolve(entry).items()}
     for name, metric in wanted.items():
         if metric is None or not can_compute(metric, loaded, images, plan.likelihood):
-            what = "is no metric" if metric is None else "is none that this model can have"
+            what = "is not a metric" if metric is None else "is not available for this model"
             raise UserError(f"metrics={list(wanted)}: {name} {what}; it can have {', '.join(can)}")
     passes = {name: metric for name, metric in wanted.items() if metric.kind in PASS}
     sampled = {name: metric for name, metric in wanted.items() if metric.kind not in PASS}
@@ -124,7 +124,7 @@ def check(loaded: Loaded, data: Data, plan: Plan) -> CheckedPlan:
 
 
 def resolve(entry: str | Mapping[str, Metric]) -> dict[str, Any]:
-    """One of metrics= as {name: metric}; None for a name that conf/metrics.yaml lacks. Raises UserError for what is no metric."""
+    """One of metrics= as {name: metric}; None for a name that conf/metrics.yaml lacks. Raises UserError for what is not a metric."""
     if isinstance(entry, str):
         return {entry: standard_metrics().get(entry)}
     for name, metric in entry.items():
@@ -139,7 +139,9 @@ def resolve(entry: str | Mapping[str, Metric]) -> dict[str, Any]:
         for key, allowed in {"kind": KINDS, "better": ("lower", "higher"), "reads": READ}.items():
             value = getattr(metric, key)
             if not {*([value] if isinstance(value, str) else value)} <= {*allowed}:
-                raise UserError(f"metrics: {key}={value} of {name} is none of {', '.join(allowed)}: change its class")
+                raise UserError(
+                    f"metrics: {key}={value} of {name} must be one of {', '.join(allowed)}: change its class"
+                )
     return dict(entry)
 
 

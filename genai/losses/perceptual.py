@@ -61,7 +61,7 @@ class LPIPS(KeepPrecision):
     def __init__(self, net: str = "vgg"):
         super().__init__()
         if net not in NETS:
-            raise UserError(f"model.perceptual.net={net} is none of {', '.join(NETS)}")
+            raise UserError(f"model.perceptual.net={net} must be one of {', '.join(NETS)}")
         self.net = net
         self.held: list[nn.Module] = []  # which nn.Module does not look into
         if not stored.is_building():

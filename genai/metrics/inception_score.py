@@ -20,7 +20,7 @@ def inception_score(probabilities: Array, splits: int = 10, seed: int = 0) -> In
 
     Between 1 and K. Samples are shuffled by `seed` before they are split, so that samples made class by class do not
     leave a split with one class only. Compare only figures of one N and number of splits: fewer in a split score lower.
-    Raises UserError if a row is no distribution or there are fewer samples than splits.
+    Raises UserError if a row is not a distribution or there are fewer samples than splits.
     """
     p = rows(probabilities, "probabilities").double()
     if (p < 0).any() or ((p.sum(1) - 1).abs() > 1e-3).any():

@@ -16,7 +16,7 @@ ELEMENTS = 2_000_000  # distances held at a time, 8 bytes each
 def rows(x: Array, name: str = "features") -> Tensor:
     """x (N, ...) as a tensor (N, D) of the type it had.
 
-    Raises UserError if it is no set of vectors, is empty, or holds a number that is not finite.
+    Raises UserError if it is not a set of vectors, is empty, or holds a number that is not finite.
     """
     x = torch.as_tensor(x)
     if x.ndim < 2 or not x.numel() or x.is_complex():

@@ -34,7 +34,7 @@ class Image(Modality):
             return super().read(path, shape, key)
         files = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".") if path.is_dir() else [path]
         if path.exists() and not (path.is_dir() or path.is_file()):  # a device or a pipe may have no end
-            raise UserError(f"{key}={path} is no file: name an image, or a folder of them")
+            raise UserError(f"{key}={path} is not a file: name an image, or a folder of them")
         if not files:
             raise UserError(f"{key}={path} holds no file: name an image, or a folder of them")
         found = []

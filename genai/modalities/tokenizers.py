@@ -163,7 +163,7 @@ def from_state(node: dict[str, Any]) -> Tokenizer:
     target = arguments.pop("_target_", None)
     kind = {f"{__name__}.{kind.__name__}": kind for kind in (Byte, Char, BPE)}.get(str(target))
     if kind is None:
-        raise UserError(f"{target} is no tokenizer of this project")
+        raise UserError(f"{target} is not a tokenizer of this project")
     if {name: type(value) for name, value in arguments.items()} != {**kind.STATE_TYPES, "end": bool}:
         raise UserError(f"a tokenizer {kind.__name__} is described by {', '.join([*kind.STATE_TYPES, 'end'])} alone")
     return kind(**arguments)
@@ -182,7 +182,7 @@ def learn(kind: str, chunks: Iterator[str], size_bytes: int, vocab_size: int | N
         return Byte(end)
     if kind == "char":
         return Char.learn(chunks, end)
-    raise UserError(f"data.tokenizer={kind!r} is none of byte, char, bpe")
+    raise UserError(f"data.tokenizer={kind!r} must be one of byte, char, bpe")
 
 
 def subsample(chunks: Iterator[str], size_bytes: int, seed: int = 0) -> Iterator[str]:

@@ -123,7 +123,7 @@ def check(cfg: DictConfig, script: str, given: Iterable[Any] = (), before: Itera
 def sentence(range_: Range, value: Any) -> str:
     """What follows "key=value"."""
     if isinstance(range_, Choice) and range_.values != (True, False):
-        return f"is none of {', '.join(map(format_value, range_.values))}{', null' if range_.null else ''}"
+        return f"must be one of {', '.join(map(format_value, range_.values))}{', null' if range_.null else ''}"
     return f"must be {range_}"
 
 

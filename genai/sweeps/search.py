@@ -38,7 +38,9 @@ class Settings:
     def __post_init__(self):
         for key, choices in {"search": ("basic", "optuna"), "direction": ("minimize", "maximize")}.items():
             if (value := getattr(self, key)) not in choices:
-                raise UserError(f"sweep.{key}={value} is none of {', '.join(choices)}{nearest(str(value), choices)}")
+                raise UserError(
+                    f"sweep.{key}={value} must be one of {', '.join(choices)}{nearest(str(value), choices)}"
+                )
         if self.metric is None and self.search == "optuna":
             raise UserError("sweep.metric=null ranks nothing, and sweep.search=optuna needs a metric to choose by")
         for key, least in {"trials": 1, "batch": 1, "seed": 0}.items():
@@ -151,7 +153,7 @@ class Optuna:
                 return kinds.IntDistribution(low, high, log=log, step=step or 1)
             return kinds.FloatDistribution(low, high, log=log, step=step)
         except (TypeError, ValueError) as error:
-            raise UserError(f"sweep.over.{key}={axis} is no range: {error}") from error
+            raise UserError(f"sweep.over.{key}={axis} is not a range: {error}") from error
 
     def run(self, folder: Path, launch: Launch) -> list[str]:
         """Trials until `trials` of them have finished or failed now, those that were stopped first; returns the failed."""
@@ -207,6 +209,6 @@ def metric_value(run_dir: Path, metric: str) -> float:
     values = last_values(run_dir)
     if metric not in values:
         raise UserError(
-            f"sweep.metric={metric} is no metric of {run_dir}{nearest(metric, values)}; it has {', '.join(sorted(values))}"
+            f"sweep.metric={metric} is not a metric of {run_dir}{nearest(metric, values)}; it has {', '.join(sorted(values))}"
         )
     return values[metric]

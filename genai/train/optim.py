@@ -49,7 +49,7 @@ def _schedule(
 ) -> dict[str, Any]:
     """What a group carries of its schedule beside lr_max, checked."""
     if schedule not in SCHEDULES:
-        raise UserError(f"optim.schedule={schedule} is none of {', '.join(SCHEDULES)}")
+        raise UserError(f"optim.schedule={schedule} must be one of {', '.join(SCHEDULES)}")
     number(cooldown, "optim.cooldown", 0, 1, open_low=True)
     if schedule == "wsd" and decay_steps is None:
         raise UserError(

@@ -200,7 +200,7 @@ def _lit(
     optim, ema = build(config["optim"]), build(config["ema"])
     loop = build({**config["loop"], "_partial_": True})
     if not (isinstance(loop.func, type) and issubclass(loop.func, L.LightningModule)):
-        raise UserError(f"loop._target_={cfg.loop._target_} is no training loop: leave loop._target_= out")
+        raise UserError(f"loop._target_={cfg.loop._target_} is not a training loop: leave loop._target_= out")
     try:
         lit = loop(
             model, data, optim, ema, record,
@@ -252,13 +252,13 @@ def _hardware(trainer: DictConfig, ranks: Ranks) -> dict[str, Any]:
     """Lightning's arguments for accelerator, devices, nodes, precision and how ranks share a step."""
     accelerator = trainer.accelerator
     if trainer.precision not in PRECISIONS:
-        raise UserError(f"trainer.precision={trainer.precision} is none of {', '.join(PRECISIONS)}")
+        raise UserError(f"trainer.precision={trainer.precision} must be one of {', '.join(PRECISIONS)}")
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(
             f"trainer.accelerator={accelerator}, but torch sees no GPU here: use trainer.accelerator=cpu or auto"
         )
     if accelerator not in ("auto", "cpu", "gpu", "cuda"):  # Apple's has no float64, which tables and means need
-        raise UserError(f"trainer.accelerator={accelerator} is none of auto, cpu, gpu, cuda")
+        raise UserError(f"trainer.accelerator={accelerator} must be one of auto, cpu, gpu, cuda")
     gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
     if gpu and ranks.here > torch.cuda.device_count():
         raise UserError(f"trainer.devices={ranks.here}, but there are {torch.cuda.device_count()} GPUs here")

@@ -454,13 +454,13 @@ def test_a_resumed_run_with_cards_builds_no_sampler_of_its_own(tmp_path, refused
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [", "is no config of a run (while parsing"),
-        ("- 1", "is no config of a run"),
-        ("model: 5", "is no config of a run"),
+        ("a: [", "is not a config of a run (while parsing"),
+        ("- 1", "is not a config of a run"),
+        ("model: 5", "is not a config of a run"),
         ("a: &a [1]\nb: *a", "stand for others"),
         ("a: ${oc.env:HOME}", "stand for others"),
         ("a: !!python/object/apply:os.mkdir [ran]", "could not determine a constructor"),
-        ("a: " + "[" * 5000, "is no config of a run ("),
+        ("a: " + "[" * 5000, "is not a config of a run ("),
         ("#" + " " * 2**22, "more than 4 MiB"),
     ],
 )
@@ -560,7 +560,7 @@ def wrong(content, words):
         "a sampler that is called at once": (content, "config.sampler._partial_", False),
         "a partial that is a text": (content, "config.sampler._partial_", "yes"),
         "a sampler of another family": (content, "config.sampler._target_", "genai.models.gan.samplers.gan"),
-        "a function that is no sampler": (content, "config.sampler._target_", "genai.models.gan.gan.slerp"),
+        "a function that is not a sampler": (content, "config.sampler._target_", "genai.models.gan.gan.slerp"),
         "a sampler of another family, bare": (
             content,
             "config.sampler",
@@ -568,7 +568,7 @@ def wrong(content, words):
         ),
         "a sampler without an argument": (content, "config.sampler.solver.eta", ...),
         "a solver that is code": (content, "config.sampler.solver._target_", "os.system"),
-        "a solver that is no solver": (content, "config.sampler.solver._target_", f"{SCHEDULES}.cosine"),
+        "a solver that is not a solver": (content, "config.sampler.solver._target_", f"{SCHEDULES}.cosine"),
         "a solver that is called at once": (content, "config.sampler.solver._partial_", False),
         "a solver that is a text": (content, "config.sampler.solver", "ddim"),
         "no solver": (content, "config.sampler.solver", ...),

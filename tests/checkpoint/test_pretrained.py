@@ -157,7 +157,7 @@ def test_the_trained_weights_or_their_average(student, tmp_path):
     changed = {**theirs, "model": {k: t + 1 for k, t in theirs["model"].items()}}
     assert checkpoint.digest(changed) == checkpoint.digest(theirs)
     assert checkpoint.digest(changed, "raw") != checkpoint.digest(theirs, "raw") != checkpoint.digest(theirs)
-    with pytest.raises(UserError, match=r"model.teacher.weights=best is none of ema, raw"):
+    with pytest.raises(UserError, match=r"model.teacher.weights=best must be one of ema, raw"):
         student("model.teacher.weights=best", name="best")
     with pytest.raises(UserError, match=r"model.teacher.frozen=3 must be true or false"):
         student("model.teacher.frozen=3", name="best")
@@ -176,7 +176,7 @@ def test_what_is_no_longer_what_it_was_is_refused(student, tmp_path):
     student(f"model.teacher.sha256={sha256}", name="same", steps=1)
     with pytest.raises(UserError, match=r"model.teacher: there is no checkpoint nowhere: name a run"):
         student("model.teacher.ckpt=nowhere", name="other")
-    with pytest.raises(UserError, match=r"model.teacher is no module of this model"):
+    with pytest.raises(UserError, match=r"model.teacher is not a module of this model"):
         student("model._target_=my_student.Hidden", name="other")
     for path in (tmp_path / "teacher" / "checkpoints").iterdir():
         content = checkpoint.read(path)

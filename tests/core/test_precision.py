@@ -328,9 +328,9 @@ def test_evaluate_says_its_precision(script, tmp_path):
 @pytest.mark.parametrize("name", ["sample.py", "evaluate.py"])
 def test_a_wrong_precision_is_refused(refused, name):
     sampler = ["sampler=ddim"] if name == "sample.py" else []
-    assert "precision=fp8 is none of auto, 32-true" in refused(name, *sampler, "precision=fp8")
+    assert "precision=fp8 must be one of auto, 32-true" in refused(name, *sampler, "precision=fp8")
     assert "compile=maybe must be true or false" in refused(name, *sampler, "compile=maybe")
-    with pytest.raises(UserError, match="precision=bf16 is none of auto, 32-true"):
+    with pytest.raises(UserError, match="precision=bf16 must be one of auto, 32-true"):
         genai.load("nowhere", precision="bf16")
     with pytest.raises(UserError, match="compile=yes must be true or false"):
         genai.load("nowhere", compile="yes")

@@ -91,7 +91,7 @@ def test_a_packed_data_set_that_unpacks_to_gigabytes_is_refused(tmp_path):
 
 
 def test_large_pictures_are_read(tmp_path):
-    """A file of many pixels that is no bomb: what a camera makes, as noisy as it is."""
+    """A file of many pixels that is not a bomb: what a camera makes, as noisy as it is."""
     import numpy as np
     from PIL import Image
 

@@ -169,7 +169,7 @@ def test_damaged_files_are_found_by_the_scan_and_skipped_by_their_names(tmp_path
     (tmp_path / "dog" / "a.doc").write_bytes(b"words")
     with pytest.raises(
         UserError,
-        match=r"4 of the 303 files .* more than 1 %: .*dog/a\.doc is no image that Pillow reads.*mend or remove",
+        match=r"4 of the 303 files .* more than 1 %: .*dog/a\.doc is not an image that Pillow reads.*mend or remove",
     ):
         data_of(tmp_path, size=[8, 8])
 
@@ -369,7 +369,7 @@ def test_the_range_of_values_can_be_said(tmp_path):
     photos(tmp_path / "eight")
     with pytest.raises(UserError, match=r"is for images of more than 8 bits, and there are none"):
         data_of(tmp_path / "eight", value_range=[0, 100])
-    with pytest.raises(UserError, match=r"data\.background=glass is no colour"):
+    with pytest.raises(UserError, match=r"data\.background=glass is not a colour"):
         data_of(tmp_path, background="glass")
 
 

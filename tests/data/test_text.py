@@ -618,7 +618,7 @@ def test_wrong_texts(refused, tmp_path):
     (tmp_path / "late.txt").write_bytes(b"x" * 3_000_001 + b"\xff" + b"x" * 3_000_000)
     (tmp_path / "good.txt").write_text(PROSE)
     cases = {
-        ("data=text_file", "data.path=none.txt"): "data.path='none.txt' is no file",
+        ("data=text_file", "data.path=none.txt"): "data.path='none.txt' is not a file",
         ("data=text_file", "data.path=empty.txt"): "data.path='empty.txt' is empty",
         ("data=text_file", "data.path=short.txt"): "too few for one window of 128 + 1",
         ("data=text_file", "data.path=latin.txt"): "latin.txt is not UTF-8: byte 0xdf at offset 4",
@@ -630,7 +630,7 @@ def test_wrong_texts(refused, tmp_path):
             "data=text_file",
             "data.path=good.txt",
             "data.tokenizer=word",
-        ): "data.tokenizer=word is none of byte, char, bpe",
+        ): "data.tokenizer=word must be one of byte, char, bpe",
         ("data=text_file", "data.path=good.txt", "data.tokenizer=bpe"): "data.vocab_size=None must be a whole number",
         (
             "data=text_file",
@@ -650,7 +650,7 @@ def test_wrong_texts(refused, tmp_path):
         ("model.net.transformer.attention.heads=0",): "heads=0 must be a whole number",
         ("model.net.transformer.dropout=10",): "dropout=10 must be a number at least 0 and below 1",
         ("data.test=null",): "data.test=null must be a number",
-        ("data=text_folder", "data.path=.", "data.pattern=/a*"): "data.pattern='/a*' is no pattern",
+        ("data=text_folder", "data.path=.", "data.pattern=/a*"): "data.pattern='/a*' is not a pattern",
         ("data=names", "data.path=new/names.txt", "data.url=there/names.txt"): "could not be downloaded",
         ("data=digits",): "a GPT takes tokens, but this data has image",
     }

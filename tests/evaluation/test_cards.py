@@ -163,7 +163,7 @@ def test_text_is_measured_against_what_was_learned(tmp_path, monkeypatch):
     copies = {card["metric"]: card for card in evaluate(f"ckpt={folder}", metrics, "n=5", "split=val")["cards"]}
     assert copies["longest_copy"]["value"] == 33 and own["longest_copy"]["value"] < 20
     assert 0 < own["distinct_1"]["floor"] < 1 and own["longest_copy"]["floor"] > 5
-    with pytest.raises(UserError, match=r"recall is none that this model can have; it can have nats_per_token"):
+    with pytest.raises(UserError, match=r"recall is not available for this model; it can have nats_per_token"):
         evaluate(f"ckpt={folder}", "metrics=[recall]", "split=val")
 
 
@@ -290,16 +290,16 @@ def test_a_metric_of_reconstructions_has_their_baselines(runs, tmp_path):
     assert list(card["baselines"]) == ["PCA with 8 components"] and result["worst"] == pytest.approx(expected, abs=1e-4)
     plain = evaluate(f"ckpt={vae}", "metrics=[reconstruction_psnr_db]", "n=40")
     assert result["cards"][1] == plain["cards"][0] and "worst" not in plain
-    with pytest.raises(UserError, match=r"distinct_3 is none that this model can have; it can have bits_per_dim"):
+    with pytest.raises(UserError, match=r"distinct_3 is not available for this model; it can have bits_per_dim"):
         evaluate(f"ckpt={vae}", "metrics=[{distinct_3:{_target_:genai.evaluation.metrics.Distinct,n:3}}]")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "images"}, "kind=images of mine is none of samples, texts, likelihoods"),
+        ({"kind": "images"}, "kind=images of mine must be one of samples, texts, likelihoods"),
         ({"better": "more"}, "better=more of mine"),
-        ({"reads": ("pixels",)}, r"reads=\('pixels',\) of mine is none of features, probabilities, images"),
+        ({"reads": ("pixels",)}, r"reads=\('pixels',\) of mine must be one of features, probabilities, images"),
     ],
 )
 def test_a_metric_that_says_what_there_is_not_is_refused(change, message):
@@ -551,13 +551,17 @@ def test_what_cannot_be_measured_is_refused(runs, refused, tmp_path):
     folder = train(composed("train", [*given, *SMALL, f"run_dir={tmp_path / 'folder'}"], resumed))
     (photos / "a").rename(photos / "c")
     cases = {
-        (f"ckpt={gan}", "metrics=[fid]"): "fid is no metric; it can have frechet, kid, inception_score",
-        (f"ckpt={gan}", "metrics=[bits_per_dim]"): "bits_per_dim is none that this model can have; it can have frechet",
+        (f"ckpt={gan}", "metrics=[fid]"): "fid is not a metric; it can have frechet, kid, inception_score",
+        (f"ckpt={gan}", "metrics=[bits_per_dim]"): "bits_per_dim is not available for this model; it can have frechet",
         (f"ckpt={gan}", "metrics=[recall]", "n=1000"): "n=1000 is more than the 360 items of split=test",
         (f"ckpt={gan}", "metrics=[recall]", "n=1"): "n=1 must be a whole number, at least 2",
         (f"ckpt={gan}", "metrics=[recall]", "repeats=0"): "repeats=0 must be a whole number",
-        (f"ckpt={gan}", "metrics=[recall]", "split=dev"): "split=dev is none of train, val, test",
-        (f"ckpt={gan}", "metrics=[recall]", "extractor=vgg"): "extractor=vgg is none of classifier, inception, module",
+        (f"ckpt={gan}", "metrics=[recall]", "split=dev"): "split=dev must be one of train, val, test",
+        (
+            f"ckpt={gan}",
+            "metrics=[recall]",
+            "extractor=vgg",
+        ): "extractor=vgg must be one of classifier, inception, module",
         (f"ckpt={runs[1]}", "metrics=[recall]", "likelihood=probability_flow"): "add bits_per_dim to metrics=",
         (f"ckpt={folder}", "metrics=[recall]"): "list of classes of",
     }
@@ -567,11 +571,11 @@ def test_what_cannot_be_measured_is_refused(runs, refused, tmp_path):
 
 MODULE = "_target_: genai.evaluation.features.module, _partial_: true"
 CARDS = {
-    ("metrics=[fid]",): "fid is no metric; it can have frechet",
-    ("metrics=[bits_per_dim]",): "bits_per_dim is none that this model can have",
+    ("metrics=[fid]",): "fid is not a metric; it can have frechet",
+    ("metrics=[bits_per_dim]",): "bits_per_dim is not available for this model",
     ("metrics=[recall]", "n=1000"): "n=1000 is more than the .* items of split=val",
     ("metrics=[recall]", "n=1"): "n=1 must be a whole number, at least 2",
-    ("metrics=[recall]", "split=dev"): "split=dev is none of train, val, test",
+    ("metrics=[recall]", "split=dev"): "split=dev must be one of train, val, test",
     ("metrics=[recall]", "repeats=0"): "repeats=0 must be a whole number",
     (): "has no likelihood of its own",
     ("metrics=[recall]", f"extractor={{{MODULE}, weights: gone}}"): "extractor.net=",

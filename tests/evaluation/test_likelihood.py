@@ -1,4 +1,4 @@
-"""One ruler: families that know a source alike give it one figure, and what is no likelihood is refused."""
+"""One ruler: families that know a source alike give it one figure, and what is not a likelihood is refused."""
 
 import json
 import math

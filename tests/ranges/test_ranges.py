@@ -312,7 +312,7 @@ REFUSED = {  # a command -> what it is told
     "model.net.classes=null": "model.net.classes=null must be what model.classes is, 10",
     "model.net.shape=[1,9,9]": "model.net.shape=[1, 9, 9] must be what model.shape is, [1, 8, 8]",
     "model.field=nope": "model.field=nope must be what data.field is, image",
-    "model.variance=medium": "model.variance=medium is none of small, large",
+    "model.variance=medium": "model.variance=medium must be one of small, large",
     "max_steps=1e30": "max_steps=1e+30 must be a whole number of steps, at least 1 and at most 10^12",
     "data.batch_size=1e12": "data.batch_size=1000000000000 must be a whole number of items in memory",
     "seed=9223372036854775808": "seed=9223372036854775808 must be a whole number, at least 0 and at most 2^63 - 1",

@@ -169,8 +169,8 @@ BASIC = {"over": {"seed": [0, 1]}}
 WRONG = {
     "there is no key optim.lrr, did you mean optim.lr?": {"over": {"optim.lrr": [1, 2]}},
     "max_steps=many must be a number": {"over": {"max_steps": [5, "many"]}},
-    "sweep.search=grid is none of basic, optuna": {**BASIC, "search": "grid"},
-    "sweep.direction=minimise is none of minimize, maximize, did you mean minimize?": {
+    "sweep.search=grid must be one of basic, optuna": {**BASIC, "search": "grid"},
+    "sweep.direction=minimise must be one of minimize, maximize, did you mean minimize?": {
         **BASIC,
         "direction": "minimise",
     },
@@ -206,7 +206,7 @@ def test_a_metric_that_no_run_has_is_named_and_costs_no_second_run(sweep, tmp_pa
     command = [*sweep(over={"seed": [0]}, metric="val/los"), "logger=none"]
     done = call(command, tmp_path)
     assert done.returncode == 2
-    assert "sweep.metric=val/los is no metric of" in done.stderr
+    assert "sweep.metric=val/los is not a metric of" in done.stderr
     assert "did you mean val/loss?" in done.stderr
     assert call(command, tmp_path, "sweep.metric=val/loss").returncode == 0
     assert len(lines(the_folder(tmp_path))) == 2

@@ -193,7 +193,7 @@ def test_schedules_have_closed_forms():
 
 def test_schedules_are_checked_and_reach_every_group():
     for build in (lambda **k: adamw(Net(), lr=0.1, **k), lambda **k: muon(Net(), lr=0.1, adamw_lr=0.01, **k)):
-        with pytest.raises(UserError, match=r"optim.schedule=linear is none of cosine, constant, wsd"):
+        with pytest.raises(UserError, match=r"optim.schedule=linear must be one of cosine, constant, wsd"):
             build(schedule="linear")
         with pytest.raises(UserError, match=r"optim.cooldown=0 must be"):
             build(schedule="wsd", decay_steps=5, cooldown=0)

@@ -72,7 +72,7 @@ def training_data(data: Data, splits: Sequence[str], most: int | None = None) ->
     same every time."""
     for name in splits:
         if name not in data.splits:
-            raise UserError(f"fit={list(splits)}: {name} is none of {', '.join(data.splits)}")
+            raise UserError(f"fit={list(splits)}: {name} must be one of {', '.join(data.splits)}")
     if not splits:
         raise UserError("fit=[] leaves nothing to learn from: name at least one split")
     if data.modality.windowed:

@@ -141,6 +141,6 @@ def row_node(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     name = str(row.get("baseline")) if isinstance(row, dict) else str(row)
     names = choices_of("baseline", config_folders(None))
     if name not in names:
-        raise UserError(f"rows: baseline={name} is none of {', '.join(names)}{nearest(name, names)}")
+        raise UserError(f"rows: baseline={name} must be one of {', '.join(names)}{nearest(name, names)}")
     node: Any = OmegaConf.to_container(OmegaConf.load(Path(conf_dir()) / "baseline" / f"{name}.yaml"))
     return name, {**node, **{key: value for key, value in row.items() if key != "baseline"}}

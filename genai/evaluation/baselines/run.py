@@ -36,7 +36,7 @@ def run(cfg: Any) -> dict[str, Any]:
     at_least(cfg.seed, 0, "seed")
     split = cfg.split or ("test" if "test" in data.splits else "val")
     if split not in data.splits:
-        raise UserError(f"split={split} is none of {', '.join(data.splits)}")
+        raise UserError(f"split={split} must be one of {', '.join(data.splits)}")
     before = [name for name in ("train", "val", "test") if name in data.splits]
     if not (cfg.fit is None or isinstance(cfg.fit, str) or OmegaConf.is_list(cfg.fit)):
         raise UserError(f"fit={cfg.fit} must be a list of splits, such as [train,val]")

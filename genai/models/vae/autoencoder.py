@@ -15,7 +15,7 @@ from genai.models.vae.vae import gaussian_kl
 
 class Autoencoder(nn.Module):
     """Reconstruction first, with a KL term so small that it only keeps the latents near the unit normal. A Codec whose
-    code is the mean of the latents. No likelihood: its decoder is no distribution.
+    code is the mean of the latents. No likelihood: its decoder is not a distribution.
 
     Args:
         field, shape: of the data.

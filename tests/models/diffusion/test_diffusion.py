@@ -112,7 +112,7 @@ def test_every_parameterisation_returns_x0(kind):
 
 
 def test_an_unknown_parameterisation_is_refused():
-    with pytest.raises(UserError, match=r"model\.parameterization='w' is none of eps, x0, v"):
+    with pytest.raises(UserError, match=r"model\.parameterization='w' must be one of eps, x0, v"):
         to_x0("w", 0.5, 0.5)
 
 

@@ -404,9 +404,9 @@ def test_captions_lie_beside_the_images_of_a_zip_too(tmp_path):
             ['{"file_name": "00.png", "text": "a"}'],
             r"of .* images in .* have no caption in captions.jsonl \(\d\d.png, ",
         ),
-        (["{"], "line 1, is no JSON with file_name and text"),
-        (['{"file_name": "00.png"}'], "line 1, is no JSON .*'text'"),
-        (["", '{"file_name": "00.png", "text": null}'], "line 2, is no JSON .*text is None"),
+        (["{"], "line 1, is not JSON with file_name and text"),
+        (['{"file_name": "00.png"}'], "line 1, is not JSON .*'text'"),
+        (["", '{"file_name": "00.png", "text": null}'], "line 2, is not JSON .*text is None"),
     ],
 )
 def test_wrong_caption_files(tmp_path, lines, message):

@@ -113,9 +113,9 @@ def test_cells_that_cannot_exist_are_refused_by_name():
             table_of(name, pure, 10)
     with pytest.raises(UserError, match="spacing=linspace would visit clean data"):
         tables.discretize(LinearPath(), 10, "linspace")
-    with pytest.raises(UserError, match="'even' is none of trailing, leading"):
+    with pytest.raises(UserError, match="'even' must be one of trailing, leading"):
         tables.discretize(pure, 10, "even")
-    with pytest.raises(UserError, match="space='flaw' is none of sigma, flow"):
+    with pytest.raises(UserError, match="space='flaw' must be one of sigma, flow"):
         tables.heun(pure, tables.discretize(pure, 10), space="flaw")
 
 

@@ -262,7 +262,7 @@ def test_a_run_shows_itself_from_the_command_line(tmp_path, command, refused):
         and 0 < result["reconstruction_psnr_db"] < 20
         and result["bound"] == "upper bound"
     )
-    assert "sampler.split=none is none of train, val, test" in refused(
+    assert "sampler.split=none must be one of train, val, test" in refused(
         "sample.py", f"ckpt={run}", "sampler=reconstruct", "split=none"
     )
     assert "this model is unconditional" in refused("sample.py", f"ckpt={run}", "label=3")

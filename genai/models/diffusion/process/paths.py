@@ -105,7 +105,7 @@ def combination(kind: Parameterization, alpha: Number, sigma: Number) -> tuple[N
         return -sigma, alpha
     if kind == "flow":
         return 0 * alpha - 1, 0 * alpha + 1
-    raise UserError(f"model.parameterization={kind!r} is none of eps, x0, v, flow")
+    raise UserError(f"model.parameterization={kind!r} must be one of eps, x0, v, flow")
 
 
 def to_x0(kind: Parameterization, alpha: Number, sigma: Number) -> tuple[Number, Number]:

@@ -100,7 +100,7 @@ def discretize(
                 "linspace": [high.t - f * span for f in fractions],
             }
         if spacing not in times:
-            raise UserError(f"sampler.spacing={spacing!r} is none of trailing, leading, linspace, karras, log_snr")
+            raise UserError(f"sampler.spacing={spacing!r} must be one of trailing, leading, linspace, karras, log_snr")
         visited = [high, *(path.marginal(t) for t in times[spacing][1:])]
     if number(shift, "sampler.shift", 0, open_low=True) != 1:
         visited = [high, *(_shift(path, level, low, high, shift) for level in visited[1:])]
@@ -183,7 +183,7 @@ def ddpm(path: Path, levels: Sequence[Marginal], *, variance: str = "small") -> 
     variance: "small" is the posterior's own (beta tilde), "large" is beta. The last step adds no noise.
     """
     if variance not in ("small", "large"):
-        raise UserError(f"sampler.solver.variance={variance!r} is none of small, large")
+        raise UserError(f"sampler.solver.variance={variance!r} must be one of small, large")
     steps = []
     for t, s in itertools.pairwise(levels):
         row = euler_row(t, s, eta=1.0)
@@ -201,7 +201,7 @@ def _coordinate(level: Marginal, space: Space) -> tuple[float, float]:
 
 def _check_space(levels: Sequence[Marginal], space: Space) -> None:
     if space not in ("sigma", "flow"):
-        raise UserError(f"sampler.solver.space={space!r} is none of sigma, flow")
+        raise UserError(f"sampler.solver.space={space!r} must be one of sigma, flow")
     if not all(_coordinate(level, space)[1] for level in levels):
         raise UserError(
             "sampler.solver.space=sigma cannot start from pure noise (alpha = 0): use sampler.solver.space=flow"
