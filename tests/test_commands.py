@@ -142,7 +142,7 @@ TRAIN = {
     "run_dir=/dev/null/x": "run_dir=/dev/null/x cannot be a folder",
     f"run_dir={'a' * 300}": "has a name of 300 characters",
     f"name={'a' * 300}": "has a name of 300 characters",
-    "init_from=/dev/null": "/dev/null is damaged, torn or no checkpoint",
+    "init_from=/dev/null": "/dev/null is damaged, cut off or not a checkpoint",
     "init_from=C:\\runs\\x": "no checkpoint C:\\runs\\x",
     "resume=/dev/null": "resume=/dev/null is not a run directory",
 }
@@ -307,8 +307,8 @@ SAMPLE = {
 CKPT = {
     "ckpt=": "ckpt= is empty",
     "ckpt=5": "no checkpoint 5",
-    "ckpt=afile": "afile is damaged, torn or no checkpoint",
-    "ckpt=/dev/null": "/dev/null is damaged, torn or no checkpoint",
+    "ckpt=afile": "afile is damaged, cut off or not a checkpoint",
+    "ckpt=/dev/null": "/dev/null is damaged, cut off or not a checkpoint",
     "ckpt=~/nope": "nope: name a run, or a file in its checkpoints/",
     "ckpt= empty": "no checkpoint  empty",
     "ckpt=s3://bucket/x.ckpt": "no checkpoint s3:/bucket/x.ckpt",
@@ -316,7 +316,7 @@ CKPT = {
     "ckpt=a_list": "it holds no keys",
     "ckpt=nothing": "it holds no keys",
     "ckpt=keys": "it has no model",
-    "ckpt=not_yaml/config.yaml": "config.yaml is damaged, torn or no checkpoint",
+    "ckpt=not_yaml/config.yaml": "config.yaml is damaged, cut off or not a checkpoint",
 }
 EVALUATE = {
     "metrics=5": "metrics=5 must be",
@@ -463,7 +463,7 @@ def test_wrong_checkpoints(refused, runs, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "there is no run below runs/ yet" in refused("sample.py")
     assert "no checkpoint nowhere" in refused("sample.py", "ckpt=nowhere")
-    assert "text.ckpt is damaged, torn or no checkpoint" in refused("sample.py", "ckpt=text.ckpt")
+    assert "text.ckpt is damaged, cut off or not a checkpoint" in refused("sample.py", "ckpt=text.ckpt")
     assert "empty holds no readable checkpoint" in refused("sample.py", "ckpt=empty")
     if not torch.cuda.is_available():
         assert "torch sees no GPU" in refused("sample.py", f"ckpt={runs / 'digits'}", "device=cuda")

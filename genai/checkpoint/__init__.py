@@ -1,4 +1,4 @@
-"""Checkpoints: their file, the models it holds, and these as parts of others."""
+"""Checkpoints: the file format, loading a model from a file, and checkpoints as parts of other models."""
 
 from genai.checkpoint.file import DISK_HINT, FORMAT, folder_of, link, locate, newest, read, save
 from genai.checkpoint.load import (

@@ -1,7 +1,8 @@
-"""The one place where a config becomes objects: what the user typed by `build_typed`, what a file says by `build_stored`.
+"""Build objects from configs: `build_typed` for what the user typed, `build_stored` for what a checkpoint file says.
 
-A file may have been written by somebody else, and a `_target_` is a call. So a stored config builds only what the register
-below admits, and packages the user admits with `trust=`; all of it is checked before anything is called.
+A checkpoint may come from somebody else, and every `_target_` in its config is a function call. A stored config therefore builds
+only the targets listed below and those of packages that the user trusts (`trust=`), and is checked as a whole before the first
+call.
 """
 
 import contextlib
@@ -22,15 +23,17 @@ from genai.data.base import Data
 from genai.modalities.base import Modality
 
 MODELS, DATA, RUN, MODALITIES = "models", "data", "run", "modalities"
-"""The kinds of object that a file may build: models with their networks, losses and samplers always; data sets where the user
-asks to resume, to evaluate or to draw items; callbacks, loggers, optimisers and loops where the user asks to resume; modalities
-by `build_modality` alone."""
+"""The kinds of objects that a file may build.
+
+MODELS (with networks, losses, samplers) always; DATA when the user resumes, evaluates or samples from data items; RUN
+(callbacks, loggers, optimisers, loops) when the user resumes; MODALITIES only in `build_modality`.
+"""
 
 MODEL_PACKAGES = ("genai.models.", "genai.nn.", "genai.losses.")
-"""Any public class or function that is defined there: nothing there writes, downloads or runs."""
+"""Packages of which any public class or function may be built: none of them writes files, downloads or starts processes."""
 
 PARTS = (stored.PRETRAINED,)
-"""Functions of other rooms that may be part of a model: they give back the module that they are given."""
+"""Functions of other packages that may appear inside a model's config; they return the module that they are given."""
 
 RUN_TARGETS = (
     "genai.evaluation.features.inception",
@@ -50,13 +53,13 @@ RUN_TARGETS = (
     "genai.train.trackers.wandb",
 )
 METRICS = "genai.evaluation.metrics"
-"""Of a run too: nothing there writes, downloads or runs."""
-LARGEST = 10**7  # number in a stored config that no weight stands for, such as a count of steps
-DEPTH = 64  # of nodes in nodes
+"""Module whose classes a resumed run may build too; none of them writes files, downloads or starts processes."""
+MAX_INTEGER = 10**7  # in a stored config, beyond the number of the file's weights: a count of steps, for example
+MAX_DEPTH = 64  # of nested nodes
 
 
 def build_typed(node: Any) -> Any:
-    """Instantiate a config node that the user typed or chose, everything inside it first.
+    """Instantiate a config node that the user typed or chose, inner nodes first.
 
     Raises UserError for an argument that a target does not take.
     """
@@ -82,27 +85,30 @@ def build_typed(node: Any) -> Any:
 def build_stored(
     node: Any, trust: Sequence[str] = (), kinds: Sequence[str] = (MODELS,), weights: Mapping[str, Tensor] | None = None
 ) -> Any:
-    """Build what a config node in a file says, everything inside it first.
+    """Build a config node that was read from a checkpoint file, inner nodes first.
 
     Args:
+        node: plain values: dicts (with `_target_` where something is built), lists, strings, numbers, booleans and None.
         trust: packages whose classes and functions may be built too.
-        kinds: what may be built, of MODELS, DATA and RUN.
-        weights: for a model, the file's own; what makes far more tensors or numbers is stopped, unless a package is trusted.
+        kinds: what may be built, any of MODELS, DATA and RUN.
+        weights: for a model, the file's tensors by name. Building a model with far more numbers than these is stopped,
+            unless a package is trusted.
 
-    Raises UserError for a node that is more than data, a target that is not admitted, and whatever goes wrong in building.
+    Raises UserError for a node of other values, a target that is not admitted, and any error while building.
     """
     numbers = sum(tensor.numel() for tensor in (weights or {}).values())
-    largest = None if RUN in kinds else max(LARGEST, numbers)
-    call = _checked(node, "", lambda target: check_target(target, trust, kinds), largest, 0)
-    bound = contextlib.nullcontext() if weights is None or trust else _Bounded(numbers, len(weights))
-    with stored.building(), bound:
-        return _made(call, bool(trust))
+    # The config of a run holds step counts of any size; that of a model holds sizes, which its weights bound.
+    largest = None if RUN in kinds else max(MAX_INTEGER, numbers)
+    call = _check_node(node, "", lambda target: check_target(target, trust, kinds), largest, 0)
+    size_limit = contextlib.nullcontext() if weights is None or trust else _SizeLimit(numbers, len(weights))
+    with stored.building(), size_limit:
+        return _build(call, bool(trust))
 
 
 def build_modality(node: Any, trust: Sequence[str] = ()) -> Modality:
-    """The modality that a file describes by a target and a state, which is data: nothing in it is called.
+    """Restore a modality from its `_target_` and `state` in a file; the state is plain data, nothing in it is called.
 
-    Raises UserError for a target that is not admitted, and for a state that describes none.
+    Raises UserError for a target that is not admitted, and for an invalid state.
     """
     kind: Any = check_target(node["_target_"], trust, (MODALITIES,))
     if not (inspect.isclass(kind) and issubclass(kind, Modality)):
@@ -112,48 +118,52 @@ def build_modality(node: Any, trust: Sequence[str] = ()) -> Modality:
             return kind.from_state(node["state"])
     except Exception as error:
         if trust and not isinstance(error, UserError):
-            raise  # code of the user's own is better mended with a traceback
+            raise  # an error in the user's own code needs its traceback
         raise UserError(f"the checkpoint's modalities are refused: {kind.__name__}: {reason(error)}") from error
 
 
 class Call(NamedTuple):
-    """A checked node: `target(**arguments)`, or a partial of it."""
+    """A checked node: the call `target(**arguments)`, or `functools.partial` of it."""
 
     target: Callable[..., Any]
     arguments: dict[str, Any]
     partial: bool
 
 
-def _checked(node: Any, key: str, check: Callable[[Any], Any], largest: int | None, depth: int) -> Any:
-    """The node with a Call in the place of every dict that has a target. Raises UserError for what is more than data."""
-    kind = type(node)
-    if depth > DEPTH:
-        raise _refusal(f"{key[:40]}... is nested more than {DEPTH} times")
+def _check_node(
+    node: Any, key: str, check: Callable[[Any], Callable[..., Any]], largest: int | None, depth: int
+) -> Any:
+    """Replace every dict with a `_target_` by a Call. Raises UserError for values that are not plain."""
+    kind = type(node)  # compared exactly: a subclass of dict or str could run code of its own
+    if depth > MAX_DEPTH:
+        raise _refusal(f"{key[:40]}... is nested more than {MAX_DEPTH} times")
     if kind is list:
-        return [_checked(value, f"{key}[{i}]", check, largest, depth + 1) for i, value in enumerate(node)]
+        return [_check_node(value, f"{key}[{i}]", check, largest, depth + 1) for i, value in enumerate(node)]
     if kind is dict:
         for name in node:
             if type(name) is not str:
-                raise _refusal(f"{key or 'it'} has the key {name!r}, and only texts may be keys")
+                raise _refusal(f"{key or 'it'} has the key {name!r}, and only strings may be keys")
             if name.startswith("_") and name not in ("_target_", "_partial_"):
-                raise _refusal(f"it uses {name}, and only _target_ and _partial_ may be")
+                raise _refusal(
+                    f"it has the key {name}; of keys with an underscore only _target_ and _partial_ are allowed"
+                )
         target = check(node["_target_"]) if "_target_" in node else None
         if type(node.get("_partial_", False)) is not bool:
             raise _refusal(f"the _partial_ of {node.get('_target_')} must be true or false")
         values = {
-            name: _checked(value, f"{key}.{name}".lstrip("."), check, largest, depth + 1)
+            name: _check_node(value, f"{key}.{name}".lstrip("."), check, largest, depth + 1)
             for name, value in node.items()
             if name not in ("_target_", "_partial_")
         }
         return values if target is None else Call(target, values, node.get("_partial_", False))
     if kind not in (str, int, float, bool, type(None)):
         raise _refusal(
-            f"{key or 'it'} is a {kind.__name__}, and only dicts, lists, texts, numbers, true, false and null may be"
+            f"{key or 'it'} is a {kind.__name__}, and only dicts, lists, strings, numbers, true, false and null may be"
         )
     if kind is str and "${" in node:
-        raise _refusal(f"{node!r} is an interpolation, and only values may be stored")
+        raise _refusal(f"{node!r} is an interpolation; a stored config must hold values only")
     if kind is int and largest is not None and abs(node) > largest:
-        raise _refusal(f"{key}={node:.3g} is out of proportion to the file's weights, at most {largest:,} may be")
+        raise _refusal(f"{key}={node:.3g} is out of proportion to the file's weights: it must be at most {largest:,}")
     return node
 
 
@@ -161,14 +171,15 @@ def _refusal(reason: str) -> UserError:
     return UserError(f"the checkpoint's config is refused: {reason}")
 
 
-def _made(node: Any, trusted: bool) -> Any:
+def _build(node: Any, trusted: bool) -> Any:
+    """Carry out the Calls of a checked node, inner ones first."""
     if type(node) is list:
-        return [_made(value, trusted) for value in node]
+        return [_build(value, trusted) for value in node]
     if type(node) is dict:
-        return {name: _made(value, trusted) for name, value in node.items()}
+        return {name: _build(value, trusted) for name, value in node.items()}
     if not isinstance(node, Call):
         return node
-    arguments = {name: _made(value, trusted) for name, value in node.arguments.items()}
+    arguments = {name: _build(value, trusted) for name, value in node.arguments.items()}
     if node.partial:
         return functools.partial(node.target, **arguments)
     try:
@@ -178,17 +189,21 @@ def _made(node: Any, trusted: bool) -> Any:
     except Exception as error:
         name = f"{node.target.__module__}.{node.target.__qualname__}"
         if trusted and not (isinstance(error, TypeError) and "argument" in str(error)):
-            raise  # code of the user's own is better mended with a traceback
+            raise  # an error in the user's own code needs its traceback
         raise UserError(f"{name} cannot be built from the checkpoint's config: {reason(error)}") from error
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an exception says, and its kind where it says nothing."""
+    """Return the first line of an exception's message, or its class name where the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def check_target(target: Any, trust: Sequence[str] = (), kinds: Sequence[str] = (MODELS,)) -> Callable[..., Any]:
-    """The class or function that `target` truly names. Raises UserError unless a file may build it."""
+    """Import and return the class or function that `target` names.
+
+    Raises UserError unless a file may build it: it must be public, defined in the module that the target names (not imported
+    there), and in one of the packages admitted for `kinds` or trusted.
+    """
     wants = f"the checkpoint wants to build {target}"
     module, _, name = target.rpartition(".") if type(target) is str else ("", "", "")
     if not (module and all(part.isidentifier() for part in target.split("."))):
@@ -201,7 +216,7 @@ def check_target(target: Any, trust: Sequence[str] = (), kinds: Sequence[str] = 
         package = target.partition(".")[0]
         hint = f"; if you trust it, add trust={package}" if package not in ("genai", "os", "builtins") else ""
         what = "models" if DATA not in kinds else "models and data"
-        raise UserError(f"{wants}, which is none of genai's {what}{hint}")
+        raise UserError(f"{wants}, which is not one of genai's {what}{hint}")
     try:
         found = vars(importlib.import_module(module))[name]
     except (ImportError, KeyError):
@@ -211,21 +226,22 @@ def check_target(target: Any, trust: Sequence[str] = (), kinds: Sequence[str] = 
         raise UserError(f"{wants}, which is not a class or function defined there")
     if not trusted and name.startswith("_"):
         raise UserError(f"{wants}, which is not public")
-    if data and not trusted and not _makes_data(found):
+    if data and not trusted and not _returns_data(found):
         raise UserError(f"{wants}, which is not a data set")
     return found
 
 
-def _makes_data(found: Any) -> bool:
+def _returns_data(found: Any) -> bool:
+    """Tell whether a class is a Data set, or a function is annotated to return one."""
     try:
         made = found if inspect.isclass(found) else get_type_hints(found).get("return")
-    except NameError:  # a type that only a checker imports
+    except NameError:  # an annotation that is imported for type checkers only
         return False
     return inspect.isclass(made) and issubclass(made, Data)
 
 
 def packages_of(node: Any) -> tuple[str, ...]:
-    """The packages other than genai that a config names, sorted."""
+    """Return the packages other than genai that a config's targets are in, sorted."""
     if isinstance(node, dict):
         below = {package for value in node.values() for package in packages_of(value)}
         return tuple(
@@ -236,8 +252,12 @@ def packages_of(node: Any) -> tuple[str, ...]:
     return ()
 
 
-class _Bounded(TorchDispatchMode):
-    """Raises UserError where a model is built that is far larger than its file, before the memory or the time is spent."""
+class _SizeLimit(TorchDispatchMode):
+    """Stop the construction of a model that is far larger than its file, before the memory or the time is spent.
+
+    Every operation counts, with the numbers that it is about to make. The allowance is generous (eight numbers for each stored
+    one, 30 operations for each tensor): initialisations make temporary tensors.
+    """
 
     def __init__(self, numbers: int, tensors: int):
         super().__init__()
@@ -245,23 +265,23 @@ class _Bounded(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         self.operations -= 1
-        self.numbers -= _numbers(func, [*args, *(kwargs or {}).values()])
+        self.numbers -= _count_numbers(func, [*args, *(kwargs or {}).values()])
         if self.operations < 0 or self.numbers < 0:
             raise _refusal("it describes a model that is far larger than the file's weights")
         return func(*args, **(kwargs or {}))
 
 
-_COUNTING = ("arange", "linspace", "logspace", "eye", "randperm", "tril_indices", "triu_indices")
+_SIZE_FROM_NUMBERS = ("arange", "linspace", "logspace", "eye", "randperm", "tril_indices", "triu_indices")
 
 
-def _numbers(func: Any, arguments: list[Any]) -> float:
-    """About how many numbers an operation is about to make, read off its arguments."""
+def _count_numbers(func: Any, arguments: list[Any]) -> float:
+    """Estimate from an operation's arguments how many numbers it is about to make."""
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     sizes = [
         math.prod(map(abs, a)) for a in arguments if isinstance(a, list | tuple) and all(type(n) is int for n in a)
     ]
     name = func.overloadpacket.__name__
-    if name in _COUNTING:
+    if name in _SIZE_FROM_NUMBERS:
         sizes += [abs(a) ** (2 if name == "eye" else 1) for a in arguments if type(a) in (int, float)]
     if name == "repeat":
         sizes = [n * t.numel() for n in sizes for t in tensors]

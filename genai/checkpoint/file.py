@@ -1,7 +1,7 @@
-"""The file of a checkpoint: tensors and plain values, written whole or not at all, read without running anything.
+"""The checkpoint file: tensors and plain values, written atomically and read without executing anything in it.
 
-A file is data somebody else may have written: `read` looks at all of it, and at its sizes, before anything is made of it, and
-`build` says what its config may become.
+A file may come from somebody else: `read` checks all of its content and sizes before anything is built from it; what its config
+may build is decided in `genai.checkpoint.build`.
 """
 
 import os
@@ -15,19 +15,19 @@ from genai.core import archive, files, stored
 from genai.core.errors import UserError
 from genai.core.rng import RNG_VERSION
 
-FORMAT = 3  # 1 knew no MOVED, 2 no modalities and no pretrained parts
+FORMAT = 3  # 2 added targets under newer names (stored.MOVED), 3 modalities and pretrained parts
 DISK_HINT = "make room, then resume= goes on from the last good checkpoint"
 
 
 class DamagedError(UserError):
-    """A checkpoint file that is torn or was changed, so that an older one may take its place."""
+    """Raised for a checkpoint file that is incomplete or corrupted, so that an older one may be read instead."""
 
 
 def save(content: dict, path: Path) -> None:
-    """Write `content` to `path` as files.write does.
+    """Write `content` to `path`, atomically (see `files.write`).
 
-    Raises UserError if that cannot be done, or a floating point tensor of `model` or `ema` is not finite; what was there
-    stays.
+    Raises UserError if the file cannot be written, or if a floating-point tensor of `model` or `ema` is not finite; the file
+    that was at `path` then stays.
     """
     for part in ("model", "ema"):
         for name, tensor in content[part].items():
@@ -38,9 +38,9 @@ def save(content: dict, path: Path) -> None:
 
 
 def link(path: Path, name: str) -> None:
-    """Give `path` a second name in its folder, atomically; a copy where the file system has no hard links.
+    """Give `path` a second name in its folder, atomically: a hard link, or a copy where the file system has none.
 
-    Raises UserError if that cannot be written.
+    Raises UserError if it cannot be written.
     """
     import shutil
 
@@ -49,7 +49,7 @@ def link(path: Path, name: str) -> None:
     try:
         temporary.unlink(missing_ok=True)
         os.link(path, temporary)
-        os.replace(temporary, target)  # which does nothing where both are one file already
+        os.replace(temporary, target)  # does nothing where both names are one file already: remove the temporary then
         temporary.unlink(missing_ok=True)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -58,11 +58,12 @@ def link(path: Path, name: str) -> None:
 
 
 def read(path: Path) -> dict:
-    """The content of a checkpoint on the CPU, checked: see `check` for what it is. MOVED has brought its plain values up to
-    date, and `written` is the config as it lies in the file.
+    """Read a checkpoint onto the CPU and check it; see `check` for its content.
 
-    Raises DamagedError if it is torn, and UserError if it cannot be read now, is not a checkpoint, holds code, or claims
-    to be larger than it is.
+    Targets in its plain values are under the names of today (`stored.MOVED`); `written` is the config as the file has it.
+
+    Raises DamagedError if the file is incomplete or corrupted, and UserError if it cannot be read, is not a checkpoint, holds
+    code, or claims to be larger than it is.
     """
     try:
         content = archive.read(path)
@@ -72,11 +73,11 @@ def read(path: Path) -> dict:
         raise UserError(f"{path} is a folder, not a checkpoint file") from None
     except archive.DamagedArchive as error:
         raise DamagedError(
-            f"{path} is damaged, torn or no checkpoint ({error}): use another file of its folder"
+            f"{path} is damaged, cut off or not a checkpoint ({error}): use another file of its folder"
         ) from error
     except archive.UnsafeArchive as error:
         raise UserError(f"{path} is refused, it holds more than tensors and plain values ({error})") from error
-    except (OSError, MemoryError, RuntimeError) as error:  # torch's lack of memory has no type of its own
+    except (OSError, MemoryError, RuntimeError) as error:  # torch raises RuntimeError where CPU memory is short
         why = getattr(error, "strerror", None) or str(error) or "out of memory"
         raise UserError(f"{path} cannot be read now ({why}): try again when it can") from error
     if not isinstance(content, dict) or "format" not in content:
@@ -92,10 +93,10 @@ def read(path: Path) -> dict:
 
 
 def check(content: dict) -> None:
-    """Raise ValueError unless the content of a file is what a checkpoint holds.
+    """Raise ValueError unless the content of a file is that of a checkpoint.
 
-    `format` and `step` whole numbers, `model` and `ema` tensors by name, `trainer` whatever Lightning keeps, and `config` and
-    `modalities` plain values without tuples and tensors: what a person could have typed.
+    A checkpoint holds `format` and `step` (whole numbers), `model` and `ema` (tensors by name), `trainer` (Lightning's state),
+    and `config` and `modalities` (plain values: dicts, lists, strings, numbers, booleans and None).
     """
     names = "modalities" if "modalities" in content else "assets"
     for key, kind in {**SCHEMA, names: dict}.items():
@@ -125,15 +126,15 @@ def check(content: dict) -> None:
 
 
 SCHEMA = {"format": int, "step": int, "config": dict, "model": dict, "ema": dict, "trainer": dict}
-PLAIN = {"config", "modalities", "assets"}  # the last in the place of modalities, up to format 2
+PLAIN = {"config", "modalities", "assets"}  # up to format 2 `assets` was in the place of `modalities`
 
 
 def _check_plain(node: Any, key: str) -> None:
-    """Raise ValueError unless the node is of dicts, lists, strings, numbers, booleans and None alone."""
+    """Raise ValueError unless a node consists of dicts, lists, strings, numbers, booleans and None."""
     if type(node) is dict:
         for name, value in node.items():
             if type(name) is not str:
-                raise ValueError(f"{key} has the key {name!r}, and only texts may be keys")
+                raise ValueError(f"{key} has the key {name!r}, and only strings may be keys")
             _check_plain(value, f"{key}.{name}")
     elif type(node) is list:
         for i, value in enumerate(node):
@@ -143,10 +144,11 @@ def _check_plain(node: Any, key: str) -> None:
 
 
 def newest(run: Path) -> tuple[dict, Path] | None:
-    """(content, path) of a run directory's last checkpoint, or if that is damaged of the one with the highest step that is
-    not; damaged ones are named. None if there is no checkpoint at all.
+    """Read the last checkpoint of a run directory; returns (content, path), or None if there is no checkpoint.
 
-    Raises UserError if all are damaged, or one cannot be read for another reason.
+    If last.ckpt is damaged it is previous.ckpt, then the intact file with the highest step; a warning names each damaged one.
+
+    Raises UserError if all are damaged, or if one cannot be read for another reason.
     """
     folder = run / "checkpoints"
     try:
@@ -155,34 +157,36 @@ def newest(run: Path) -> tuple[dict, Path] | None:
         return None
     except OSError as error:
         raise UserError(f"{folder} cannot be read now ({error.strerror}): try again when it can") from error
-    lasting = [name for name in ("last.ckpt", "previous.ckpt") if name in names]
-    for name in lasting:
+    recent = [name for name in ("last.ckpt", "previous.ckpt") if name in names]
+    for name in recent:
         try:
             return read(folder / name), folder / name
         except DamagedError as error:
             print(f"warning: {error}")
     found, problem = [], None
-    for name in sorted(names.difference(lasting)):
+    for name in sorted(names.difference(recent)):
         try:
             found.append((read(folder / name), folder / name))
         except DamagedError as error:
             problem = error
             print(f"warning: {error}")
     if names and not found:
-        raise UserError(f"{run} is left as it is: all its {len(names)} checkpoints are damaged") from problem
+        raise UserError(f"{run} cannot be used: all its {len(names)} checkpoints are damaged") from problem
     return max(found, key=lambda item: item[0]["step"], default=None)
 
 
 def folder_of(ckpt: Path) -> Path:
-    """The run of a checkpoint file, or the folder that it lies in."""
+    """Return the run directory of a checkpoint file, or the folder of a file that is in none."""
     return ckpt.parent.parent if ckpt.parent.name == "checkpoints" else ckpt.parent
 
 
 def locate(ckpt: str | None) -> tuple[dict, Path]:
-    """The checkpoint that `ckpt` names: a file, a run directory (its newest), a folder of runs, of which the newest is
-    taken, or None for the newest run.
+    """Find and read the checkpoint that `ckpt` names; returns (content, path).
 
-    Raises UserError if there is none.
+    `ckpt` is a checkpoint file, a run directory (its last checkpoint), a folder of runs (the newest run in it), or None for the
+    newest run below runs/.
+
+    Raises UserError if there is no checkpoint.
     """
     run = Path("runs" if ckpt is None else ckpt).expanduser()
     if ckpt is not None and not os.path.isdir(run):

@@ -1,4 +1,4 @@
-"""A model from a checkpoint, with its weights and with what it was stored with."""
+"""Load a model from a checkpoint: its weights, its config and the modalities of its output and conditions."""
 
 import contextlib
 import re
@@ -21,8 +21,18 @@ from genai.modalities.stored import legacy_nodes
 
 @dataclass
 class Loaded:
-    """A model ready to sample: in evaluation mode, with what it was stored with: its config, the modality of what it makes and
-    those of what it is told, by name."""
+    """A loaded model in evaluation mode, without gradients, with what its checkpoint holds of it.
+
+    Attributes:
+        config: the run's config, as plain values.
+        modality: of the model's output.
+        conditions: the modalities of the model's conditions (label, caption), by name.
+        step: training steps of the checkpoint.
+        path: the checkpoint file.
+        trust: the user's packages that its config was allowed to build from.
+        precision: of the networks, one of `core.precision.PRECISIONS`.
+        weights: which of the checkpoint's weights these are, "ema" or "raw".
+    """
 
     model: nn.Module
     config: dict
@@ -32,9 +42,7 @@ class Loaded:
     path: Path
     trust: tuple[str, ...] = ()
     precision: str = "32-true"
-    """Precision of the networks, one of `core.precision.PRECISIONS`."""
     weights: str = "ema"
-    """Which of the checkpoint's weights these are, ema or raw."""
 
     @property
     def device(self) -> torch.device:
@@ -42,16 +50,16 @@ class Loaded:
 
     @property
     def dtype(self) -> str:
-        """The precision as a card records it; TF32 counts as float32."""
+        """Precision as metric cards record it; TF32 counts as float32."""
         return "float32" if self.precision == "32-true" else self.precision
 
     def computing(self) -> contextlib.AbstractContextManager:
-        """The autocast context to call the model in; no context where the precision is not mixed."""
+        """Return the autocast context in which to call the model; a null context unless the precision is mixed."""
         return precisions.autocast(self.precision, self.device)
 
 
 def device_of(name: Any) -> str:
-    """A device to compute on, where "auto" is the GPU if there is one. Raises UserError for what is none here."""
+    """Return the name of a device: "auto" is cuda if there is a GPU, else cpu. Raises UserError for one that is not here."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not isinstance(name, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -64,7 +72,7 @@ def device_of(name: Any) -> str:
 
 
 def trusted_packages(trust: Any) -> tuple[str, ...]:
-    """The packages that trust= names, one or a list. Raises UserError for what is not a name of one."""
+    """Return the packages that trust= names, one or a list. Raises UserError for an invalid package name."""
     several = isinstance(trust, Sequence) and not isinstance(trust, str)
     names = trust if several else [] if trust is None else [trust]
     for name in names:
@@ -83,11 +91,17 @@ def load(
     precision: str = "32-true",
     compile: bool = False,
 ) -> Loaded:
-    """Build the model of a run or checkpoint file and load its weights, "ema" or "raw"; see `locate` for `ckpt`.
+    """Build the model of a run or checkpoint file and load its weights.
 
     Args:
-        precision: of its networks, one of core.precision.PRECISIONS.
-        compile: let torch.compile have each network at its first call, which takes a while.
+        ckpt: a checkpoint file, a run directory, a folder of runs, or None for the newest run; see `locate`.
+        weights: "ema" for the averaged weights, "raw" for those that were trained.
+        device: "auto", "cpu", "cuda" or "cuda:<n>".
+        trust: packages of your own that the checkpoint's config may build from.
+        precision: of the networks, one of `core.precision.PRECISIONS`.
+        compile: compile each network with torch.compile at its first call, which takes up to minutes.
+
+    Raises UserError if there is no such checkpoint, it is damaged or refused, or an argument is invalid.
     """
     check_weights(weights)
     device, trust = device_of(device), trusted_packages(trust)
@@ -104,42 +118,46 @@ def load(
             net.compile()
     kinds = modalities(content, model)
     output = build_modality(kinds["output"], trust)
-    told = {name: build_modality(node, trust) for name, node in kinds["conditions"].items()}
-    if wrong := [name for name, modality in told.items() if modality.field != name]:
-        raise UserError(f"{path} is refused: it tells its model a {told[wrong[0]].field} by the name of {wrong[0]}")
-    return Loaded(model, content["config"], output, told, content["step"], path, trust, precision, weights)
+    conditions = {name: build_modality(node, trust) for name, node in kinds["conditions"].items()}
+    if wrong := [name for name, modality in conditions.items() if modality.field != name]:
+        raise UserError(f"{path} is refused: its condition {wrong[0]} is a {conditions[wrong[0]].field}")
+    return Loaded(model, content["config"], output, conditions, content["step"], path, trust, precision, weights)
 
 
 def modalities(content: dict, model: Any = None) -> dict[str, Any]:
-    """What a file keeps of its output's modality and of its conditions'; in an older one captions are known by the model."""
+    """Return the nodes of a file's modalities: `output`, and `conditions` by name.
+
+    Files up to format 2 have none; theirs follow from the config, and from the model's null conditions for captions.
+    """
     if "modalities" in content:
         return content["modalities"]
     return legacy_nodes(content["assets"], content["config"], null_conditions(model))
 
 
 def null_conditions(model: Any) -> Batch:
-    """The null of each condition of a model that can be told nothing."""
+    """Return a model's null conditions, by name (see `Diffusion.null`); empty for a model without any."""
     return model.null() if hasattr(model, "null") else {}
 
 
 def model_conditions(model: Any, config: dict, conditions: dict[str, Modality]) -> dict[str, Modality]:
-    """Of a data set's conditions those that a model of this config is told: what it has a null for, labels if it has classes."""
+    """Return those of a data set's conditions that a model takes: each that it has a null for, and labels if it has classes."""
     names = {*null_conditions(model), *(() if config["model"].get("classes") is None else ("label",))}
     return {name: modality for name, modality in conditions.items() if name in names}
 
 
 def weights_of(content: dict, weights: str = "ema") -> dict[str, Tensor]:
-    """All tensors of a file's model by name, with the averaged parameters for "ema", the trained ones for "raw"."""
+    """Return a file's tensors by name: with the averaged parameters for "ema", the trained ones for "raw"."""
     return content["model"] if weights == "raw" else {**content["model"], **content["ema"]}
 
 
-def check_weights(weights: Any, key: str = "weights") -> None:
+def check_weights(weights: object, key: str = "weights") -> None:
+    """Raise UserError unless `weights` is "ema" or "raw"."""
     if weights not in ("ema", "raw"):
         raise UserError(f"{key}={weights} must be one of ema, raw")
 
 
 def restore_model(content: dict, path: Path, weights: str, trust: Sequence[str]) -> nn.Module:
-    """The model of a file with its weights."""
+    """Build the model of a file's content and load its weights."""
     state = weights_of(content, weights)
     model = build_model(content["config"]["model"], state, trust)
     load_weights(model, state, path)
@@ -147,9 +165,9 @@ def restore_model(content: dict, path: Path, weights: str, trust: Sequence[str])
 
 
 def build_model(node: Any, state: dict[str, Tensor], trust: Sequence[str] = ()) -> nn.Module:
-    """The model that a file's config says, not yet with its weights `state`.
+    """Build the model of a file's config, without loading its weights `state`.
 
-    Raises UserError if that builds no model, or one far larger than its weights.
+    Raises UserError if the config does not build a model, or builds one that is far larger than its weights.
     """
     model = build_stored(node, trust, weights=state)
     if not isinstance(model, nn.Module) or not callable(getattr(model, "nets", None)):
@@ -161,9 +179,9 @@ def build_model(node: Any, state: dict[str, Tensor], trust: Sequence[str] = ()) 
 
 @contextlib.contextmanager
 def explain_errors(loaded: Loaded) -> Iterator[None]:
-    """Say of an error that a loaded model raises in use which file it is of; the error itself is the cause.
+    """Turn an error inside a loaded model into a UserError that names its file; the error itself is the cause.
 
-    Code of the user's own, admitted with `trust=`, and a lack of memory speak for themselves.
+    An error with the user's own code (`trust=`) and a lack of GPU memory are passed on unchanged.
     """
     try:
         yield
@@ -173,20 +191,20 @@ def explain_errors(loaded: Loaded) -> Iterator[None]:
         if loaded.trust:
             raise
         raise UserError(
-            f"{loaded.path} fails with what its config and this call say ({type(error).__name__}: {reason(error)}): use another "
-            "checkpoint, or other arguments"
+            f"{loaded.path} fails with its config and the arguments of this call ({type(error).__name__}: {reason(error)}): use "
+            "another checkpoint, or other arguments"
         ) from error
 
 
 def load_weights(model: nn.Module, state: dict, path: Path, strict: bool = True) -> list[str]:
-    """Load what fits into model; returns the keys that did not.
+    """Load those tensors of `state` that fit into a model; returns the keys that did not fit, sorted.
 
-    Raises UserError if strict and some did not, or if none did.
+    Raises UserError if none fits, or if `strict` and one does not.
     """
     own = model.state_dict()
     other = {k for k in own.keys() & state.keys() if own[k].shape != state[k].shape}
     misfit = model.load_state_dict({k: v for k, v in state.items() if k not in other}, strict=False)
-    wrong = other.union(misfit.missing_keys, misfit.unexpected_keys)  # modules know what older states of theirs mean
+    wrong = other.union(misfit.missing_keys, misfit.unexpected_keys)  # modules convert older states of theirs
     if wrong and (strict or len(wrong) >= len(own.keys() | state.keys())):
         skip = ", or init_strict=false to skip what differs" if len(wrong) < len(own.keys() | state.keys()) else ""
         raise UserError(

@@ -1,4 +1,4 @@
-"""A checkpoint as a part of another model: a first stage, a draft, a teacher."""
+"""Checkpoints as parts of other models: a first stage, a teacher, a draft model."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from genai.core.errors import UserError
 
 
 class Origin(NamedTuple):
-    """Where the weights of a module are from, its attribute `pretrained_from`."""
+    """Where a module's weights come from; the module keeps it as its attribute `pretrained_from`."""
 
     sha256: str | None
     weights: str
@@ -33,20 +33,20 @@ def pretrained(
     shape: Sequence[int] | None = None,
     model: nn.Module | None = None,
 ) -> nn.Module:
-    """A model of another checkpoint as a module of this one; nothing is read here.
+    """Return the model of another checkpoint, to be a module of this one; reads no file.
 
-    When a run starts `adopt_all` reads the file that the config names and completes the node with what it found, and `fill` gives
-    the module its weights. From then on they are part of the run's own checkpoints, and the node builds without the file.
+    When a run starts, `adopt_all` reads the file that the config names and completes the config's node, and `fill` loads the
+    weights into the module. From then on they are in the run's own checkpoints, and the file is no longer needed.
 
     Args:
-        ckpt: run or checkpoint, see `locate`; None for a model that needs no training.
-        sha256: see `digest`; noted when a run starts, and another is refused from then on.
-        weights: "ema" or "raw", which of the file's.
-        frozen: it gets no gradient, and stays in evaluation mode.
-        shape: of its latents where it is a Codec, noted when a run starts for the rest of the config to use.
-        model: what it is, noted when a run starts.
+        ckpt: a run or checkpoint, see `locate`; None for a model that needs no training.
+        sha256: of the checkpoint, see `digest`. It is filled in when a run starts; a file with another one is refused then.
+        weights: "ema" or "raw", which of the file's weights to take.
+        frozen: train nothing of it: no gradients, always in evaluation mode.
+        shape: of the latents of a Codec; filled in when a run starts, so that other keys can refer to it.
+        model: the built model; its node is filled in when a run starts.
 
-    Raises UserError for a node that no run has completed.
+    Raises UserError if the node was not completed by a run.
     """
     check_weights(weights)
     if ckpt is None and model is None:
@@ -58,22 +58,24 @@ def pretrained(
         )
     if frozen:
         model.requires_grad_(False).eval()
-        model.train = types.MethodType(_stays, model)  # type: ignore[method-assign]
+        model.train = types.MethodType(_stay_frozen, model)  # type: ignore[method-assign]
     model.pretrained_from = Origin(sha256, weights, frozen)  # type: ignore[assignment]
     return model
 
 
-pretrained.__module__ = "genai.checkpoint"  # where configs name it
+pretrained.__module__ = "genai.checkpoint"  # the target in configs is genai.checkpoint.pretrained
 
 
-def _stays(module: nn.Module, mode: bool = True) -> nn.Module:
-    """`train` of a frozen module."""
+def _stay_frozen(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Replace the method `train` of a frozen module, which stays in evaluation mode."""
     return type(module).train(module, False)
 
 
 def pretrained_nodes(node: Any, key: str) -> Iterator[tuple[str, dict]]:
-    """The nodes of `pretrained` in a config node of this key, with their own keys; not those within another one, for all their
-    weights are in its file."""
+    """Yield (key, node) of every node of `pretrained` in the config node of this key.
+
+    Nodes inside such a node are left out: the outer one's file holds their weights.
+    """
     if isinstance(node, dict):
         if node.get("_target_") == stored.PRETRAINED:
             yield key, node
@@ -86,7 +88,7 @@ def pretrained_nodes(node: Any, key: str) -> Iterator[tuple[str, dict]]:
 
 
 def digest(content: dict, weights: str = "ema") -> str:
-    """SHA-256 of what decides what a checkpoint's model does: its config, as it was written, and its averaged or raw weights."""
+    """Return the SHA-256 of a checkpoint's model: its config as it was written, and its averaged or raw weights."""
     sha = hashlib.sha256(json.dumps(content.get("written", content["config"])["model"], sort_keys=True).encode())
     for name, tensor in sorted(weights_of(content, weights).items()):
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -96,8 +98,13 @@ def digest(content: dict, weights: str = "ema") -> str:
 
 
 class Part(NamedTuple):
-    """A checkpoint that was read to be a part of another model: the node that says so, completed, the content of its file, and
-    its model with its weights."""
+    """A checkpoint that was read to be a part of another model.
+
+    Attributes:
+        node: the node of `pretrained`, completed.
+        content, path: of the checkpoint file.
+        model: with its weights.
+    """
 
     node: dict[str, Any]
     content: dict
@@ -106,9 +113,9 @@ class Part(NamedTuple):
 
 
 def adopt(node: dict, key: str, trust: Sequence[str] = ()) -> Part:
-    """Read the checkpoint that a node of `pretrained` names; `key` is where the node is.
+    """Read the checkpoint that a node of `pretrained` names; `key` is the node's dotted key.
 
-    Raises UserError if there is none, it is no longer what it was, or it holds what may not be built.
+    Raises UserError if there is no such checkpoint, its SHA-256 is not the one noted, or it may not be built.
     """
     ckpt, weights, frozen = str(node["ckpt"]), node.get("weights", "ema"), node.get("frozen", True)
     check_weights(weights, f"{key}.weights")
@@ -121,8 +128,8 @@ def adopt(node: dict, key: str, trust: Sequence[str] = ()) -> Part:
     found, noted = digest(content, weights), node.get("sha256")
     if noted not in (None, found):
         raise UserError(
-            f"{key}.ckpt={ckpt} has changed: its SHA-256 is {found[:16]}..., and {key}.sha256 says {str(noted)[:16]}...; what "
-            f"was learned with another means something else, so bring the old file back or train anew ({key}.sha256=null)"
+            f"{key}.ckpt={ckpt} has changed: its SHA-256 is {found[:16]}..., and {key}.sha256 says {str(noted)[:16]}...; this "
+            f"model was trained with the old file, so bring that back, or train a new model ({key}.sha256=null)"
         )
     node = {**node, "sha256": found, "weights": weights, "model": content["config"]["model"]}
     whole = restore_model(content, path, weights, trust)
@@ -133,10 +140,12 @@ def adopt(node: dict, key: str, trust: Sequence[str] = ()) -> Part:
 
 
 def adopt_all(cfg: DictConfig, build: Callable[[Any], Any], trust: Sequence[str], resumed: bool) -> dict[str, Part]:
-    """The checkpoints that are to be parts of a run's model, by key; cfg notes what they are.
+    """Read the checkpoints that are to be parts of a run's model, and complete their nodes in `cfg`; returns them by key.
 
-    A run that is resumed has them in its own: nothing is noted then, and none returned. Raises UserError if a file is no longer
-    what it was.
+    A resumed run has their weights in its own checkpoint: nothing is noted, and an empty dict is returned; files that still
+    exist are checked all the same.
+
+    Raises UserError if a file has changed (see `adopt`).
     """
     adopted = {}
     for path, node in pretrained_nodes(OmegaConf.to_container(cfg.model, resolve=True), "model"):
@@ -148,7 +157,7 @@ def adopt_all(cfg: DictConfig, build: Callable[[Any], Any], trust: Sequence[str]
             key = _key_of(cfg, at, "ckpt").removesuffix(".ckpt")
             part = adopted[key] = adopt(node, key, trust)
             noted = {name: part.node[name] for name in ("sha256", "model", "shape") if name in part.node}
-        else:  # one that needs no training may still be asked for its shape
+        else:  # a codec without training, such as SpaceToDepth, still determines the shape of its latents
             shape = getattr(build(node.get("model")), "latent_shape", None)
             noted = {"shape": list(shape)} if shape is not None and node.get("shape") is not None else {}
         for name, value in ({} if resumed else noted).items():
@@ -157,7 +166,7 @@ def adopt_all(cfg: DictConfig, build: Callable[[Any], Any], trust: Sequence[str]
 
 
 def _key_of(cfg: DictConfig, node: DictConfig, name: str) -> str:
-    """The dotted key that gives a node's value of this name: that of another where it is taken from there."""
+    """Return the dotted key under which a node's value was given: another one's where the value is an interpolation of that."""
     if not OmegaConf.is_interpolation(node, name):
         return node._get_full_key(name)
     parent, _, last = str(node._get_node(name)._value())[2:-1].rpartition(".")  # type: ignore[union-attr]
@@ -165,7 +174,7 @@ def _key_of(cfg: DictConfig, node: DictConfig, name: str) -> str:
 
 
 def pretrained_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The modules of a model that are parts, by name; not those within another one."""
+    """Yield (name, module) of a model's modules that come from other checkpoints; not those inside another such module."""
     if hasattr(model, "pretrained_from"):
         yield prefix, model
         return
@@ -174,8 +183,10 @@ def pretrained_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str
 
 
 def fill(model: nn.Module, adopted: Mapping[str, Part]) -> None:
-    """Give the modules of a model that are adopted parts, by key, their weights. Raises UserError for a part that is not a module of
-    the model."""
+    """Load the weights of adopted parts, by key, into the modules of a model.
+
+    Raises UserError for a part that is not a module of the model.
+    """
     found = [module for _, module in pretrained_modules(model)]
     for key, part in adopted.items():
         mine = [module for module in found if module.pretrained_from == part.model.pretrained_from]

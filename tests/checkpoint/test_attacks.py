@@ -704,7 +704,7 @@ def test_wrong_content_and_bombs_are_refused_at_once(content, words, tmp_path):
 def test_a_modality_that_cannot_write_what_was_sampled_is_named(content, tmp_path):
     path = tmp_path / "bad.ckpt"
     torch.save(put(copy.deepcopy(content), "modalities.output", node_like(Image, ["vector"])), path)
-    with pytest.raises(UserError, match=r"bad.ckpt fails with what its config and this call say \(ValueError"):
+    with pytest.raises(UserError, match=r"bad.ckpt fails with its config and the arguments of this call \(ValueError"):
         sampling.run(composed("sample", [f"ckpt={path}", "device=cpu", "n=2", f"out={tmp_path / 'out'}"], with_sampler))
 
 

@@ -102,7 +102,7 @@ def test_a_pickle_payload_is_refused_and_does_not_run(tmp_path, content):
     with pytest.raises(UserError, match="more than tensors and plain values"):
         genai.load(tmp_path / "bad.ckpt")
     (tmp_path / "raw.ckpt").write_bytes(pickle.dumps(Payload(str(tmp_path / "ran"))))
-    with pytest.raises(UserError, match=r"torn or no checkpoint"):
+    with pytest.raises(UserError, match=r"cut off or not a checkpoint"):
         genai.load(tmp_path / "raw.ckpt")
     assert not (tmp_path / "ran").exists()
 
@@ -173,7 +173,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
     torch.save({"weights": torch.zeros(2)}, tmp_path / "y.ckpt")
     torch.save({"format": 99}, tmp_path / "z.ckpt")
     for name, message in {
-        "x.ckpt": "torn or no checkpoint",
+        "x.ckpt": "cut off or not a checkpoint",
         "y.ckpt": "no format number",
         "z.ckpt": "format 99",
         "w.ckpt": "no checkpoint",

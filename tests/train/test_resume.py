@@ -426,7 +426,7 @@ REFUSED = {
     "newer": (newer, rf"last\.ckpt has checkpoint format {FORMAT + 1}, this version reads up to {FORMAT}: update"),
     "input/output": (fail_to_read(OSError(5, "Input/output error")), r"cannot be read now \(Input/output error\)"),
     "memory": (fail_to_read(MemoryError()), r"cannot be read now \(out of memory\)"),
-    "damaged": (all_damaged, "is left as it is: all its 5 checkpoints are damaged"),
+    "damaged": (all_damaged, "cannot be used: all its 5 checkpoints are damaged"),
     "seed": (edited("\nseed: 0", "\nseed: 1"), r"config\.yaml is not what .* with: seed is 1 and was 0; put"),
     "batch": (edited("batch_size: 4", "batch_size: 8"), "data.batch_size is 8 and was 4"),
     "decay": (edited("decay: 0.998", "decay: 0.99"), "ema.decay is 0.99 and was 0.998"),
