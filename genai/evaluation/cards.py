@@ -1,8 +1,12 @@
-"""Metric cards: a figure with everything that decides it, so that it can be compared or refused.
+"""Metric cards: a figure with everything that determines it, so that two figures are compared only if that agrees.
 
-A card is JSON: the value with the least and the largest over independent sets of samples, or with the bootstrap interval of a
-mean over items; the protocol, whose every field must agree before two are ranked; what real data score against real data at the
-same n; the trivial baselines, and whether all that make something of their own are beaten.
+A card is JSON with these fields:
+
+- `value` with `low` and `high`: the least and largest over independent sets of samples, or the 95 % bootstrap interval of a mean
+  over items.
+- `protocol`: data, n, split, extractor, precision and the like; two cards are ranked only if all of it agrees.
+- `floor`: the value of real data against other real data at the same n.
+- `baselines`: the values of trivial models, and `beats_baseline`, whether the model is better than all of them.
 """
 
 import json
@@ -17,7 +21,7 @@ from genai.evaluation.metrics import CheckedPlan, Metric, custom_facts
 
 
 def data_facts(checked: CheckedPlan) -> dict[str, Any]:
-    """The protocol's fields of the data: class, shape of an image, and checksum of the split's items."""
+    """Return the fields of the protocol that describe the data: class, image shape, and checksum of the split's items."""
     data = checked.images
     shape = {} if data.modality.windowed else {"shape": list(data.shape)}
     return {"data": checked.node["_target_"], **shape, "data_checksum": split_checksum(data.splits[checked.plan.split])}
@@ -37,6 +41,11 @@ def card(
 
     A baseline counts as beaten if even the worse end of the interval is better. Copies of the training data are listed, but
     need not be beaten: they contain nothing new.
+
+    Args:
+        floor: value of real data against real data, None if there is none.
+        baselines: values of trivial models by their description.
+        facts: further fields of the card, `protocol` among them.
     """
     worst, sign = (high, -1) if metric.better == "lower" else (low, 1)
     others = [figure for what, figure in baselines.items() if what != TrainingCopy.what]
@@ -55,14 +64,14 @@ def card(
 
 
 def write(cards: list[dict[str, Any]], run: Path) -> None:
-    """Each to cards/<metric>.json of a run, where the next one of that metric takes its place."""
+    """Write each card to cards/<metric>.json of a run, replacing an earlier one of that metric."""
     for found in cards:
         path = run / "cards" / f"{found['metric']}.json"
         files.write_text(path, json.dumps(found, indent=2) + "\n", within=run)
 
 
 def direction(run: Path, metric: str) -> str | None:
-    """Which way is better, as a run's card of a metric says; None if there is none that can be read."""
+    """Return "lower" or "higher", whichever a run's card of a metric calls better; None if no card can be read."""
     try:
         return json.loads((run / "cards" / f"{metric}.json").read_text())["better"]
     except (OSError, ValueError, TypeError, KeyError):
@@ -70,7 +79,7 @@ def direction(run: Path, metric: str) -> str | None:
 
 
 def table(cards: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Head and rows of cards, for a tracker."""
+    """Return (column names, rows) of cards, as a table for a tracker."""
     head = ["metric", "value", "low", "high", "floor", "beats_baseline", "memorised", "step"]
     rows = [
         [found.get(key) for key in head] + [json.dumps(found["baselines"]), json.dumps(found["protocol"])]

@@ -12,11 +12,14 @@ from genai.data.fingerprint import dataset_checksum
 from genai.data.stream import Stream, batches
 
 STEPS, BATCH, FEATURES = 3000, 128, 64
-FORMAT = 1  # of what is trained and how
+FORMAT = 1  # version of the network and its training, part of the cached file's name
 
 
 class Classifier(nn.Module):
-    """Images (N, C, H, W) in [-1, 1], the sides at least 4 -> logits (N, classes); `features` (N, 64)."""
+    """A convolutional classifier: images (N, C, H, W) in [-1, 1] -> logits (N, classes); `features` gives (N, 64).
+
+    Height and width must be at least 4.
+    """
 
     def __init__(self, shape: list[int], classes: int):
         super().__init__()
@@ -37,7 +40,7 @@ class Classifier(nn.Module):
         return self.head(self.features(x))
 
     def learn(self, data: Data) -> "Classifier":
-        """From the training split, always the same way."""
+        """Train on the training split, with fixed seeds and settings; returns itself."""
         rng.seed_torch(rng.mix(FORMAT), torch.device("cpu"))
         optimizer = torch.optim.AdamW(self.parameters(), 2e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
@@ -52,14 +55,15 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def accuracy(self, data: Data, split: str) -> float:
+        """Return the share of a split's images that get their own label."""
         right = [self(b[data.field]).argmax(1) == b["label"] for b in batches(data.splits[split], 500)]
         return torch.cat(right).double().mean().item()
 
 
 def load_or_train(data: Data) -> Classifier:
-    """The classifier of a data set: trained once, then kept in $XDG_CACHE_HOME/genai or ~/.cache/genai.
+    """Return the classifier of a data set; it is trained once and then kept in $XDG_CACHE_HOME/genai or ~/.cache/genai.
 
-    Raises UserError for data that has no labelled images.
+    Raises UserError for data without labelled images of at least 4x4 pixels.
     """
     if len(data.shape) != 3 or data.classes is None or min(data.shape[1:]) < 4:
         raise UserError(
@@ -71,7 +75,7 @@ def load_or_train(data: Data) -> Classifier:
             net = Classifier(data.shape, data.classes)
             net.load_state_dict(torch.load(path, weights_only=True))
             return net.eval().requires_grad_(False)
-        except Exception as error:  # torch has many words for damaged bytes
+        except Exception as error:  # torch.load raises many kinds of errors for damaged bytes
             print(f"warning: {path} is damaged ({type(error).__name__}): made again")
     print(f"training a classifier of this data, once ({STEPS} steps)", flush=True)
     rng.seed_torch(rng.mix(FORMAT), torch.device("cpu"))

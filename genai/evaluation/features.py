@@ -1,4 +1,4 @@
-"""What sets of images are compared in: the features of a network, and the classes that it sees where it sees any."""
+"""Feature extractors for metrics of samples: a network's features of images, and its class probabilities where it has any."""
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -15,19 +15,19 @@ from genai.evaluation import classifier as classifiers
 from genai.metrics.frechet import Moments
 from genai.modalities.image import to_uint8
 
-INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity names the file that it downloads
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # the file that torch-fidelity downloads
 
 
 class Extractor:
-    """Images (N, C, H, W) in [-1, 1] -> features (N, D), and logits (N, K) or None, on the CPU.
+    """Extract features: images (N, C, H, W) in [-1, 1] -> features (N, D), and logits (N, K) or None, on the CPU.
 
     Args:
-        net: is put into evaluation mode.
-        see: both of a batch, by that network.
+        net: the network; it is put into evaluation mode, without gradients.
+        see: computes (features, logits or None) of a batch of images by that network.
         labels: whether the logits are of the data's own classes.
-        device: where.
-        resize: what is done to the images first.
-        batch: images at a time.
+        device: to compute on.
+        resize: how the images are resized first, in words, for the protocol of cards.
+        batch: images per call.
     """
 
     def __init__(
@@ -53,15 +53,19 @@ class Extractor:
 
 
 class FeatureSet:
-    """A set of images as an extractor sees it, batch by batch: the moments of their features and how many show the label
-    asked for, in memory that does not grow; of each image only what `reads` names: features, probabilities, images."""
+    """The features of a set of images, collected batch by batch.
+
+    Mean and covariance of the features (`moments`) and the number of images with the label asked for (`right`) take constant
+    memory. What `reads` names of "features" (N, D), "probabilities" (N, K) and "images" (N, C, H, W) is kept for every image,
+    and is an attribute of that name.
+    """
 
     def __init__(self, extractor: Extractor, reads: Iterable[str]):
         self.extractor, self.moments, self.right = extractor, Moments(), 0
         self.parts: dict[str, list[Tensor]] = {name: [] for name in reads}
 
     def add(self, images: Tensor, label: Tensor | None = None) -> "FeatureSet":
-        """Images (B, C, H, W) in [-1, 1], labels (B,); returns itself."""
+        """Add images (B, C, H, W) in [-1, 1] with the labels asked for, int64 (B,); returns itself."""
         features, logits = self.extractor(images)
         self.moments.add(features)
         if logits is not None and label is not None and self.extractor.labels:
@@ -74,12 +78,12 @@ class FeatureSet:
 
     def __getattr__(self, name: str) -> Tensor:
         if name not in self.__dict__.get("parts", ()):
-            raise AttributeError(f"no {name} of single samples are kept: a metric must say that it reads them")
+            raise AttributeError(f"{name} of single samples are not kept: add {name!r} to `reads` of the metric")
         return torch.cat(self.parts[name])
 
 
 def extract_features(split: Split, field: str, extractor: Extractor, reads: Iterable[str]) -> FeatureSet:
-    """All of a split."""
+    """Extract the features of all items of a split."""
     found = FeatureSet(extractor, reads)
     for batch in batches(split, 1000):
         found.add(batch[field])
@@ -87,7 +91,7 @@ def extract_features(split: Split, field: str, extractor: Extractor, reads: Iter
 
 
 def sha256(net: nn.Module) -> str:
-    """Of a network's weights and buffers."""
+    """Return the first 16 digits of the SHA-256 of a network's weights and buffers."""
     found = hashlib.sha256()
     for name, tensor in sorted(net.state_dict().items()):
         found.update(name.encode() + tensor.contiguous().cpu().numpy().tobytes())
@@ -95,9 +99,9 @@ def sha256(net: nn.Module) -> str:
 
 
 def classifier(data: Data, node: Any, device: str) -> Extractor:
-    """The features that the data's modality has itself; of images a small classifier trained on the data's own labels, once.
+    """Build the default extractor: the modality's own features, or for images a classifier trained on the data's labels.
 
-    Raises UserError for images without labels.
+    The classifier is trained once per data set. Raises UserError for images without labels.
     """
     if (extractor := modality_extractor(data)) is not None:
         return extractor
@@ -111,7 +115,7 @@ def classifier(data: Data, node: Any, device: str) -> Extractor:
 
 
 def modality_extractor(data: Data) -> Extractor | None:
-    """What the data's modality sees itself; None where it leaves that to an extractor."""
+    """Build the extractor of features that the data's modality defines itself; None where it leaves them to an extractor."""
     modality = data.modality
     if modality.comparison != "samples" or modality.features(torch.zeros(1, *data.shape)) is None:
         return None
@@ -121,25 +125,28 @@ def modality_extractor(data: Data) -> Extractor | None:
 
 
 def inception(data: Data, node: Any, device: str, weights: str | None = None) -> Extractor:
-    """The network of published Fréchet distances, by torch-fidelity: 2048 features of images on 256 levels, resized to 299 x 299
-    as TensorFlow 1 did, grey ones with three equal channels.
+    """Build the Inception network of published Fréchet distances (Heusel et al. 2017), by torch-fidelity.
+
+    It gives 2048 features of uint8 images, resized to 299 x 299 as TensorFlow 1 did; grey images get three equal channels.
 
     Args:
-        weights: torch-fidelity's file of them; None: where torch keeps downloads, and downloaded there if it can be.
+        weights: torch-fidelity's weight file; None takes the one in torch's download folder, and downloads it if absent.
 
-    Raises UserError if the package or the weights are not to be had.
+    Raises UserError if the package is not installed or the weights cannot be loaded.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ModuleNotFoundError as error:
         raise UserError("extractor=inception needs the package torch-fidelity: pip install torch-fidelity") from error
     if weights is not None:
-        _state(weights, f"torch-fidelity's {INCEPTION}")  # which it would unpickle
+        _read_state_dict(
+            weights, f"torch-fidelity's {INCEPTION}"
+        )  # checks the file, which torch-fidelity would unpickle
     try:
         net = FeatureExtractorInceptionV3(
             "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
         )
-    except OSError as error:  # of the network, or of the disk
+    except OSError as error:  # no connection, or no room on the disk
         raise UserError(
             f"extractor=inception has no weights and could not download them ({error}): put {INCEPTION} into "
             f"{torch.hub.get_dir()}/checkpoints, or name it with extractor.weights="
@@ -153,26 +160,26 @@ def inception(data: Data, node: Any, device: str, weights: str | None = None) ->
 
 
 def module(data: Data, node: Any, device: str, net: nn.Module | None = None, weights: str | None = None) -> Extractor:
-    """Any network: images (B, C, H, W) in [-1, 1] -> features (B, ...), put into evaluation mode here.
+    """Build an extractor of your own network: images (B, C, H, W) in [-1, 1] -> features (B, ...).
 
     Args:
-        net: extractor.net={_target_: my_lab.Net, ...}.
+        net: the network, extractor.net={_target_: my_lab.Net, ...}.
         weights: file of its state dict, tensors only.
 
-    Raises UserError if there is no network, or the weights do not fit.
+    Raises UserError if `net` is not a module, or the weights do not fit.
     """
     if not isinstance(net, nn.Module):
         raise UserError(f"extractor.net={net} must build an nn.Module: extractor.net={{_target_: my_lab.Net}}")
     if weights is not None:
         try:
-            net.load_state_dict(_state(weights, f"a state dict of {type(net).__name__}"))
+            net.load_state_dict(_read_state_dict(weights, f"a state dict of {type(net).__name__}"))
         except RuntimeError as error:
             raise UserError(f"extractor.weights={weights} do not fit: {' '.join(str(error).split())[:200]}") from error
     return Extractor(net, lambda images: (net(images), None), False, device)
 
 
-def _state(weights: str, wanted: str) -> dict[str, Tensor]:
-    """The state dict in a file. Raises UserError if that holds anything else."""
+def _read_state_dict(weights: str, wanted: str) -> dict[str, Tensor]:
+    """Read the state dict in a file, tensors only. Raises UserError if the file holds anything else."""
     try:
         return torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:

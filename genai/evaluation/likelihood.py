@@ -1,4 +1,4 @@
-"""One pass over a split: the likelihood of its items, and what a model gives back of them."""
+"""One pass over a split: the likelihood of its items, and their reconstructions."""
 
 import functools
 import math
@@ -21,13 +21,17 @@ from genai.metrics import likelihood as units
 from genai.metrics.intervals import Interval, bootstrap
 
 Score = Callable[[Batch, int], Tensor]
-REPORTED = {"lower bound": "upper bound"}  # of ln p, and so of what is reported, which is -ln p in some unit
-SOLVED = "upper bound up to the error of the ODE's solver"
+REPORTED_BOUND = {"lower bound": "upper bound"}  # a lower bound of ln p is an upper bound of -ln p, which is reported
+ODE_BOUND = "upper bound up to the error of the ODE's solver"
 
 
 def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[dict[str, Any], dict[str, Interval]]:
-    """The facts of one pass, and the mean of each metric with its bootstrap interval: of those that the model can have too."""
-    plan, n, metrics = checked.plan, checked.n, {**checked.can, **checked.passes}
+    """Evaluate the model on the first n items of the split.
+
+    Returns the facts of the pass, and the mean of each metric with its bootstrap interval. All metrics of a pass that the model
+    can have are computed, also those not asked for: they cost little, and its facts report them.
+    """
+    plan, n, metrics = checked.plan, checked.n, {**checked.available, **checked.pass_metrics}
     model: Any = loaded.model
     reconstructs = isinstance(loaded.model, Reconstructor)
     score, device = scorer(loaded, data, plan.likelihood), loaded.device
@@ -54,10 +58,10 @@ def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[dict[str, Any
     facts: dict[str, Any] = {}
     means: dict[str, Interval] = {}
     if nats:
-        each = torch.cat(nats).double() + 0.0  # 0, not -0, for what is certain
+        each = torch.cat(nats).double() + 0.0  # turns -0 into 0 for items of probability 1
         tokens = int(torch.cat(targets).sum()) if targets else None
         facts |= to_units(each, tokens, data, plan.split, getattr(model, "levels", data.values))
-        facts["bound"] = REPORTED.get(model.bound, model.bound) if plan.likelihood is None else SOLVED
+        facts["bound"] = REPORTED_BOUND.get(model.bound, model.bound) if plan.likelihood is None else ODE_BOUND
         facts |= {} if plan.likelihood is None else {"likelihood": plan.likelihood}
         facts |= {"given": given} if (given := [*null_conditions(model)]) else {}
         scored = {name: metric for name, metric in metrics.items() if metric.kind == "likelihoods"}
@@ -70,9 +74,9 @@ def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[dict[str, Any
 
 
 def scorer(loaded: Loaded, data: Data, method: Any) -> Score | None:
-    """`score(batch, seed)` -> ln p (B,), the model's own or by `method`; None for a model that only reconstructs.
+    """Return `score(batch, seed) -> ln p` (B,) in nats: the model's own likelihood, or that of the config node `method`.
 
-    Raises UserError if there is nothing to evaluate.
+    Returns None for a model that only reconstructs. Raises UserError for a model with neither.
     """
     if method is not None:
         function = build_typed(method)
@@ -90,8 +94,12 @@ def scorer(loaded: Loaded, data: Data, method: Any) -> Score | None:
 
 
 def to_units(nats: Tensor, tokens: int | None, data: Any, split: str, values: int | None) -> dict[str, Any]:
-    """Nats (N,) in the unit of the data's kind, of so many tokens or of numbers with so many values: a model of binary images
-    counts two of grey ones."""
+    """Convert nats (N,) to the unit of the data: bits/dim of images, nats/token and bits/character of texts.
+
+    Args:
+        tokens: number of predicted tokens; None for images.
+        values: number of values that a pixel can take; 2 for a model of binarised grey images.
+    """
     if tokens is None:
         return units.per_dimension(nats, math.prod(data.shape), values)
     whole = data.splits[split]
@@ -100,14 +108,14 @@ def to_units(nats: Tensor, tokens: int | None, data: Any, split: str, values: in
 
 
 def _interval(values: Tensor) -> Interval:
-    """Of the mean of values (N,); one alone has none."""
+    """Return the bootstrap interval of the mean of values (N,); a point for one value or infinite ones."""
     if len(values) < 2 or not values.isfinite().all():
         return Interval(*[values.double().mean().item()] * 3)
     return bootstrap(values)
 
 
 def _codes(counts: Tensor, n: int) -> dict[str, Any]:
-    """What the token ids of n samples are worth: code perplexity, and bits of a sample if each costs its entropy."""
+    """Return the code perplexity of a VQ-VAE's token counts (K,) over n samples, and a sample's bits by their entropy."""
     perplexity, tokens = units.perplexity(counts), int(counts.sum()) // n
     bits = {"bits_per_sample": round(tokens * math.log2(perplexity), 1), "tokens_per_sample": tokens}
     return {"code_perplexity": round(perplexity, 1), "codes": len(counts), **bits}

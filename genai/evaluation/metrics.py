@@ -1,5 +1,4 @@
-"""Metrics: what each is a figure of, which way is better, its unit, and how it is taken; conf/metrics.yaml names them; and
-the plan of an evaluation that takes them."""
+"""The metrics of cards, which conf/metrics.yaml names, and the plan of an evaluation."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,11 @@ from genai.metrics import frechet, images, inception_score, kid, manifold, text
 
 @dataclass
 class RealFakePair:
-    """Real images, all of a split, beside n fakes."""
+    """The features of real images, all of a split, and of n generated ones.
+
+    Metrics that share a costly computation find it here, done once. Both are compared at equal n, as precision and recall
+    depend on it.
+    """
 
     real: features.FeatureSet
     fake: features.FeatureSet
@@ -41,52 +44,62 @@ class RealFakePair:
 
 @dataclass
 class GeneratedTexts:
-    """Strings beside those that a model learned from."""
+    """Generated texts, and the training text as one string."""
 
     texts: list[str]
     train: str
 
 
 class Metric:
-    """A figure of a checkpoint, which says itself what decides how it is taken; one of a user's own package is a subclass.
+    """A metric of a checkpoint; subclass it for one of your own.
 
-    Its card has an interval, a floor and the baselines that `kind` gives:
+    `kind` decides what `__call__` is given, and what the card of the metric has:
 
-    - "samples": called with `RealFakePair`, gives one number; `repeats` sets, a floor of real samples, baselines that sample.
-    - "texts": called with `GeneratedTexts`, likewise; a floor, no baselines.
-    - "likelihoods": called with nats (N,) of a split's items and the facts of that pass, gives values (N,), whose mean it is.
-    - "reconstructions": called with what a model gives back of a batch and with the batch (B, ...), gives values (B,).
+    - "samples": given a `RealFakePair`, returns one number. The card has the spread over `repeats` sets of samples, a floor of
+      real samples, and baselines that sample.
+    - "texts": given `GeneratedTexts`, returns one number. The card has the spread and a floor, no baselines.
+    - "likelihoods": given -ln p in nats (N,) of a split's items and the facts of the pass, returns values (N,). The card has
+      their mean with its bootstrap interval.
+    - "reconstructions": given a model's reconstructions and the batch, both (B, ...), returns values (B,). The card is as for
+      likelihoods.
     """
 
     kind: str = "samples"
     better: str = "lower"
     unit: str = ""
     reads: tuple[str, ...] = ()
-    """What it reads of each sample, of "features", "probabilities" and "images", which are then all kept; a metric that reads
-    none takes what is summed up batch by batch, `moments` and `right`, in memory that does not grow."""
+    """What the metric needs of every sample: any of "features", "probabilities" and "images", which are then kept in memory.
+
+    A metric that needs none of them uses `moments` and `right`, which are updated batch by batch in constant memory.
+    """
     uses_labels = False
-    """Whether it counts the labels that were asked for: real samples, which were asked for nothing, are then no floor."""
+    """Whether the metric compares samples with the labels they were asked for; there is no floor of real samples then."""
 
     def __call__(self, *given: Any) -> Any:
+        """Compute the metric; see the class for arguments and result."""
         raise NotImplementedError
 
     def suits(self, loaded: Loaded, data: Data) -> bool:
-        """Whether a model that gives what it is of can have it on this data."""
+        """Tell whether the metric makes sense for a model on this data, apart from its `kind`."""
         return True
 
     def facts(self) -> dict[str, Any]:
-        """What decides the figure, in plain values: two that differ in them are not compared."""
+        """Return the settings that determine the figure, as plain values: figures with different ones are not compared."""
         kind = type(self)
         plain = {key: value for key, value in vars(self).items() if isinstance(value, str | int | float | list | None)}
         return {"_target_": f"{kind.__module__}.{kind.__qualname__}", **plain}
 
 
 class Frechet(Metric):
+    """Fréchet distance of features (Heusel et al. 2017)."""
+
     def __call__(self, sets: RealFakePair) -> float:
         return frechet.frechet(sets.fake.moments, sets.real.moments)
 
 
 class KID(Metric):
+    """Kernel distance of features, unbiased (Bińkowski et al. 2018)."""
+
     reads = ("features",)
 
     def __call__(self, sets: RealFakePair) -> float:
@@ -94,6 +107,8 @@ class KID(Metric):
 
 
 class InceptionScore(Metric):
+    """Inception score of the extractor's class probabilities (Salimans et al. 2016)."""
+
     better, reads = "higher", ("probabilities",)
 
     def __call__(self, sets: RealFakePair) -> float:
@@ -104,7 +119,7 @@ class InceptionScore(Metric):
 
 
 class Manifold(Metric):
-    """A `figure` of the balls around features: precision, recall, density or coverage."""
+    """Precision or recall (Kynkäänniemi et al. 2019), density or coverage (Naeem et al. 2020) of features, by `figure`."""
 
     better, reads = "higher", ("features",)
 
@@ -117,6 +132,8 @@ class Manifold(Metric):
 
 
 class Accuracy(Metric):
+    """The share of samples that the classifier of the features recognises as the label asked for."""
+
     better, uses_labels = "higher", True
 
     def __call__(self, sets: RealFakePair) -> float:
@@ -127,7 +144,7 @@ class Accuracy(Metric):
 
 
 class Distinct(Metric):
-    """The share of n-grams of words that are different."""
+    """The share of distinct n-grams of words among all (Li et al. 2016)."""
 
     kind, better = "texts", "higher"
 
@@ -139,6 +156,8 @@ class Distinct(Metric):
 
 
 class LongestCopy(Metric):
+    """The length of the longest string, in characters, that the samples share with the training text."""
+
     kind, unit = "texts", "characters"
 
     def __call__(self, texts: GeneratedTexts) -> float:
@@ -146,7 +165,10 @@ class LongestCopy(Metric):
 
 
 class Likelihood(Metric):
-    """The nats of items in the unit of a `fact` of their pass: all are in proportion to their sum."""
+    """-ln p of items in the unit of a `fact` of the pass, such as bits_per_dim.
+
+    The fact is the mean over all items; each item's value is its share of that.
+    """
 
     kind = "likelihoods"
 
@@ -154,7 +176,7 @@ class Likelihood(Metric):
         self.fact, self.unit = fact, fact.replace("_per_", "/")
 
     def __call__(self, nats: Tensor, facts: Mapping[str, Any]) -> Tensor:
-        mean = nats.mean().item()  # 0 of a text of one symbol
+        mean = nats.mean().item()  # 0 for a text of one symbol
         return nats * (facts[self.fact] / mean if mean else 1.0)
 
     def suits(self, loaded: Loaded, data: Data) -> bool:
@@ -162,6 +184,8 @@ class Likelihood(Metric):
 
 
 class PSNR(Metric):
+    """Peak signal-to-noise ratio of reconstructions, in dB."""
+
     kind, better, unit = "reconstructions", "higher", "dB"
 
     def __call__(self, again: Tensor, x: Tensor) -> Tensor:
@@ -169,6 +193,8 @@ class PSNR(Metric):
 
 
 class SSIM(Metric):
+    """Structural similarity of reconstructions (Wang et al. 2004)."""
+
     kind, better = "reconstructions", "higher"
 
     def __call__(self, again: Tensor, x: Tensor) -> Tensor:
@@ -178,42 +204,49 @@ class SSIM(Metric):
         return min(data.shape[1:], default=0) >= images.WINDOW
 
 
-PASS = "likelihoods", "reconstructions"  # what one pass over a split gives
-KINDS = "samples", "texts", *PASS
-READ = "features", "probabilities", "images"  # what is kept of single samples
+PASS_KINDS = "likelihoods", "reconstructions"  # kinds of metrics that one pass over a split computes
+KINDS = "samples", "texts", *PASS_KINDS
+SAMPLE_PARTS = "features", "probabilities", "images"  # what can be kept of each sample
 
 
 @functools.cache
 def standard_metrics() -> dict[str, Metric]:
-    """Those of conf/metrics.yaml by name."""
+    """Build the metrics of conf/metrics.yaml, by name."""
     table: Any = OmegaConf.to_container(OmegaConf.load(Path(conf_dir()) / "metrics.yaml"))
     return {name: build_typed(node) for name, node in table.items()}
 
 
 def compute(name: str, metric: Metric, *given: Any) -> Tensor:
-    """What a metric gives (N,) in float64 on the CPU: one number, or one for each item. Raises UserError where it fails, or gives
-    something else."""
-    count = len(given[0]) if metric.kind in PASS else 1
+    """Call a metric and return its values (N,) in float64 on the CPU: one for each item in a pass, else one.
+
+    Raises UserError if the metric fails, or returns another number of values or values that are not finite.
+    """
+    count = len(given[0]) if metric.kind in PASS_KINDS else 1
     try:
         values = torch.as_tensor(metric(*given), dtype=torch.float64).cpu()
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise UserError(f"metrics: {name} fails ({type(error).__name__}: {reason(error)}): change its class") from error
-    if values.numel() != count or (metric.kind not in PASS and not values.isfinite()):
-        wanted = "one number for each item" if metric.kind in PASS else "one finite number"
+    if values.numel() != count or (metric.kind not in PASS_KINDS and not values.isfinite()):
+        wanted = "one number for each item" if metric.kind in PASS_KINDS else "one finite number"
         what = values.item() if values.numel() == 1 else f"numbers of shape {list(values.shape)}"
         raise UserError(f"metrics: {name} gives {what}, and {metric.kind} need {wanted}: change its class")
     return values.reshape(count)
 
 
 def custom_facts(name: str, metric: Metric) -> dict[str, Any]:
-    """What decides a metric that is not the standard one of that name; nothing for one that is."""
+    """Return the settings of a metric that is not the standard one of that name; an empty dict for the standard one."""
     return {} if standard_metrics().get(name) is metric else metric.facts()
 
 
 def can_compute(metric: Metric, loaded: Loaded, data: Data, method: Any = None) -> bool:
-    """Whether a model can have a metric; `data` are images, if it makes any, and `method` a likelihood that is not its own."""
+    """Tell whether a metric can be computed for a model.
+
+    Args:
+        data: the data, as images where the model works on images as tokens.
+        method: config node of a likelihood that is not the model's own.
+    """
     given = {
         "likelihoods": isinstance(loaded.model, Scorable) or method is not None,
         "reconstructions": isinstance(loaded.model, Reconstructor),
@@ -223,15 +256,18 @@ def can_compute(metric: Metric, loaded: Loaded, data: Data, method: Any = None) 
 
 @dataclass
 class Plan:
-    """What is measured and how.
+    """The settings of an evaluation.
 
     Args:
-        metrics: names of conf/metrics.yaml, and {name: metric} for others; None: all that one pass over the split gives.
-        n: items of the split, or samples of each set; None: as many as the split has.
+        metrics: names of conf/metrics.yaml, and {name: metric} for others; None for all that one pass over the split gives.
+        split: name of the split.
+        n: items of the split, or samples of each set; None for as many as the split has.
         repeats: independent sets of samples.
-        extractor: what images are compared in, of the data, its config and a device.
-        likelihood: config node of a method, None for the model's own.
-        baselines: whether cards have trivial models beside them.
+        seed: of the first sample.
+        batch_size: items or samples per call of the model.
+        extractor: builds the extractor of features from the data, its config and a device.
+        likelihood: config node of a likelihood; None for the model's own.
+        baselines: whether cards list trivial models.
     """
 
     metrics: Sequence[str | Mapping[str, Metric]] | None
@@ -247,23 +283,23 @@ class Plan:
 
 @dataclass
 class CheckedPlan:
-    """A plan that can be carried out.
+    """A plan that can be carried out, with what the check found.
 
     Args:
-        plan: itself.
-        images, node: the data, as images where it is images as tokens, and its config.
-        n: of the plan, or all there are.
-        can: the standard metrics that it can have; wanted: those asked for, in their order.
-        passes, sampled: those of one pass over the split, and of samples.
-        extractor: what images are compared in, None where none are.
+        images, node: the data and its config; images where the data are images as tokens.
+        n: number of items or samples.
+        available: the standard metrics that can be computed.
+        requested: the metrics asked for, in their order.
+        pass_metrics, sample_metrics: those of `requested` from one pass over the split, and from samples.
+        extractor: of features; None where no samples are compared by features.
     """
 
     plan: Plan
     images: Data
     node: Any
     n: int
-    can: dict[str, Metric]
-    wanted: dict[str, Metric]
-    passes: dict[str, Metric]
-    sampled: dict[str, Metric]
+    available: dict[str, Metric]
+    requested: dict[str, Metric]
+    pass_metrics: dict[str, Metric]
+    sample_metrics: dict[str, Metric]
     extractor: features.Extractor | None

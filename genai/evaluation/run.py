@@ -1,4 +1,4 @@
-"""How good a checkpoint is on a split its training did not touch: likelihoods of that split's items, cards of samples."""
+"""Evaluate a checkpoint on a held-out split: likelihoods of its items and metric cards of samples."""
 
 import contextlib
 import json
@@ -21,7 +21,16 @@ from genai.data.base import Data
 from genai.data.pixels import underlying_images
 from genai.evaluation import cards, likelihood, samples
 from genai.evaluation.baselines.reference import reference_scores
-from genai.evaluation.metrics import KINDS, PASS, READ, CheckedPlan, Metric, Plan, can_compute, standard_metrics
+from genai.evaluation.metrics import (
+    KINDS,
+    PASS_KINDS,
+    SAMPLE_PARTS,
+    CheckedPlan,
+    Metric,
+    Plan,
+    can_compute,
+    standard_metrics,
+)
 from genai.modalities.stored import difference, nodes_of
 
 WANDB = "genai.train.trackers.wandb"
@@ -32,7 +41,11 @@ Entries = Sequence[str | Mapping[str, Any]]
 
 
 def run(cfg: Any) -> dict[str, Any]:
-    """`evaluate.py`: load and measure a checkpoint; prints a JSON line of the pass over the split and one for each card."""
+    """Run `evaluate.py`.
+
+    Prints one JSON line for the pass over the split, which is also written next to the checkpoint, and one for each card; cards
+    go to `cards/` of the run. Returns the facts of the pass, and the cards under "cards".
+    """
     loaded = checkpoint.load(cfg.ckpt, cfg.weights, cfg.device, cfg.trust, cfg.precision, cfg.compile)
     metrics: Any = OmegaConf.to_container(cfg.metrics) if OmegaConf.is_config(cfg.metrics) else cfg.metrics
     facts, found = measure(loaded, cfg, [metrics] if isinstance(metrics, str) else metrics)
@@ -73,17 +86,17 @@ def build_metrics(entry: str | Mapping[str, Any]) -> str | dict[str, Metric]:
 
 
 def tracked_run(found: Sequence[dict[str, Any]]) -> Path | None:
-    """The run that cards are of, if it was tracked by W&B."""
+    """Return the run directory of cards if that run was tracked by W&B, else None."""
     for card in found[:1]:
         config = folder_of(Path(card["checkpoint"])) / "config.yaml"
-        with contextlib.suppress(UserError):  # a config.yaml that cannot be read says nothing
+        with contextlib.suppress(UserError):  # without a readable config.yaml the run counts as untracked
             if config.is_file() and (stored_config(config).get("logger") or {}).get("_target_") == WANDB:
                 return config.parent
     return None
 
 
 def check(loaded: Loaded, data: Data, plan: Plan) -> CheckedPlan:
-    """Everything that can be said before anything is measured. Raises UserError for what cannot be."""
+    """Check a plan before anything is computed. Raises UserError for one that cannot be carried out."""
     images, node = underlying_images(data, loaded.config["data"])
     for key, least in {"repeats": 1, "seed": 0, "batch_size": 1}.items():
         at_least(getattr(plan, key), least, key)
@@ -97,20 +110,20 @@ def check(loaded: Loaded, data: Data, plan: Plan) -> CheckedPlan:
         if can_compute(metric, loaded, images, plan.likelihood)
     }
     if plan.metrics is None:
-        wanted = {name: metric for name, metric in can.items() if metric.kind in PASS}
+        wanted = {name: metric for name, metric in can.items() if metric.kind in PASS_KINDS}
     else:
         wanted = {name: metric for entry in plan.metrics for name, metric in resolve(entry).items()}
     for name, metric in wanted.items():
         if metric is None or not can_compute(metric, loaded, images, plan.likelihood):
             what = "is not a metric" if metric is None else "is not available for this model"
             raise UserError(f"metrics={list(wanted)}: {name} {what}; it can have {', '.join(can)}")
-    passes = {name: metric for name, metric in wanted.items() if metric.kind in PASS}
-    sampled = {name: metric for name, metric in wanted.items() if metric.kind not in PASS}
+    passes = {name: metric for name, metric in wanted.items() if metric.kind in PASS_KINDS}
+    sampled = {name: metric for name, metric in wanted.items() if metric.kind not in PASS_KINDS}
     featured = images.modality.comparison == "samples"
     if n > size and (featured or passes):
         raise UserError(f"n={n} is more than the {size} items of split={plan.split}: give at most those")
     if plan.likelihood is not None and not passes:
-        raise UserError("likelihood= is of the data's items: add bits_per_dim to metrics=, or leave one of them out")
+        raise UserError("likelihood= needs a metric of likelihoods: add bits_per_dim to metrics=, or leave one out")
     if passes or plan.metrics is None:
         likelihood.scorer(loaded, data, plan.likelihood)
     extractor = None
@@ -124,7 +137,10 @@ def check(loaded: Loaded, data: Data, plan: Plan) -> CheckedPlan:
 
 
 def resolve(entry: str | Mapping[str, Metric]) -> dict[str, Any]:
-    """One of metrics= as {name: metric}; None for a name that conf/metrics.yaml lacks. Raises UserError for what is not a metric."""
+    """Return one entry of `metrics=` as {name: metric}; None for a name that conf/metrics.yaml lacks.
+
+    Raises UserError for an object that is not a valid Metric.
+    """
     if isinstance(entry, str):
         return {entry: standard_metrics().get(entry)}
     for name, metric in entry.items():
@@ -136,7 +152,7 @@ def resolve(entry: str | Mapping[str, Metric]) -> dict[str, Any]:
             )
         if hasattr(metric, "of"):
             raise UserError(f"metrics: {name} has the attribute of, which is called kind now: rename it in its class")
-        for key, allowed in {"kind": KINDS, "better": ("lower", "higher"), "reads": READ}.items():
+        for key, allowed in {"kind": KINDS, "better": ("lower", "higher"), "reads": SAMPLE_PARTS}.items():
             value = getattr(metric, key)
             if not {*([value] if isinstance(value, str) else value)} <= {*allowed}:
                 raise UserError(
@@ -146,32 +162,36 @@ def resolve(entry: str | Mapping[str, Metric]) -> dict[str, Any]:
 
 
 def evaluate(loaded: Loaded, data: Data, plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(facts of the pass, cards in the order asked for); all cards are written to the run. Raises UserError before anything is
-    measured for what cannot be."""
+    """Carry out a plan; returns (facts of the pass, cards in the order of the plan). The cards are written to the run.
+
+    Raises UserError before anything is computed if the plan cannot be carried out or the run cannot be written.
+    """
     checked, folder = check(loaded, data, plan), folder_of(loaded.path)
     if folder.exists() and not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} cannot be written, and what is measured is kept there: copy the run to where it can")
+        raise UserError(f"{folder} cannot be written, and cards are kept there: copy the run to a folder that can")
     facts: dict[str, Any] = {}
     found: list[dict[str, Any]] = []
-    if checked.passes or plan.metrics is None:
+    if checked.pass_metrics or plan.metrics is None:
         facts, found = _pass(loaded, data, checked)
     if checked.extractor is not None:
         found += samples.sample_cards(loaded, checked, checked.extractor, folder / "cards")
-    elif checked.sampled:
+    elif checked.sample_metrics:
         found += samples.text_cards(loaded, checked)
     found = [card | {"seed": plan.seed, "checkpoint": str(loaded.path), "step": loaded.step} for card in found]
     cards.write(found, folder)
-    return facts, sorted(found, key=lambda card: [*checked.wanted].index(card["metric"]))
+    return facts, sorted(found, key=lambda card: [*checked.requested].index(card["metric"]))
 
 
 def _pass(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Facts and cards of one pass over the first n items of the split."""
-    plan, images, n, metrics = checked.plan, checked.images, checked.n, checked.passes
+    """Return (facts, cards) of one pass over the first n items of the split."""
+    plan, images, n, metrics = checked.plan, checked.images, checked.n, checked.pass_metrics
     facts, means = likelihood.run(loaded, data, checked)
     model: Any = loaded.model
     levels = facts.get("levels", data.levels)
     latents = torch.Size(getattr(model, "latent_shape", (getattr(model, "latents", 0),))).numel()
-    whole = not images.modality.windowed or n == len(data.splits[plan.split])  # an n-gram scores a text whole
+    whole = not images.modality.windowed or n == len(
+        data.splits[plan.split]
+    )  # an n-gram model scores a whole text only
     others = {}
     if plan.baselines and whole and levels == data.values:
         others = reference_scores(images, metrics, plan.split, n, latent_dim=latents)
@@ -191,7 +211,10 @@ def _pass(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[dict[str, A
 
 
 def data_of(loaded: Loaded, root: str | None) -> Data:
-    """The data the checkpoint was trained on, from `root` if that is given. Raises UserError if other data are there."""
+    """Build the data that the checkpoint was trained on, from `root` if that is given.
+
+    Raises UserError if other data are found there.
+    """
     node = dict(loaded.config["data"])
     if root is not None:
         node["path" if "path" in node else "root"] = root

@@ -1,4 +1,4 @@
-"""Cards of samples: images in an extractor's features, texts beside what was learned from."""
+"""Metric cards of samples: images and vectors by their features, texts by their words and the training text."""
 
 import itertools
 import math
@@ -25,23 +25,23 @@ from genai.metrics.intervals import over_seeds
 from genai.metrics.memorisation import memorisation
 from genai.modalities.base import save
 
-LOOKED_AT = 1000  # samples and held-out items whose nearest training item is looked for
-FIRST = 16  # samples that an estimate of the time is made from
-CHARACTERS = 10_000_000  # of training text that copies are looked for in
+SEARCHED = 1000  # samples, and held-out items, whose nearest training item is searched for
+FIRST = 16  # samples in the first batch, from which the time is estimated
+CHARACTERS = 10_000_000  # length of training text in which copies are searched for
 
 
 def sample_batches(loaded: Loaded, n: int, seed: int, batch_size: int, clock: Clock) -> Iterator[Batch]:
-    """n samples, the classes in turn, batch by batch; the first batch of all is small."""
-    told: Any = loaded.conditions.get("label")
+    """Yield n samples batch by batch, of all classes in turn; the very first batch is small, for an estimate of the time."""
+    labels: Any = loaded.conditions.get("label")
     starts = [0, *range(min(batch_size if clock.done else FIRST, n), n, batch_size), n]
     for start, stop in itertools.pairwise(starts):
-        label = None if told is None else told.preview({"label": torch.arange(start, stop) % told.classes})
+        label = None if labels is None else labels.preview({"label": torch.arange(start, stop) % labels.classes})
         yield sampling.sample(loaded, stop - start, seed + start, label=label, batch_size=batch_size)
         clock.add(stop - start)
 
 
 def check_extractor(extractor: Extractor, data: Data, split: str, metrics: Mapping[str, Metric]) -> None:
-    """Let it see one image. Raises UserError where it fails on it, and for a metric that it cannot serve."""
+    """Try an extractor on one image. Raises UserError if it fails, or if it cannot give what a metric needs."""
     image = next(batches(data.splits[split], 1, 1))[data.field]
     try:
         _, logits = extractor(image)
@@ -59,8 +59,11 @@ def check_extractor(extractor: Extractor, data: Data, split: str, metrics: Mappi
 
 
 def sample_cards(loaded: Loaded, checked: CheckedPlan, extractor: Extractor, folder: Path) -> list[dict[str, Any]]:
-    """Cards by metric of `repeats` sets of n samples beside the items of a split, and the nearest pairs to look at."""
-    plan, data, n, metrics = checked.plan, checked.images, checked.n, checked.sampled
+    """Make a card for each metric of samples, from `repeats` sets of n samples and the items of a split.
+
+    Also writes a picture of the samples that lie nearest to training items to `folder`.
+    """
+    plan, data, n, metrics = checked.plan, checked.images, checked.n, checked.sample_metrics
     split = plan.split
     reads = {name for metric in metrics.values() for name in metric.reads}
     whole = data.splits[split]
@@ -71,7 +74,7 @@ def sample_cards(loaded: Loaded, checked: CheckedPlan, extractor: Extractor, fol
         for batch in sample_batches(loaded, n, plan.seed + k * n, plan.batch_size, clock):
             x = data.modality.quantize(batch[data.field], data.levels)
             fake.add(x, batch.get("label"))
-            if k == 0 and sum(map(len, first)) < LOOKED_AT:
+            if k == 0 and sum(map(len, first)) < SEARCHED:
                 first.append(x)
         sets = RealFakePair(real, fake)
         for name, metric in metrics.items():
@@ -92,7 +95,7 @@ def sample_cards(loaded: Loaded, checked: CheckedPlan, extractor: Extractor, fol
         },
         "floor_of": floor,
         "sampler": loaded.config["sampler"],
-        **_copies(data, torch.cat(first)[:LOOKED_AT], folder),
+        **_copies(data, torch.cat(first)[:SEARCHED], folder),
     }
     spreads = {name: over_seeds(found) for name, found in values.items()}
     return [
@@ -104,8 +107,10 @@ def sample_cards(loaded: Loaded, checked: CheckedPlan, extractor: Extractor, fol
 def _floors(
     data: Data, metrics: Mapping[str, Metric], split: str, n: int, real: FeatureSet
 ) -> tuple[str | None, dict[str, float]]:
-    """What n items of another split score against those of this one, and which has as many; one that a judge did not learn
-    from comes first."""
+    """Return (name, scores) of another split: the metrics of n of its items against this split's; (None, {}) if none has n.
+
+    Validation and test come before training, which the classifier of the features has learned from.
+    """
     for other in ("val", "test", "train"):
         if other != split and other in data.splits and len(data.splits[other]) >= n:
             sets = RealFakePair(
@@ -118,10 +123,10 @@ def _floors(
 
 
 def _copies(data: Data, samples: Tensor, folder: Path) -> dict[str, Any]:
-    """Whether samples are copies of training items, and the ten nearest pairs as nearest.png or .txt."""
+    """Return the card's facts on memorisation, and write the ten nearest pairs to nearest.png or nearest.txt."""
     train = (batch[data.field] for batch in batches(data.splits["train"], 5000))
     held_out = data.splits["test" if "test" in data.splits else "val"]
-    copies = memorisation(samples, train, next(batches(held_out, LOOKED_AT))[data.field])
+    copies = memorisation(samples, train, next(batches(held_out, SEARCHED))[data.field])
     nearest = copies.closest(10)
     theirs = data.items("train", torch.tensor([j for _, j in nearest]))
     pairs = torch.stack([samples[[i for i, _ in nearest]], theirs]).flatten(0, 1)
@@ -138,8 +143,8 @@ def _copies(data: Data, samples: Tensor, folder: Path) -> dict[str, Any]:
 
 
 def text_cards(loaded: Loaded, checked: CheckedPlan) -> list[dict[str, Any]]:
-    """Cards by metric of `repeats` sets of n texts; their floor is what as many as long pieces of the split have."""
-    plan, n, metrics = checked.plan, checked.n, checked.sampled
+    """Make a card for each metric of texts, from `repeats` sets of n texts; the floor is n pieces of the split, as long."""
+    plan, n, metrics = checked.plan, checked.n, checked.sample_metrics
     data: Any = checked.images
     split = plan.split
     train = _text(data, "train", CHARACTERS)
@@ -175,7 +180,7 @@ def text_cards(loaded: Loaded, checked: CheckedPlan) -> list[dict[str, Any]]:
 
 
 def _text(data: Any, split: str, most: int) -> str:
-    """The first characters of a split, at most so many."""
+    """Return the first `most` characters of a split, or all."""
     part, parts, length = data.splits[split], [], 0
     for batch in batches(part, max(1, min(1024, math.ceil(most / part.length)))):
         fresh = batch[data.field][:, 1:][batch["mask"][:, 1:]]

@@ -295,10 +295,13 @@ def test_the_judge_recognises_digits_it_has_not_seen(digits):
 # What is refused
 
 REFUSED = {
-    ("baseline=ngram",): "baseline=ngram takes tokens, and this data is image of shape [1, 8, 8]",
-    ("baseline=mixture", "data=python_docs"): "baseline=mixture takes image, and this data is tokens of shape [128]",
+    ("baseline=ngram",): "baseline=ngram needs data of tokens, and this data is image of shape [1, 8, 8]",
+    (
+        "baseline=mixture",
+        "data=python_docs",
+    ): "baseline=mixture needs data of image, and this data is tokens of shape [128]",
     ("data=toy2d",): "there are no baselines of vector, only of image, tokens",
-    ("baseline=gmm", "data=toy2d"): "baseline=gmm takes image, and this data is vector",
+    ("baseline=gmm", "data=toy2d"): "baseline=gmm needs data of image, and this data is vector",
     (
         "baseline=mixtur",
     ): "must be one of gmm, knn, markov, mixture, ngram, pca, training_copy, uniform, did you mean mixture?",

@@ -1,5 +1,5 @@
-"""Trivial models of a data set, fitted in seconds: what a figure has to beat before it says anything.
+"""Trivial models of a data set, fitted in seconds: a model is worth something only if it beats them.
 
-`python -m genai.evaluation.baselines data=digits` prints the table of a data set and writes it as JSON, `baseline=mixture`
-that of one of them; every card has those of its metric beside it.
+`python -m genai.evaluation.baselines data=digits` fits all baselines of a data set, prints their table and writes it as JSON;
+`baseline=mixture` takes one. Every metric card lists those of its metric.
 """

@@ -1,4 +1,4 @@
-"""What baselines share: what they are fitted on, what they say of themselves."""
+"""The interface of baselines, and the data that they are fitted on."""
 
 import re
 from collections.abc import Sequence
@@ -14,10 +14,12 @@ from genai.data.stream import batches
 
 @dataclass
 class TrainingData:
-    """What a baseline is fitted on: all items of some splits, and the facts of the data.
+    """The items that a baseline is fitted on, and the facts of their data set.
 
-    x: images float32 (N, C, H, W) in [-1, 1], or a text's token ids int64 (T,).
-    label: int64 (N,), None without labels.
+    Attributes:
+        x: images float32 (N, C, H, W) in [-1, 1], or a text's token ids int64 (T,).
+        label: int64 (N,), None without labels.
+        field, shape, levels, classes: as of `Data`.
     """
 
     x: Tensor
@@ -29,35 +31,35 @@ class TrainingData:
 
 
 class Baseline:
-    """A trivial model: `fit`, then those of these that it can answer, each a method where it can.
+    """A trivial model: `fit`, and those of the following methods that it supports.
 
-    - `log_prob(batch, seed) -> (B,)`: nats of whole samples of the discrete data, exact; needs no randomness.
-    - `sample(n, seed, label) -> (n, C, H, W)`: in [-1, 1]; sample i depends on seed + i alone, `label` int64 (n,) asks for
-      classes where the baseline knows them.
-    - `reconstruct(batch) -> (B, C, H, W)`: the images as well as it can.
+    - `log_prob(batch, seed) -> (B,)`: exact ln p of whole samples of the discrete data, in nats.
+    - `sample(n, seed, label) -> (n, C, H, W)`: images in [-1, 1]; sample i depends on seed + i alone, and `label`, int64 (n,),
+      asks for classes.
+    - `reconstruct(batch) -> (B, C, H, W)`: the images after compression.
     """
 
     field = "image"  # or tokens
-    needs: tuple[str, ...] = ()  # of levels and classes, what the data must have
-    drawn = False  # whether fitting draws random numbers
-    what: str  # it is, for a table
+    needs: tuple[str, ...] = ()  # what the data must have: "levels", "classes"
+    random_fit = False  # whether fitting draws random numbers, so that it is repeated with several seeds
+    what: str  # description in tables
 
     def fit(self, data: TrainingData, seed: int) -> "Baseline":
-        """Learn all it knows; returns itself. Raises UserError for a key that this data cannot fill."""
+        """Fit to the data; returns itself. Raises UserError for a setting that this data does not allow."""
         raise NotImplementedError
 
 
 def name_of(kind: str) -> str:
-    """The name of a baseline in the configs by that of its class: TrainingCopy is training_copy, GMM gmm."""
+    """Return the name of a baseline in the configs from its class: TrainingCopy is training_copy, GMM is gmm."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind).lower()
 
 
 def check(baseline: Baseline, data: Data) -> None:
-    """Raises UserError for a baseline that this data cannot have."""
+    """Raise UserError unless a baseline can be fitted to this data."""
     name = name_of(type(baseline).__name__)
     if data.field != baseline.field:
         raise UserError(
-            f"baseline={name} takes {baseline.field}, and this data is {data.field} of shape {data.shape}: "
+            f"baseline={name} needs data of {baseline.field}, and this data is {data.field} of shape {data.shape}: "
             "choose another with baseline="
         )
     for need, words in (("levels", "grey levels (data.levels)"), ("classes", "labels (data.classes)")):
@@ -68,13 +70,15 @@ def check(baseline: Baseline, data: Data) -> None:
 
 
 def training_data(data: Data, splits: Sequence[str], most: int | None = None) -> TrainingData:
-    """All items, or `most` of each, of some splits of images or of one text: its first tokens, or images drawn at random, the
-    same every time."""
+    """Collect all items of some splits, or at most `most` of each: the first tokens of a text, or a fixed random set of images.
+
+    Raises UserError for a split that the data do not have, or no splits at all.
+    """
     for name in splits:
         if name not in data.splits:
             raise UserError(f"fit={list(splits)}: {name} must be one of {', '.join(data.splits)}")
     if not splits:
-        raise UserError("fit=[] leaves nothing to learn from: name at least one split")
+        raise UserError("fit=[] must name at least one split")
     if data.modality.windowed:
         x, label = torch.cat([stream(data.splits[name])[:most] for name in splits]), None
     else:
@@ -86,6 +90,6 @@ def training_data(data: Data, splits: Sequence[str], most: int | None = None) ->
 
 
 def stream(split: Split) -> Tensor:
-    """The token ids of a text's split, int64 (T,), whatever windows it is cut into."""
+    """Return the token ids of a text's split, int64 (T,), without its division into windows."""
     parts = [batch["tokens"][:, 1:][batch["mask"][:, 1:]] for batch in batches(split, 1024)]
     return torch.cat([split.batch(torch.tensor([0]), None)["tokens"][0, :1], *parts])

@@ -12,8 +12,13 @@ from genai.evaluation.baselines.base import Baseline, TrainingData
 
 
 class Order(NamedTuple):
-    """All grams of one length that occur: sorted keys, context times vocabulary plus token, and how often; of each context,
-    a gram that is one token shorter, how many tokens follow it and how many different ones."""
+    """All n-grams of one length that occur in the training text.
+
+    Attributes:
+        keys: sorted; index of the context among the shorter n-grams, times the vocabulary size, plus the token.
+        counts: how often each occurs.
+        total, kinds: for each context, how many tokens follow it, and how many different ones.
+    """
 
     keys: np.ndarray
     counts: np.ndarray
@@ -22,11 +27,13 @@ class Order(NamedTuple):
 
 
 class NGram(Baseline):
-    """p(token | n - 1 before it), interpolated with all shorter contexts down to the uniform distribution after Witten and Bell
-    (1991, method C): (count + kinds p_shorter) / (total + kinds); a context that never occurred leaves it to the shorter.
+    """An n-gram model with Witten-Bell smoothing (Witten and Bell 1991, method C).
+
+    p(token | context) = (count + kinds * p_shorter) / (total + kinds), down to the uniform distribution; for a context that
+    never occurred it is p_shorter, the probability by the context without its first token.
 
     Args:
-        order: n, the tokens of a gram.
+        order: n, the number of tokens of an n-gram.
     """
 
     field = "tokens"
@@ -44,19 +51,19 @@ class NGram(Baseline):
             before = keys // self.vocabulary
             total, kinds = np.bincount(before, counts, contexts), np.bincount(before, minlength=contexts)
             self.orders.append(Order(keys, counts, total, kinds))
-            context, contexts = _after(self._places(self.orders[-1], context, tokens)), len(keys)
+            context, contexts = _after(self._indices(self.orders[-1], context, tokens)), len(keys)
         return self
 
     def log_prob(self, batch: Batch, seed: int) -> Tensor:
-        """Nats (B,) of tokens (B, T + 1), all but the first, or of those in `mask`; context does not cross samples."""
+        """Return ln p (B,) in nats of tokens (B, T + 1), all but the first, or of those in `mask`."""
         nats = torch.from_numpy(np.log(self.each(batch["tokens"].numpy()))[:, 1:])
         return (nats * batch["mask"][:, 1:] if "mask" in batch else nats).sum(1)
 
     def each(self, tokens: np.ndarray) -> np.ndarray:
-        """Probability of every token (B, T) after those before it in its row."""
+        """Return the probability of every token (B, T) given those before it in its row."""
         p, context = np.full(tokens.shape, 1 / self.vocabulary), np.zeros_like(tokens)
         for order in self.orders:
-            gram = self._places(order, context, tokens)
+            gram = self._indices(order, context, tokens)
             count = np.where(gram >= 0, order.counts[gram], 0)
             total, kinds = (np.where(context >= 0, of[context], 0) for of in (order.total, order.kinds))
             p = np.where(total > 0, (count + kinds * p) / np.maximum(total + kinds, 1), p)
@@ -64,20 +71,20 @@ class NGram(Baseline):
         return p
 
     def distribution(self, context: list[int]) -> np.ndarray:
-        """Of the token after a context, (V,)."""
+        """Return the distribution (V,) of the token that follows a context."""
         rows = np.tile(np.array(context, dtype=np.int64), (self.vocabulary, 1)).reshape(self.vocabulary, -1)
         return self.each(np.concatenate([rows, np.arange(self.vocabulary)[:, None]], 1))[:, -1]
 
     def _keys(self, context: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         return context * self.vocabulary + tokens
 
-    def _places(self, order: Order, context: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Where each gram stands among those that occur, -1 for one that never did."""
+    def _indices(self, order: Order, context: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Return the index of each n-gram among those that occur, -1 for one that does not."""
         keys = self._keys(context, tokens)
         at = np.searchsorted(order.keys, keys).clip(max=len(order.keys) - 1)
         return np.where((context >= 0) & (order.keys[at] == keys), at, -1)
 
 
 def _after(gram: np.ndarray) -> np.ndarray:
-    """The gram that ends before each token: its context one order higher, -1 at the beginning of a row."""
+    """Return the n-gram that ends before each token, its context one order higher; -1 at the beginning of a row."""
     return np.concatenate([np.full_like(gram[:, :1], -1), gram[:, :-1]], 1)

@@ -1,4 +1,4 @@
-"""Likelihoods of images on grey levels: uniform, a mixture of independent pixels, a chain from pixel to pixel."""
+"""Baselines with a likelihood of discrete images: uniform, a mixture of independent pixels, a Markov chain over pixels."""
 
 import math
 from typing import Any
@@ -15,12 +15,12 @@ from genai.modalities.pixels import from_levels, to_levels
 
 
 def inverse(cumulative: Tensor, u: Tensor) -> Tensor:
-    """Draws by inversion: cumulative probabilities (..., L), u (...) uniform in [0, 1] -> int64 (...)."""
+    """Sample by inversion: cumulative probabilities (..., L) and u (...), uniform in [0, 1] -> int64 (...)."""
     return (cumulative <= u[..., None] * cumulative[..., -1:]).sum(-1).clamp_max(cumulative.shape[-1] - 1)
 
 
 class Uniform(Baseline):
-    """Every grey level of every pixel alike: noise."""
+    """The uniform distribution over all grey levels of all pixels."""
 
     needs = ("levels",)
     what = "uniform grey levels"
@@ -39,14 +39,14 @@ class Uniform(Baseline):
 
 
 class Mixture(Baseline):
-    """A mixture of products of multinomials, one for each pixel, by expectation and maximisation (Dempster et al. 1977).
+    """A mixture of products of categoricals, one for each pixel, fitted by EM (Dempster et al. 1977).
 
-    One component is the histogram of each pixel by itself.
+    With one component it is the histogram of each pixel.
 
     Args:
-        components: how many.
-        smoothing: counts added to every grey level of every pixel of each component, a Dirichlet prior.
-        iterations: of expectation and maximisation.
+        components: number of components.
+        smoothing: count added to every grey level of every pixel of each component (a Dirichlet prior).
+        iterations: of EM.
     """
 
     needs = ("levels",)
@@ -55,13 +55,13 @@ class Mixture(Baseline):
         self.components = at_least(components, 1, "baseline.components")
         self.smoothing = number(smoothing, "baseline.smoothing", 0, open_low=True)
         self.iterations = at_least(iterations, 1, "baseline.iterations")
-        self.drawn = components > 1
+        self.random_fit = components > 1
         many = f"mixture of {components} multinomials, smoothing {smoothing:g}"
         self.what = many if components > 1 else "independent pixels"
         self.objective: list[float] = []
 
     def fit(self, data: TrainingData, seed: int) -> "Mixture":
-        """`objective` keeps ln p of the data and of the prior, up to a constant, before each step: it never falls."""
+        """Fit by EM. `objective` collects ln p of data and prior up to a constant, once an iteration: it never decreases."""
         self.shape, self.levels = data.shape, data.levels or 0
         hot = self.one_hot(to_levels(data.x, self.levels).numpy())
         share = np.random.default_rng(seed).dirichlet(np.ones(self.components), hot.shape[0])  # (N, K)
@@ -75,7 +75,7 @@ class Mixture(Baseline):
         return self
 
     def one_hot(self, level: np.ndarray) -> Any:
-        """Grey levels (N, D) -> a sparse matrix (N, D L) of one 1 for each pixel."""
+        """Encode grey levels (N, D) as a sparse matrix (N, D L) with one 1 for each pixel."""
         from scipy import sparse  # scikit-learn brings it
 
         n, d = level.shape
@@ -83,14 +83,14 @@ class Mixture(Baseline):
         return sparse.csr_matrix((np.ones(n * d), columns, np.arange(n + 1) * d), shape=(n, d * self.levels))
 
     def maximise(self, hot: Any, share: np.ndarray) -> None:
-        """Weights and level probabilities from the share (N, K) that each component has in each image."""
+        """M step: weights and level probabilities from the responsibilities `share` (N, K)."""
         counts = (hot.T @ share).T.reshape(self.components, -1, self.levels) + self.smoothing
         self.log_p = np.log(counts / counts.sum(-1, keepdims=True))  # (K, D, L)
         with np.errstate(divide="ignore"):
-            self.log_weight = np.log(share.mean(0))  # -inf for one that nothing belongs to
+            self.log_weight = np.log(share.mean(0))  # -inf for a component without images
 
     def joint(self, hot: Any) -> np.ndarray:
-        """ln of weight times probability, (N, K)."""
+        """Return ln(weight * probability) of each component for each image, (N, K)."""
         return hot @ self.log_p.reshape(self.components, -1).T + self.log_weight
 
     def log_prob(self, batch: Batch, seed: int) -> Tensor:
@@ -106,8 +106,10 @@ class Mixture(Baseline):
 
 
 class Markov(Baseline):
-    """A chain from each pixel to the next, row by row, with probabilities of each place, interpolated with the place's own
-    histogram after Witten and Bell (1991, method C)."""
+    """A Markov chain over the pixels, row by row, with transition probabilities for each position.
+
+    They are interpolated with the histogram of the position by Witten-Bell smoothing (Witten and Bell 1991, method C).
+    """
 
     needs = ("levels",)
     what = "Markov chain over pixels"
@@ -122,7 +124,7 @@ class Markov(Baseline):
         place = torch.arange(d) * count
         alone = torch.bincount((level + place).flatten(), minlength=d * count).view(d, count).double() + self.smoothing
         alone = alone / alone.sum(-1, keepdim=True)
-        pairs = (level[:, :-1] + place[1:]) * count + level[:, 1:]  # of places 1, ..., d - 1
+        pairs = (level[:, :-1] + place[1:]) * count + level[:, 1:]  # for positions 1, ..., d - 1
         both = torch.bincount(pairs.flatten(), minlength=d * count**2).view(d, count, count).double()
         kinds, total = (both > 0).sum(-1, keepdim=True), both.sum(-1, keepdim=True)
         mixed = (both + kinds * alone[:, None]) / (kinds + total).clamp_min(1)

@@ -1,4 +1,4 @@
-"""What trivial models reach by the protocol of a card: computed when a data set is first evaluated so, and kept."""
+"""The scores of baselines by the protocol of a card: computed when a data set is first evaluated that way, then cached."""
 
 import inspect
 import json
@@ -19,16 +19,16 @@ from genai.core.errors import UserError
 from genai.data.base import Data, first_items
 from genai.data.fingerprint import checksum, dataset_checksum
 from genai.data.stream import batches
-from genai.evaluation.baselines.base import check, stream, training_data
+from genai.evaluation.baselines.base import Baseline, check, stream, training_data
 from genai.evaluation.features import FeatureSet
 from genai.evaluation.likelihood import to_units
 from genai.evaluation.metrics import Metric, RealFakePair, compute, custom_facts
 
-MAX_IMAGES = 10_000  # training images that they learn from, and
-MAX_TOKENS = 10_000_000  # tokens
-FORMAT = 2  # of what is kept
-ANSWERS = {"samples": "sample", "likelihoods": "log_prob", "reconstructions": "reconstruct"}
-"""The methods that answer metrics, by what these are of."""
+MAX_IMAGES = 10_000  # training images that baselines are fitted on
+MAX_TOKENS = 10_000_000  # training tokens that baselines are fitted on
+FORMAT = 2  # version of the cached files
+METHODS = {"samples": "sample", "likelihoods": "log_prob", "reconstructions": "reconstruct"}
+"""The method of a baseline that a kind of metrics needs."""
 
 
 def reference_scores(
@@ -39,18 +39,21 @@ def reference_scores(
     real: FeatureSet | None = None,
     latent_dim: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """Metric -> baseline -> figure: with `real`, a split's images as an extractor sees them, of n samples; else of the first
-    n items of that split.
+    """Return the scores of the baselines as {metric: {description of the baseline: score}}.
 
     Args:
         data: images or a text.
-        numbers: that a model keeps of an image, for principal components.
+        metrics: all of samples, or all of a pass over the split.
+        split: name of the split.
+        n: number of samples, or of items of the split.
+        real: the features of the split for metrics of samples; None for metrics of a pass.
+        latent_dim: dimension of the model's latent code, for a PCA with as many components.
     """
     figures: dict[str, dict[str, float]] = {name: {} for name in metrics}
-    of, facts = ("split", []) if real is None else ("samples", [real.extractor.facts])
+    section, facts = ("split", []) if real is None else ("samples", [real.extractor.facts])
     rows: Any = OmegaConf.to_container(OmegaConf.load(Path(conf_dir()) / "baselines.yaml").reference)
     content = dataset_checksum(data, list(dict.fromkeys(["train", split])))
-    for row in rows[of]:
+    for row in rows[section]:
         if row["baseline"] == "pca":
             row["components"] = min(latent_dim, math.prod(data.shape), MAX_IMAGES, len(data.splits["train"]))
         baseline = build_typed(row_node(row)[1])
@@ -60,7 +63,7 @@ def reference_scores(
         except UserError:
             continue
         path = cache_folder("baselines") / f"{checksum(content, FORMAT, row, split, n, *facts)}.json"
-        kept = _kept(path)
+        kept = _read_cache(path)
         if any(cache_key(name, metric) not in kept for name, metric in wanted.items()):
             print(f"baselines of this data, once: {baseline.what}", flush=True)
             baseline.fit(training_data(data, ["train"], MAX_TOKENS if data.modality.windowed else MAX_IMAGES), 0)
@@ -73,13 +76,16 @@ def reference_scores(
 
 
 def cache_key(name: str, metric: Metric) -> str:
-    """What a baseline's figure is kept as: of a metric that is not a standard one, anew where that or its module changes."""
+    """Return the key of a metric's score in the cache.
+
+    For a metric that is not a standard one it changes with the metric's settings and the source of its module.
+    """
     own = custom_facts(name, metric)
     return f"{name} {checksum(own, inspect.getsource(inspect.getmodule(type(metric))))}" if own else name  # type: ignore[arg-type]
 
 
-def _kept(path: Path) -> dict[str, float]:
-    """Figures by metric; none where there are none yet, or the file is damaged."""
+def _read_cache(path: Path) -> dict[str, float]:
+    """Read cached scores by metric; an empty dict if there are none yet, or the file is damaged."""
     try:
         found = json.loads(path.read_text())
         return {name: float(value) for name, value in found.items()}
@@ -90,8 +96,9 @@ def _kept(path: Path) -> dict[str, float]:
         return {}
 
 
-def can_score(baseline: Any, metric: Metric) -> bool:
-    return hasattr(baseline, ANSWERS[metric.kind])
+def can_score(baseline: Baseline, metric: Metric) -> bool:
+    """Tell whether a baseline has the method that a metric needs."""
+    return hasattr(baseline, METHODS[metric.kind])
 
 
 def score_baseline(
@@ -103,14 +110,20 @@ def score_baseline(
     real: FeatureSet | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
-    """What a baseline reaches: on the n items of a split that a pass measures, on the whole split of a text; and of n samples,
-    the classes in turn."""
+    """Compute metrics of a fitted baseline: on n items of a split (the whole split of a text), or of n samples, in all classes.
+
+    Args:
+        real: the features of the split, for metrics of samples.
+        seed: of the first sample.
+    """
     found = {}
-    for of in dict.fromkeys(metric.kind for metric in metrics.values()):
+    for kind in dict.fromkeys(metric.kind for metric in metrics.values()):
         given = (
-            _sets(baseline, data, n, real, seed) if of == "samples" and real else _items(baseline, data, of, split, n)
+            _sets(baseline, data, n, real, seed)
+            if kind == "samples" and real
+            else _items(baseline, data, kind, split, n)
         )
-        for name in [name for name, metric in metrics.items() if metric.kind == of]:
+        for name in [name for name, metric in metrics.items() if metric.kind == kind]:
             found[name] = compute(name, metrics[name], *given).mean().item()
     return found
 
@@ -124,20 +137,23 @@ def _sets(baseline: Any, data: Data, n: int, real: FeatureSet, seed: int) -> tup
     return (RealFakePair(real, fake),)
 
 
-def _items(baseline: Any, data: Any, of: str, split: str, n: int) -> tuple[Tensor, Any]:
-    """Nats and, in the unit of the data's kind, the facts of them; or what the baseline gives back, and the items."""
-    windowed = data.modality.windowed  # then one row, so that context is short at its beginning alone
+def _items(baseline: Any, data: Any, kind: str, split: str, n: int) -> tuple[Tensor, Any]:
+    """Return the arguments of metrics of a pass: (-ln p in nats, facts), or (reconstructions, items)."""
+    windowed = data.modality.windowed  # a text is scored as one row, so that only its beginning lacks context
     items = (
         {data.field: stream(data.splits[split])[None]} if windowed else next(batches(first_items(data, split, n), n))
     )
-    if of == "reconstructions":
+    if kind == "reconstructions":
         return baseline.reconstruct(items), items[data.field]
     nats = -baseline.log_prob(items, 0).double()
     return nats, to_units(nats, items[data.field].shape[1] - 1 if windowed else None, data, split, data.levels)
 
 
 def row_node(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A row of the config, its baseline's file with the row's own keys on top."""
+    """Return (name, node) of a row of conf/baselines.yaml: the baseline's own file, with the row's keys on top.
+
+    Raises UserError for a baseline that does not exist.
+    """
     name = str(row.get("baseline")) if isinstance(row, dict) else str(row)
     names = choices_of("baseline", config_folders(None))
     if name not in names:

@@ -1,4 +1,4 @@
-"""The table of a data set: every baseline that it can have, fitted, scored, printed and written as JSON."""
+"""Fit all baselines of a data set, print the table of their scores and write it as JSON."""
 
 import json
 import sys
@@ -20,12 +20,12 @@ from genai.evaluation.features import FeatureSet, classifier, extract_features
 from genai.evaluation.metrics import standard_metrics
 from genai.metrics.intervals import over_seeds
 
-SAMPLED = "frechet", "precision", "recall"  # in the features that cards have
-DIGITS = {"bits_per_dim": 3, "precision": 3, "recall": 3, "frechet": 2, "reconstruction_psnr_db": 2}  # others 4
+SAMPLE_METRICS = "frechet", "precision", "recall"  # in the features of cards
+DECIMALS = {"bits_per_dim": 3, "precision": 3, "recall": 3, "frechet": 2, "reconstruction_psnr_db": 2}  # else 4
 
 
 def run(cfg: Any) -> dict[str, Any]:
-    """`python -m genai.evaluation.baselines`: fit, score, print and write; returns what is written."""
+    """Run `python -m genai.evaluation.baselines`; returns what is written to the JSON file."""
     node: Any = OmegaConf.to_container(cfg.data, resolve=True)
     data, node = underlying_images(build_typed(node), node)
     out = Path(cfg.out or f"runs/baselines/{title(node)}.json")
@@ -57,7 +57,7 @@ def run(cfg: Any) -> dict[str, Any]:
             print(f"\r{baseline.what:60}", end="", flush=True)
         metrics = score(baseline, learned, data, split, real, repeats, cfg.seed)
         found.append({"baseline": name, "arguments": arguments, "what": baseline.what, "metrics": metrics})
-    found = measured(found, cfg.get("baseline"))
+    found = rows_with_metrics(found, cfg.get("baseline"))
     result = {
         "data": {k: v for k, v in node.items() if k not in ("batch_size", "num_workers")},
         "split": split,
@@ -72,12 +72,15 @@ def run(cfg: Any) -> dict[str, Any]:
 
 
 def title(node: dict[str, Any]) -> str:
-    """Of a data set, for a file's name: its text's own name, or its images' class."""
+    """Return the name of a data set for a file's name: the name of its text file, or its class."""
     return Path(node["path"]).stem if node.get("path") else node["_target_"].rpartition(".")[2].lower()
 
 
 def baselines(cfg: Any, data: Data) -> list[tuple[str, dict[str, Any], Baseline]]:
-    """Name, arguments and the thing itself: the one that baseline= chose, or the rows that this data can have."""
+    """Build the one baseline of `baseline=`, or all of `rows` that suit this data; returns (name, arguments, baseline) of each.
+
+    Raises UserError if `baseline=` does not suit the data, or none does.
+    """
     if cfg.get("baseline") is not None:
         chosen: Any = OmegaConf.to_container(cfg.baseline)
         nodes = [(name_of(chosen["_target_"].rpartition(".")[2]), chosen)]
@@ -101,21 +104,21 @@ def baselines(cfg: Any, data: Data) -> list[tuple[str, dict[str, Any], Baseline]
 def score(
     baseline: Any, learned: TrainingData, data: Data, split: str, real: FeatureSet | None, repeats: int, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """All that a baseline can answer: of each figure its mean over repeats, the least, the greatest and what decides it.
+    """Fit a baseline and compute all its metrics; returns {metric: figure}, see `figure`.
 
-    Only those with randomness of their own are fitted, and only samples drawn, more than once.
+    Only a baseline with a random fit is fitted more than once, and only samples are drawn anew for each repeat.
     """
     n, values = len(data.splits[split]), {}
     names = [*data.modality.likelihoods, "reconstruction_psnr_db"]
     items = {name: standard_metrics()[name] for name in names if can_score(baseline, standard_metrics()[name])}
     sampled = {
         name: standard_metrics()[name]
-        for name in SAMPLED
+        for name in SAMPLE_METRICS
         if real is not None and can_score(baseline, standard_metrics()[name])
     }
     for k in range(repeats):
         metrics = sampled
-        if k == 0 or baseline.drawn:
+        if k == 0 or baseline.random_fit:
             baseline.fit(learned, seed + k)
             metrics = items | sampled
         for name, value in score_baseline(baseline, data, metrics, split, n, real, seed + k * n).items():
@@ -125,19 +128,19 @@ def score(
     judged = (
         {} if real is None else {"extractor": real.extractor.facts["extractor"], "real": split, "n": real.moments.n}
     )
-    return {name: figure(name, found, judged if name in SAMPLED else own) for name, found in values.items()}
+    return {name: figure(name, found, judged if name in SAMPLE_METRICS else own) for name, found in values.items()}
 
 
 def figure(name: str, found: list[float], protocol: dict[str, Any]) -> dict[str, Any]:
-    """One figure over its repeats with its protocol."""
+    """Summarise the values of a metric over repeats: mean, least and greatest, with the protocol."""
     spread = over_seeds(found)
     values = {"value": spread.mean, "low": spread.min, "high": spread.max}
     rounded = {key: round(value, 5) for key, value in values.items()}
     return {**rounded, "repeats": spread.n, "better": standard_metrics()[name].better, **protocol}
 
 
-def measured(rows: list[dict[str, Any]], chosen: Any) -> list[dict[str, Any]]:
-    """The rows that have a figure. Raises UserError if the one that was chosen has none."""
+def rows_with_metrics(rows: list[dict[str, Any]], chosen: Any) -> list[dict[str, Any]]:
+    """Return the rows that have a metric. Raises UserError if none has."""
     found = [row for row in rows if row["metrics"]]
     if not found:
         which = "the baselines of this data are" if chosen is None else f"baseline={rows[0]['baseline']} is"
@@ -148,7 +151,7 @@ def measured(rows: list[dict[str, Any]], chosen: Any) -> list[dict[str, Any]]:
 
 
 def show(result: dict[str, Any], out: Path) -> None:
-    """The table: least to greatest where there are several repeats."""
+    """Print the table of scores, with least and greatest in brackets where there are several repeats."""
     metrics = [name for name in standard_metrics() if any(name in row["metrics"] for row in result["rows"])]
     table = Table("baseline", *metrics)
     for row in result["rows"]:
@@ -168,8 +171,9 @@ def show(result: dict[str, Any], out: Path) -> None:
 
 
 def cell(name: str, found: dict[str, Any] | None) -> str:
+    """Format one cell of the table."""
     if found is None:
         return ""
-    places = DIGITS.get(name, 4)
+    places = DECIMALS.get(name, 4)
     spread = f" ({found['low']:.{places}f}-{found['high']:.{places}f})" if found["low"] < found["high"] else ""
     return f"{found['value']:.{places}f}{spread}"

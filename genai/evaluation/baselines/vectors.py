@@ -1,4 +1,4 @@
-"""Images as vectors: mixtures of Gaussians and copies to sample from, principal components and neighbours to reconstruct."""
+"""Baselines that treat images as vectors: Gaussian mixtures and training copies to sample; PCA and neighbours to reconstruct."""
 
 import math
 from typing import Any
@@ -14,24 +14,24 @@ from genai.evaluation.baselines.pixels import inverse
 
 
 class GMM(Baseline):
-    """Gaussians with full covariances in pixel space, fitted by scikit-learn.
+    """A mixture of Gaussians with full covariances in pixel space, fitted by scikit-learn.
 
     Args:
-        components: how many, of each class with `by_class`.
-        by_class: a mixture for each class, of fewer components where a class has fewer images; a class of less than two
-            images has none of its own, and its samples come from all.
-        regularisation: added to variances, of pixels in [-1, 1].
+        components: number of components, for each class with `by_class`.
+        by_class: fit a mixture for each class, with at most as many components as it has images. A class with fewer than two
+            images has no mixture of its own; its samples come from all.
+        regularisation: added to the variances of pixels in [-1, 1].
     """
 
     def __init__(self, components: int = 10, by_class: bool = False, regularisation: float = 4e-3):
         self.components = at_least(components, 1, "baseline.components")
         self.regularisation = number(regularisation, "baseline.regularisation", 0)
-        self.by_class, self.needs, self.drawn = by_class, ("classes",) if by_class else (), components > 1
+        self.by_class, self.needs, self.random_fit = by_class, ("classes",) if by_class else (), components > 1
         self.what = f"Gaussian mixture of {components}" if components > 1 else "one Gaussian"
         self.what += " for each class" if by_class else ""
 
     def fit(self, data: TrainingData, seed: int) -> "GMM":
-        """Of each component: weight (K,), mean (K, D), root of the covariance (K, D, D) and class (K,)."""
+        """Fit weight (K,), mean (K, D), Cholesky factor of the covariance (K, D, D) and class (K,) of each component."""
         self.shape, parts = data.shape, []
         for y in range(data.classes or 0) if self.by_class else (-1,):
             mine = data.x if data.label is None or y < 0 else data.x[data.label == y]
@@ -68,7 +68,7 @@ class GMM(Baseline):
 
 
 class TrainingCopy(Baseline):
-    """Training images drawn at random, of the class asked for where there are any: the best distance, and nothing made."""
+    """Training images drawn at random, of the class asked for: near-perfect distances to real data without any new image."""
 
     what = "copies of training images"
 
@@ -86,10 +86,10 @@ class TrainingCopy(Baseline):
 
 
 class PCA(Baseline):
-    """Principal components of the images, by scikit-learn; what they give back is clipped to [-1, 1].
+    """Principal component analysis by scikit-learn; reconstructions are clipped to [-1, 1].
 
     Args:
-        components: how many numbers are kept of an image; with 0 it is the mean image.
+        components: dimension of the code; with 0 the reconstruction is the mean image.
     """
 
     def __init__(self, components: int = 8):
@@ -115,10 +115,10 @@ class PCA(Baseline):
 
 
 class KNN(Baseline):
-    """The mean of the nearest training images, by scikit-learn.
+    """The mean of the k nearest training images, by scikit-learn.
 
     Args:
-        k: how many.
+        k: number of neighbours.
     """
 
     def __init__(self, k: int = 1):
