@@ -140,8 +140,8 @@ def test_targets_that_are_not_what_they_say_are_refused(content, tmp_path, targe
     [
         ("${oc.env:HOME}", "is an interpolation"),
         (["a", {"b": "${oc.env:HOME}"}], "is an interpolation"),
-        ({"_target_": "genai.models.diffusion.process.schedules.cosine", "_args_": [5]}, "uses _args_"),
-        ({"_recursive_": False}, "uses _recursive_"),
+        ({"_target_": "genai.models.diffusion.process.schedules.cosine", "_args_": [5]}, "has the key _args_"),
+        ({"_recursive_": False}, "has the key _recursive_"),
     ],
 )
 def test_interpolations_and_positional_arguments_are_refused(content, tmp_path, node, message):
