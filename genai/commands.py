@@ -95,10 +95,10 @@ def evaluate() -> None:
     from genai.cli import main
 
     def task(cfg: Any) -> None:
-        from genai.evaluation.run import run, tracked
+        from genai.evaluation.run import run, tracked_run
 
         result = run(cfg)
-        folder = tracked(result["cards"]) if cfg.track else None
+        folder = tracked_run(result["cards"]) if cfg.track else None
         if folder is not None:
             from genai.train.trackers import log_cards
 
