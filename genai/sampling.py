@@ -6,7 +6,6 @@ import functools
 import inspect
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genai import checkpoint, nodes
+from genai import checkpoint, nodes, progress
 from genai.checkpoint import Loaded
 from genai.checkpoint.build import DATA, MODELS, build_stored, check_target
 from genai.core import files, rng, stored
@@ -43,6 +42,7 @@ def sample(
     image: Any = None,
     mask: Any = None,
     frames: bool = False,
+    progress: bool = False,
     **arguments: Any,
 ) -> Batch:
     """n samples; sample i depends on seed + i, its label or prompt, its image and the sampler, and on nothing else.
@@ -59,6 +59,7 @@ def sample(
         image: to start from, a file or a folder, or (m, C, H, W) in [-1, 1]; fewer than n repeat.
         mask: of the part of the image that is filled in, a file whose white is filled and whose black is kept, or 1 and 0 in
             (1 or C, H, W).
+        progress: show a progress bar, or lines where there is no terminal.
         frames: also return `frames` (k, steps + 1, ...), the states of the first k samples on their way.
         arguments: of the sampler, such as steps, guidance, strength, or autoguidance, a run or checkpoint.
 
@@ -79,7 +80,8 @@ def sample(
             f"sampler={sampler!r} must be a config node such as those in conf/sampler: a dict with _target_"
         )
     seeds = rng.seed_range(seed, n)
-    with checkpoint.explain_errors(loaded):
+    shown = bar() if progress and on_step is None else contextlib.nullcontext(on_step)
+    with checkpoint.explain_errors(loaded), shown as on_step:
         started = {"image": image, "mask": mask, "frames": frames or None}
         wanted = [key for key, value in started.items() if value is not None]
         run = bind(loaded, sampler, arguments, wanted)
@@ -88,13 +90,13 @@ def sample(
         chunks, starts = [], range(0, n, batch_size)
         for k, start in enumerate(starts):
             part = slice(start, start + batch_size)
-            progress = None if on_step is None else _shift_steps(on_step, k, len(starts))
+            watch = None if on_step is None else _shift_steps(on_step, k, len(starts))
             given = {name: value[part] for name, value in cond.items()}
             special = {name: value[part] for name, value in pictures.items()} | (
                 {"frames": True} if frames and k == 0 else {}
             )
             with loaded.computing():
-                chunks.append(run(loaded.model, seeds[part], given or None, progress, **special))
+                chunks.append(run(loaded.model, seeds[part], given or None, watch, **special))
         batch = {name: torch.cat([chunk[name].cpu() for chunk in chunks if name in chunk]) for name in chunks[0]}
         batch |= loaded.modality.decode(batch)
     return {**batch, "seeds": seeds, **({"label": cond["label"]} if "label" in cond else {})}
@@ -196,7 +198,8 @@ def run(cfg: Any) -> Path:
 
     if cfg.out is not None:
         files.check_folder(Path(cfg.out), "out")
-    loaded = checkpoint.load(cfg.ckpt, cfg.weights, cfg.device, cfg.trust, cfg.precision, cfg.compile)
+    with progress.task("loading the checkpoint"):
+        loaded = checkpoint.load(cfg.ckpt, cfg.weights, cfg.device, cfg.trust, cfg.precision, cfg.compile)
     node: dict[str, Any] = OmegaConf.to_container(cfg.sampler, resolve=True)  # type: ignore[assignment]
     kwargs: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(ARGUMENTS)))
     kwargs = {key: value for key, value in kwargs.items() if value is not None and value is not False}
@@ -254,16 +257,9 @@ def _unused(run: Path) -> Path:
 
 @contextlib.contextmanager
 def bar() -> Iterator[OnStep]:
-    """An on_step that draws a progress bar, of whole batches where the sampler replays a CUDA graph; nothing where output is no
-    terminal."""
-    from rich.progress import Progress
-
-    with Progress(disable=not sys.stdout.isatty(), transient=True) as progress:
-        task = progress.add_task("sampling", total=None)
-
-        def on_step(i: int, n: int, state: Batch) -> None:
-            progress.update(task, completed=i + 1, total=n)
-
+    """An on_step that shows the sampler's steps, of whole batches where it replays a CUDA graph; see `genai.progress`."""
+    with progress.task("sampling", unit="steps") as task:
+        on_step = progress.follow(task)
         on_step.counts_only = True  # type: ignore[attr-defined]
         yield on_step
 

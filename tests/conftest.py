@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from genai import progress
 from genai.cli import compose as composing
 
 torch.set_num_threads(1)
@@ -205,3 +206,17 @@ def refused(tmp_path, monkeypatch, capsys):
         return lines[0].removeprefix("error: ")
 
     return run
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The names of the tasks that progress was shown of, in order."""
+    names = []
+
+    class Noted(progress.Task):
+        def __init__(self, what, *arguments):
+            names.append(what)
+            super().__init__(what, *arguments)
+
+    monkeypatch.setattr(progress, "Task", Noted)
+    return names

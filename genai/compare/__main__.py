@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from genai import progress
 from genai.cli import fail
 from genai.compare.page import report
 from genai.compare.runs import MARKS, cell, check_protocols, columns, rank_runs, read_all, table
@@ -34,7 +35,8 @@ def compare(folders: Sequence[Path], out: Path, unranked: bool = False) -> list[
         check_protocols(runs)
         runs = rank_runs(runs)
     rows = table(runs)
-    files.write_text(out / "report.html", report(runs), hint=ELSEWHERE)
+    with progress.task("drawing the report"):
+        files.write_text(out / "report.html", report(runs), hint=ELSEWHERE)
     files.write_csv(out / "report.csv", rows, ELSEWHERE)
     return rows
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from genai import progress
 from genai.cli import flat
 from genai.core import metrics_csv
 from genai.core.errors import UserError
@@ -46,7 +47,7 @@ class Run:
 
 def read_all(folders: Sequence[Path]) -> list[Run]:
     """Runs, each called by the part of its path that the others do not share. Raises UserError if a folder holds none."""
-    runs = [read(folder) for folder in folders]
+    runs = [read(folder) for folder in progress.track(folders, "reading runs", len(folders))]
     common = os.path.commonpath([folder.resolve().parent for folder in folders]) if folders else ""
     for run in runs:
         run.label = os.path.relpath(run.folder.resolve(), common)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from genai import progress
 from genai.core import stored
 from genai.core.errors import UserError
 from genai.data.base import Arrays, Data, Split, split_indices
@@ -148,7 +149,8 @@ def download(name: str, root: str, looked: str, fetch: Callable[[Any, bool], Any
 
     existed = set(_folders(root))
     try:
-        return fetch(datasets, not stored.is_building())
+        with progress.task(f"loading {name}"):
+            return fetch(datasets, not stored.is_building())
     except Exception as error:  # each downloader has errors of its own
         for path in _folders(root):
             if path not in existed and not any(path.iterdir()):

@@ -13,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO
 
+from genai import progress
 from genai.core.cache import cache_folder
 from genai.core.errors import UserError
 from genai.core.files import write_text
@@ -72,7 +73,7 @@ class Scan:
         self.found: dict[str, Facts] = {}
         self.problems: dict[str, Facts] = {}
         files.total = len(names)
-        for name in names:
+        for name in progress.track(names, f"scanning {files.root}", len(names), "files"):
             stamp, facts = kept.get(name, ((), None))
             if facts is None or stamp != files.stamps[name]:
                 facts, self.changed = self._facts(name), True
@@ -99,7 +100,7 @@ class Scan:
         What cannot be decoded is left out and counted.
         """
         deep = {name: facts for name, facts in self.found.items() if facts.deep}
-        for name, facts in deep.items():
+        for name, facts in progress.track(deep.items(), "measuring values of", len(deep), "images"):
             if not facts.measured:
                 self.changed = facts.measured = True
                 try:

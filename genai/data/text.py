@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genai import progress
 from genai.core import stored
 from genai.core.cache import cache_folder
 from genai.core.errors import UserError, at_least, number
@@ -188,17 +189,17 @@ def prepare(
     temporary, damaged = (cache / f".{folder.name}.{os.getpid()}.{kind}" for kind in ("tmp", "damaged"))
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        if source.size_bytes > 64 * 2**20:
-            print(f"preparing {source.size_bytes / 2**20:.0f} MiB of text in {folder}, once", flush=True)
         learn_from = 1.0 if tokenizer == "char" else shares["train"]
         pieces = (text for text, _ in source.pieces(0.0, learn_from))
-        ids = learn(tokenizer, pieces, source.size_bytes, vocab_size, source.documents)
+        with progress.task(f"learning the tokenizer {tokenizer}, once"):
+            ids = learn(tokenizer, pieces, source.size_bytes, vocab_size, source.documents)
         dtype = smallest_dtype(ids.vocab_size)
         meta: dict[str, Any] = {"tokenizer": ids.state(), "dtype": dtype, "characters": {}, "bytes": {}}
-        for name, (first, last) in bounds(shares).items():
-            path = temporary / f"{name}.bin"
-            meta["characters"][name] = _write(path, source.pieces(first, last), ids, dtype)
-            meta["bytes"][name] = path.stat().st_size
+        with progress.task("encoding the text, once:", source.size_bytes >> 20, "MiB") as task:
+            for name, (first, last) in bounds(shares).items():
+                path = temporary / f"{name}.bin"
+                meta["characters"][name] = _write(path, source.pieces(first, last), ids, dtype, task)
+                meta["bytes"][name] = path.stat().st_size
         (temporary / "meta.json").write_text(json.dumps(meta))
         try:
             temporary.rename(folder)
@@ -234,15 +235,17 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _write(path: Path, pieces: Iterator[Piece], tokenizer: Tokenizer, dtype: str) -> int:
-    """Token ids of the pieces to a file; returns how many characters they were."""
-    characters = 0
+def _write(path: Path, pieces: Iterator[Piece], tokenizer: Tokenizer, dtype: str, task: progress.Task) -> int:
+    """Token ids of the pieces to a file; returns how many characters they were. The task counts MiB."""
+    characters, size_bytes, done = 0, 0, task.done
     with path.open("wb") as file:
         for text, ends in pieces:
             file.write(tokenizer.encode(text).astype(dtype).tobytes())
             if ends and tokenizer.end is not None:
                 file.write(np.array([tokenizer.end], dtype).tobytes())
             characters += len(text)
+            size_bytes += len(text.encode(errors="surrogatepass"))
+            task.done = done + (size_bytes >> 20)
     return characters
 
 

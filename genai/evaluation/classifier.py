@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genai import progress
 from genai.core import files, rng
 from genai.core.cache import CACHE_HINT, cache_folder
 from genai.core.errors import UserError
@@ -45,7 +46,7 @@ class Classifier(nn.Module):
         optimizer = torch.optim.AdamW(self.parameters(), 2e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         stream = iter(Stream(data.splits["train"], BATCH, 1, 0, 0, 0, 1))
-        for _ in range(STEPS):
+        for _ in progress.track(range(STEPS), "training the classifier of this data, once:", STEPS, "steps"):
             (batch,) = next(stream)
             optimizer.zero_grad()
             F.cross_entropy(self(batch[data.field]), batch["label"]).backward()
@@ -77,7 +78,6 @@ def load_or_train(data: Data) -> Classifier:
             return net.eval().requires_grad_(False)
         except Exception as error:  # torch.load raises many kinds of errors for damaged bytes
             print(f"warning: {path} is damaged ({type(error).__name__}): made again")
-    print(f"training a classifier of this data, once ({STEPS} steps)", flush=True)
     rng.seed_torch(rng.mix(FORMAT), torch.device("cpu"))
     net = Classifier(data.shape, data.classes).learn(data)
     files.write(path, lambda file: torch.save(net.state_dict(), file), hint=CACHE_HINT)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genai import progress
 from genai.core.errors import UserError
 from genai.core.precision import full_precision
 from genai.data.base import Data, Split
@@ -85,7 +86,8 @@ class FeatureSet:
 def extract_features(split: Split, field: str, extractor: Extractor, reads: Iterable[str]) -> FeatureSet:
     """Extract the features of all items of a split."""
     found = FeatureSet(extractor, reads)
-    for batch in batches(split, 1000):
+    parts = batches(split, 1000)
+    for batch in progress.track(parts, "features of", len(split), "images", lambda batch: len(batch[field])):
         found.add(batch[field])
     return found
 
@@ -143,9 +145,10 @@ def inception(data: Data, node: Any, device: str, weights: str | None = None) ->
             weights, f"torch-fidelity's {INCEPTION}"
         )  # checks the file, which torch-fidelity would unpickle
     try:
-        net = FeatureExtractorInceptionV3(
-            "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
-        )
+        with progress.task("loading the Inception network"):
+            net = FeatureExtractorInceptionV3(
+                "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
+            )
     except OSError as error:  # no connection, or no room on the disk
         raise UserError(
             f"extractor=inception has no weights and could not download them ({error}): put {INCEPTION} into "

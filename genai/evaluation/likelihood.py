@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genai import progress
 from genai.checkpoint import Loaded
 from genai.checkpoint.build import build_typed
 from genai.checkpoint.load import null_conditions
@@ -15,7 +16,6 @@ from genai.core.errors import UserError
 from genai.core.protocols import Batch, Reconstructor, Scorable, check_sampler
 from genai.data.base import Data, first_items
 from genai.data.stream import batches
-from genai.evaluation.clock import Clock
 from genai.evaluation.metrics import CheckedPlan, compute
 from genai.metrics import likelihood as units
 from genai.metrics.intervals import Interval, bootstrap
@@ -37,24 +37,24 @@ def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[dict[str, Any
     score, device = scorer(loaded, data, plan.likelihood), loaded.device
     codes = torch.zeros(getattr(model, "vocabulary", None) or 0, dtype=torch.int64)
     values = {name: [] for name, metric in metrics.items() if metric.kind == "reconstructions"}
-    nats, targets, clock = [], [], Clock(n, "items")
-    for batch in batches(first_items(data, plan.split, n), plan.batch_size):
-        batch = {name: value.to(device) for name, value in batch.items()}
-        if score is not None:
-            with loaded.computing():
-                nats.append(-score(batch, plan.seed + clock.done).cpu())
-        if reconstructs:
-            with loaded.computing():
-                again = model.reconstruct(batch)
-            for name, found in values.items():
-                found.append(compute(name, metrics[name], again, batch[model.field]))
-        if len(codes):
-            with loaded.computing():
-                codes += model.encode(batch[data.field]).flatten().bincount(minlength=len(codes)).cpu()
-        if "mask" in batch:
-            targets.append(batch["mask"][:, 1:].sum(1).cpu())
-        clock.add(len(next(iter(batch.values()))))
-    clock.stop()
+    nats, targets = [], []
+    with progress.task("evaluating", n, "items") as clock:
+        for batch in batches(first_items(data, plan.split, n), plan.batch_size):
+            batch = {name: value.to(device) for name, value in batch.items()}
+            if score is not None:
+                with loaded.computing():
+                    nats.append(-score(batch, plan.seed + clock.done).cpu())
+            if reconstructs:
+                with loaded.computing():
+                    again = model.reconstruct(batch)
+                for name, found in values.items():
+                    found.append(compute(name, metrics[name], again, batch[model.field]))
+            if len(codes):
+                with loaded.computing():
+                    codes += model.encode(batch[data.field]).flatten().bincount(minlength=len(codes)).cpu()
+            if "mask" in batch:
+                targets.append(batch["mask"][:, 1:].sum(1).cpu())
+            clock.add(len(next(iter(batch.values()))))
     facts: dict[str, Any] = {}
     means: dict[str, Interval] = {}
     if nats:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from genai import checkpoint, sampling
+from genai import checkpoint, progress, sampling
 from genai.checkpoint import Loaded, folder_of
 from genai.checkpoint.build import DATA, MODELS, build_stored, build_typed
 from genai.cli import stored_config
@@ -46,7 +46,8 @@ def run(cfg: Any) -> dict[str, Any]:
     Prints one JSON line for the pass over the split, which is also written next to the checkpoint, and one for each card; cards
     go to `cards/` of the run. Returns the facts of the pass, and the cards under "cards".
     """
-    loaded = checkpoint.load(cfg.ckpt, cfg.weights, cfg.device, cfg.trust, cfg.precision, cfg.compile)
+    with progress.task("loading the checkpoint"):
+        loaded = checkpoint.load(cfg.ckpt, cfg.weights, cfg.device, cfg.trust, cfg.precision, cfg.compile)
     metrics: Any = OmegaConf.to_container(cfg.metrics) if OmegaConf.is_config(cfg.metrics) else cfg.metrics
     facts, found = measure(loaded, cfg, [metrics] if isinstance(metrics, str) else metrics)
     if facts:
@@ -68,7 +69,9 @@ def measure(loaded: Loaded, cfg: Any, metrics: Entries | None) -> tuple[dict[str
     built = None if metrics is None else [build_metrics(entry) for entry in metrics]
     plan = Plan(built, cfg.split, cfg.n, cfg.repeats, cfg.seed, cfg.batch_size, extractor, method, cfg.baselines)
     with checkpoint.explain_errors(loaded):
-        facts, found = evaluate(loaded, data_of(loaded, cfg.root), plan)
+        with progress.task("loading the data"):
+            data = data_of(loaded, cfg.root)
+        facts, found = evaluate(loaded, data, plan)
     if facts:
         facts |= {"seed": cfg.seed, "weights": loaded.weights, "step": loaded.step, "checkpoint": str(loaded.path)}
         facts["rng_version"] = rng.RNG_VERSION

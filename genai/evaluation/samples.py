@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genai import sampling
+from genai import progress, sampling
 from genai.checkpoint import Loaded
 from genai.checkpoint.build import reason
 from genai.core.errors import UserError
@@ -18,7 +18,6 @@ from genai.data.base import Data, first_items, random_order
 from genai.data.stream import batches
 from genai.evaluation.baselines.reference import reference_scores
 from genai.evaluation.cards import card, data_facts
-from genai.evaluation.clock import Clock
 from genai.evaluation.features import Extractor, FeatureSet, extract_features
 from genai.evaluation.metrics import CheckedPlan, GeneratedTexts, Metric, RealFakePair, compute
 from genai.metrics.intervals import over_seeds
@@ -30,7 +29,7 @@ FIRST = 16  # samples in the first batch, from which the time is estimated
 CHARACTERS = 10_000_000  # length of training text in which copies are searched for
 
 
-def sample_batches(loaded: Loaded, n: int, seed: int, batch_size: int, clock: Clock) -> Iterator[Batch]:
+def sample_batches(loaded: Loaded, n: int, seed: int, batch_size: int, clock: progress.Task) -> Iterator[Batch]:
     """Yield n samples batch by batch, of all classes in turn; the very first batch is small, for an estimate of the time."""
     labels: Any = loaded.conditions.get("label")
     starts = [0, *range(min(batch_size if clock.done else FIRST, n), n, batch_size), n]
@@ -68,18 +67,18 @@ def sample_cards(loaded: Loaded, checked: CheckedPlan, extractor: Extractor, fol
     reads = {name for metric in metrics.values() for name in metric.reads}
     whole = data.splits[split]
     real = extract_features(random_order(whole) if split == "train" else whole, data.field, extractor, reads)
-    clock, values, first = Clock(n * plan.repeats, "samples"), {name: [] for name in metrics}, []
-    for k in range(plan.repeats):
-        fake = FeatureSet(extractor, reads)
-        for batch in sample_batches(loaded, n, plan.seed + k * n, plan.batch_size, clock):
-            x = data.modality.quantize(batch[data.field], data.levels)
-            fake.add(x, batch.get("label"))
-            if k == 0 and sum(map(len, first)) < SEARCHED:
-                first.append(x)
-        sets = RealFakePair(real, fake)
-        for name, metric in metrics.items():
-            values[name].append(compute(name, metric, sets).item())
-    clock.stop()
+    values, first = {name: [] for name in metrics}, []
+    with progress.task("evaluating", n * plan.repeats, "samples") as clock:
+        for k in range(plan.repeats):
+            fake = FeatureSet(extractor, reads)
+            for batch in sample_batches(loaded, n, plan.seed + k * n, plan.batch_size, clock):
+                x = data.modality.quantize(batch[data.field], data.levels)
+                fake.add(x, batch.get("label"))
+                if k == 0 and sum(map(len, first)) < SEARCHED:
+                    first.append(x)
+            sets = RealFakePair(real, fake)
+            for name, metric in metrics.items():
+                values[name].append(compute(name, metric, sets).item())
     floor, floors = _floors(data, metrics, split, n, real)
     others = reference_scores(data, metrics, split, n, real) if plan.baselines else {}
     facts = {
@@ -124,7 +123,15 @@ def _floors(
 
 def _copies(data: Data, samples: Tensor, folder: Path) -> dict[str, Any]:
     """Return the card's facts on memorisation, and write the ten nearest pairs to nearest.png or nearest.txt."""
-    train = (batch[data.field] for batch in batches(data.splits["train"], 5000))
+    whole = data.splits["train"]
+    parts = progress.track(
+        batches(whole, 5000),
+        "looking for copies of",
+        len(whole),
+        "training items",
+        lambda batch: len(batch[data.field]),
+    )
+    train = (batch[data.field] for batch in parts)
     held_out = data.splits["test" if "test" in data.splits else "val"]
     copies = memorisation(samples, train, next(batches(held_out, SEARCHED))[data.field])
     nearest = copies.closest(10)
@@ -148,15 +155,14 @@ def text_cards(loaded: Loaded, checked: CheckedPlan) -> list[dict[str, Any]]:
     data: Any = checked.images
     split = plan.split
     train = _text(data, "train", CHARACTERS)
-    clock, values = Clock(n * plan.repeats, "texts"), {name: [] for name in metrics}
-    longest = 1
-    for k in range(plan.repeats):
-        parts = sample_batches(loaded, n, plan.seed + k * n, plan.batch_size, clock)
-        made = [text for batch in parts for text in data.modality.preview(batch)]
-        longest = max(longest, *map(len, made))
-        for name, metric in metrics.items():
-            values[name].append(compute(name, metric, GeneratedTexts(made, train)).item())
-    clock.stop()
+    values, longest = {name: [] for name in metrics}, 1
+    with progress.task("evaluating", n * plan.repeats, "texts") as clock:
+        for k in range(plan.repeats):
+            parts = sample_batches(loaded, n, plan.seed + k * n, plan.batch_size, clock)
+            made = [text for batch in parts for text in data.modality.preview(batch)]
+            longest = max(longest, *map(len, made))
+            for name, metric in metrics.items():
+                values[name].append(compute(name, metric, GeneratedTexts(made, train)).item())
     whole = _text(data, split, n * longest)
     length = len(whole) // n
     pieces = GeneratedTexts([whole[i * length : (i + 1) * length] for i in range(n)], train)

@@ -6,7 +6,6 @@ Ids run from 0; with `end` the last one ends a document and stands before the fi
 import itertools
 import json
 import random
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -131,7 +130,7 @@ class BPE:
         bpe.decoder = library.decoders.ByteLevel()
         trainer = library.trainers.BpeTrainer(
             vocab_size=vocab_size - end,
-            show_progress=sys.stderr.isatty(),
+            show_progress=False,
             special_tokens=[],
             initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
         )

@@ -1,9 +1,9 @@
 """What happens between steps, in this order: evaluate, sample, save, show, stop."""
 
 import contextlib
+import re
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -13,10 +13,8 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from rich.progress import BarColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 
-from genai import checkpoint
+from genai import checkpoint, progress
 from genai.checkpoint import Loaded
 from genai.core import files, rng
 from genai.core.errors import at_least
@@ -76,7 +74,8 @@ class Evaluate(Between):
             self.evaluate(pl_module)
 
     def evaluate(self, lit: LitModel) -> None:
-        values = {f"val/{name}": value for name, value in lit.evaluate("val", self.n).items()}
+        with progress.task("validation"):
+            values = {f"val/{name}": value for name, value in lit.evaluate("val", self.n).items()}
         self.loss, self.step = values.get("val/loss", float("inf")), lit.trainer.global_step
         lit.record.log(lit.trainer.global_step, {**values, "ema/distance": lit.ema.distance().item()})
 
@@ -103,7 +102,8 @@ class Samples(Between):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
         if due(trainer, self.every_steps):
             if trainer.is_global_zero:
-                shown = pl_module.data.show(self.sample(pl_module, self.n))
+                with progress.task("sampling", unit="steps") as task:
+                    shown = pl_module.data.show(self.sample(pl_module, self.n, progress.follow(task)))
                 told = list(dict.fromkeys(pl_module.data.describe_cond(self.n)))
                 more = f", of {'; '.join(told[:20])}{'; ...' if len(told) > 20 else ''}" if told else ""
                 caption = f"seeds {self.seed} to {self.seed + self.n - 1}{more}"
@@ -187,7 +187,8 @@ class Save(Between):
         folder = lit.record.folder / "checkpoints"
         fresh, last = folder / ".last.ckpt.fresh.tmp", folder / "last.ckpt"
         try:
-            trainer.save_checkpoint(fresh)
+            with progress.task("saving"):
+                trainer.save_checkpoint(fresh)
             if trainer.is_global_zero:
                 for name in names:
                     checkpoint.link(fresh, name)
@@ -269,56 +270,69 @@ class Stop(Between):
 
 
 class Progress(Between):
-    """A bar with steps/s, loss and time left (a line per evaluation where output is no terminal); logs speed and
-    memory on logging steps."""
+    """Shows step, steps/s, losses and the time left, as a bar or as lines (see `genai.progress`), with a line of its own after
+    each validation; logs speed and memory on logging steps.
+    """
 
     def __init__(self):
-        self.bar: RichProgress | None = None
+        self.board = progress.board
+        self.task: progress.Task | None = None
+        self.latest = ""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: LitModel) -> None:
+        if trainer.is_global_zero:
+            self.task = self.board.open(progress.Task("step", trainer.max_steps), "stdout", kept=True)
+            self.task.done = self.task.first = trainer.global_step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitModel) -> None:
         self.first = self.logged = trainer.global_step
-        self.start = self.logged_at = self.shown_at = time.monotonic()
-        if trainer.is_global_zero and "val/loss" in pl_module.record.latest:
-            print(
-                f"step {self.first}/{trainer.max_steps}  val/loss {pl_module.record.latest['val/loss']:.4f}", flush=True
-            )
-        if trainer.is_global_zero and sys.stdout.isatty():
-            columns = (
-                "step {task.completed}/{task.total}",
-                BarColumn(),
-                "{task.fields[text]}",
-                TimeRemainingColumn(),
-                "left",
-            )
-            self.bar = RichProgress(*columns, auto_refresh=False, speed_estimate_period=60)
-            self.task = self.bar.add_task("", total=trainer.max_steps, completed=self.first, text="")
-            self.bar.start()
+        self.logged_at = self.looked_at = self.shown_at = self.board.clock()
+        if self.task is not None:
+            self.task.restart(self.logged_at, self.first)
+            self.task.done = self.first
+            self.task.note = self.losses(pl_module)
+            if self.validated(trainer):
+                self.board.tick(at_once=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
-        now, step = time.monotonic(), trainer.global_step
+        now, step = self.board.clock(), trainer.global_step
         if step % pl_module.log_every_steps == 0:
             rate = (step - self.logged) / (now - self.logged_at)
             batch = pl_module.data.batch_size * pl_module.accumulate * trainer.world_size
             speed = {"perf/steps_per_second": rate, "perf/samples_per_second": rate * batch}
             pl_module.record.log(step, {**speed, "perf/peak_memory_bytes": peak_memory_bytes()})
             self.logged, self.logged_at = step, now
-        if self.bar is not None and (now - self.shown_at > 0.2 or step == trainer.max_steps):
-            self.bar.update(self.task, completed=step, text=self.text(step, now, pl_module), refresh=True)
-            self.shown_at = now
-        elif self.bar is None and trainer.is_global_zero and any(c.step == step for c in callbacks(trainer, Evaluate)):
-            left = (trainer.max_steps - step) * (now - self.start) / (step - self.first)
-            print(f"step {step}/{trainer.max_steps}  {self.text(step, now, pl_module)}  {left:.0f} s left", flush=True)
+        if self.task is not None:
+            self.show(trainer, pl_module, self.task, step, now)
 
-    def text(self, step: int, now: float, lit: LitModel) -> str:
-        """Speed and the latest losses."""
-        latest, rate = lit.record.latest, (step - self.first) / (now - self.start)
-        losses = "".join(f"  {k} {latest[k]:.4f}" for k in ("train/loss", "val/loss") if k in latest)
-        return f"{rate:.1f} steps/s{losses}"
+    def show(self, trainer: L.Trainer, lit: LitModel, task: progress.Task, step: int, now: float) -> None:
+        """Update the task after a step. Losses are read from the device at most every 5 seconds."""
+        task.done = step
+        validated = self.validated(trainer)
+        if step == self.first + 1 and step < trainer.max_steps:  # it compiles, and starts workers
+            task.restart(now, step)
+        if validated or step % lit.log_every_steps == 0 or now - self.looked_at > 5:
+            self.looked_at, self.latest = now, self.losses(lit)
+        if now - self.shown_at > 0.2 or validated or step == trainer.max_steps:
+            rate = task.per_second(now)
+            task.note = "  ".join(part for part in (f"{rate:.3g} steps/s" if rate else "", self.latest) if part)
+            self.shown_at = now
+        if validated or (step == trainer.max_steps and self.board.terminal):
+            self.board.tick(at_once=True)
+
+    def validated(self, trainer: L.Trainer) -> bool:
+        return any(c.step == trainer.global_step for c in callbacks(trainer, Evaluate))
+
+    def losses(self, lit: LitModel) -> str:
+        """The means of the training losses since they were logged, or as logged last, and the latest validation losses."""
+        found = {**lit.record.latest, **{name: total / weight for name, (total, weight) in lit.means.sums.items()}}
+        shown = sorted(name for name in found if re.fullmatch(r"(train|val)/(\w+_)?loss", name))
+        return "  ".join(f"{name} {float(found[name]):.4f}" for name in shown)
 
     def teardown(self, trainer: L.Trainer, pl_module: LitModel, stage: str) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
+        if self.task is not None:
+            self.board.close(self.task)
+            self.task = None
 
 
 def peak_memory_bytes() -> int:

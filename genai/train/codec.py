@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from genai import progress
 from genai.core import files
 from genai.core.cache import cache_folder
 from genai.core.errors import UserError
@@ -63,10 +64,11 @@ def precompute(model: nn.Module, data: Data, cfg: DictConfig) -> None:
             path = cache_folder("latents") / path.name
         if not path.exists():
 
-            def save(file: BinaryIO, split: Split = split) -> None:
+            def save(file: BinaryIO, split: Split = split, what: str = f"encoding {name}") -> None:
                 header = {"descr": "<f4", "fortran_order": False, "shape": (len(split), *codec.latent_shape)}
                 np.lib.format.write_array_header_2_0(file, header)
-                for batch in batches(split, 256, None):
+                parts = batches(split, 256, None)
+                for batch in progress.track(parts, what, len(split), "samples", lambda batch: len(batch[data.field])):
                     z = codec.encode(batch[data.field].to(device)).float()
                     file.write(z.contiguous().cpu().numpy().tobytes())
 

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.profilers import PassThroughProfiler
 from omegaconf import DictConfig, OmegaConf
 
-from genai import checkpoint
+from genai import checkpoint, progress
 from genai.checkpoint.build import DATA, MODELS, RUN, build_stored, build_typed, packages_of
 from genai.checkpoint.load import trusted_packages
 from genai.cli import check_unchanged
@@ -100,13 +100,16 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     if ranks.first and cfg.resume is not None:
         held.enter_context(lock_run(Path(cfg.resume)))
     folder, resumed = _folder(cfg, ranks)
-    data = build(OmegaConf.to_container(cfg.data, resolve=True))
+    with progress.task("loading the data"):
+        data = build(OmegaConf.to_container(cfg.data, resolve=True))
     for fact in ("shape", "classes", "levels"):
         cfg.data[fact] = getattr(data, fact)
     if cfg.resume is None:
         ranges.check_agreement(cfg)
-    train_split = {"items": len(data.splits["train"]), "checksum": split_checksum(data.splits["train"], quick=True)}
-    adopted = checkpoint.adopt_all(cfg, build, trust, resumed is not None)
+    with progress.task("reading the training data"):
+        train_split = {"items": len(data.splits["train"]), "checksum": split_checksum(data.splits["train"], quick=True)}
+    with progress.task("loading other checkpoints"):
+        adopted = checkpoint.adopt_all(cfg, build, trust, resumed is not None)
     config: dict[str, Any] = {**OmegaConf.to_container(cfg, resolve=True), "resume": None}  # type: ignore[dict-item]
     if resumed is not None:
         _same_meaning(*resumed, data.modality, data.conditions)
@@ -127,7 +130,8 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     if resumed is None:
         if cfg.init_from is not None:
             _init_from(model, known, cfg.init_from, cfg.init_strict)
-        config["model"] |= _prepare(model, data, device)
+        with progress.task("measuring the training data"):
+            config["model"] |= _prepare(model, data, device)
     model = (
         precision.cast_for_inference(model, hardware["precision"]) if hardware["precision"] == "bf16-true" else model
     )
@@ -135,10 +139,11 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     lit = _lit(cfg, config, build, model, data, record, resumed[0] if resumed else None)
     callbacks = [build(node) for node in config["callbacks"].values() if node is not None]
     for callback in callbacks:  # before anything is written; on its device it is tried once more
-        if isinstance(callback, Samples):
-            callback.try_out(lit)
-        elif isinstance(callback, Cards) and ranks.first:
-            callback.try_out(lit, config, packages_of(config) if cfg.resume is None else trust)
+        with progress.task("trying out the sampler and the metrics"):
+            if isinstance(callback, Samples):
+                callback.try_out(lit)
+            elif isinstance(callback, Cards) and ranks.first:
+                callback.try_out(lit, config, packages_of(config) if cfg.resume is None else trust)
     tracker = trackers.none
     if config["logger"] is not None:  # before anything is written
         tracker = trackers.checked(build({**config["logger"], "_partial_": True}))
@@ -165,7 +170,8 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
         _write(folder, config)
         record.cut(resumed[0]["step"] if resumed else None)
         parameters = sum(p.numel() for p in model.parameters())
-        record.tracker = tracker(folder, cfg.name, {**config, "parameters": parameters})
+        with progress.task("starting the tracker"):
+            record.tracker = tracker(folder, cfg.name, {**config, "parameters": parameters})
         where = f"{trainer.strategy.root_device}" + (f", {ranks.world} ranks" if ranks.world > 1 else "")
         started = f" that {ranks.launcher} started" if ranks.launcher else ""
         print(f"{folder}: {parameters:,} parameters, {cfg.max_steps} steps on {where}{started}")

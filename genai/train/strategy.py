@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvi
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed import PrefixStore, TCPStore
 
+from genai import progress
 from genai.core.errors import UserError
 
 STARTING = 300  # seconds in which all ranks have to find each other
@@ -60,6 +61,7 @@ class Ranks(ClusterEnvironment):
 
     def __enter__(self) -> "Ranks":
         rank_zero_only.rank = self.rank
+        progress.board.silent = not self.first
         if self.launcher in ("genai", "torchrun"):
             threading.Thread(target=self._end_with_launcher, args=(os.getppid(),), daemon=True).start()
         if self.launcher and self.world > 1:

@@ -16,6 +16,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from genai import progress
 from genai.cli import stored_config
 from genai.core import metrics_csv
 from genai.core.errors import UserError
@@ -267,7 +268,7 @@ def finish(failed: bool, logger: Logger | None = None) -> None:
         with _said("checkpoints"):
             logger.log_checkpoints()
     if (module := sys.modules.get("wandb")) is not None and module.run is not None:
-        with _said("the run's end"):
+        with _said("the run's end"), progress.task("finishing the tracker's run"):
             module.finish(exit_code=int(failed))
 
 

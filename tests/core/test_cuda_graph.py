@@ -20,13 +20,13 @@ from genai import sampling
 from genai.checkpoint import Loaded
 from genai.cli import composed
 from genai.core import cuda_graph, rng
-from genai.evaluation.clock import Clock
 from genai.evaluation.samples import sample_batches
 from genai.modalities.base import Modality
 from genai.modalities.image import Image
 from genai.modalities.label import Label
 from genai.models.diffusion.sampling import samplers
 from genai.models.diffusion.sampling.samplers import sample
+from genai.progress import Task
 from tests.models.diffusion.test_samplers import FAMILIES, ddim, tiny_unet
 
 
@@ -126,7 +126,7 @@ def test_settings_have_graphs_of_their_own(graphs):
 
 def test_the_batches_of_an_evaluation_replay(graphs):
     """One small batch for its clock, then batches of one size, in all sets."""
-    m, clock, sizes = loaded(), Clock(150, "samples"), []
+    m, clock, sizes = loaded(), Task("evaluating", 150, "samples"), []
     for k in range(3):
         sizes.append([len(batch["image"]) for batch in sample_batches(m, 50, 50 * k, 20, clock)])
     assert sizes == [[16, 20, 14], [20, 20, 10], [20, 20, 10]]
@@ -136,16 +136,7 @@ def test_the_batches_of_an_evaluation_replay(graphs):
 def test_a_progress_bar_counts_batches_and_other_watchers_see_every_step(graphs, monkeypatch, tmp_path):
     heard = []
 
-    class Progress(contextlib.nullcontext):
-        def __init__(self, **_):
-            super().__init__(self)
-
-        def add_task(self, *_, **__): ...
-
-        def update(self, _, completed, total):
-            heard.append((completed, total))
-
-    monkeypatch.setattr("rich.progress.Progress", Progress)
+    monkeypatch.setattr(Task, "to", lambda task, done, total: heard.append((done, total)))
     m = loaded()
     monkeypatch.setattr(sampling.checkpoint, "load", lambda *_, **__: m)
     cfg = composed("sample", ["ckpt=x", "n=10", "batch_size=4", f"out={tmp_path / 's'}"])

@@ -27,6 +27,7 @@ from genai.evaluation.run import resolve, run
 from genai.metrics.frechet import Moments, frechet
 from genai.modalities.base import to_pil
 from genai.modalities.image import quantize
+from genai.progress import Task
 from genai.train.run import run as train
 from tests.test_readme import FILES
 from tests.train.test_tracking import offline_runs
@@ -73,7 +74,7 @@ def test_a_card_says_what_decides_it_and_two_are_compared(runs):
 
 def test_samples_are_those_of_one_call_whatever_the_batches(runs):
     loaded = genai.load(runs[0])
-    clock = samples.Clock(40, "samples")
+    clock = Task("evaluating", 40, "samples")
     drawn = list(samples.sample_batches(loaded, 40, 5, 9, clock))
     whole = genai.sample(loaded, n=40, seed=5)
     assert [len(batch["image"]) for batch in drawn] == [16, 9, 9, 6] and clock.done == 40
@@ -167,20 +168,19 @@ def test_text_is_measured_against_what_was_learned(tmp_path, monkeypatch):
         evaluate(f"ckpt={folder}", "metrics=[recall]", "split=val")
 
 
-def test_a_judge_is_trained_once_and_the_same_way(runs, monkeypatch, capsys, tmp_path):
+def test_a_judge_is_trained_once_and_the_same_way(runs, monkeypatch, waits, tmp_path):
     loaded = genai.load(runs[0])
     data = build_typed(loaded.config["data"])
     first = classifier.load_or_train(data)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     second = classifier.load_or_train(data)
-    assert "training a classifier" in capsys.readouterr().out
     third = classifier.load_or_train(data)
     hashes = {extractors.sha256(net) for net in (first, second, third)}
-    assert capsys.readouterr().out == "" and len(hashes) == 1
+    assert sum("training the classifier" in wait for wait in waits) == 1 and len(hashes) == 1
     assert first.accuracy(data, "test") > 0.5
 
 
-def test_baselines_are_fitted_once(runs, monkeypatch, capsys, tmp_path):
+def test_baselines_are_fitted_once(runs, monkeypatch, waits, tmp_path):
     loaded = genai.load(runs[0])
     node = loaded.config["data"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -188,7 +188,7 @@ def test_baselines_are_fitted_once(runs, monkeypatch, capsys, tmp_path):
         reference_scores(build_typed(node), {"bits_per_dim": standard_metrics()["bits_per_dim"]}, "test", 360)
         for _ in range(2)
     ]
-    assert found[0] == found[1] and capsys.readouterr().out.count("once: mixture") == 1
+    assert found[0] == found[1] and sum("once: mixture" in wait for wait in waits) == 1
     assert found[0]["bits_per_dim"]["Markov chain over pixels"] == pytest.approx(2.29, abs=0.01)
 
 

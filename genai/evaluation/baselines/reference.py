@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from genai import progress
 from genai.checkpoint.build import build_typed
 from genai.cli import choices_of, conf_dir, config_folders, nearest
 from genai.core import files
@@ -65,9 +66,9 @@ def reference_scores(
         path = cache_folder("baselines") / f"{checksum(content, FORMAT, row, split, n, *facts)}.json"
         kept = _read_cache(path)
         if any(cache_key(name, metric) not in kept for name, metric in wanted.items()):
-            print(f"baselines of this data, once: {baseline.what}", flush=True)
-            baseline.fit(training_data(data, ["train"], MAX_TOKENS if data.modality.windowed else MAX_IMAGES), 0)
-            found = score_baseline(baseline, data, wanted, split, n, real)
+            with progress.task(f"baselines of this data, once: {baseline.what}"):
+                baseline.fit(training_data(data, ["train"], MAX_TOKENS if data.modality.windowed else MAX_IMAGES), 0)
+                found = score_baseline(baseline, data, wanted, split, n, real)
             kept |= {cache_key(name, wanted[name]): value for name, value in found.items()}
             files.write_text(path, json.dumps(kept), hint=CACHE_HINT)
         for name, metric in wanted.items():

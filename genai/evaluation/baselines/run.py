@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from genai import progress
 from genai.checkpoint.build import build_typed
 from genai.core import files
 from genai.core.errors import UserError, at_least
@@ -52,10 +53,9 @@ def run(cfg: Any) -> dict[str, Any]:
         else None
     )
     found = []
-    for name, arguments, baseline in chosen:
-        if sys.stdout.isatty():
-            print(f"\r{baseline.what:60}", end="", flush=True)
-        metrics = score(baseline, learned, data, split, real, repeats, cfg.seed)
+    for name, arguments, baseline in progress.track(chosen, "baselines", len(chosen)):
+        with progress.task(baseline.what):
+            metrics = score(baseline, learned, data, split, real, repeats, cfg.seed)
         found.append({"baseline": name, "arguments": arguments, "what": baseline.what, "metrics": metrics})
     found = rows_with_metrics(found, cfg.get("baseline"))
     result = {
@@ -156,8 +156,6 @@ def show(result: dict[str, Any], out: Path) -> None:
     table = Table("baseline", *metrics)
     for row in result["rows"]:
         table.add_row(row["what"], *(cell(name, row["metrics"].get(name)) for name in metrics))
-    if sys.stdout.isatty():
-        print("\r" + " " * 60 + "\r", end="")
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     sizes = sorted(
         {
