@@ -122,6 +122,11 @@ def build_modality(node: Any, trust: Sequence[str] = ()) -> Modality:
         raise UserError(f"the checkpoint's modalities are refused: {kind.__name__}: {reason(error)}") from error
 
 
+def check_stored(node: Any, trust: Sequence[str] = (), kinds: Sequence[str] = (MODELS,)) -> None:
+    """Raise UserError for a config node of a file that is more than data, or names a target that is not admitted."""
+    _checked(node, "", lambda target: check_target(target, trust, kinds), None, 0)
+
+
 class Call(NamedTuple):
     """A checked node: the call `target(**arguments)`, or `functools.partial` of it."""
 

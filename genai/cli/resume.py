@@ -10,7 +10,9 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from genai import nodes
-from genai.cli.stored import stored_config
+from genai.cli.architecture import with_architecture
+from genai.cli.overrides import parsed_override, quote
+from genai.cli.stored import run_of, stored_config
 from genai.cli.values import flat
 from genai.core.errors import UserError
 from genai.core.stored import PRETRAINED
@@ -54,20 +56,21 @@ def check_unchanged(config: Mapping[str, Any], stored: Mapping[str, Any], run: P
 
 
 def resumed(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
-    """With resume=<run>, put that run's own config in the place of cfg; few keys may differ from it.
+    """With resume=<run>, put that run's own config in the place of cfg; few keys may differ from it. Of a folder of runs the
+    newest is resumed. See `with_architecture` for init_from=.
 
     Raises UserError if there is no such run or another key is given.
     """
     given = {o.key_or_group: o for o in overrides}
     resume = given["resume"].value() if "resume" in given else None
     if resume is None:
-        return overrides
+        return with_architecture(cfg, overrides)
     resume = os.path.expanduser(str(resume))
-    path = Path(resume) / "config.yaml"
-    if not os.path.isfile(path):
-        runs = sorted(Path(resume).glob("*/config.yaml")) if os.path.isdir(resume) else []
-        hint = f", did you mean resume={runs[-1].parent}?" if runs else ""
-        raise UserError(f"resume={resume} is not a run directory: there is no {path}{hint}")
+    run = run_of(Path(resume), "resume") if os.path.isdir(resume) else None
+    if run is None:
+        raise UserError(f"resume={resume} is not a run directory, nor a folder of them: there is no config.yaml")
+    path, kept = run / "config.yaml", parsed_override(f"resume={quote(str(run))}")
+    overrides = [kept if o.key_or_group == "resume" else o for o in overrides]
     for key in given:
         if key not in (*RESUMABLE, "resume") and not key.startswith("logger.") and not PART_FILE.fullmatch(key):
             raise UserError(f"{key}= cannot change when a run is resumed, only {', '.join(RESUMABLE)} can")

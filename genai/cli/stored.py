@@ -1,5 +1,6 @@
 """The config.yaml of a run, read without torch."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from genai.core.errors import UserError
+from genai.core.runs import is_run, newest_run
 from genai.core.stored import up_to_date
 
 CONFIG_BYTES = 2**22
+
+
+def run_of(folder: Path, key: str) -> Path | None:
+    """The run directory that a folder is, or the newest below it, which is said; None if there is none."""
+    if is_run(folder) or (found := newest_run(folder)) is None:
+        return folder if is_run(folder) else None
+    print(f"{key}={folder}: the newest run there is {found}", file=sys.stderr, flush=True)
+    return found
 
 
 def stored_config(path: Path, groups: Sequence[str] = ("model", "data", "sampler")) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from genai.compare.page import report
 from genai.compare.runs import MARKS, cell, check_protocols, columns, rank_runs, read_all, table
 from genai.core import files
 from genai.core.errors import UserError
+from genai.core.runs import runs_below
 
 ELSEWHERE = "name another folder with --out"
 
@@ -47,10 +48,10 @@ def expand_folders(names: Sequence[str]) -> list[Path]:
     if "" in names:
         raise UserError("a name of a run directory is empty: leave it out")
     for name in map(Path, names):
-        below = sorted(path.parent for path in name.glob("**/config.yaml")) if name.is_dir() else []
+        below = runs_below(name) if name.is_dir() else []
         if not below:
             raise UserError(f"{name} holds no run: name run directories, or a folder of them, such as runs/")
-        found += [name] if (name / "config.yaml").is_file() else below
+        found += below
     return found
 
 

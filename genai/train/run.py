@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,13 +123,14 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     _check_model(model, data, cfg)
     known = data.modality, checkpoint.model_conditions(model, config, data.conditions)
     checkpoint.fill(model, adopted)
+    own = {part.model.pretrained_from for part in adopted.values()}
     del adopted  # and all that their files hold
     if device.type == "cuda":
         torch.cuda.set_device(device)
     model.to(device)
     if resumed is None:
         if cfg.init_from is not None:
-            _init_from(model, known, cfg.init_from, cfg.init_strict)
+            _init_from(model, known, config, own)
         with progress.task("measuring the training data"):
             config["model"] |= _prepare(model, data, device)
     model = (
@@ -372,19 +373,38 @@ def _same_items(stored: dict[str, Any] | None, found: dict[str, Any], path: Path
         )
 
 
-def _init_from(model: torch.nn.Module, known: Known, ckpt: str, strict: bool) -> None:
-    """Averaged weights of another run, but for frozen parts, whose own nodes say where theirs are from.
+def _init_from(model: torch.nn.Module, known: Known, config: dict[str, Any], own: Collection[Any] = ()) -> None:
+    """Load the averaged weights of config's `init_from`, but for frozen parts that have weights of their `own` origin by now.
 
-    Raises UserError, if strict, where the weights, or the modalities `known` to both, differ.
+    Raises UserError, if init_strict, where the weights, or the modalities `known` to both, differ.
     """
-    content, path = checkpoint.locate(ckpt)
+    content, path = checkpoint.locate(config["init_from"])
+    strict = config["init_strict"]
     if strict:
         _same_meaning(content, path, *known, "or init_strict=false, if only the weights matter")
-    frozen = tuple(f"{name}." for name, part in checkpoint.pretrained_modules(model) if part.pretrained_from.frozen)
+    frozen = tuple(
+        f"{name}." for name, part in checkpoint.pretrained_modules(model)
+        if part.pretrained_from.frozen and part.pretrained_from in own
+    )  # fmt: skip
     state = {name: tensor for name, tensor in checkpoint.weights_of(content).items() if not name.startswith(frozen)}
     state |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith(frozen)}
     skipped = checkpoint.load_weights(model, state, path, strict)
-    print(f"weights from the average in {path}" + (f", without {', '.join(skipped)}" if skipped else ""))
+    without = f", without {', '.join(skipped)}" if skipped else ""
+    print(
+        f"weights from the average in {path}{without}; also as there: {', '.join(_shared(content['config'], config))}"
+    )
+
+
+def _shared(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """The groups of keys, and the keys of data, that two configs share; of data only where they differ in some."""
+    groups = [key for key in ("model", "loop", "sampler") if _unnamed(theirs.get(key)) == _unnamed(ours.get(key))]
+    data = [key for key, value in ours["data"].items() if key != "_target_" and theirs["data"].get(key, ...) == value]
+    return groups + (["data"] if theirs["data"] == ours["data"] else [f"data.{key}" for key in data])
+
+
+def _unnamed(node: Any) -> Any:
+    """A node without the files that other checkpoints in it were read from."""
+    return {k: _unnamed(v) for k, v in node.items() if k != "ckpt"} if isinstance(node, dict) else node
 
 
 def _write(folder: Path, config: dict) -> None:

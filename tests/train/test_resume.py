@@ -333,12 +333,13 @@ def test_old_weights_are_of_the_same_classes(uninterrupted):
     loaded = checkpoint.load(uninterrupted)
     known = loaded.modality, loaded.conditions
     assert known[1]["label"].names == [str(i) for i in range(10)]
-    _init_from(loaded.model, known, str(uninterrupted), strict=True)
+    strict = {**loaded.config, "init_from": str(uninterrupted), "init_strict": True}
+    _init_from(loaded.model, known, strict)
     other = loaded.modality, {"label": Label(10, [f"shoe {i}" for i in range(10)])}
     with pytest.raises(UserError, match=r"the list of classes of this data is not .* or init_strict=false"):
-        _init_from(loaded.model, other, str(uninterrupted), strict=True)
-    _init_from(loaded.model, (loaded.modality, {}), str(uninterrupted), strict=True)
-    _init_from(loaded.model, other, str(uninterrupted), strict=False)
+        _init_from(loaded.model, other, strict)
+    _init_from(loaded.model, (loaded.modality, {}), strict)
+    _init_from(loaded.model, other, {**strict, "init_strict": False})
 
 
 def test_both_players_may_be_given_a_schedule_on_resume(tmp_path):

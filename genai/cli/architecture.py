@@ -1,0 +1,100 @@
+"""The architecture of the run that a new one starts from with init_from=, so that its weights fit."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from genai import nodes
+from genai.cli.overrides import PATHS, parsed_override, quote
+from genai.cli.stored import run_of, stored_config
+from genai.core.errors import UserError
+from genai.core.stored import PRETRAINED
+
+GROUPS = "model", "codec", "loop", "sampler"
+ADVERSARIAL = "optim", "discriminator_optim", "clip_norm"
+"""Keys that come along with a loop that has two optimisers, which other defaults do not suit."""
+CHOICES = ("tokenizer", "vocab_size", "shape"), ("size", "channels"), ("length",)
+"""Keys of data that a person chooses and that decide the shapes of weights; each row applies to data that has all of it."""
+
+
+def with_architecture(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
+    """With init_from=<run or checkpoint>, put that run's model, loop and sampler, and what its data chose of their shapes, into
+    cfg, unless model= or experiment= chose others; keys given on the command line go on top.
+
+    Raises UserError if there is no such run, it names what may not be built, or data= is missing where it had other data.
+    """
+    given = {o.key_or_group: o for o in overrides}
+    source = given["init_from"].value() if "init_from" in given else None
+    if source is None or {"model", "experiment"} & given.keys():
+        return overrides
+    source = os.path.expanduser(str(source))
+    if os.path.isdir(source) and (run := run_of(Path(source), "init_from")) is not None:
+        source = str(run)
+    stored = _config_of(source)
+    if "data" not in given and stored["data"]["_target_"] != cfg.data.get("_target_"):
+        was, now = (node.get("_target_", "").rpartition(".")[2] for node in (stored["data"], cfg.data))
+        raise UserError(f"init_from={source} was trained on {was}, and without data= this would be {now}: give data=")
+    from genai.checkpoint.build import MODELS, RUN, check_stored
+    from genai.checkpoint.load import trusted_packages
+
+    taken = _taken(stored)
+    trust = packages(given["trust"].value() if "trust" in given else None)
+    for key, value in taken.items():
+        check_stored(value, trust, (MODELS,) if key in ("model", "codec") else (MODELS, RUN))
+    for key, value in taken.items():
+        cfg[key] = OmegaConf.create(value) if isinstance(value, dict) else value
+    _refer(cfg)
+    for keys in CHOICES:
+        if all(key in cfg.data and key in stored["data"] for key in keys):
+            cfg.data.update({key: stored["data"][key] for key in keys})
+    if "name" not in given and stored.get("name"):
+        cfg.name = stored["name"]
+    kept = parsed_override(f"init_from={quote(source)}")
+    return [kept if o.key_or_group == "init_from" else o for o in overrides]
+
+
+def _config_of(source: str) -> dict[str, Any]:
+    """The config of a run directory or checkpoint file; that of a run is read without torch."""
+    path = Path(source)
+    home = path.parent.parent if path.parent.name == "checkpoints" and path.is_file() else path
+    if (home / "config.yaml").is_file():
+        return stored_config(home / "config.yaml", ("model", "data", "sampler", "loop"))
+    from genai import checkpoint
+
+    return checkpoint.locate(source)[0]["config"]
+
+
+def _taken(stored: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a stored config that come along."""
+    names = [*GROUPS, *(ADVERSARIAL if "discriminator_optim" in stored else ())]
+    found = {name: stored[name] for name in names if name in stored}
+    if stored.get("codec"):  # its weights are in the source
+        found["codec"] = {**stored["codec"], "ckpt": None, "cache": None}
+    for node in _first_stages(found["model"]):
+        node["ckpt"] = None
+    found["sampler"] = {key: None if key in PATHS else value for key, value in found["sampler"].items()}
+    return found
+
+
+def _first_stages(node: Any) -> Iterator[dict[str, Any]]:
+    """The nodes of other checkpoints within a node."""
+    if isinstance(node, dict):
+        if node.get("_target_") == PRETRAINED:
+            yield node
+        for value in node.values():
+            yield from _first_stages(value)
+
+
+def _refer(cfg: DictConfig) -> None:
+    """Let what a run stores twice be taken from one key again, so that giving that key changes both."""
+    first_stage = OmegaConf.select(cfg, "model.latent.codec")
+    if "codec" in cfg and nodes.target_of(first_stage) == PRETRAINED:
+        first_stage.update(
+            {key: f"${{codec.{key}}}" for key in ("ckpt", "sha256", "shape", "model") if key in cfg.codec}
+        )
+    if "discriminator_optim" in cfg and "discriminator_optim" in cfg.loop:
+        cfg.loop.discriminator_optim = "${discriminator_optim}"
