@@ -15,6 +15,7 @@ from genai.checkpoint.file import locate
 from genai.core import precision as precisions
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
+from genai.core.spellings import canonical
 from genai.modalities.base import Modality
 from genai.modalities.stored import legacy_nodes
 
@@ -60,6 +61,7 @@ class Loaded:
 
 def device_of(name: Any) -> str:
     """Return the name of a device: "auto" is cuda if there is a GPU, else cpu. Raises UserError for one that is not here."""
+    name = canonical("device", name)
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not isinstance(name, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", name):

@@ -23,6 +23,7 @@ from genai.cli.errors import nearest
 from genai.cli.overrides import PATHS, check_empty, parsed_override, quoted
 from genai.cli.values import apply_all, keys
 from genai.core.errors import UserError
+from genai.core.spellings import SPELLINGS, canonical
 from genai.ranges import check as ranges
 
 Prepare = Callable[[DictConfig, list[Override]], list[Override]]
@@ -98,6 +99,9 @@ def composed(
     apply_all(cfg, values, loader.changed)
     _expand_metrics(cfg, folders[1:])
     _expand_home(cfg)
+    for key in SPELLINGS:
+        if (value := OmegaConf.select(cfg, key)) is not None:
+            OmegaConf.update(cfg, key, canonical(key, value))
     try:
         OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:

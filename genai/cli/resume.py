@@ -68,7 +68,9 @@ def resumed(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
     resume = os.path.expanduser(str(resume))
     run = run_of(Path(resume), "resume") if os.path.isdir(resume) else None
     if run is None:
-        raise UserError(f"resume={resume} is not a run directory, nor a folder of them: there is no config.yaml")
+        raise UserError(
+            f"resume={resume} is neither a run directory nor a folder of them: there is no {resume}/config.yaml"
+        )
     path, kept = run / "config.yaml", parsed_override(f"resume={quote(str(run))}")
     overrides = [kept if o.key_or_group == "resume" else o for o in overrides]
     for key in given:

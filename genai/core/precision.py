@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError
+from genai.core.spellings import canonical
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true")
 """As Lightning spells them: weights and network in float32; weights in float32, matrix products and convolutions in half; weights
@@ -23,7 +24,8 @@ MATMUL_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d,
 
 
 def precision_of(name: object, device: str | torch.device, key: str = "precision") -> str:
-    """The precision that `name` means on a device. Raises UserError for what is none."""
+    """The precision that `name`, in any of its spellings, means on a device. Raises UserError for what is none."""
+    name = canonical(key, name)
     if not isinstance(name, str) or name not in PRECISIONS:
         raise UserError(f"{key}={name} must be one of {', '.join(PRECISIONS)}")
     if name != "auto":

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import genai
+from genai.cli import composed
 from genai.core import precision
 from genai.core.errors import UserError
 from genai.core.protocols import Prediction
@@ -330,10 +331,27 @@ def test_a_wrong_precision_is_refused(refused, name):
     sampler = ["sampler=ddim"] if name == "sample.py" else []
     assert "precision=fp8 must be one of auto, 32-true" in refused(name, *sampler, "precision=fp8")
     assert "compile=maybe must be true or false" in refused(name, *sampler, "compile=maybe")
-    with pytest.raises(UserError, match="precision=bf16 must be one of auto, 32-true"):
-        genai.load("nowhere", precision="bf16")
+    with pytest.raises(UserError, match="precision=fp8 must be one of auto, 32-true"):
+        genai.load("nowhere", precision="fp8")
     with pytest.raises(UserError, match="compile=yes must be true or false"):
         genai.load("nowhere", compile="yes")
+
+
+@pytest.mark.parametrize(
+    "typed, stored",
+    [("bf16", "bf16-mixed"), ("BF16-mixed", "bf16-mixed"), ("32", "32-true"), (32, "32-true"), ("fp32", "32-true"),
+     ("32-true", "32-true"), ("bf16-true", "bf16-true"), ("auto", "auto")],
+)  # fmt: skip
+def test_usual_spellings_of_a_precision_are_stored_as_one(typed, stored):
+    assert composed("train", [f"trainer.precision={typed}"]).trainer.precision == stored
+    assert composed("evaluate", [f"precision={typed}"]).precision == stored
+    assert precision.precision_of(typed, "cpu") == (stored if stored != "auto" else "32-true")
+    assert composed("evaluate", ["precision=fp16"]).precision == "16-mixed"
+
+
+def test_usual_spellings_of_a_device_are_stored_as_one():
+    assert composed("train", ["trainer.accelerator=CPU"]).trainer.accelerator == "cpu"
+    assert [composed("evaluate", [f"device={name}"]).device for name in ("gpu", 1, "CPU")] == ["cuda", "cuda:1", "cpu"]
 
 
 def test_the_table_of_ranges_knows_the_precisions():

@@ -133,7 +133,7 @@ def test_a_source_builds_only_what_a_file_may(digits, tmp_path, target):
 
 
 def test_a_folder_without_runs_is_said_in_one_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"is not a run directory, nor a folder of them"):
+    with pytest.raises(UserError, match=r"is neither a run directory nor a folder of them"):
         composed("train", [f"resume={tmp_path}"], resumed)
     with pytest.raises(UserError, match=r"holds no readable checkpoint"):
         composed("train", [f"init_from={tmp_path}"], resumed)
