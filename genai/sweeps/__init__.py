@@ -8,6 +8,7 @@ tries failed ones once more.
 
 import re
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ from genai.cli import arguments, composed, conf_dir, fail, nearest, parsed_overr
 from genai.core import files
 from genai.core.errors import UserError
 from genai.sweeps.comparison import Comparison
-from genai.sweeps.jobs import Job, Runner, hold_lock
+from genai.sweeps.jobs import Job, Runner, hold_lock, journal
 from genai.sweeps.search import Basic, Optuna, Settings, clean, literal
 from genai.sweeps.summary import summarise
 
@@ -106,6 +107,8 @@ class JournalSweeper(Sweeper):
         with held as lock:
             try:
                 with hold_lock(lock, None):
+                    finished = sum(record["status"] == "finished" for record in journal(folder).values())
+                    self.total, self.began = search.total - finished, time.time()
                     unfinished = search.run(folder, lambda jobs: self.launch(folder, settings.metric, jobs))
                     summarise(folder, settings, unfinished)
             except BlockingIOError as error:
@@ -119,7 +122,7 @@ class JournalSweeper(Sweeper):
         """Run jobs through Hydra's launcher; what became of them stands in the journal."""
         own = ["--config-dir", str(Path(self.config_dir).absolute())] if self.config_dir else []
         command = [*train_command(), *own]
-        runner = Runner(folder, command, metric, {job.key: job for job in jobs})
+        runner = Runner(folder, command, metric, {job.key: job for job in jobs}, self.total, self.began)
         launcher = Plugins.instance().instantiate_launcher(self.context, runner, self.options)
         try:
             launcher.launch([[f"run_dir={folder / job.key}"] for job in jobs], initial_job_idx=0)

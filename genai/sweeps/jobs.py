@@ -17,10 +17,15 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from genai import progress
 from genai.core import metrics_csv
 from genai.core.errors import UserError
+from genai.progress import duration
 
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # a run that saved and left, see callbacks.Stop
+
+
+STAMP = "%Y-%m-%dT%H:%M:%S"
 
 
 @dataclass
@@ -40,6 +45,10 @@ class Runner:
     command: list[str]
     metric: str | None
     jobs: dict[str, Job]
+    total: int = 0
+    """Jobs of the whole sweep that were not finished when it began,"""
+    began: float = 0.0
+    """in seconds since the epoch."""
 
     def __call__(self, cfg: DictConfig) -> None:
         job = self.jobs[Path(cfg.run_dir).name]
@@ -57,13 +66,22 @@ class Runner:
                 code = self.train(job, log)
             status, reason = self.outcome(job, code)
             note(self.folder, job, status, reason=reason)
-            print(
-                f"{job.key}: {status}, {reason or self.describe_result(job)}, {time.monotonic() - start:.0f} s",
-                flush=True,
-            )
+            took = duration(time.monotonic() - start)
+            result = reason or self.describe_result(job)
+            print(f"{job.key}: {status}, {result}, {took}{self.describe_sweep()}", flush=True)
         if status == "stopped":
             print("the same command goes on with it", flush=True)
             raise SystemExit(code)
+
+    def describe_sweep(self) -> str:
+        """How many jobs are done, and how long the others take at that rate."""
+        began = time.strftime(STAMP, time.localtime(self.began))
+        records = journal(self.folder).values()
+        done = sum(record["status"] in ("finished", "failed") and record["time"] >= began for record in records)
+        if not 0 < done <= self.total:
+            return ""
+        left = (time.time() - self.began) / done * (self.total - done)
+        return f"; {done} of {self.total} jobs done" + (f", {duration(left)} left" if done < self.total else "")
 
     def train(self, job: Job, log: Any) -> int:
         """The exit code of the run, new or resumed; its tracker's run is of the sweep's group."""
@@ -84,7 +102,11 @@ class Runner:
             preexec_fn=stop_with_parent if sys.platform == "linux" else None,
         )
         try:
-            return process.wait()
+            with progress.task(job.key) as shown:
+                while True:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        return process.wait(timeout=1)
+                    shown.note = last_line(Path(log.name))
         except KeyboardInterrupt:  # the job has the signal too, and saves
             process.wait()
             return STOPPED[0]
@@ -131,12 +153,20 @@ def hold_lock(file: Any, waiting: str | None) -> Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_UN)
 
 
+def last_line(log: Path) -> str:
+    """The last whole line of a job's log, which says how far it is."""
+    with log.open("rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - 500, 0))
+        lines = file.read().decode(errors="replace").splitlines()
+    return lines[-1].strip()[:200] if lines else ""
+
+
 def note(folder: Path, job: Job, status: str, **more: Any) -> None:
     """Append a line to the journal, in one write, and see it to the disk."""
     record = {
         "job": job.key,
         "status": status,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "time": time.strftime(STAMP),
         "values": job.values,
         **more,
     }

@@ -99,7 +99,7 @@ class Basic:
             values = dict(o.split("=", 1) for o in overrides if o.split("=", 1)[0] in swept)
             name = "_".join(f"{key.rpartition('.')[2]}-{name_value(value)}" for key, value in values.items())
             self.jobs.append(Job(f"{clean(name) or 'job'}_{digest(overrides)[:6]}", overrides, values))
-        self.identity = digest(combinations)
+        self.identity, self.total = digest(combinations), len(self.jobs)
 
     def run(self, folder: Path, launch: Launch) -> list[str]:
         """Launch what has not finished; returns what has not finished now."""
@@ -127,7 +127,7 @@ class Optuna:
         for override in parsed:
             if override.is_sweep_override():
                 raise UserError(f"{override.input_line}: with sweep.search=optuna only sweep.over names several values")
-        self.settings, self.fixed = settings, fixed_overrides(parsed)
+        self.settings, self.fixed, self.total = settings, fixed_overrides(parsed), settings.trials
         over = {key: axis for key, axis in settings.over.items() if key not in self.fixed}
         if not over:
             raise UserError("sweep.over is empty: Optuna has nothing to choose")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -126,6 +127,7 @@ def test_failed_jobs_are_named_and_the_rest_go_on(sweep, tmp_path):
     assert "not finite" in sentence
     status = {record["values"]["optim.lr"]: record["status"] for record in journal(the_folder(tmp_path)).values()}
     assert status == {"1000": "failed", "0.001": "finished"}
+    assert re.search(r"; 1 of 2 jobs done, \d+ s left\n", done.stdout) and "; 2 of 2 jobs done\n" in done.stdout
 
 
 @pytest.mark.slow
