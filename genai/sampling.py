@@ -234,8 +234,8 @@ def _write(out: Path, loaded: Loaded, batch: Batch, request: Request, node: dict
     if field not in batch:
         raise UserError(f"{loaded.path} says that its data is {field}, and its sampler makes {', '.join(batch)}")
     several = len(prompt) if isinstance(prompt, list) and 1 < len(prompt) <= 20 else None
-    columns = node.get("columns") or several or (10 if "label" in batch and n >= 10 else None)
-    names = file_names(batch["seeds"], batch.get("label"))
+    columns = node.get("columns") or (several and several * max(1, round(n**0.5 / several)))
+    names = file_names(batch["seeds"], batch.get("label"), batch.get("original"))
     with checkpoint.explain_errors(loaded):
         written = loaded.modality.write(out, batch, names, request, columns)
         for condition in loaded.conditions.values():
@@ -243,11 +243,14 @@ def _write(out: Path, loaded: Loaded, batch: Batch, request: Request, node: dict
     return f"{out}/{', '.join(written)}"
 
 
-def file_names(seeds: Tensor, labels: Tensor | None) -> list[str]:
-    """seed_000007 or, with labels, seed_000007_label_3."""
-    if labels is None:
-        return [f"seed_{s:06d}" for s in seeds.tolist()]
-    return [f"seed_{s:06d}_label_{y}" for s, y in zip(seeds.tolist(), labels.tolist(), strict=True)]
+def file_names(seeds: Tensor, labels: Tensor | None, original: Tensor | None = None) -> list[str]:
+    """seed_000007, with labels seed_000007_label_3, and seed_000007_original for items of the data."""
+    names = [f"seed_{seed:06d}" for seed in seeds.tolist()]
+    if labels is not None:
+        names = [f"{name}_label_{label}" for name, label in zip(names, labels.tolist(), strict=True)]
+    if original is not None:
+        names = [f"{name}_original" if one else name for name, one in zip(names, original.tolist(), strict=True)]
+    return names
 
 
 def _unused(run: Path) -> Path:

@@ -42,7 +42,7 @@ def with_architecture(cfg: DictConfig, overrides: list[Override]) -> list[Overri
     from genai.checkpoint.load import trusted_packages
 
     taken = _taken(stored)
-    trust = packages(given["trust"].value() if "trust" in given else None)
+    trust = trusted_packages(given["trust"].value() if "trust" in given else None)
     for key, value in taken.items():
         check_stored(value, trust, (MODELS,) if key in ("model", "codec") else (MODELS, RUN))
     for key, value in taken.items():

@@ -107,9 +107,11 @@ class Data:
         shown = next((modality.preview(cond) for name, modality in self.conditions.items() if name in cond), [])
         return shown if isinstance(shown, list) else []
 
-    def show(self, batch: Batch) -> Picture | Texts:
-        """Samples as a person sees them."""
-        return self.modality.preview(batch, self.classes if self.classes and self.classes <= 20 else None)
+    def show(self, batch: Batch, columns: int | None = None) -> Picture | Texts:
+        """Samples that were asked for by `cond` as a person sees them, `columns` a row where that is one picture."""
+        cond = self.cond(len(next(iter(batch.values())))) or {}
+        told = {name: value for name, value in cond.items() if name in self.conditions}
+        return self.modality.preview({**told, **batch}, columns)
 
 
 class Arrays:

@@ -137,7 +137,9 @@ def _copies(data: Data, samples: Tensor, folder: Path) -> dict[str, Any]:
     nearest = copies.closest(10)
     theirs = data.items("train", torch.tensor([j for _, j in nearest]))
     pairs = torch.stack([samples[[i for i, _ in nearest]], theirs]).flatten(0, 1)
-    save(data.modality.preview({data.field: pairs}, len(nearest)), folder / "nearest", folder.parent)
+    original = torch.arange(len(pairs)) >= len(nearest)
+    shown = data.modality.preview({data.field: pairs, "original": original}, len(nearest))
+    save(shown, folder / "nearest", folder.parent)
     reason = {} if copies.reason is None else {"memorised_reason": copies.reason}
     return {
         "memorised": copies.flagged,

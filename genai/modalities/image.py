@@ -1,5 +1,6 @@
 """Images, and the edge between files and tensors: the only place where the value range changes."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,14 @@ class Image(Modality):
     field = "image"
 
     def preview(self, batch: Batch, columns: int | None = None) -> Picture:
-        return grid(batch[self.field], columns)
+        """Samples in a grid; with labels that come in turn a class has columns of its own, and rows of a batch's `original`,
+        bool (B,), are marked as such."""
+        images, original = batch[self.field], batch.get("original")
+        if columns is None and original is not None:
+            columns = int(original.long().argmin()) or None  # as long as the first row of originals
+        if columns is None:
+            columns = near_square(len(images), images.shape[-2], images.shape[-1], period(batch.get("label")))
+        return grid(images, columns, original=original)
 
     def write(self, folder: Path, batch: Batch, names: list[str], request: Request, columns: int | None) -> list[str]:
         """grid.png, samples.npz (uint8) and a PNG for each image."""
@@ -72,14 +80,53 @@ def quantize(x: Tensor, levels: int | None) -> Tensor:
     return ((x.clamp(-1, 1) + 1) * half).round() / half - 1
 
 
-def grid(images: Tensor, columns: int | None = None, min_side: int = 320) -> Picture:
-    """Images (N, C, H, W) in [-1, 1] -> one uint8 picture (C, H', W'), enlarged so that small images can be seen."""
+def period(labels: Tensor | None) -> int:
+    """After how many samples labels (N,) that come in turn begin again; 1 where they do not, or after more than 20."""
+    count = 0 if labels is None else len(labels.unique())
+    if labels is None or not 1 < count <= 20:
+        return 1
+    return count if torch.equal(labels, labels[:count].repeat(-(-len(labels) // count))[: len(labels)]) else 1
+
+
+def near_square(n: int, height: int, width: int, multiple: int = 1) -> int:
+    """The columns of a grid of n images that is about a square, a multiple of `multiple` where that leaves two rows or more."""
+    columns = math.sqrt(n * height / width)
+    if multiple >= n:
+        multiple = 1
+    return max(1, min(n, math.ceil(columns))) if multiple == 1 else multiple * max(1, round(columns / multiple))
+
+
+def grid(images: Tensor, columns: int | None = None, min_side: int = 320, original: Tensor | None = None) -> Picture:
+    """Images (N, C, H, W) in [-1, 1] -> one uint8 picture (C, H', W'), enlarged so that small images can be seen.
+
+    Args:
+        columns: images a row; None makes the picture about a square.
+        original: bool (N,), which of them are items of the data; names beside the rows say so.
+    """
     n, c, h, w = images.shape
-    columns = columns or int(np.ceil(np.sqrt(n)))
+    columns = columns or near_square(n, h, w)
     rows = -(-n // columns)
     cells = torch.zeros(rows * columns, c, h + 1, w + 1, dtype=torch.uint8)
     cells[:n, :, :h, :w] = to_uint8(images.cpu())
     picture = cells.view(rows, columns, c, h + 1, w + 1).permute(2, 0, 3, 1, 4).reshape(c, rows * (h + 1), -1)
     picture = picture[:, :-1, :-1]
     scale = max(round(min_side / max(picture.shape[1:])), 1)
-    return picture.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    picture = picture.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    if original is None:
+        return picture
+    kinds = [set(row.tolist()) for row in original.cpu().split(columns)]
+    names = ["original" if kind == {True} else "model" if kind == {False} else "" for kind in kinds]
+    return torch.cat([_margin(names, picture.shape[1], scale * (h + 1), c), picture], 2)
+
+
+def _margin(names: Sequence[str], height: int, row: int, channels: int) -> Picture:
+    """A strip (C, height, W) with a name beside each row of `row` pixels."""
+    from PIL import Image as Pillow
+    from PIL import ImageDraw, ImageFont
+
+    font = ImageFont.load_default()
+    width = math.ceil(max(font.getlength(name) for name in names)) + 8
+    strip = Pillow.new("L", (width, height))
+    for i, name in enumerate(names):
+        ImageDraw.Draw(strip).text((4, i * row + row // 2), name, fill=255, font=font, anchor="lm")
+    return torch.from_numpy(np.array(strip)).expand(channels, -1, -1)

@@ -52,7 +52,7 @@ class Pixels(Modality):
         return {self.image.field: from_levels(level, self.shape, self.levels)}
 
     def preview(self, batch: Batch, columns: int | None = None) -> Picture:
-        return self.image.preview(self.decode(batch), columns)
+        return self.image.preview({**batch, **self.decode(batch)}, columns)
 
     def write(self, folder: Path, batch: Batch, names: list[str], request: Request, columns: int | None) -> list[str]:
         return self.image.write(folder, {**batch, **self.decode(batch)}, names, request, columns)

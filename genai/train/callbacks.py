@@ -103,9 +103,11 @@ class Samples(Between):
         if due(trainer, self.every_steps):
             if trainer.is_global_zero:
                 with progress.task("sampling", unit="steps") as task:
-                    shown = pl_module.data.show(self.sample(pl_module, self.n, progress.follow(task)))
+                    batch = self.sample(pl_module, self.n, progress.follow(task))
+                shown = pl_module.data.show(batch, getattr(self.sampler, "keywords", {}).get("columns"))
                 told = list(dict.fromkeys(pl_module.data.describe_cond(self.n)))
                 more = f", of {'; '.join(told[:20])}{'; ...' if len(told) > 20 else ''}" if told else ""
+                more += ", rows of originals above what the model makes of them" if "original" in batch else ""
                 caption = f"seeds {self.seed} to {self.seed + self.n - 1}{more}"
                 pl_module.record.samples(trainer.global_step, "samples", shown, caption)
             wait_for_first(trainer, "samples")

@@ -20,7 +20,7 @@ from genai.data.celeba import CelebA
 from genai.data.image_folder import ImageFolder
 from genai.data.stream import AUGMENT, DRAWN_AT_ONCE, Stream, Table, batches, train_loader
 from genai.modalities.decode import crop_box
-from genai.modalities.image import Image, from_uint8, grid, to_uint8
+from genai.modalities.image import Image, from_uint8, grid, near_square, period, to_uint8
 from genai.modalities.vector import Vector, density
 from tests.conftest import ROOT
 
@@ -145,11 +145,35 @@ def test_bytes_survive_the_round_trip():
     assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
 
 
+@pytest.mark.parametrize("n, classes, columns", [(16, 1, 4), (100, 10, 10), (200, 10, 10), (400, 10, 20), (7, 10, 3),
+                                                 (30, 4, 4), (64, 30, 8), (100, 3, 9)])  # fmt: skip
+def test_grids_are_near_a_square_with_a_class_a_column(n, classes, columns):
+    labels = torch.arange(n) % classes
+    assert near_square(n, 8, 8, period(labels)) == columns
+    if 1 < period(labels) < n:
+        assert (labels[:columns] == labels[columns : 2 * columns])[: n - columns].all()
+    assert period(torch.tensor([3, 3, 3, 3])) == period(torch.tensor([0, 1, 1, 0])) == period(None) == 1
+
+
+def test_grids_say_which_rows_are_originals():
+    original = torch.tensor([True, True, True, False, False, False])
+    batch = {"image": torch.full((6, 1, 8, 8), -1.0), "original": original}
+    picture, plain = Image().preview(batch), grid(batch["image"], 3)
+    (margin,) = picture[:, :, : picture.shape[2] - plain.shape[2]]
+    assert torch.equal(picture[:, :, margin.shape[1] :], plain)
+    above, below = margin[: len(margin) // 2], margin[len(margin) // 2 :]
+    assert min(above.max(), below.max()) > 200
+    assert (above > 0).any(0).sum() > (below > 0).any(0).sum()  # "original" is longer than "model"
+    names = sampling.file_names(torch.arange(2), None, torch.tensor([True, False]))
+    assert names == ["seed_000000_original", "seed_000001"]
+
+
 def test_grids():
     picture = grid(torch.full((6, 3, 4, 5), 1.0), columns=3, min_side=1)
     assert picture.shape == (3, 9, 17)
     assert picture[:, 4].max() == 0  # a dark line between rows
     assert grid(torch.zeros(5, 1, 8, 8)).shape[0] == 1
+    assert grid(torch.zeros(8, 1, 8, 32), min_side=1).shape == (1, 35, 65)  # wide images in few columns
     cloud = density(torch.tensor([[3.0, -3.0]]).expand(10, 2))
     assert cloud.shape == (1, 320, 320)
     y, x = (cloud[0] > 0).nonzero().float().mean(0).tolist()

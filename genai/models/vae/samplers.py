@@ -41,11 +41,12 @@ def reconstruct(
     split: str = "val",
     columns: int = 10,
 ) -> Batch:
-    """Rows of items, and below each row what the model makes of them."""
+    """Rows of items, and below each row what the model makes of them; `original`, bool (B,), marks the items."""
     row, column = _cells(seeds, columns)
     x = load_items(items, split, row // 2 * columns + column).to(_device(model))
-    original = (row % 2 == 0).view(-1, *[1] * (x.ndim - 1)).to(x.device)
-    return report({model.field: torch.where(original, x, model.reconstruct({model.field: x}))}, on_step)
+    original = (row % 2 == 0).to(x.device)
+    shown = torch.where(original.view(-1, *[1] * (x.ndim - 1)), x, model.reconstruct({model.field: x}))
+    return report({model.field: shown, "original": original}, on_step)
 
 
 @for_models(Codec)
