@@ -124,7 +124,7 @@ def build_modality(node: Any, trust: Sequence[str] = ()) -> Modality:
 
 def check_stored(node: Any, trust: Sequence[str] = (), kinds: Sequence[str] = (MODELS,)) -> None:
     """Raise UserError for a config node of a file that is more than data, or names a target that is not admitted."""
-    _checked(node, "", lambda target: check_target(target, trust, kinds), None, 0)
+    _check_node(node, "", lambda target: check_target(target, trust, kinds), None, 0)
 
 
 class Call(NamedTuple):

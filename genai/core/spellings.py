@@ -29,7 +29,7 @@ def canonical(key: str, value: Any) -> Any:
     found = SPELLINGS[key].get(typed, typed)
     if key == "trainer.precision" and found.startswith("16"):
         raise UserError(
-            f"{key}={value} must be one of auto, 32-true, bf16-mixed, bf16-true: fp16 is not supported in training, since its loss "
-            "would have to be scaled"
+            f"{key}={value} must be one of auto, 32-true, bf16-mixed, bf16-true: fp16 training needs loss "
+            "scaling, which is not supported"
         )
     return found

@@ -243,7 +243,7 @@ def test_the_sweep_of_wandb_gives_arguments_that_compose():
 
 
 def test_a_sweep_node_is_refused_where_it_is_no_sweep():
-    with pytest.raises(UserError, match="none of basic, optuna"):
+    with pytest.raises(UserError, match="must be one of basic, optuna"):
         Settings("x", search="random")
 
 
