@@ -129,7 +129,7 @@ LONG = (
     "metrics_samples",
     "norm",
     "parts",
-    "readme",
+    "docs",
     "samplers",
     "stylegan2",
 )

@@ -1,5 +1,5 @@
 """What a researcher adds in a package of their own, with nothing of this repository edited: a data set, a loss and a solver here,
-a family in test_readme, a modality in test_modalities, a metric in test_cards."""
+a family in test_docs, a modality in test_modalities, a metric in test_cards."""
 
 import numpy as np
 import pytest

@@ -29,7 +29,7 @@ from genai.modalities.base import to_pil
 from genai.modalities.image import quantize
 from genai.progress import Task
 from genai.train.run import run as train
-from tests.test_readme import FILES
+from tests.pages import DOCS, blocks
 from tests.train.test_tracking import offline_runs
 
 SMALL = ["max_steps=3", "data.batch_size=8", "callbacks.evaluate.n=16", "callbacks.samples.n=2"]
@@ -197,10 +197,11 @@ def test_baselines_are_fitted_once(runs, monkeypatch, waits, tmp_path):
 
 @pytest.fixture
 def my_lab(tmp_path, monkeypatch):
-    """The README's metric and its three lines of yaml, in a folder that is on nobody's path but Python's."""
+    """The metric of the docs and its three lines of yaml, in a folder that is on nobody's path but Python's."""
+    files = {block.title: block.text for block in blocks(DOCS / "recipes" / "metric.md")}
     for name in ("my_lab/brightness.py", "my_lab/conf/metrics.yaml"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(dict(FILES)[name])
+        (tmp_path / name).write_text(files[name])
     assert len((tmp_path / "my_lab/conf/metrics.yaml").read_text().splitlines()) == 3
     monkeypatch.chdir(tmp_path)
     yield tmp_path

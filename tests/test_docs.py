@@ -1,0 +1,275 @@
+"""README and docs are run: their commands and code, with few steps, and their links; "a model family" is this test."""
+
+import collections
+import contextlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from genai import checkpoint, sweeps
+from genai.cli import composed, resumed, with_sampler
+from genai.core.errors import UserError
+from tests.conftest import ROOT, SHARED, python
+from tests.pages import DOCS, PAGES, anchors, blocks, links, name, shell_lines, write_files
+
+README, FAMILY = ROOT / "README.md", DOCS / "extending.md"
+
+
+def test_a_family_in_ones_own_package(tmp_path, command):
+    """Write the page's files into an empty folder, then run its three commands there, as written."""
+    write_files(FAMILY, tmp_path)
+    model = (tmp_path / "my_lab" / "gaussian.py").read_text()
+    assert len([line for line in model.splitlines() if line.strip()]) <= 30
+    lines = shell_lines(FAMILY)
+    assert len(lines) == 3
+    for line in lines:
+        _, script, *arguments = shlex.split(line)
+        done = command(script, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    content = checkpoint.read(tmp_path / "runs" / "gaussian" / "checkpoints" / "last.ckpt")
+    assert content["step"] == 8
+    written = np.load(next(tmp_path.glob("runs/gaussian/samples/0001/samples.npz")))
+    assert written["samples"].shape == (100, 1, 8, 8)
+    refused = command("sample.py", "ckpt=runs/gaussian", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "add trust=my_lab" in refused.stderr
+
+
+# Every command is one that the command line understands
+
+TEXTS = [path.read_text() for path in [*PAGES, *(ROOT / "conf").rglob("*.yaml"), *DOCS.glob("*.yaml")]]
+COMMANDS = sorted(
+    {
+        re.sub("<[^>]*>", "x", line).strip()
+        for text in TEXTS
+        for line in re.findall(r"python (?:\w+\.py|-m genai[.\w]+)(?![.\w:])[^|`\n#&;]*?(?=  |[|`\n#&;])", text)
+        if not re.search(r"my_lab|import_gpt2|--|=\]|\.\.\.|import_|\{|<Tab|=$", line)
+    }
+)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_of_pages_and_configs_composes(line):
+    """Those of sample.py with the sampler of some model: which one, the run decides."""
+    words = shlex.split(line)
+    script = words[1].removesuffix(".py") if words[1] != "-m" else words[2].rpartition(".")[2]
+    arguments = [a for a in words[2 if words[1] != "-m" else 3 :] if a != "-m"]
+    if script == "compare" or any(a.startswith(("resume=", "init_from=")) for a in arguments):
+        assert all(not a.startswith("-") for a in arguments)
+    elif script == "sample" and not any(a.startswith("sampler=") for a in arguments):
+        for sampler in ("ddim", "generate", "gan"):
+            with contextlib.suppress(UserError):
+                composed("sample", [*arguments, f"sampler={sampler}"], with_sampler)
+                break
+        else:
+            pytest.fail("it fits no sampler")
+    else:
+        prepare = {"train": sweeps.prepare if "sweep=" in line else resumed, "sample": with_sampler}.get(script)
+        composed(script, arguments, prepare, sweep=" -m " in line)
+
+
+# Every page is run from top to bottom
+
+SKIPPED = {  # beginnings of lines that a test cannot run
+    "pip install": "it installs packages",
+    "wandb ": "it needs an account",
+    "eval ": "it changes a shell",
+}
+RUN = [
+    path for path in PAGES if path.name != "results.md" and any(b.language in ("bash", "python") for b in blocks(path))
+]
+
+
+def shortened(line: str) -> list[str] | None:
+    """The arguments of `python` for a line of a page with few steps and samples; None for data that are not here."""
+    words = shlex.split(line)[1:]
+    script = words[2 if words[0] == "-m" else 1 :] and words[1 if words[0] == "-m" else 0]
+    if re.search("mnist|tiny_shakespeare|cifar10|celeba", line):
+        if "baselines" not in line or not (SHARED / "tinyshakespeare.txt").exists():
+            return None
+        return [
+            *words,
+            f"data.path={SHARED / 'tinyshakespeare.txt'}",
+            "data.tokenizer=char",
+            "baseline=ngram",
+            "repeats=1",
+        ]
+    if script == "train.py" and "--dry-run" not in words:
+        if any(word.startswith("resume=") for word in words):
+            return [re.sub(r"^(max_steps|optim\.decay_steps)=\d+", r"\1=8", word) for word in words]
+        words = [word for word in words if not re.match(r"max_steps=\d{2}|callbacks\.\w+\.(n|every_steps)=", word)]
+        if "logger." in line:
+            return [*words, "max_steps=2", "sampler.steps=2", "callbacks.samples.n=2", "logger.timeout_seconds=1"]
+        return [*words, "debug=true", *(["sweep.trials=2"] if "optuna" in line else [])]
+    if script == "sample.py":
+        words = [word for word in words if not re.match(r"(n|max_new_tokens)=", word)]
+        return [*words, "n=2", *(["max_new_tokens=6"] if "prompt" in line and "latent" not in line else [])]
+    if script == "evaluate.py":
+        words = [word for word in words if not word.startswith("n=")]
+        return [*words, "n=16", *(["repeats=2", "baselines=false"] if "metrics=" in line else [])]
+    if script == "genai.evaluation.baselines":
+        return [*words, "repeats=1", "baseline=mixture"]
+    return words
+
+
+def make_inputs(folder):
+    """The files that commands of pages name: images, texts, captions."""
+    random = np.random.default_rng(0)
+
+    def picture(size=16, value=None):
+        return Image.fromarray(random.integers(0, 256, (size, size), np.uint8) if value is None else value)
+
+    half = np.zeros((8, 8), np.uint8)
+    half[4:] = 255
+    picture(8).save(folder / "seven.png")
+    picture(value=half).save(folder / "lower_half.png")
+    (folder / "sevens").mkdir()
+    picture(8).save(folder / "sevens" / "a.png")
+    for k in range(24):
+        for place in ("photos/a", "photos/b", "captioned"):
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            picture().save(folder / place / f"{k}.png")
+    with zipfile.ZipFile(folder / "photos.zip", "w") as file:
+        for path in (folder / "photos").rglob("*.png"):
+            file.write(path, path.relative_to(folder / "photos"))
+    lines = "".join(f'{{"file_name": "{k}.png", "text": "picture {k % 3}"}}\n' for k in range(24))
+    (folder / "captioned" / "captions.jsonl").write_text(lines)
+    (folder / "book.txt").write_text("It was the best of times, it was the worst of times.\n" * 200)
+    (folder / "books").mkdir()
+    shutil.copy(folder / "book.txt", folder / "books" / "a.txt")
+    (folder / "molecules.smi").write_text("CCO\nC1CCCCC1\nCC(=O)O\n" * 100)
+
+
+def shorten_code(text: str) -> str:
+    return re.sub(r'"max_steps=\d+"', '"debug=true"', text).replace("n=16", "n=2").replace("n=50", "n=16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RUN, ids=name)
+def test_every_command_and_snippet_of_a_page_runs(path, tmp_path):
+    make_inputs(tmp_path)
+    prepare_page(path, tmp_path)
+    code, left_out = "", []
+    for block in blocks(path):
+        if block.title:
+            (tmp_path / block.title).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / block.title).write_text(block.text)
+        elif block.language == "python":
+            code += shorten_code(block.text)
+            done = python("-c", f"import sys; sys.path.insert(0, '.')\n{code}", cwd=tmp_path)
+            assert done.returncode == 0, f"{block.text}\n{done.stderr[-3000:]}"
+        elif block.language == "bash":
+            for line in [re.sub(r"\s+# .*", "", line) for line in block.text.splitlines() if line.strip()]:
+                if line.startswith(tuple(SKIPPED)) or (words := shortened(line)) is None:
+                    left_out.append(line)
+                    continue
+                if words[0] in ("train.py", "sample.py", "evaluate.py"):
+                    words[0] = str(ROOT / words[0])
+                done = python(*words, cwd=tmp_path)
+                assert done.returncode == 0, f"{line}\n{' '.join(words)}\n{done.stdout[-1000:]}{done.stderr[-3000:]}"
+    print("left out:", *left_out, sep="\n")
+
+
+def prepare_page(path, folder):
+    """What a page takes from elsewhere: files of other pages, and what would be downloaded."""
+    if path == README:
+        write_files(FAMILY, folder)
+    if path.name == "gpt2.md":
+        transformers = pytest.importorskip("transformers")
+        tokenizers = pytest.importorskip("tokenizers")
+        words = tokenizers.Tokenizer(tokenizers.models.BPE())
+        words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        words.decoder = tokenizers.decoders.ByteLevel()
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=300, initial_alphabet=sorted(alphabet), special_tokens=["<|endoftext|>"]
+        )
+        words.train_from_iterator(["The meaning of life is a question of life"] * 3, trainer)
+        transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>").save_pretrained(
+            folder / "gpt2"
+        )
+        sizes = {"n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 4}
+        config = transformers.GPT2Config(vocab_size=words.get_vocab_size(), **sizes)
+        transformers.GPT2LMHeadModel(config).save_pretrained(folder / "gpt2")
+
+
+# Pages and their links
+
+
+def test_readme_is_short():
+    text = README.read_text()
+    lines, words = len(text.splitlines()), len(text[: text.index("<!-- results: begin")].split())
+    assert lines <= 130, f"README.md has {lines} lines: move some to docs/"
+    assert words <= 900, f"README.md has {words} words before its table: move some to docs/"
+
+
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=name)
+def test_links_lead_somewhere(path):
+    for target, part in links(path):
+        assert target.exists(), f"{target} is not there"
+        assert not part or part in anchors(target), f"{target} has no heading #{part}"
+    for named in re.findall(r"`((?:notebooks|tests|genai|conf|docs|benchmarks)/[\w/.]+)`", path.read_text()):
+        assert (ROOT / named).exists(), named
+    for alt, picture in re.findall(r"!\[(.*?)\]\((\S+)\)", path.read_text()):
+        assert len(alt) > 15, f"{picture} needs a text for those who do not see it"
+
+
+def test_the_site_has_every_page():
+    text = (ROOT / "mkdocs.yml").read_text()
+    listed = set(re.findall(r"[\w/]+\.md", text[text.index("nav:") :]))
+    assert listed == {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
+    for path in (DOCS / "api").glob("*.md"):
+        for module in re.findall(r"^::: (\S+)", path.read_text(), re.MULTILINE):
+            place = ROOT / module.replace(".", "/")
+            assert place.with_suffix(".py").exists() or (place / "__init__.py").exists(), module
+
+
+QUESTIONS = {  # of a new user, and a line of the page that answers each
+    "where do I change the noise schedule": "model.schedule._target_=genai.models.diffusion.process.schedules.linear",
+    "where do I add my loss": "model.weighting._target_=my_lab.losses",
+    "where do I add my data": "data=ring",
+}
+
+
+@pytest.mark.parametrize("start", [README, DOCS / "index.md"], ids=name)
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_questions_of_a_new_user_are_answered_within_three_clicks(start, question):
+    clicks, queue = {start: 0}, collections.deque([start])
+    while queue:
+        page = queue.popleft()
+        for target, _ in links(page):
+            if target.suffix == ".md" and target not in clicks:
+                clicks[target] = clicks[page] + 1
+                queue.append(target)
+    answers = [
+        n
+        for page, n in clicks.items()
+        if any(QUESTIONS[question] in b.text for b in blocks(page) if b.language == "bash")
+    ]
+    assert answers and min(answers) <= 3
+
+
+def test_no_page_installs_another_projects_genai():
+    for path in [*PAGES, ROOT / "CONTRIBUTING.md", *(ROOT / "conf").rglob("*.yaml")]:
+        assert not re.search(r"pip install \"?genai(?!-lab)\b", path.read_text()), path
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path):
+    pytest.importorskip("mkdocs"), pytest.importorskip("material"), pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in [*tmp_path.glob("*.html"), *tmp_path.glob("recipes/*.html")]:
+        loaded = re.findall(
+            r'<(?:script|img)[^>]+src="?(https?:[^" >]+)|<link[^>]+rel="?stylesheet"?[^>]+href="?(https?:[^" >]+)',
+            page.read_text(),
+        )
+        assert not loaded, f"{page.name} loads {loaded}"
