@@ -63,11 +63,40 @@ def first_element(sample, n):
 
 @triton.jit(do_not_specialize=["row"], do_not_specialize_on_alignment=["SEEDS"])
 def affine_step_kernel(
-    X, OUT, OUT_UNCOND, X0_PREV, X_BASE, KNOWN, MASK, SEEDS, Y, X0,
-    n_vectors, chunks, w, p, q, clip, a, b, c, d, s, alpha, sigma, row,
-    VECTOR: tl.constexpr, BLOCK: tl.constexpr, GUIDED: tl.constexpr, CLIPPED: tl.constexpr, PREV: tl.constexpr,
-    BASE: tl.constexpr, NOISY: tl.constexpr, INPAINT: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
+    X,
+    OUT,
+    OUT_UNCOND,
+    X0_PREV,
+    X_BASE,
+    KNOWN,
+    MASK,
+    SEEDS,
+    Y,
+    X0,
+    n_vectors,
+    chunks,
+    w,
+    p,
+    q,
+    clip,
+    a,
+    b,
+    c,
+    d,
+    s,
+    alpha,
+    sigma,
+    row,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GUIDED: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    PREV: tl.constexpr,
+    BASE: tl.constexpr,
+    NOISY: tl.constexpr,
+    INPAINT: tl.constexpr,
+    KEEP: tl.constexpr,
+):
     """One program makes BLOCK elements of one sample, and a sample takes `chunks` programs. A sample has
     n_vectors * VECTOR elements, so that Triton sees what divides their number and moves VECTOR of them at once."""
     n = n_vectors * VECTOR
@@ -140,9 +169,32 @@ def launch(
     w, p, q, a, b, c, d, s, alpha, sigma = map(float, k)  # for a whole number would be compiled in
     with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be that of x
         affine_step_kernel[(len(x) * chunks,)](
-            *aligned(x, out, out_uncond, x0_prev, x_base, known, mask), seeds, y, x0,
-            n // size, chunks, w, p, q, clip or 0.0, a, b, c, d, s, alpha, sigma, row,
-            VECTOR=size, BLOCK=BLOCK, GUIDED=out_uncond is not None, CLIPPED=clip is not None,
-            PREV=x0_prev is not None, BASE=x_base is not None, NOISY=noisy, INPAINT=mask is not None, KEEP=keep_x0,
-        )  # fmt: skip
+            *aligned(x, out, out_uncond, x0_prev, x_base, known, mask),
+            seeds,
+            y,
+            x0,
+            n // size,
+            chunks,
+            w,
+            p,
+            q,
+            clip or 0.0,
+            a,
+            b,
+            c,
+            d,
+            s,
+            alpha,
+            sigma,
+            row,
+            VECTOR=size,
+            BLOCK=BLOCK,
+            GUIDED=out_uncond is not None,
+            CLIPPED=clip is not None,
+            PREV=x0_prev is not None,
+            BASE=x_base is not None,
+            NOISY=noisy,
+            INPAINT=mask is not None,
+            KEEP=keep_x0,
+        )
     return y, x0

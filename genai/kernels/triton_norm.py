@@ -62,9 +62,17 @@ def factors(WEIGHT, BIAS, SCALE_SHIFT, sample, c, channels, inside, SCALED: tl.c
 
 @triton.jit(do_not_specialize=_SIZES)
 def moments_kernel(
-    X, PARTIAL, outer, inner_vectors, o_blocks, i_blocks,
-    VECTOR: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
+    X,
+    PARTIAL,
+    outer,
+    inner_vectors,
+    o_blocks,
+    i_blocks,
+    VECTOR: tl.constexpr,
+    OUTER: tl.constexpr,
+    INNER: tl.constexpr,
+    LAST: tl.constexpr,
+):
     """Mean and sum of squared deviations of each channel in a tile."""
     inner = inner_vectors * VECTOR
     sample, o_block, i_block, o, i, at, valid = place(outer, inner, o_blocks, i_blocks, OUTER, INNER)
@@ -80,9 +88,18 @@ def moments_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def statistics_kernel(
-    PARTIAL, MEAN, RSTD, pixels, chunks, groups, per_group, eps,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
+    PARTIAL,
+    MEAN,
+    RSTD,
+    pixels,
+    chunks,
+    groups,
+    per_group,
+    eps,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """Mean and 1 / standard deviation of one group of one sample, from those of its channels in chunks of pixels."""
     sample, group = tl.program_id(0) // groups, tl.program_id(0) % groups
     channels, d = groups * per_group, tl.arange(0, CHANNELS)
@@ -110,10 +127,26 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def normalize_kernel(
-    X, Y, WEIGHT, BIAS, SCALE_SHIFT, MEAN, RSTD, outer, inner_vectors, o_blocks, i_blocks, groups, per_group,
-    VECTOR: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, LAST: tl.constexpr,
-    SCALED: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
+    X,
+    Y,
+    WEIGHT,
+    BIAS,
+    SCALE_SHIFT,
+    MEAN,
+    RSTD,
+    outer,
+    inner_vectors,
+    o_blocks,
+    i_blocks,
+    groups,
+    per_group,
+    VECTOR: tl.constexpr,
+    OUTER: tl.constexpr,
+    INNER: tl.constexpr,
+    LAST: tl.constexpr,
+    SCALED: tl.constexpr,
+    SILU: tl.constexpr,
+):
     """y = v or v sigmoid(v), v = (xhat weight + bias) (1 + scale) + shift, of a tile."""
     inner = inner_vectors * VECTOR
     sample, _, _, o, i, at, valid = place(outer, inner, o_blocks, i_blocks, OUTER, INNER)
@@ -142,11 +175,27 @@ def inner_gradient(x, dy, mean, rstd, weight, bias, factor, shift, LAST: tl.cons
 
 @triton.jit(do_not_specialize=_SIZES)
 def gradient_sums_kernel(
-    X, DY, WEIGHT, BIAS, SCALE_SHIFT, MEAN, RSTD, PARTIAL,
-    outer, inner_vectors, o_blocks, i_blocks, groups, per_group,
-    VECTOR: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, LAST: tl.constexpr,
-    SCALED: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
+    X,
+    DY,
+    WEIGHT,
+    BIAS,
+    SCALE_SHIFT,
+    MEAN,
+    RSTD,
+    PARTIAL,
+    outer,
+    inner_vectors,
+    o_blocks,
+    i_blocks,
+    groups,
+    per_group,
+    VECTOR: tl.constexpr,
+    OUTER: tl.constexpr,
+    INNER: tl.constexpr,
+    LAST: tl.constexpr,
+    SCALED: tl.constexpr,
+    SILU: tl.constexpr,
+):
     """Sums of dv and dv xhat of each channel in a tile."""
     inner = inner_vectors * VECTOR
     sample, o_block, i_block, o, i, at, valid = place(outer, inner, o_blocks, i_blocks, OUTER, INNER)
@@ -166,10 +215,21 @@ def gradient_sums_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def gradient_statistics_kernel(
-    PARTIAL, WEIGHT, BIAS, SCALE_SHIFT, DPARAMETERS, DSCALE_SHIFT, MEANS,
-    pixels, chunks, groups, per_group,
-    CHUNKS: tl.constexpr, CHANNELS: tl.constexpr, SCALED: tl.constexpr,
-):  # fmt: skip
+    PARTIAL,
+    WEIGHT,
+    BIAS,
+    SCALE_SHIFT,
+    DPARAMETERS,
+    DSCALE_SHIFT,
+    MEANS,
+    pixels,
+    chunks,
+    groups,
+    per_group,
+    CHUNKS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SCALED: tl.constexpr,
+):
     """Of one group of one sample: the gradients of weight, bias, scale and shift, and the means of dxhat and dxhat xhat."""
     sample, group = tl.program_id(0) // groups, tl.program_id(0) % groups
     channels, d = groups * per_group, tl.arange(0, CHANNELS)
@@ -198,11 +258,28 @@ def gradient_statistics_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def gradient_kernel(
-    X, DY, DX, WEIGHT, BIAS, SCALE_SHIFT, MEAN, RSTD, MEANS,
-    outer, inner_vectors, o_blocks, i_blocks, groups, per_group,
-    VECTOR: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr, LAST: tl.constexpr,
-    SCALED: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
+    X,
+    DY,
+    DX,
+    WEIGHT,
+    BIAS,
+    SCALE_SHIFT,
+    MEAN,
+    RSTD,
+    MEANS,
+    outer,
+    inner_vectors,
+    o_blocks,
+    i_blocks,
+    groups,
+    per_group,
+    VECTOR: tl.constexpr,
+    OUTER: tl.constexpr,
+    INNER: tl.constexpr,
+    LAST: tl.constexpr,
+    SCALED: tl.constexpr,
+    SILU: tl.constexpr,
+):
     """dx = (dxhat - mean(dxhat) - xhat mean(dxhat xhat)) / std of a tile, dxhat = dv weight (1 + scale)."""
     inner = inner_vectors * VECTOR
     sample, _, _, o, i, at, valid = place(outer, inner, o_blocks, i_blocks, OUTER, INNER)
@@ -267,7 +344,7 @@ class FusedNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x: Tensor, weight: Tensor, bias: Tensor, scale_shift: Tensor | None, groups: int, eps: float, silu: bool
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         x, last = in_layout(x)
         y = torch.empty_like(x)
         weight, bias = weight.contiguous(), bias.contiguous()
@@ -282,13 +359,32 @@ class FusedNorm(torch.autograd.Function):
         with torch.cuda.device_of(x):
             moments_kernel[programs](x, partial, *sizes, **tile)
             statistics_kernel[(B * groups,)](
-                partial, mean, rstd, pixels, p.chunks, groups, C // groups, eps,
-                CHUNK=p.chunk, **merging(p.chunks, C // groups),
-            )  # fmt: skip
+                partial,
+                mean,
+                rstd,
+                pixels,
+                p.chunks,
+                groups,
+                C // groups,
+                eps,
+                CHUNK=p.chunk,
+                **merging(p.chunks, C // groups),
+            )
             normalize_kernel[programs](
-                x, y, weight, bias, scale_shift, mean, rstd, *sizes, groups, C // groups,
-                SCALED=scale_shift is not None, SILU=silu, **tile,
-            )  # fmt: skip
+                x,
+                y,
+                weight,
+                bias,
+                scale_shift,
+                mean,
+                rstd,
+                *sizes,
+                groups,
+                C // groups,
+                SCALED=scale_shift is not None,
+                SILU=silu,
+                **tile,
+            )
         ctx.save_for_backward(x, weight, bias, scale_shift, mean, rstd)
         ctx.plan, ctx.groups, ctx.silu = p, groups, silu
         return y
@@ -312,9 +408,18 @@ class FusedNorm(torch.autograd.Function):
         with torch.cuda.device_of(x):
             gradient_sums_kernel[programs](x, dy, *known, mean, rstd, partial, *sizes, **tile)
             gradient_statistics_kernel[(B * groups,)](
-                partial, *known, dparameters, dscale_shift, means, pixels, p.chunks, groups, C // groups,
-                SCALED=scale_shift is not None, **merging(p.chunks, C // groups),
-            )  # fmt: skip
+                partial,
+                *known,
+                dparameters,
+                dscale_shift,
+                means,
+                pixels,
+                p.chunks,
+                groups,
+                C // groups,
+                SCALED=scale_shift is not None,
+                **merging(p.chunks, C // groups),
+            )
             gradient_kernel[programs](x, dy, dx, *known, mean, rstd, means, *sizes, **tile)
         dweight, dbias = dparameters.sum(0)
         return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dscale_shift, None, None, None

@@ -51,9 +51,15 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, kv_heads: int | None = None, qk_norm: Callable[[int], nn.Module] | None = None,
-        bias: bool = False, dropout: float = 0.0, causal: bool = True,
-    ):  # fmt: skip
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int | None = None,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+        bias: bool = False,
+        dropout: float = 0.0,
+        causal: bool = True,
+    ):
         super().__init__()
         kv_heads = at_least(heads, 1, "heads") if kv_heads is None else at_least(kv_heads, 1, "kv_heads")
         number(dropout, "dropout of attention", 0, 1)
@@ -66,18 +72,27 @@ class Attention(nn.Module):
         self.qk_norm = None if qk_norm is None else qk_norm(self.head_dim)
 
     def forward(
-        self, x: Tensor, rotation: Rotation | None = None, mask: Tensor | None = None,
-        keys: CacheSlot | None = None, values: CacheSlot | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Tensor,
+        rotation: Rotation | None = None,
+        mask: Tensor | None = None,
+        keys: CacheSlot | None = None,
+        values: CacheSlot | None = None,
+    ) -> Tensor:
         """(B, T, width) -> (B, T, width). mask (B or 1, 1, T, T') says who sees whom, in the place of `causal`; keys and
         values hold those (B, kv_heads, T', D) of the positions before these T, and get theirs."""
         q, k, v = self.heads_of(x, rotation)
         if keys is not None and values is not None:
             k, v = keys.write(k), values.write(v)
         y = F.scaled_dot_product_attention(
-            q, k, v, mask, self.dropout if self.training else 0.0, self.causal and mask is None and x.shape[1] > 1,
+            q,
+            k,
+            v,
+            mask,
+            self.dropout if self.training else 0.0,
+            self.causal and mask is None and x.shape[1] > 1,
             enable_gqa=self.heads != self.kv_heads,
-        )  # fmt: skip
+        )
         return self.out(y.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
 
     def heads_of(self, x: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -92,9 +92,14 @@ class Cache:
     """
 
     def __init__(
-        self, net: "Transformer", batch: int, capacity: int, total: int, pad: Tensor | None = None,
+        self,
+        net: "Transformer",
+        batch: int,
+        capacity: int,
+        total: int,
+        pad: Tensor | None = None,
         window: int | None = None,
-    ):  # fmt: skip
+    ):
         block, n = net.blocks[0], len(net.blocks)
         weight: Tensor = block.attention.qkv.weight  # type: ignore[union-attr,assignment]
         shift: Tensor = block.shift1.mix if net.shifts else weight  # type: ignore[union-attr,assignment]

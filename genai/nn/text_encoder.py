@@ -26,9 +26,13 @@ class TextEncoder(nn.Module):
         self.length, self.width = at_least(length, 1, "model.net.text.length"), width
         self.embed, self.begin = nn.Embedding(256, width), nn.Parameter(torch.randn(width))
         self.transformer = Transformer(
-            width, layers, lambda n: Attention(n, heads, causal=False), lambda n: MLP(n, GELU()), LayerNorm,
+            width,
+            layers,
+            lambda n: Attention(n, heads, causal=False),
+            lambda n: MLP(n, GELU()),
+            LayerNorm,
             lambda n: LearnedPositions(n, length + 1),
-        )  # fmt: skip
+        )
 
     def null(self) -> Tensor:
         """No caption, (length,)."""

@@ -81,10 +81,15 @@ class Block(nn.Module):
     is none."""
 
     def __init__(
-        self, width: int, attention: Callable[[int], Attention], mlp: Callable[[int], nn.Module],
-        norm: Callable[[int], nn.Module], shift: Callable[[int], Shift] | None, dropout: float,
+        self,
+        width: int,
+        attention: Callable[[int], Attention],
+        mlp: Callable[[int], nn.Module],
+        norm: Callable[[int], nn.Module],
+        shift: Callable[[int], Shift] | None,
+        dropout: float,
         cross: Callable[[int], CrossAttention] | None = None,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.norm1, self.attention, self.norm2, self.mlp = norm(width), attention(width), norm(width), mlp(width)
         self.shift1, self.shift2 = (None, None) if shift is None else (shift(width), shift(width))
@@ -92,8 +97,12 @@ class Block(nn.Module):
         self.dropout = dropout
 
     def forward(
-        self, x: Tensor, positions: Positions, cache: LayerCache = LayerCache(), context: Context | ContextKeyValues | None = None  # noqa: B008
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Tensor,
+        positions: Positions,
+        cache: LayerCache = LayerCache(),  # noqa: B008
+        context: Context | ContextKeyValues | None = None,
+    ) -> Tensor:
         y = self.norm1(x)
         if self.shift1 is not None:
             y = self.shift1(positions.zero_padding(y), cache.shift1)
@@ -124,11 +133,18 @@ class Transformer(nn.Module):
     """
 
     def __init__(
-        self, width: int, layers: int, attention: Callable[[int], Attention], mlp: Callable[[int], nn.Module],
-        norm: Callable[[int], nn.Module], position: Callable[[int], nn.Module],
-        shift: Callable[[int], Shift] | None = None, dropout: float = 0.0, gradient_checkpointing: bool = False,
+        self,
+        width: int,
+        layers: int,
+        attention: Callable[[int], Attention],
+        mlp: Callable[[int], nn.Module],
+        norm: Callable[[int], nn.Module],
+        position: Callable[[int], nn.Module],
+        shift: Callable[[int], Shift] | None = None,
+        dropout: float = 0.0,
+        gradient_checkpointing: bool = False,
         cross: Callable[[int], CrossAttention] | None = None,
-    ):  # fmt: skip
+    ):
         super().__init__()
         at_least(layers, 1, "layers")
         number(dropout, "dropout", 0, 1)
@@ -143,9 +159,12 @@ class Transformer(nn.Module):
         self.position(torch.arange(1), self.head_dim)  # what cannot be says so here
 
     def forward(
-        self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None,
+        self,
+        x: Tensor,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
         context: Context | Sequence[ContextKeyValues] | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """With a cache, x are the positions after those it has seen, and it sees them; without, `mask` (B or 1, 1, T or 1,
         T) may be an attention mask. What blocks with `cross` attend to is `context`, or what `project` made of it."""
         if cache is None:

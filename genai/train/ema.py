@@ -36,9 +36,13 @@ class EMA:
     """
 
     def __init__(
-        self, model: nn.Module, decay: float = 0.999, power: float | None = 0.75,
-        named_parameters: Iterable[tuple[str, nn.Parameter]] | None = None, ramp: float | None = None,
-    ):  # fmt: skip
+        self,
+        model: nn.Module,
+        decay: float = 0.999,
+        power: float | None = 0.75,
+        named_parameters: Iterable[tuple[str, nn.Parameter]] | None = None,
+        ramp: float | None = None,
+    ):
         if not 0 <= decay <= 1:
             raise UserError(f"ema.decay={decay} must be between 0 (the live weights) and 1")
         self.decay, self.power, self.ramp, self.updates = decay, power, ramp, 0

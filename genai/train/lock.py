@@ -14,8 +14,12 @@ from genai.core.errors import UserError
 ELSEWHERE = "make room, or name another folder with run_dir="
 FOLDERS = "checkpoints", "samples", "cards", "tensorboard", "wandb"  # of a run, in which training writes
 LEFT = (  # by a kill, of what only the process that trains writes
-    "checkpoints/.*.ckpt.*.tmp", "samples/.samples_*.tmp", ".config.yaml*.tmp", ".metrics.csv.*.tmp", ".git.diff.*.tmp",
-)  # fmt: skip
+    "checkpoints/.*.ckpt.*.tmp",
+    "samples/.samples_*.tmp",
+    ".config.yaml*.tmp",
+    ".metrics.csv.*.tmp",
+    ".git.diff.*.tmp",
+)
 
 
 @contextlib.contextmanager

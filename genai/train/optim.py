@@ -60,7 +60,7 @@ def _schedule(
 
 def _adamw(
     parameters: Sequence[nn.Parameter], lr: float, betas: Sequence[float], weight_decay: float, rates: dict[str, Any]
-) -> Optimizer:  # fmt: skip
+) -> Optimizer:
     by_decay: dict[float, list[nn.Parameter]] = {weight_decay: [], 0.0: []}  # one group if nothing decays
     for p in parameters:
         if p.requires_grad:
@@ -139,9 +139,14 @@ def muon(
 
 
 def lr_at(
-    step: int, lr_max: float, lr_min: float, warmup_steps: int, decay_steps: int | None, schedule: str = "cosine",
+    step: int,
+    lr_max: float,
+    lr_min: float,
+    warmup_steps: int,
+    decay_steps: int | None,
+    schedule: str = "cosine",
     cooldown: float = 0.2,
-) -> float:  # fmt: skip
+) -> float:
     """Learning rate of update step = 0, 1, ...: linear warm-up, then what the schedule says.
 
     cosine: half a cosine down to lr_min at decay_steps. constant: lr_max for ever. wsd (warm-up, stable, decay; Hu et al.,

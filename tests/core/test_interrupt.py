@@ -18,9 +18,15 @@ COMMANDS = {
     "baselines": ["-m", "genai.evaluation.baselines", "data=digits"],
     "compare": ["-m", "genai.compare", "gone"],
 }
-CASES = [("train", signal.SIGINT, "omegaconf"), ("train", signal.SIGINT, "torch._C"), ("train", signal.SIGTERM, "lightning"),
-         ("sample", signal.SIGINT, "torch"), ("evaluate", signal.SIGTERM, "hydra"), ("baselines", signal.SIGINT, "numpy"),
-         ("compare", signal.SIGINT, "rich")]  # fmt: skip
+CASES = [
+    ("train", signal.SIGINT, "omegaconf"),
+    ("train", signal.SIGINT, "torch._C"),
+    ("train", signal.SIGTERM, "lightning"),
+    ("sample", signal.SIGINT, "torch"),
+    ("evaluate", signal.SIGTERM, "hydra"),
+    ("baselines", signal.SIGINT, "numpy"),
+    ("compare", signal.SIGINT, "rich"),
+]
 
 
 def interrupted(command, number, module, later, cwd):
@@ -28,8 +34,12 @@ def interrupted(command, number, module, later, cwd):
     what `-X importtime` prints is left out."""
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", *COMMANDS[command]],
-        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     lines = []
     for line in process.stdout:
         lines.append(line)

@@ -371,8 +371,10 @@ def test_auto_is_float32_on_a_cpu():
     assert precision.precision_of("auto", "cpu") == "32-true"
 
 
-@pytest.mark.parametrize(("capability", "name", "says"), [((8, 0), "32-true", True), ((7, 5), "32-true", False),
-                                                          ((9, 0), "bf16-mixed", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("capability", "name", "says"),
+    [((8, 0), "32-true", True), ((7, 5), "32-true", False), ((9, 0), "bf16-mixed", False)],
+)
 def test_tf32_is_allowed_for_float32_on_a_gpu_and_said(monkeypatch, flags, capability, name, says):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")

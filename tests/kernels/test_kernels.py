@@ -31,8 +31,13 @@ ROWS = {
     "last": Row(0.0, 1.0),
 }
 # guided, clip, inpaint, keep_x0: each pair of choices of two of them occurs
-SETTINGS = [(False, None, False, False), (False, 0.7, True, True), (True, None, True, True), (True, 0.7, False, True),
-            (True, 0.7, True, False)]  # fmt: skip
+SETTINGS = [
+    (False, None, False, False),
+    (False, 0.7, True, True),
+    (True, None, True, True),
+    (True, 0.7, False, True),
+    (True, 0.7, True, False),
+]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # relative; the halves' own rounding
 
 
@@ -498,11 +503,13 @@ INPUTS = {"GUIDED": 1, "PREV": 1, "BASE": 1, "INPAINT": 2}
 
 CASES = [
     *itertools.product(
-        ["fp32", "bf16"], [80, 90, 100], [None],
+        ["fp32", "bf16"],
+        [80, 90, 100],
+        [None],
         [("CLIPPED",), ("GUIDED", "CLIPPED", "PREV", "BASE", "NOISY", "INPAINT", "KEEP")],
     ),
     ("fp32", 90, 1, ("CLIPPED",)),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")

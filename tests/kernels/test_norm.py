@@ -13,8 +13,14 @@ from genai.models.diffusion.nets.unet import UNet
 from tests.conftest import compiled_for_gpus, fake_device
 from tests.kernels.test_kernels import in_the_interpreter
 
-SHAPES = [((2, 33, 7, 7), 1), ((1, 48, 14, 14), 12), ((3, 20, 1, 1), 5), ((1, 160, 3, 3), 2), ((1, 4, 33, 33), 2),
-          ((2, 6, 5), 3)]  # odd, without numbers to spare, of one tile and of several  # fmt: skip
+SHAPES = [
+    ((2, 33, 7, 7), 1),
+    ((1, 48, 14, 14), 12),
+    ((3, 20, 1, 1), 5),
+    ((1, 160, 3, 3), 2),
+    ((1, 4, 33, 33), 2),
+    ((2, 6, 5), 3),
+]  # odd, without numbers to spare, of one tile and of several
 USES = [(False, False), (False, True), (True, True)]  # scale_shift, silu
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 

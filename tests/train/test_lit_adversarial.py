@@ -77,15 +77,30 @@ def play(folder, model=None, steps=6, critic_steps=1, accumulate=1, batch_size=8
     record.cut(None)
     optim = functools.partial(adamw, lr=0.02, betas=(0.0, 0.9))
     lit = LitAdversarial(
-        model or Game(), data(batch_size=batch_size), optim, functools.partial(EMA, decay=0.9), record,
-        discriminator_optim=functools.partial(adamw, lr=0.03, betas=(0.0, 0.9)), critic_steps=critic_steps,
-        accumulate=accumulate, log_every_steps=2,
-    )  # fmt: skip
+        model or Game(),
+        data(batch_size=batch_size),
+        optim,
+        functools.partial(EMA, decay=0.9),
+        record,
+        discriminator_optim=functools.partial(adamw, lr=0.03, betas=(0.0, 0.9)),
+        critic_steps=critic_steps,
+        accumulate=accumulate,
+        log_every_steps=2,
+    )
     trainer = L.Trainer(
-        max_steps=steps, max_epochs=-1, logger=False, enable_checkpointing=False, accelerator="cpu", devices=1,
-        enable_progress_bar=False, enable_model_summary=False, precision="64-true", plugins=[File(CONFIG, nodes_of(Image(), {}))],
-        callbacks=list(callbacks), use_distributed_sampler=False,
-    )  # fmt: skip
+        max_steps=steps,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        accelerator="cpu",
+        devices=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        precision="64-true",
+        plugins=[File(CONFIG, nodes_of(Image(), {}))],
+        callbacks=list(callbacks),
+        use_distributed_sampler=False,
+    )
     trainer.fit(lit, **arguments)
     return lit
 

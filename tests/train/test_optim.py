@@ -216,8 +216,14 @@ def test_groups_of_before_there_were_schedules_follow_a_cosine():
 
 @pytest.mark.parametrize(
     ("arguments", "first"),
-    [({}, None), ({"decay_steps": 30}, 30), ({"decay_steps": 30, "lr_min": 0.1}, None), ({"decay_steps": 40}, None),
-     ({"decay_steps": 30, "schedule": "constant"}, None), ({"decay_steps": 30, "schedule": "wsd"}, 30)],
-)  # fmt: skip
+    [
+        ({}, None),
+        ({"decay_steps": 30}, 30),
+        ({"decay_steps": 30, "lr_min": 0.1}, None),
+        ({"decay_steps": 40}, None),
+        ({"decay_steps": 30, "schedule": "constant"}, None),
+        ({"decay_steps": 30, "schedule": "wsd"}, 30),
+    ],
+)
 def test_steps_at_a_rate_of_zero_are_found(arguments, first):
     assert idle_from(adamw(Net(), lr=1.0, warmup_steps=3, **arguments), 40) == first

@@ -32,17 +32,28 @@ def free_port() -> str:
 
 def torchrun(rank: int, port: str) -> dict[str, str]:
     return {
-        "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-    }  # fmt: skip
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
 
 
 def srun(rank: int, port: str) -> dict[str, str]:
     return {
-        "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
-        "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "SLURM_PROCID": str(rank),
-        "SLURM_LOCALID": str(rank), "MASTER_PORT": port,
-    }  # fmt: skip
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1",
+        "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "localhost",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "MASTER_PORT": port,
+    }
 
 
 def task(overrides, env, log, folder, pace, limit):
@@ -157,12 +168,15 @@ STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, 1, (0, 1, 0, 1, "")),  # the shell of salloc
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, 2, (0, 2, 0, 2, "")),
         (
-            {f"OMPI_COMM_WORLD_{k}": v for k, v in {"RANK": "3", "SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}.items()},
+            {
+                f"OMPI_COMM_WORLD_{k}": v
+                for k, v in {"RANK": "3", "SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}.items()
+            },
             1,
             (3, 4, 1, 2, "mpirun"),
         ),
     ],
-)  # fmt: skip
+)
 def test_ranks_are_what_the_launcher_says(env, devices, found):
     ranks = launched(env, devices)
     assert (ranks.rank, ranks.world, ranks.local, ranks.here, ranks.launcher) == found
@@ -242,9 +256,13 @@ def test_torchrun_starts_twenty_times(tmp_path):
     for i in range(20):
         where = [f"run_dir={tmp_path / str(i)}"] if i % 2 else []
         process = subprocess.Popen(
-            [*command, *SMALL, "max_steps=2", "optim.warmup_steps=0", *where], cwd=tmp_path, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            [*command, *SMALL, "max_steps=2", "optim.warmup_steps=0", *where],
+            cwd=tmp_path,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         with ended(process):
             output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output

@@ -25,11 +25,24 @@ from genai.train.run import _init_from, run
 from tests.conftest import ROOT, as_python, context
 
 TINY = [
-    "max_steps=24", "accumulate=2", "log_every_steps=5", "logger=none", "data.batch_size=4", "optim.warmup_steps=3",
-    "model.net.channels=8", "model.net.multipliers=[1]", "model.net.dropout=0.1", "model.schedule.steps=20",
-    "sampler.steps=2", "callbacks.samples.n=2", "callbacks.samples.every_steps=12", "callbacks.evaluate.every_steps=4",
-    "callbacks.evaluate.n=16", "callbacks.save.every_steps=6", "callbacks.save.keep_every_steps=12",
-]  # fmt: skip
+    "max_steps=24",
+    "accumulate=2",
+    "log_every_steps=5",
+    "logger=none",
+    "data.batch_size=4",
+    "optim.warmup_steps=3",
+    "model.net.channels=8",
+    "model.net.multipliers=[1]",
+    "model.net.dropout=0.1",
+    "model.schedule.steps=20",
+    "sampler.steps=2",
+    "callbacks.samples.n=2",
+    "callbacks.samples.every_steps=12",
+    "callbacks.evaluate.every_steps=4",
+    "callbacks.evaluate.n=16",
+    "callbacks.save.every_steps=6",
+    "callbacks.save.keep_every_steps=12",
+]
 
 
 def child(overrides, kill_at, log):
@@ -114,9 +127,15 @@ def child(overrides, kill_at, log):
 
 
 def train(
-    folder: Path, *overrides: str, kill_at=None, kill_after: float | None = None, new: bool = True, base=TINY,
-    codes=(0, -signal.SIGKILL), number=signal.SIGKILL,
-) -> int:  # fmt: skip
+    folder: Path,
+    *overrides: str,
+    kill_at=None,
+    kill_after: float | None = None,
+    new: bool = True,
+    base=TINY,
+    codes=(0, -signal.SIGKILL),
+    number=signal.SIGKILL,
+) -> int:
     """One process that trains or resumes in `folder`; returns its exit code."""
     arguments = [*base, f"run_dir={folder}"] if new else [f"resume={folder}"]
     log = folder.with_suffix(".log")
@@ -286,11 +305,21 @@ def test_a_second_process_is_refused_and_death_frees_the_run(uninterrupted, tmp_
 
 
 ADVERSARIAL = [
-    "model=biggan", "max_steps=14", "log_every_steps=4", "logger=none", "data.batch_size=4", "loop.critic_steps=2",
-    "model.share_fake=false", "model.generator.channels=4", "model.discriminator.channels=4", "callbacks.samples.n=2",
-    "callbacks.samples.every_steps=6", "callbacks.evaluate.every_steps=4", "callbacks.evaluate.n=16",
+    "model=biggan",
+    "max_steps=14",
+    "log_every_steps=4",
+    "logger=none",
+    "data.batch_size=4",
+    "loop.critic_steps=2",
+    "model.share_fake=false",
+    "model.generator.channels=4",
+    "model.discriminator.channels=4",
+    "callbacks.samples.n=2",
+    "callbacks.samples.every_steps=6",
+    "callbacks.evaluate.every_steps=4",
+    "callbacks.evaluate.n=16",
     "callbacks.save.every_steps=6",
-]  # fmt: skip
+]
 
 
 def test_a_game_killed_between_its_players_equals_one_that_was_not(tmp_path):
@@ -432,9 +461,12 @@ REFUSED = {
     "batch": (edited("batch_size: 4", "batch_size: 8"), "data.batch_size is 8 and was 4"),
     "decay": (edited("decay: 0.998", "decay: 0.99"), "ema.decay is 0.99 and was 0.998"),
     "schedule": (edited("    steps: 20\n", "    steps: 40\n"), "model.schedule.steps is 40 and was 20"),
-    "two": (edited("accumulate: 2\n", "accumulate: 4\nnew: 1\n"), "accumulate is 4 and was 2; new is 1 and was not there"),
+    "two": (
+        edited("accumulate: 2\n", "accumulate: 4\nnew: 1\n"),
+        "accumulate is 4 and was 2; new is 1 and was not there",
+    ),
     "gone": (edited("clip_norm: 1.0\n", ""), "clip_norm is not there and was 1.0"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -542,17 +574,32 @@ FAMILIES = {
     "ddpm": TINY,
     "biggan": ADVERSARIAL,
     "vae": [
-        "model=vae", "max_steps=120", "data.batch_size=4", "logger=none", "callbacks.save.every_steps=6",
-        "callbacks.save.keep_every_steps=12", "callbacks.evaluate.every_steps=4", "callbacks.evaluate.n=16",
-        "callbacks.samples.every_steps=20", "callbacks.samples.n=2",
+        "model=vae",
+        "max_steps=120",
+        "data.batch_size=4",
+        "logger=none",
+        "callbacks.save.every_steps=6",
+        "callbacks.save.keep_every_steps=12",
+        "callbacks.evaluate.every_steps=4",
+        "callbacks.evaluate.n=16",
+        "callbacks.samples.every_steps=20",
+        "callbacks.samples.n=2",
     ],
     "gpt": [
-        "model=gpt_nano", "data=digits_pixels", "max_steps=24", "data.batch_size=2", "logger=none",
+        "model=gpt_nano",
+        "data=digits_pixels",
+        "max_steps=24",
+        "data.batch_size=2",
+        "logger=none",
         "model.net.transformer.width=16",
-        "callbacks.save.every_steps=6", "callbacks.save.keep_every_steps=12", "callbacks.evaluate.every_steps=4",
-        "callbacks.evaluate.n=8", "callbacks.samples.every_steps=20", "callbacks.samples.n=1",
+        "callbacks.save.every_steps=6",
+        "callbacks.save.keep_every_steps=12",
+        "callbacks.evaluate.every_steps=4",
+        "callbacks.evaluate.n=8",
+        "callbacks.samples.every_steps=20",
+        "callbacks.samples.n=1",
     ],
-}  # fmt: skip
+}
 KILLS_OF_EACH = int(os.environ.get("KILLS", "25"))
 
 

@@ -27,8 +27,16 @@ from genai.train.record import Record
 from tests.checkpoint.test_checkpoint import DEBUG
 from tests.conftest import ROOT, python
 
-RUN = [*DEBUG[1:], "max_steps=6", "data.batch_size=8", "log_every_steps=2", "callbacks.samples.n=4",
-       "callbacks.evaluate.n=8", "callbacks.samples.every_steps=3", "callbacks.save.every_steps=3"]  # fmt: skip
+RUN = [
+    *DEBUG[1:],
+    "max_steps=6",
+    "data.batch_size=8",
+    "log_every_steps=2",
+    "callbacks.samples.n=4",
+    "callbacks.evaluate.n=8",
+    "callbacks.samples.every_steps=3",
+    "callbacks.save.every_steps=3",
+]
 
 
 def records(path):
@@ -85,8 +93,14 @@ def offline_runs(folder):
 @pytest.mark.slow
 def test_offline_run_holds_config_metrics_and_images_and_goes_on_when_resumed(command, tmp_path):
     folder = tmp_path / "run"
-    asked = ["logger.project=mine", "logger.entity=me", "logger.tags=[a,b]", "logger.notes=first try", "logger.group=g",
-             "logger.artifacts=true"]  # fmt: skip
+    asked = [
+        "logger.project=mine",
+        "logger.entity=me",
+        "logger.tags=[a,b]",
+        "logger.notes=first try",
+        "logger.group=g",
+        "logger.artifacts=true",
+    ]
     done = command("train.py", *RUN, *asked, f"run_dir={folder}", env={"WANDB_MODE": "offline"})
     assert done.returncode == 0, done.stderr
     (first,) = offline_runs(folder)

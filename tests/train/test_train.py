@@ -32,9 +32,17 @@ def data(n=64, batch_size=8, dtype=np.float64):
     values = np.random.default_rng(0).normal(size=(n, 6)).astype(dtype)
     split = Arrays("vector", values, None)
     return Data(
-        field="vector", shape=None, classes=None, levels=None, batch_size=batch_size, num_workers=0,
-        splits={"train": split, "val": split}, found_shape=[6], class_names=None, found_levels=None,
-    )  # fmt: skip
+        field="vector",
+        shape=None,
+        classes=None,
+        levels=None,
+        batch_size=batch_size,
+        num_workers=0,
+        splits={"train": split, "val": split},
+        found_shape=[6],
+        class_names=None,
+        found_levels=None,
+    )
 
 
 class Masked(nn.Module):
@@ -83,14 +91,29 @@ def fit(
         model.net.float()
     optim = optim or functools.partial(adamw, lr=0.01)
     lit = LitModel(
-        model, data(batch_size=batch_size, dtype=dtype), optim, functools.partial(EMA, decay=0.9), record,
-        accumulate=accumulate, clip_norm=clip_norm, log_every_steps=2,
-    )  # fmt: skip
+        model,
+        data(batch_size=batch_size, dtype=dtype),
+        optim,
+        functools.partial(EMA, decay=0.9),
+        record,
+        accumulate=accumulate,
+        clip_norm=clip_norm,
+        log_every_steps=2,
+    )
     arguments = {
-        "max_steps": steps, "max_epochs": -1, "logger": False, "enable_checkpointing": False, "accelerator": "cpu",
-        "enable_progress_bar": False, "enable_model_summary": False, "devices": 1, "precision": "64-true",
-        "plugins": [File(CONFIG, nodes_of(Image(), {}))], "use_distributed_sampler": False, **trainer,
-    }  # fmt: skip
+        "max_steps": steps,
+        "max_epochs": -1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "devices": 1,
+        "precision": "64-true",
+        "plugins": [File(CONFIG, nodes_of(Image(), {}))],
+        "use_distributed_sampler": False,
+        **trainer,
+    }
     L.Trainer(callbacks=list(callbacks), **arguments).fit(lit)
     return lit
 

@@ -94,9 +94,15 @@ class _Reader:
 
 
 def _speculate(
-    model: _Reader, draft: _Reader, prompt: Tensor, n: int, ahead: int, uniforms: list[Tensor], shape: tuple,
+    model: _Reader,
+    draft: _Reader,
+    prompt: Tensor,
+    n: int,
+    ahead: int,
+    uniforms: list[Tensor],
+    shape: tuple,
     stop: int | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """n new tokens of one prompt (1, T), and their ln p by the model."""
     given, text = prompt.shape[1], prompt
     logs: list[Tensor] = []

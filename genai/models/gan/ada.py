@@ -34,16 +34,35 @@ class Augment(nn.Module):
     """
 
     def __init__(
-        self, flip: float = 1.0, quarter_turns: float = 1.0, shift: float = 1.0, scale: float = 1.0, rotate: float = 1.0,
-        stretch: float = 1.0, fraction: float = 1.0, brightness: float = 1.0, contrast: float = 1.0, luma_flip: float = 1.0,
-        hue: float = 1.0, saturation: float = 1.0,
-    ):  # fmt: skip
+        self,
+        flip: float = 1.0,
+        quarter_turns: float = 1.0,
+        shift: float = 1.0,
+        scale: float = 1.0,
+        rotate: float = 1.0,
+        stretch: float = 1.0,
+        fraction: float = 1.0,
+        brightness: float = 1.0,
+        contrast: float = 1.0,
+        luma_flip: float = 1.0,
+        hue: float = 1.0,
+        saturation: float = 1.0,
+    ):
         super().__init__()
         self.factors = {
-            "flip": flip, "quarter_turns": quarter_turns, "shift": shift, "scale": scale, "rotate": rotate,
-            "stretch": stretch, "fraction": fraction, "brightness": brightness, "contrast": contrast,
-            "luma_flip": luma_flip, "hue": hue, "saturation": saturation,
-        }  # fmt: skip
+            "flip": flip,
+            "quarter_turns": quarter_turns,
+            "shift": shift,
+            "scale": scale,
+            "rotate": rotate,
+            "stretch": stretch,
+            "fraction": fraction,
+            "brightness": brightness,
+            "contrast": contrast,
+            "luma_flip": luma_flip,
+            "hue": hue,
+            "saturation": saturation,
+        }
         for name, factor in self.factors.items():
             number(factor, f"model.augment.augment.{name}", 0, 1)
 

@@ -27,10 +27,20 @@ class BigGAN(GAN):
     """
 
     def __init__(
-        self, field: str, shape: Sequence[int], latents: int, generator: nn.Module, discriminator: nn.Module,
-        loss: Adversarial, classes: int | None = None, r1: float = 0.0, r2: float = 0.0, gradient_penalty: float = 0.0,
-        share_fake: bool = True, orthogonal: float = 1e-4,
-    ):  # fmt: skip
+        self,
+        field: str,
+        shape: Sequence[int],
+        latents: int,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        loss: Adversarial,
+        classes: int | None = None,
+        r1: float = 0.0,
+        r2: float = 0.0,
+        gradient_penalty: float = 0.0,
+        share_fake: bool = True,
+        orthogonal: float = 1e-4,
+    ):
         super().__init__(
             field, shape, latents, generator, discriminator, loss, classes, r1, r2, gradient_penalty, share_fake
         )
@@ -150,10 +160,16 @@ class Generator(nn.Module):
     """
 
     def __init__(
-        self, shape: Sequence[int], latents: int, classes: int | None = None, channels: int = 64,
-        multipliers: Sequence[int] = (1, 2, 4), attention: Sequence[int] | None = None, label_width: int = 128,
+        self,
+        shape: Sequence[int],
+        latents: int,
+        classes: int | None = None,
+        channels: int = 64,
+        multipliers: Sequence[int] = (1, 2, 4),
+        attention: Sequence[int] | None = None,
+        label_width: int = 128,
         attention_depths: Sequence[int] | None = None,
-    ):  # fmt: skip
+    ):
         super().__init__()
         widths = [channels * m for m in reversed(multipliers)]
         height, width = halve_shape(shape, len(widths) - 1)
@@ -206,9 +222,14 @@ class Discriminator(nn.Module):
     """
 
     def __init__(
-        self, shape: Sequence[int], classes: int | None = None, channels: int = 64, multipliers: Sequence[int] = (1, 2, 4),
-        attention: Sequence[int] | None = None, attention_depths: Sequence[int] | None = None,
-    ):  # fmt: skip
+        self,
+        shape: Sequence[int],
+        classes: int | None = None,
+        channels: int = 64,
+        multipliers: Sequence[int] = (1, 2, 4),
+        attention: Sequence[int] | None = None,
+        attention_depths: Sequence[int] | None = None,
+    ):
         super().__init__()
         halve_shape(shape, len(multipliers) - 1)
         widths = [shape[0], *(channels * m for m in multipliers)]

@@ -27,9 +27,14 @@ class Generator(nn.Module):
     """
 
     def __init__(
-        self, shape: Sequence[int], latents: int, classes: int | None = None, channels: int = 64,
-        multipliers: Sequence[int] = (1, 2), label_width: int = 32,
-    ):  # fmt: skip
+        self,
+        shape: Sequence[int],
+        latents: int,
+        classes: int | None = None,
+        channels: int = 64,
+        multipliers: Sequence[int] = (1, 2),
+        label_width: int = 32,
+    ):
         super().__init__()
         widths = [channels * m for m in reversed(multipliers)]
         self.start = (widths[0], *halve_shape(shape, len(widths)))
@@ -60,9 +65,13 @@ class Discriminator(nn.Module):
     """
 
     def __init__(
-        self, shape: Sequence[int], classes: int | None = None, channels: int = 64, multipliers: Sequence[int] = (1, 2),
+        self,
+        shape: Sequence[int],
+        classes: int | None = None,
+        channels: int = 64,
+        multipliers: Sequence[int] = (1, 2),
         norm: Callable[[int], nn.Module] | None = BatchNorm,
-    ):  # fmt: skip
+    ):
         super().__init__()
         widths = [channels * m for m in multipliers]
         features = widths[-1] * math.prod(halve_shape(shape, len(widths)))

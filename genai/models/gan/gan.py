@@ -46,10 +46,19 @@ class GAN(nn.Module):
     """Real images of one step, all ranks together; the loop sets it."""
 
     def __init__(
-        self, field: str, shape: Sequence[int], latents: int, generator: nn.Module, discriminator: nn.Module,
-        loss: Adversarial, classes: int | None = None, r1: float = 0.0, r2: float = 0.0, gradient_penalty: float = 0.0,
+        self,
+        field: str,
+        shape: Sequence[int],
+        latents: int,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        loss: Adversarial,
+        classes: int | None = None,
+        r1: float = 0.0,
+        r2: float = 0.0,
+        gradient_penalty: float = 0.0,
         share_fake: bool = True,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.field, self.shape, self.classes = field, tuple(shape), classes
         self.latents = at_least(latents, 1, "model.latents")

@@ -83,9 +83,14 @@ class MLPGenerator(nn.Module):
     """z (B, latents) -> (B, *shape) in [-1, 1]."""
 
     def __init__(
-        self, shape: Sequence[int], latents: int, classes: int | None = None, width: int = 256, layers: int = 3,
+        self,
+        shape: Sequence[int],
+        latents: int,
+        classes: int | None = None,
+        width: int = 256,
+        layers: int = 3,
         label_width: int = 32,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.shape = tuple(shape)
         self.inputs = LabelledLatents(latents, classes, label_width)

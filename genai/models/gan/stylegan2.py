@@ -42,10 +42,21 @@ class StyleGAN2(KeepBufferPrecision):
     path_mean: Tensor
 
     def __init__(
-        self, field: str, shape: Sequence[int], classes: int | None, latents: int, generator: Generator,
-        discriminator: Discriminator, gamma: float, augment: ADA | None = None, path_weight: float = 2.0,
-        mixing: float = 0.9, r1_every_steps: int = 16, path_every_steps: int = 4, share_fake: bool = True,
-    ):  # fmt: skip
+        self,
+        field: str,
+        shape: Sequence[int],
+        classes: int | None,
+        latents: int,
+        generator: Generator,
+        discriminator: Discriminator,
+        gamma: float,
+        augment: ADA | None = None,
+        path_weight: float = 2.0,
+        mixing: float = 0.9,
+        r1_every_steps: int = 16,
+        path_every_steps: int = 4,
+        share_fake: bool = True,
+    ):
         super().__init__()
         if augment is not None and not isinstance(augment, nn.Module):
             raise UserError(
@@ -117,8 +128,13 @@ class StyleGAN2(KeepBufferPrecision):
         if self.augment is not None and self.training:
             self.augment.update(real, step)
         loss = logistic(real, false).mean()
-        logs = {"d_loss": loss, "logit_real": real.mean(), "logit_fake": false.mean(), "r_t": real.sign().mean(),
-                "fake_sign": false.sign().mean()}  # fmt: skip
+        logs = {
+            "d_loss": loss,
+            "logit_real": real.mean(),
+            "logit_fake": false.mean(),
+            "r_t": real.sign().mean(),
+            "fake_sign": false.sign().mean(),
+        }
         if self.augment is not None:
             logs["ada_p"] = self.augment.p.clone()  # it moves in place
         total = loss if penalty is None else loss + self.lazy["discriminator"] * self.gamma / 2 * penalty.mean()

@@ -163,18 +163,27 @@ class Generator(nn.Module):
     """
 
     def __init__(
-        self, shape: Sequence[int], latents: int, widths: Sequence[int], style: int = 128, layers: int = 8,
+        self,
+        shape: Sequence[int],
+        latents: int,
+        widths: Sequence[int],
+        style: int = 128,
+        layers: int = 8,
         classes: int | None = None,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.mapping = Mapping(latents, style, layers, classes)
         self.synthesis = Synthesis(shape, widths, style)
         self.layers = 2 * len(widths)
 
     def forward(
-        self, z: Tensor, label: Tensor | None = None, second: Tensor | None = None, cut: Tensor | None = None,
+        self,
+        z: Tensor,
+        label: Tensor | None = None,
+        second: Tensor | None = None,
+        cut: Tensor | None = None,
         noise: Noise | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """z (B, latents) -> images and w (B, L, style); from layer `cut` on, int64 (B,), w is that of `second`, another z
         (style mixing, StyleGAN, 2019, section 3.1)."""
         w = self.mapping(z, label)[:, None].expand(-1, self.layers, -1)
@@ -239,8 +248,13 @@ class Discriminator(nn.Module):
     """
 
     def __init__(
-        self, shape: Sequence[int], widths: Sequence[int], classes: int | None = None, group: int = 4, residual: bool = True
-    ):  # fmt: skip
+        self,
+        shape: Sequence[int],
+        widths: Sequence[int],
+        classes: int | None = None,
+        group: int = 4,
+        residual: bool = True,
+    ):
         super().__init__()
         size = start_size(shape, widths, "model.discriminator.widths")
         self.group = at_least(group, 1, "model.discriminator.group")

@@ -30,14 +30,22 @@ class AdversarialAutoencoder(Autoencoder):
     images_per_step: int = 0
 
     def __init__(
-        self, field: str, shape: Sequence[int], latent_shape: Sequence[int], encoder: nn.Module, decoder: nn.Module,
-        discriminator: nn.Module, loss: Adversarial, kl_weight: float = 1e-4, power: int = 2,
-        perceptual: nn.Module | None = None, perceptual_weight: float = 0.1, adversarial_weight: float = 0.5,
+        self,
+        field: str,
+        shape: Sequence[int],
+        latent_shape: Sequence[int],
+        encoder: nn.Module,
+        decoder: nn.Module,
+        discriminator: nn.Module,
+        loss: Adversarial,
+        kl_weight: float = 1e-4,
+        power: int = 2,
+        perceptual: nn.Module | None = None,
+        perceptual_weight: float = 0.1,
+        adversarial_weight: float = 0.5,
         start_step: int = 0,
-    ):  # fmt: skip
-        super().__init__(
-            field, shape, latent_shape, encoder, decoder, kl_weight, power, perceptual, perceptual_weight
-        )  # fmt: skip
+    ):
+        super().__init__(field, shape, latent_shape, encoder, decoder, kl_weight, power, perceptual, perceptual_weight)
         self.discriminator, self.loss = discriminator, loss
         self.adversarial_weight = number(adversarial_weight, "model.adversarial_weight", 0)
         self.start_step = at_least(start_step, 0, "model.start_step")

@@ -31,9 +31,17 @@ class Autoencoder(nn.Module):
     vocabulary: int | None = None
 
     def __init__(
-        self, field: str, shape: Sequence[int], latent_shape: Sequence[int], encoder: nn.Module, decoder: nn.Module,
-        kl_weight: float = 1e-4, power: int = 2, perceptual: nn.Module | None = None, perceptual_weight: float = 0.1,
-    ):  # fmt: skip
+        self,
+        field: str,
+        shape: Sequence[int],
+        latent_shape: Sequence[int],
+        encoder: nn.Module,
+        decoder: nn.Module,
+        kl_weight: float = 1e-4,
+        power: int = 2,
+        perceptual: nn.Module | None = None,
+        perceptual_weight: float = 0.1,
+    ):
         super().__init__()
         if power not in (1, 2):
             raise UserError(f"model.power={power} is neither 1 nor 2")

@@ -80,9 +80,14 @@ class MapEncoder(nn.Module):
     """
 
     def __init__(
-        self, shape: Sequence[int], latent_shape: Sequence[int], outputs: int, channels: int = 32,
-        multipliers: Sequence[int] = (1, 2), blocks: int = 1,
-    ):  # fmt: skip
+        self,
+        shape: Sequence[int],
+        latent_shape: Sequence[int],
+        outputs: int,
+        channels: int = 32,
+        multipliers: Sequence[int] = (1, 2),
+        blocks: int = 1,
+    ):
         super().__init__()
         widths, _ = check_pyramid(shape, latent_shape, channels, multipliers)
         head = nn.Conv2d(widths[-1], outputs, 3, padding=1)
@@ -96,9 +101,13 @@ class MapDecoder(nn.Module):
     """Maps (B, *latent_shape) -> images (B, *shape), the encoder's way back."""
 
     def __init__(
-        self, shape: Sequence[int], latent_shape: Sequence[int], channels: int = 32, multipliers: Sequence[int] = (1, 2),
+        self,
+        shape: Sequence[int],
+        latent_shape: Sequence[int],
+        channels: int = 32,
+        multipliers: Sequence[int] = (1, 2),
         blocks: int = 1,
-    ):  # fmt: skip
+    ):
         super().__init__()
         widths, sizes = check_pyramid(shape, latent_shape, channels, multipliers)
         self.stem = nn.Conv2d(latent_shape[0], widths[-1], 3, padding=1)

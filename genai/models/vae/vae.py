@@ -32,10 +32,19 @@ class VAE(nn.Module):
     bound = "lower bound"
 
     def __init__(
-        self, field: str, shape: Sequence[int], levels: int | None, latents: int, encoder: nn.Module, decoder: nn.Module,
-        likelihood: Likelihood, beta: float = 1.0, free_bits: float = 0.0, kl_warmup_steps: int = 0,
+        self,
+        field: str,
+        shape: Sequence[int],
+        levels: int | None,
+        latents: int,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        likelihood: Likelihood,
+        beta: float = 1.0,
+        free_bits: float = 0.0,
+        kl_warmup_steps: int = 0,
         importance_samples: int = 64,
-    ):  # fmt: skip
+    ):
         super().__init__()
         if likelihood.levels is None and levels is not None:
             raise UserError(

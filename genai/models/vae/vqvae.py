@@ -27,9 +27,15 @@ class VQVAE(nn.Module):
     """
 
     def __init__(
-        self, field: str, shape: Sequence[int], map_shape: Sequence[int], encoder: nn.Module, quantizer: Quantizer,
-        decoder: nn.Module, commitment: float = 0.25,
-    ):  # fmt: skip
+        self,
+        field: str,
+        shape: Sequence[int],
+        map_shape: Sequence[int],
+        encoder: nn.Module,
+        quantizer: Quantizer,
+        decoder: nn.Module,
+        commitment: float = 0.25,
+    ):
         super().__init__()
         self.field, self.shape, self.commitment = field, tuple(shape), number(commitment, "model.commitment", 0)
         if quantizer.dim != map_shape[0]:

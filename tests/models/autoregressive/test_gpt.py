@@ -29,18 +29,31 @@ MLPS = {
 
 
 def gpt(
-    heads=4, kv_heads=None, qk_norm=None, position="rotary", mlp="squared_relu", normal="rms", bias=False, tied=False,
-    shift=False, width=16, layers=2, length=24, init=transformer.scaled_init, seed=0,
-):  # fmt: skip
+    heads=4,
+    kv_heads=None,
+    qk_norm=None,
+    position="rotary",
+    mlp="squared_relu",
+    normal="rms",
+    bias=False,
+    tied=False,
+    shift=False,
+    width=16,
+    layers=2,
+    length=24,
+    init=transformer.scaled_init,
+    seed=0,
+):
     torch.manual_seed(seed)
     net = Transformer(
-        width, layers,
+        width,
+        layers,
         attention=partial(Attention, heads=heads, kv_heads=kv_heads, bias=bias, qk_norm=qk_norm and norm.RMSNorm),
         mlp=MLPS[mlp],
         norm=partial(norm.RMSNorm, gain=True) if normal == "rms" else norm.LayerNorm,
         position=RotaryPositions if position == "rotary" else partial(LearnedPositions, length=length),
         shift=transformer.Shift if shift else None,
-    )  # fmt: skip
+    )
     model = GPT("tokens", V, length, Decoder(V, net, tied, init))
     with torch.no_grad():  # so that attention and logits are far from uniform
         for p in model.parameters():
@@ -206,9 +219,14 @@ def test_a_batch_without_targets_weighs_nothing():
     loss.total.backward()
     assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
     lit = SimpleNamespace(
-        trainer=SimpleNamespace(world_size=1), seed=0, global_rank=0, device=torch.device("cpu"), overlaps=True,
-        no_sync=contextlib.nullcontext, manual_backward=lambda total: total.backward(),
-    )  # fmt: skip
+        trainer=SimpleNamespace(world_size=1),
+        seed=0,
+        global_rank=0,
+        device=torch.device("cpu"),
+        overlaps=True,
+        no_sync=contextlib.nullcontext,
+        manual_backward=lambda total: total.backward(),
+    )
     player = ParameterGroup(model.named_parameters())
     losses = LitModel.accumulate_gradients(lit, player, [masked, masked], lambda b: model(b, 0), 0)
     assert len(losses) == 2 and all((p.grad == 0).all() for p in model.parameters())
@@ -242,9 +260,13 @@ def test_generation_is_its_definition_and_depends_on_the_seed_alone(shape, posit
     tokens = torch.stack([torch.cat([torch.zeros(7 - len(row), dtype=torch.int64), row]) for row in rows])
     seen = []
     batch = decode.generate(
-        model, torch.arange(4) + 5, {"tokens": tokens, "pad": pad}, lambda i, n, s: seen.append(s["tokens"].clone()),
-        max_new_tokens=17, **shape,
-    )  # fmt: skip
+        model,
+        torch.arange(4) + 5,
+        {"tokens": tokens, "pad": pad},
+        lambda i, n, s: seen.append(s["tokens"].clone()),
+        max_new_tokens=17,
+        **shape,
+    )
     for b, row in enumerate(rows):
         assert batch["tokens"][b].tolist() == plain(model, row, 5 + b, 17, **shape).tolist()
     assert len(seen) == 17 and all(torch.equal(s, batch["tokens"][:, : i + 1]) for i, s in enumerate(seen))

@@ -43,9 +43,12 @@ from genai.train.run import run
 
 ddim = functools.partial(samplers.sample, solver=tables.ddim)
 DDIM = {
-    "_target_": "genai.models.diffusion.sampling.samplers.sample", "_partial_": True, "steps": 2, "guidance": None,
+    "_target_": "genai.models.diffusion.sampling.samplers.sample",
+    "_partial_": True,
+    "steps": 2,
+    "guidance": None,
     "solver": {"_target_": "genai.models.diffusion.sampling.tables.ddim", "_partial_": True},
-}  # fmt: skip
+}
 SMALL = ["logger=none", "max_steps=4", "data.batch_size=8", "callbacks.evaluate.n=16", "callbacks.samples.n=2"]
 TEXT = ["+model.net.text._target_=genai.nn.text_encoder.TextEncoder", "+model.net.text.length=32"]
 
@@ -427,9 +430,15 @@ def stages(tmp_path_factory):
     root = tmp_path_factory.mktemp("stages")
     first = train("model=autoencoder", "data=digits", f"run_dir={root / 'first'}", "model.kl_weight=0", *SMALL)
     second = train(
-        "model=latent", "data=digits_text", f"codec.ckpt={first}", "model.net.multipliers=[1]", f"run_dir={root / 'second'}",
-        "sampler.steps=2", *TEXT, *SMALL,
-    )  # fmt: skip
+        "model=latent",
+        "data=digits_text",
+        f"codec.ckpt={first}",
+        "model.net.multipliers=[1]",
+        f"run_dir={root / 'second'}",
+        "sampler.steps=2",
+        *TEXT,
+        *SMALL,
+    )
     return first, second
 
 
@@ -489,9 +498,15 @@ def test_a_changed_first_stage_is_refused(stages, tmp_path):
 def test_latents_from_disk_are_those_of_the_first_stage(stages, tmp_path):
     first, second = stages
     arguments = [
-        "model=latent", "data=digits_text", f"codec.ckpt={first}", "model.net.multipliers=[1]",
-        "sampler.steps=2", f"codec.cache={tmp_path / 'cache'}", *TEXT, *SMALL,
-    ]  # fmt: skip
+        "model=latent",
+        "data=digits_text",
+        f"codec.ckpt={first}",
+        "model.net.multipliers=[1]",
+        "sampler.steps=2",
+        f"codec.cache={tmp_path / 'cache'}",
+        *TEXT,
+        *SMALL,
+    ]
     for name in ("a", "b"):  # the second reads what the first wrote
         one = train(*arguments, f"run_dir={tmp_path / name}")
         a, b = (checkpoint.read(f / "checkpoints" / "last.ckpt")["model"] for f in (one, second))
@@ -517,9 +532,16 @@ def test_old_weights_do_not_bring_their_first_stage_along(stages, tmp_path):
     _, second = stages
     other = train("model=autoencoder", "data=digits", "seed=5", f"run_dir={tmp_path / 'other'}", *SMALL)
     run = train(
-        "model=latent", "data=digits_text", f"codec.ckpt={other}", "model.net.multipliers=[1]",
-        "sampler.steps=2", f"init_from={second}", f"run_dir={tmp_path / 'run'}", *TEXT, *SMALL,
-    )  # fmt: skip
+        "model=latent",
+        "data=digits_text",
+        f"codec.ckpt={other}",
+        "model.net.multipliers=[1]",
+        "sampler.steps=2",
+        f"init_from={second}",
+        f"run_dir={tmp_path / 'run'}",
+        *TEXT,
+        *SMALL,
+    )
     codec, own = genai.load(other).model.state_dict(), genai.load(run).model.codec.state_dict()
     assert all(torch.equal(own[name], tensor) for name, tensor in codec.items())
 

@@ -88,6 +88,9 @@ def test_unet_has_the_size_of_ddpms():
     """Ho et al. 2020 report 35.7 M parameters for CIFAR-10; ours adds scale beside shift and the class embedding."""
     net = UNet([3, 32, 32], 128, [1, 2, 2, 2], 2, [16])
     parameters = sum(p.numel() for p in net.parameters())
-    scale = sum(m.emb.weight[: m.emb.out_features // 2].numel() + m.emb.out_features // 2
-                for m in net.modules() if hasattr(m, "emb"))  # fmt: skip
+    scale = sum(
+        m.emb.weight[: m.emb.out_features // 2].numel() + m.emb.out_features // 2
+        for m in net.modules()
+        if hasattr(m, "emb")
+    )
     assert parameters - scale == pytest.approx(35.7e6, rel=0.01)

@@ -283,11 +283,17 @@ REFUSED = {
     "mask= says what to do with an image": {"mask": torch.ones(6, *SHAPE)},
     "invert= says what to do with an image": {"invert": True},
     "image= alone changes nothing: give strength= below 1": {"image": images()},
-    r"image is \[5, 1, 2, 2\], but 6 samples of this model start from \[6, 1, 2, 2\]": {"image": images()[:5], "strength": 0.5},
+    r"image is \[5, 1, 2, 2\], but 6 samples of this model start from \[6, 1, 2, 2\]": {
+        "image": images()[:5],
+        "strength": 0.5,
+    },
     r"mask is \[6, 1, 2, 3\], but the image is \[6, 1, 2, 2\]": {"image": images(), "mask": torch.ones(6, 1, 2, 3)},
     r"sampler.sigma_max=1000 is out of range: this model knows sigma / alpha from 0.002 to 80": {"sigma_max": 1000},
     r"sampler.sigma_min=0.001 is out of range: .* from 0.002 to 80": {"sigma_min": 0.001},
-    r"sampler.sigma_min=30 is out of range: .*, and it must lie below sampler.sigma_max=20": {"sigma_min": 30, "sigma_max": 20},
+    r"sampler.sigma_min=30 is out of range: .*, and it must lie below sampler.sigma_max=20": {
+        "sigma_min": 30,
+        "sigma_max": 20,
+    },
     r"sampler.rho=0 must be a number greater than 0": {"rho": 0},
     r"sampler.rho=0.1 is too small for levels from 0.002 to 80: give 1 or more": {"rho": 0.1},
     r"sampler.rho=0.001 is too small for levels from 39 to 40": {"rho": 0.001, "sigma_min": 39, "sigma_max": 40},
@@ -297,10 +303,11 @@ REFUSED = {
     r"guidance_interval=\[2, 1\] must be \[low,high\] of sigma / alpha": {"guidance": 2.0, "guidance_interval": [2, 1]},
     r"autoguidance= at guidance=0 is the worse model alone": {"guidance": 0.0, "autoguidance": exact("edm")},
     r"autoguidance= is a model of \[3\], and this one is of \[1, 2, 2\]": {
-        "guidance": 2.0, "autoguidance": Flow(nn.Identity(), [3], "image"),
+        "guidance": 2.0,
+        "autoguidance": Flow(nn.Identity(), [3], "image"),
     },
     r"autoguidance= has another first stage than this model": {"guidance": 2.0, "autoguidance": ELSEWHERE},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("sentence", REFUSED)

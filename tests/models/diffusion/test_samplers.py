@@ -370,16 +370,24 @@ PUBLIC = {
     "euler": (diffusers.EulerDiscreteScheduler, {}, tables.ddim, False),
     "heun": (diffusers.HeunDiscreteScheduler, {}, functools.partial(tables.heun, space="sigma"), False),
     "dpmpp_2m": (
-        diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}, tables.dpmpp_2m, True,
+        diffusers.DPMSolverMultistepScheduler,
+        {"algorithm_type": "dpmsolver++"},
+        tables.dpmpp_2m,
+        True,
     ),
     "dpmpp_2m karras": (
-        diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}, tables.dpmpp_2m, True,
+        diffusers.DPMSolverMultistepScheduler,
+        {"use_karras_sigmas": True},
+        tables.dpmpp_2m,
+        True,
     ),
     "dpmpp_2m_sde": (
-        diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"},
-        functools.partial(tables.dpmpp_2m, eta=1.0), True,
+        diffusers.DPMSolverMultistepScheduler,
+        {"algorithm_type": "sde-dpmsolver++"},
+        functools.partial(tables.dpmpp_2m, eta=1.0),
+        True,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -100,8 +100,10 @@ def test_movements_are_what_they_are_called():
     assert sum(counts) == 64 and min(counts) > 5
     shifted = only(shift=1)(x, p)
     wholes = [(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)]
-    same = [[torch.equal(s[:, 1:-1, 1:-1], y.roll(by, (1, 2))[:, 1:-1, 1:-1]) for by in wholes]
-            for s, y in zip(shifted, x, strict=True)]  # fmt: skip
+    same = [
+        [torch.equal(s[:, 1:-1, 1:-1], y.roll(by, (1, 2))[:, 1:-1, 1:-1]) for by in wholes]
+        for s, y in zip(shifted, x, strict=True)
+    ]
     assert all(sum(row) == 1 for row in same) and np.any(same, 0).all()
     one = torch.ones(1).double()
     turn = linear(*rotation(0.3 * one)) @ linear(*rotation(-0.3 * one))
@@ -150,9 +152,16 @@ def test_on_200_images_the_discriminator_overfits_less_with_it_than_without(tmp_
     digits = Digits("image", [1, 8, 8], 10, 17, **facts).splits["train"]
     split = Arrays("image", digits.values[:200].numpy(), None)
     data = Data(
-        field="image", shape=None, classes=None, levels=17, splits={"train": split, "val": split}, found_shape=[1, 8, 8],
-        class_names=None, found_levels=17, **facts,
-    )  # fmt: skip
+        field="image",
+        shape=None,
+        classes=None,
+        levels=17,
+        splits={"train": split, "val": split},
+        found_shape=[1, 8, 8],
+        class_names=None,
+        found_levels=17,
+        **facts,
+    )
     found = {}
     for name, augment in (("without", None), ("with", ADA(Augment(), ramp_images=10_000))):
         torch.manual_seed(0)
@@ -173,10 +182,17 @@ def test_on_200_images_the_discriminator_overfits_less_with_it_than_without(tmp_
             log_every_steps=300,
         )
         trainer = L.Trainer(
-            max_steps=1500, max_epochs=-1, logger=False, enable_checkpointing=False, accelerator="cpu", devices=1,
-            enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+            max_steps=1500,
+            max_epochs=-1,
+            logger=False,
+            enable_checkpointing=False,
+            accelerator="cpu",
+            devices=1,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
             plugins=[File(CONFIG, nodes_of(Image(), {}))],
-        )  # fmt: skip
+        )
         trainer.fit(lit)
         found[name] = record.latest["train/r_t"]
     print(found, record.latest["train/ada_p"])

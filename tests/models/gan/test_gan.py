@@ -165,10 +165,15 @@ def test_networks_take_every_size_they_should(kind, shape, classes):
     assert discriminator(x, label).shape == (2,)
 
 
-@pytest.mark.parametrize("build", [
-    lambda shape: dcgan.Generator(shape, 6), dcgan.Discriminator, lambda shape: biggan.Generator(shape, 6),
-    biggan.Discriminator,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda shape: dcgan.Generator(shape, 6),
+        dcgan.Discriminator,
+        lambda shape: biggan.Generator(shape, 6),
+        biggan.Discriminator,
+    ],
+)
 def test_other_sizes_are_refused(build):
     with pytest.raises(UserError, match=r"halves images 2 times, .* multiples of 4, got 30x28: change data.size"):
         build([1, 30, 28])
@@ -198,9 +203,12 @@ def batch(n=16):
 
 
 LOSSES = [
-    adversarial.NonSaturating(), adversarial.Hinge(), adversarial.LeastSquares(), adversarial.Wasserstein(),
+    adversarial.NonSaturating(),
+    adversarial.Hinge(),
+    adversarial.LeastSquares(),
+    adversarial.Wasserstein(),
     adversarial.Relativistic(),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda m: type(m).__name__)

@@ -28,9 +28,19 @@ from genai.models.gan.stylegan2_nets import (
 )
 
 NAMES = [
-    "flip", "quarter_turns", "shift", "scale", "rotate", "stretch", "fraction",
-    "brightness", "contrast", "luma_flip", "hue", "saturation",
-]  # fmt: skip
+    "flip",
+    "quarter_turns",
+    "shift",
+    "scale",
+    "rotate",
+    "stretch",
+    "fraction",
+    "brightness",
+    "contrast",
+    "luma_flip",
+    "hue",
+    "saturation",
+]
 
 
 def build(shape=(1, 8, 8), classes=None, widths=(6, 4), augment=None, **options):
@@ -150,8 +160,9 @@ def test_minibatch_deviation_is_that_of_loops():
         assert torch.allclose(y[4 * group : 4 * group + 4, 3], torch.tensor(np.mean(values)).float(), atol=1e-6)
 
 
-@pytest.mark.parametrize("shape, widths", [((3, 8, 8), (8, 4)), ((1, 28, 28), (8, 6, 4)), ((3, 12, 20), (4, 4, 4)),
-                                           ((1, 5, 7), (4,))])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, widths", [((3, 8, 8), (8, 4)), ((1, 28, 28), (8, 6, 4)), ((3, 12, 20), (4, 4, 4)), ((1, 5, 7), (4,))]
+)
 def test_any_size_that_halves(shape, widths):
     model, batch = build(shape, widths=widths), example(shape)
     fake = model.generate(batch, 0)
@@ -339,9 +350,12 @@ def test_players_parameters_are_theirs_alone():
     model, batch = build(classes=3), example(classes=3)
     fake = model.generate(batch, 0)
     loss = model.discriminator_loss(batch, fake, 0)
-    assert all(g is None for g in torch.autograd.grad(
-        loss.total, [p for _, p in model.generator_parameters()], allow_unused=True, retain_graph=True
-    ))  # fmt: skip
+    assert all(
+        g is None
+        for g in torch.autograd.grad(
+            loss.total, [p for _, p in model.generator_parameters()], allow_unused=True, retain_graph=True
+        )
+    )
     loss.total.backward()
     assert all(p.grad is not None for _, p in model.discriminator_parameters())
     model.generator_loss(batch, fake, 0).total.backward()

@@ -23,9 +23,11 @@ from genai.models.vae.vqvae import VQVAE
 def quantizers():
     torch.manual_seed(0)
     return [
-        VectorQuantizer(16, 3), VectorQuantizer(16, 3, gradient="rotation"),
-        ResidualQuantizer([VectorQuantizer(16, 3) for _ in range(3)]), FiniteScalarQuantizer([8, 5, 4]),
-    ]  # fmt: skip
+        VectorQuantizer(16, 3),
+        VectorQuantizer(16, 3, gradient="rotation"),
+        ResidualQuantizer([VectorQuantizer(16, 3) for _ in range(3)]),
+        FiniteScalarQuantizer([8, 5, 4]),
+    ]
 
 
 @pytest.mark.parametrize("quantizer", quantizers(), ids=lambda q: type(q).__name__)

@@ -51,8 +51,10 @@ def test_parts_of_a_sample_add_up():
         likelihood.log_prob(
             torch.stack([out[:, c, i, j], out[:, 3 + c, i, j]], 1)[..., None, None], x[:, c, i, j, None, None, None]
         )
-        for c in range(3) for i in range(4) for j in range(5)
-    )  # fmt: skip
+        for c in range(3)
+        for i in range(4)
+        for j in range(5)
+    )
     assert torch.allclose(likelihood.log_prob(out, x), total, atol=1e-3)
 
 
@@ -86,9 +88,15 @@ def linear_gaussian(k, wrong=0.0, sigma=0.4):
     weight = torch.linalg.qr(torch.randn(6, 2))[0] * torch.tensor([1.5, 0.7])
     bias = torch.randn(6)
     model = VAE(
-        "vector", [6], None, 2, Posterior(weight, bias, sigma, wrong), Linear(weight, bias),
-        likelihoods.Gaussian(sigma), importance_samples=k,
-    )  # fmt: skip
+        "vector",
+        [6],
+        None,
+        2,
+        Posterior(weight, bias, sigma, wrong),
+        Linear(weight, bias),
+        likelihoods.Gaussian(sigma),
+        importance_samples=k,
+    )
     exact = torch.distributions.MultivariateNormal(bias, weight @ weight.T + sigma**2 * torch.eye(6))
     return model, exact
 
@@ -147,9 +155,15 @@ def tiny(**arguments):
     torch.manual_seed(0)
     shape = [1, 8, 8]
     return VAE(
-        "image", shape, 17, 4, nets.MLPEncoder(shape, 4, 16), nets.MLPDecoder(shape, 4, 17, 16),
-        likelihoods.Categorical(17), **arguments,
-    )  # fmt: skip
+        "image",
+        shape,
+        17,
+        4,
+        nets.MLPEncoder(shape, 4, 16),
+        nets.MLPDecoder(shape, 4, 17, 16),
+        likelihoods.Categorical(17),
+        **arguments,
+    )
 
 
 def test_beta_warms_up_and_free_bits_cost_nothing():
@@ -214,7 +228,10 @@ def test_samplers_show_what_they_say():
     ("build", "message"),
     [
         (lambda: VAE("image", [1, 8, 8], 17, 4, nn.Identity(), nn.Identity(), likelihoods.Gaussian()), "is a density"),
-        (lambda: VAE("vector", [2], None, 4, nn.Identity(), nn.Identity(), likelihoods.Categorical(17)), "is continuous"),
+        (
+            lambda: VAE("vector", [2], None, 4, nn.Identity(), nn.Identity(), likelihoods.Categorical(17)),
+            "is continuous",
+        ),
         (lambda: VAE("image", [1, 8, 8], 17, 4, nn.Identity(), nn.Identity(), likelihoods.Categorical(5)), "counts 5"),
         (lambda: tiny(beta=-1), "model.beta=-1"),
         (lambda: likelihoods.Bernoulli("sometimes"), "binarize=sometimes"),
@@ -222,7 +239,7 @@ def test_samplers_show_what_they_say():
         (lambda: samplers.reconstruct(tiny(), torch.arange(2)), "starts from data"),
         (lambda: latents.interpolate(tiny(), torch.arange(2), truncation=0.5), "is of drawn latents"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_is_refused(build, message):
     with pytest.raises(UserError, match=message):
         build()
@@ -239,10 +256,20 @@ def test_a_run_shows_itself_from_the_command_line(tmp_path, command, refused):
     train(
         composed(
             "train",
-            ["model=vae", "data=digits", "max_steps=4", "optim.warmup_steps=2", "logger=none", f"run_dir={run}",
-             "callbacks.samples.n=4", "callbacks.evaluate.n=8", "model.encoder.width=16", "model.decoder.width=16"],
+            [
+                "model=vae",
+                "data=digits",
+                "max_steps=4",
+                "optim.warmup_steps=2",
+                "logger=none",
+                f"run_dir={run}",
+                "callbacks.samples.n=4",
+                "callbacks.evaluate.n=8",
+                "model.encoder.width=16",
+                "model.decoder.width=16",
+            ],
         )
-    )  # fmt: skip
+    )
     for sampler in ("reconstruct", "traverse"):
         out = command(
             "sample.py", f"ckpt={run}", f"sampler={sampler}", "n=12", "columns=6", f"out={tmp_path / sampler}"

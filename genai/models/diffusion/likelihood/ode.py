@@ -29,9 +29,14 @@ LOG_2PI = math.log(2 * math.pi)
 
 @for_models(Diffusion)
 def probability_flow(
-    model: Diffusion, batch: Batch, seed: int, levels: int | None, steps: int = 100, probes: int | None = 1,
+    model: Diffusion,
+    batch: Batch,
+    seed: int,
+    levels: int | None,
+    steps: int = 100,
+    probes: int | None = 1,
     noise: float | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Lower bound on ln P(x), nats (B,), up to the solver's error: unbiased over draws from (seed + i, stream 4).
 
     Args:

@@ -6,9 +6,13 @@ from genai.nn.attention import Context
 
 
 def add_conditions(
-    emb: Tensor, of_label: nn.Module | None, label: Tensor | None, of_summary: nn.Module | None, states: Tensor | None,
+    emb: Tensor,
+    of_label: nn.Module | None,
+    label: Tensor | None,
+    of_summary: nn.Module | None,
+    states: Tensor | None,
     real: Tensor | None,
-) -> tuple[Tensor, Context | None]:  # fmt: skip
+) -> tuple[Tensor, Context | None]:
     """An embedding of the time (B, width) with those of label and caption, where a network has them, activated; and what it
     attends to."""
     if of_label is not None:

@@ -60,10 +60,19 @@ class DiT(nn.Module):
     """
 
     def __init__(
-        self, shape: Sequence[int], patch: int = 2, width: int = 128, layers: int = 6, heads: int = 4, ratio: float = 4.0,
-        classes: int | None = None, text: TextEncoder | None = None, gradient_checkpointing: bool = False,
-        out_channels: int | None = None, out_per_channel: int = 1,
-    ):  # fmt: skip
+        self,
+        shape: Sequence[int],
+        patch: int = 2,
+        width: int = 128,
+        layers: int = 6,
+        heads: int = 4,
+        ratio: float = 4.0,
+        classes: int | None = None,
+        text: TextEncoder | None = None,
+        gradient_checkpointing: bool = False,
+        out_channels: int | None = None,
+        out_per_channel: int = 1,
+    ):
         super().__init__()
         if len(shape) != 3 or shape[1] % at_least(patch, 1, "model.net.patch") or shape[2] % patch:
             raise UserError(f"a DiT takes [C, H, W] whose sides model.net.patch={patch} divides, got {list(shape)}")
@@ -83,9 +92,14 @@ class DiT(nn.Module):
         self.head = zero(nn.Linear(width, (out_channels or c * out_per_channel) * patch**2))
 
     def forward(
-        self, x: Tensor, time: Tensor, label: Tensor | None = None, states: Tensor | None = None,
-        real: Tensor | None = None, projected: Sequence[ContextKeyValues] | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Tensor,
+        time: Tensor,
+        label: Tensor | None = None,
+        states: Tensor | None = None,
+        real: Tensor | None = None,
+        projected: Sequence[ContextKeyValues] | None = None,
+    ) -> Tensor:
         """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,), `Context` of a caption and what `project` made of it, if it
         did -> (B, out_channels, H, W)."""
         emb = self.time(downcast(time_embedding(time, self.width), self.stem.weight))

@@ -195,9 +195,14 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(
-        self, x: Tensor, time: Tensor, label: Tensor | None = None, states: Tensor | None = None,
-        real: Tensor | None = None, projected: Sequence[ContextKeyValues | None] | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Tensor,
+        time: Tensor,
+        label: Tensor | None = None,
+        states: Tensor | None = None,
+        real: Tensor | None = None,
+        projected: Sequence[ContextKeyValues | None] | None = None,
+    ) -> Tensor:
         """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,), `Context` of a caption and what `project` made of it, if it
         did -> (B, out_channels, H, W)."""
         emb = self.time(downcast(time_embedding(time, self.channels), self.stem.weight))

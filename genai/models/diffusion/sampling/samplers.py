@@ -51,9 +51,20 @@ def run_table(
             out, uncond = prediction.out.to(x.dtype), prediction.out_uncond
             prediction = prediction._replace(out=out, out_uncond=None if uncond is None else uncond.to(x.dtype))
         x_new, x0 = affine_step(
-            x, prediction, row, seeds=seeds, index=k, clip=clip, x0_prev=x0_prev if row.c else None,
-            x_base=x_base if row.d else None, known=known, mask=mask, noisy=noisy, keep_x0=keep, impl=impl,
-        )  # fmt: skip
+            x,
+            prediction,
+            row,
+            seeds=seeds,
+            index=k,
+            clip=clip,
+            x0_prev=x0_prev if row.c else None,
+            x_base=x_base if row.d else None,
+            known=known,
+            mask=mask,
+            noisy=noisy,
+            keep_x0=keep,
+            impl=impl,
+        )
         x_base, x0_prev, x = x, x0, x_new
         if on_step is not None:
             on_step(k, len(table.rows), {"x": leave_inference_mode(x)})
