@@ -1,4 +1,4 @@
-"""What all diffusion models share: one field of the batch, its label as a condition, how times are spread."""
+"""The base of all diffusion models: the modelled field, its conditions, latents, and the draw of training times."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,35 +19,40 @@ from genai.nn.latent_space import Latent
 from genai.nn.text_encoder import TextEncoder
 
 NetInputs = Mapping[str, Any]
-"""Keyword arguments of a network: a label, the `Context` of a caption, and what the network's `project` made of that."""
+"""Keyword arguments of a network: label, `states` and `real` of a caption's `Context`, and `projected`, the result of the
+network's `project`."""
 
 
 class Condition(NamedTuple):
-    """What a model is told of n samples, as keyword arguments of its network, encoded once by that model for itself."""
+    """The encoded conditions of one sampling call: what guidance leads to, and what it leads away from.
+
+    Both map keyword arguments of the network to tensors, encoded once per call by the model that will read them.
+    """
 
     cond: Batch
-    """Of n samples."""
+    """The conditions of the n samples, (n, ...) each."""
     null: Batch
-    """What guidance leads away from, of n samples or of one for all: nothing given, or the negative caption. Empty where nothing
-    was given, so that there is nothing to lead to."""
+    """The null conditions or the negative caption, (n, ...), or (1, ...) for all samples; empty for an unconditional call."""
 
 
 class Diffusion(KeepBufferPrecision):
-    """A network that denoises one field of the batch along a path; subclasses say which, and how they train.
+    """A network that denoises one field of the batch along a path. Subclasses define the path and the training loss.
 
     Args:
-        net: `net(x, time, label) -> out`, x and out (B, *shape), time (B,) in [0, 1000], label int64 (B,) where the
-            index `classes` is the learned null; an unconditional model calls `net(x, time)`. x and time are float32 or wider
-            whatever the network computes in. One whose `net.text` is a TextEncoder is called `net(x, time, states=, real=)`
-            with its Context of `caption` int64 (B, length); one with a method `project` gets what that made of it as
-            `projected=` too.
-        shape: of one sample, (C, H, W) or (D,).
-        field: the batch's tensor to model, scaled to [-1, 1] if `clip` is 1.
-        classes: number of labels, None for an unconditional model.
-        label_dropout: probability of training a sample with the null label and caption, for classifier-free guidance.
-        guidance: weight of classifier-free guidance when sampling, 1 for none.
-        clip: bound of |x0| while sampling, None for unbounded data.
-        latent: the space to work in instead of the field's own; `shape` is that of its latents.
+        net: `net(x, time, label) -> out` with x and out (B, *shape), time (B,) in [0, 1000] and label int64 (B,), where
+            the index `classes` is the learned null label; an unconditional model calls `net(x, time)`. x and time are
+            float32 or wider, whatever precision the network computes in. A network whose `net.text` is a TextEncoder is
+            called with the encoded caption as `states=` and `real=`, see `Context`; one with a method `project` also
+            gets its result as `projected=`.
+        shape: shape of one sample, (C, H, W) or (D,).
+        field: name of the batch's tensor to model, scaled to [-1, 1] if `clip` is 1.
+        classes: number of labels; None for a model without labels.
+        label_dropout: probability of training a sample on the null label and caption, for classifier-free guidance.
+        guidance: default weight of classifier-free guidance when sampling; 1 is none.
+        clip: bound of |x0| while sampling; None for unbounded data.
+        latent: latent space to work in instead of the field's own; `shape` is then the shape of its latents.
+
+    Raises UserError if label_dropout is no probability, or if network, guidance or latent space do not fit the model.
     """
 
     path: Path
@@ -55,9 +60,9 @@ class Diffusion(KeepBufferPrecision):
         "its loss weighs noise levels for the look of samples, not by the variational bound; experiment=ddpm_digits_nll "
         "(model=ddpm_levels) trains for likelihood"
     )
-    """Why its likelihood is not the best it could have, None if it is trained for that."""
+    """Why the model's likelihood is not the best it could have; None if it is trained for likelihood."""
     predicts_data = False
-    """Whether the network may predict x0 at the times of a schedule, as a LevelPosterior does."""
+    """True if the network may be a LevelPosterior, which predicts x0 at the times of a schedule."""
 
     def __init__(
         self,
@@ -87,41 +92,51 @@ class Diffusion(KeepBufferPrecision):
             raise UserError(f"model.shape={list(shape)}, but the first stage's latents are {list(latent.shape)}")
 
     def forward(self, batch: Batch, step: int) -> Losses:
+        """Return the training loss of a batch; see the subclass."""
         raise NotImplementedError
 
     def denoise(self, x: Tensor, t: float, cond: NetInputs | None = None) -> Prediction:
-        """Predict x0 from x (B, *shape) at time t of the path, under `net_inputs`; unconditionally where cond is None."""
+        """Predict x0 from x (B, *shape) at time t of the path.
+
+        `cond` holds keyword arguments of the network as `net_inputs` makes them; None denoises unconditionally.
+        """
         raise NotImplementedError
 
     def nets(self) -> Mapping[str, nn.Module]:
+        """Return the networks that `compile=true` compiles, by name."""
         return {"net": self.net}
 
     @property
     def device(self) -> torch.device:
+        """The device of the network's weights."""
         return next(self.net.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of a sampler's state: that of the network, but never half."""
+        """The dtype of a sampler's state: the network's own, but at least float32."""
         return torch.promote_types(next(self.net.parameters()).dtype, torch.float32)
 
     @property
     def data_shape(self) -> tuple[int, ...]:
-        """Of one sample as the data has it, whatever space the model works in."""
+        """The shape of one sample in the space of the data, even if the model works in latents."""
         return self.shape if self.latent is None else tuple(self.latent.codec.shape)  # type: ignore[arg-type]
 
     @property
     def text(self) -> TextEncoder | None:
+        """The network's caption encoder, or None."""
         return getattr(self.net, "text", None)
 
     @property
     def codec(self) -> nn.Module | None:
-        """The first stage, whose weights are somebody else's."""
+        """The frozen first stage of a latent model, or None. Its weights come from another checkpoint."""
         return None if self.latent is None else self.latent.codec
 
     def prepare(self, batches: Iterable[Batch]) -> dict[str, Any]:
-        """Measure the scale of the latents, see `Prepared`. Raises UserError for captions of another length than the network
-        reads, and for data that the first stage does not take."""
+        """Measure the scale of the latents from training data, see `Preparable`; returns no arguments to store.
+
+        Raises UserError if captions have another length than the network reads, or if the data do not fit the first
+        stage.
+        """
         first = next(stream := iter(batches))
         if self.text is not None and "caption" in first and first["caption"].shape[1] != self.text.length:
             raise UserError(
@@ -134,15 +149,19 @@ class Diffusion(KeepBufferPrecision):
         return {}
 
     def encode_data(self, batch: Batch) -> Tensor:
-        """x0 of a batch, (B, *shape)."""
+        """Return x0 of a batch, (B, *shape), float32 or wider: the field itself, or its latents."""
         return upcast(batch[self.field] if self.latent is None else self.latent.encode(batch))
 
     def decode_data(self, x0: Tensor) -> Tensor:
-        """x0 as the field it is of."""
+        """Map x0 (B, *shape) back to the space of the data, (B, *data_shape)."""
         return x0 if self.latent is None else self.latent.decode(x0)
 
     def grey_levels(self, levels: int | None) -> int:
-        """levels, where what this model says of its data can be a probability. Raises UserError where it is none."""
+        """Return `levels` if a likelihood of the data is defined.
+
+        Raises UserError if the model works in latents, or if the data have no grey levels (`levels` is None): a density
+        of either is not a probability of the data.
+        """
         if self.latent is not None:
             raise UserError(
                 f"this {type(self).__name__} works in the latents of a first stage: what it gives those is no likelihood of "
@@ -156,16 +175,19 @@ class Diffusion(KeepBufferPrecision):
         return levels
 
     def null(self) -> Batch:
-        """The value, of the shape of one sample's, of each condition that means "not given"."""
+        """Return the null value of each condition, shaped like one sample's: the label `classes`, the empty caption."""
         label = {} if self.classes is None else {"label": torch.full((), self.classes, device=self.device)}
         return label if self.text is None else {**label, "caption": self.text.null()}
 
     def null_conditions(self, n: int) -> Batch:
-        """`null` of n samples."""
+        """Return `null` expanded to n samples, (n, ...) each."""
         return {name: null.expand(n, *null.shape) for name, null in self.null().items()}
 
     def check_guidance(self, w: float, key: str) -> None:
-        """Raise UserError for a weight other than 1 where training saw only one of the two answers that guidance compares."""
+        """Raise UserError if w is not 1 but training saw only conditional, or only unconditional samples.
+
+        Guidance extrapolates from the unconditional prediction to the conditional one, so both must have been trained.
+        """
         if w != 1 and not 0 < self.label_dropout < 1:
             raise UserError(
                 f"{key}={w} leads from what the network says without its conditions to what it says with them, and "
@@ -173,9 +195,9 @@ class Diffusion(KeepBufferPrecision):
             )
 
     def fill_conditions(self, cond: Batch | None, n: int) -> Batch:
-        """What of `cond` n samples are told, on the model's device, null where it is not given.
+        """Return the label and caption of n samples on the model's device, null where `cond` has none.
 
-        Raises UserError for what is not one whole number, or one caption, for each of them.
+        Raises UserError unless each is int64 with one number, or one caption, per sample.
         """
         nulls = self.null_conditions(n)
         found = {name: c.to(self.device) for name, c in (cond or {}).items() if name in nulls}
@@ -186,10 +208,13 @@ class Diffusion(KeepBufferPrecision):
         return {**nulls, **found}
 
     def encode_conditions(self, cond: Batch | None, n: int) -> Condition:
-        """What n samples are told, and `negative`, the caption that guidance leads away from; a label or a caption that the model
-        does not take, as data come with, is left out.
+        """Encode the conditions of a sampling call of n samples.
 
-        Raises UserError for any other name, and for what is not one whole number, or one caption, for each of them.
+        Args:
+            cond: label int64 (n,) and caption int64 (n, length), as data come with them (those that the model does not
+                take are ignored), and `negative` int64 (n, length), the caption that guidance leads away from.
+
+        Raises UserError for any other name, and as `fill_conditions` does.
         """
         cond, takes = cond or {}, [*self.null(), *(["negative"] if self.text is not None else [])]
         if unknown := set(cond) - {"label", "caption", *takes}:
@@ -204,57 +229,75 @@ class Diffusion(KeepBufferPrecision):
         return Condition(self.encode_caption(given), self.encode_caption(null))
 
     def net_inputs(self, cond: Batch | None, n: int) -> NetInputs:
-        """The network's keyword arguments of n samples, null where `cond` says nothing; what is the same at
-        every step is computed once for all to come."""
+        """Return the network's keyword arguments for n samples, null where `cond` has none.
+
+        Whatever stays the same at every step of a sampler is computed here once. Raises UserError as `fill_conditions`
+        does.
+        """
         return self.project_context(self.encode_caption(self.fill_conditions(cond, n)))
 
     def training_conditions(self, batch: Batch) -> Batch:
-        """The network's keyword arguments; in training some samples get the null, as all do that come without."""
+        """Return the network's keyword arguments for a batch, null where it has none.
+
+        In training mode each sample is given the null conditions with probability `label_dropout`.
+        """
         null = self.null()
         if not null:
             return {}
         n = len(next(iter(batch.values())))
         cond = {name: batch.get(name, value) for name, value in self.null_conditions(n).items()}
         if self.training:
+            # Both conditions of a sample are dropped together: guidance never sees one without the other.
             dropped = torch.rand(n, device=self.device) < self.label_dropout
             cond = {name: torch.where(dropped.view(-1, *[1] * (c.ndim - 1)), null[name], c) for name, c in cond.items()}
         return self.encode_caption(cond)
 
     def encode_caption(self, cond: Batch) -> Batch:
-        """Conditions with the caption as the network attends to it; as they are if that has been done."""
+        """Replace the caption in `cond` by its encoder states; without a caption, return `cond` unchanged."""
         if self.text is None or "caption" not in cond:
             return cond
         return {name: c for name, c in cond.items() if name != "caption"} | self.text(cond["caption"])._asdict()
 
     def project_context(self, encoded: Batch) -> NetInputs:
-        """What the network is told, with the keys and values of its attention to a caption if it computes them beforehand."""
+        """Add the keys and values of cross-attention to the caption, if the network can precompute them."""
         project = getattr(self.net, "project", None)
         if self.text is None or project is None:
             return encoded
         return {**encoded, "projected": project(Context(encoded["states"], encoded["real"]))}
 
     def call_net(self, x: Tensor, time: float, cond: NetInputs | None) -> Tensor:
-        """The network at one time for the whole batch, which it is told; null where cond is None."""
+        """Run the network on x (B, *shape) at one time for the whole batch; unconditionally if `cond` is None."""
         cond = self.net_inputs(None, len(x)) if cond is None else cond
         x = upcast(x)
         return self.predict(x, x.new_full(x.shape[:1], time), **cond)
 
     def predict(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
-        """What the network answers to x (B, *shape), in the precision of x. Raises UserError for another shape, which a loss
-        would broadcast."""
+        """Run the network on x (B, *shape) at time (B,) and return its output in the dtype of x.
+
+        Raises UserError if the output has another shape, which a loss would broadcast silently.
+        """
         return check_shape(self.net(x, time, **cond), x.shape[1:], "model.net").to(x.dtype)
 
     def uniforms(self, n: int) -> Tensor:
-        """(n,) in [0, 1), spread evenly over the batch: each is uniform, their mean varies far less than that of
-        independent draws (Kingma et al. 2021, appendix I.1). In evaluation always the same ones."""
+        """Draw stratified uniforms (n,) in [0, 1) for the times of a batch.
+
+        Each is uniform, but one random offset places all of them evenly, so their mean varies far less than that of
+        independent draws (Kingma et al. 2021, appendix I.1). In evaluation mode they are always the same.
+        """
         u = torch.arange(n, device=self.device) / n
         return (u + torch.rand((), device=self.device) if self.training else u + 0.5 / n) % 1
 
     def losses(self, per_sample: Tensor, noise: Tensor) -> Losses:
-        """Their mean; evaluation adds the mean loss and count per quarter of `noise` in [0, 1), q1 the least."""
+        """Average per_sample (B,); evaluation also logs the mean per quarter of `noise` (B,) in [0, 1).
+
+        `loss_q1` is the quarter with the least noise.
+        """
         logs = {}
         if not self.training:
             each = per_sample.detach()
+            # One matrix product instead of a boolean index, whose size the host would have to wait for.
+            # One matrix product instead of a boolean index, whose size the host would have to wait for.
+            # One matrix product instead of a boolean index, whose size the host would have to wait for.
             member = ((noise * 4).long() == torch.arange(4, device=each.device)[:, None]).to(each)  # (4, B)
             count = member.sum(1)
             with no_autocast(each.device):

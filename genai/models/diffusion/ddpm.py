@@ -1,4 +1,4 @@
-"""Denoising Diffusion Probabilistic Models (Ho et al. 2020): the forward process, the loss and the denoiser."""
+"""Denoising diffusion probabilistic models (Ho et al. 2020): forward process, training loss, denoiser and bound."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,15 +18,18 @@ from genai.nn.latent_space import Latent
 
 
 class DDPM(Diffusion):
-    """Discrete-time diffusion, optionally conditioned on a label.
+    """Discrete-time diffusion (Ho et al. 2020), optionally conditioned on a label or a caption.
 
     Args:
-        net, shape, field, classes, label_dropout, guidance, clip, latent: see `Diffusion`; the time is t * 1000 / T.
-        schedule: alpha and sigma for t = 0, ..., T-1.
+        net, shape, field, classes, label_dropout, guidance, clip, latent: see `Diffusion`; the network's time is 1000 t
+            / T.
+        schedule: alpha_t and sigma_t for t = 0, ..., T - 1.
         parameterization: what the network predicts: eps, x0, v or flow.
-        weighting: `(schedule, q) -> (T,)`, the loss weight of each t.
-        levels: number of grey levels of the data, for the likelihood; None if it has none.
-        variance: of the reverse steps in the likelihood, "small" or "large".
+        weighting: `(schedule, q) -> (T,)`, the loss weight of each t, see `weightings`.
+        levels: number of grey levels of the data, for the likelihood; None if the data have none.
+        variance: variance of the reverse steps in the likelihood, "small" (beta tilde) or "large" (beta).
+
+    Raises UserError if the schedule ends in pure noise and eps is predicted, or if a LevelPosterior does not fit it.
     """
 
     bound = "lower bound"
@@ -61,13 +64,16 @@ class DDPM(Diffusion):
             self.objective = None
         self.variance: vlb.Variance = variance
         _, q = to_x0(parameterization, schedule.alpha, schedule.sigma)
-        # Looked up by t in training; float64 until the moment of use, and no part of the state.
+        # Indexed by t in training. They stay float64 until used, and are no part of the state: the config defines them.
         self.register_buffer("alpha", schedule.alpha, persistent=False)
         self.register_buffer("sigma", schedule.sigma, persistent=False)
         self.register_buffer("weight", weighting(schedule, q), persistent=False)
 
     def forward(self, batch: Batch, step: int) -> Losses:
-        """The weighted denoising loss (eq. 14 where the weighting is simple); evaluation adds its quartiles over t."""
+        """Return the weighted denoising loss (eq. 14 with the simple weighting) of x0 = batch[field] (B, *shape).
+
+        In evaluation mode the means per quarter of t are logged too.
+        """
         x0 = self.encode_data(batch)
         t = self.draw_t(len(x0))
         eps = self.draw_eps(x0)
@@ -75,29 +81,36 @@ class DDPM(Diffusion):
         x_t = alpha * x0 + sigma * eps  # eq. 4
         u, v = combination(self.parameterization, alpha, sigma)
         out = self.predict(x_t, (t * (1000 / len(self.schedule))).to(x0.dtype), **self.training_conditions(batch))
+        # The target u x0 + v eps is that of the parameterization; see `combination`.
+        # The target u x0 + v eps is that of the parameterization; see `combination`.
+        # The target u x0 + v eps is that of the parameterization; see `combination`.
         per_sample = self.weight[t].to(x0.dtype) * mean_flat((out - (u * x0 + v * eps)) ** 2)
         return self.losses(per_sample, t / len(self.schedule))
 
     def draw_t(self, n: int) -> Tensor:
-        """Time steps (n,), each uniform."""
+        """Draw time steps int64 (n,), each uniform over 0, ..., T - 1."""
         return (self.uniforms(n) * len(self.schedule)).long().clamp_max(len(self.schedule) - 1)
 
     def draw_eps(self, x0: Tensor) -> Tensor:
+        """Draw the noise of a training step, shaped like x0."""
         return torch.randn_like(x0)
 
     def denoise(self, x: Tensor, t: float, cond: NetInputs | None = None) -> Prediction:
+        """Predict x0 from x (B, *shape) at time step t, which a solver may put between whole steps; see `Diffusion`."""
         p, q = to_x0(self.parameterization, *self.schedule.alpha_sigma(t))
         return Prediction(self.call_net(x, t * 1000 / len(self.schedule), cond), p=p, q=q)
 
     @torch.no_grad()
     def log_prob(self, batch: Batch, seed: int) -> Tensor:
-        """The variational lower bound of log p, nats (B,), see `vlb`; needs `levels`."""
+        """Return the variational lower bound on log p(x0) in nats, (B,). Raises UserError as `bound_terms` does."""
         return -self.bound_terms(batch, seed).total()
 
     def bound_terms(self, batch: Batch, seed: int) -> vlb.BoundTerms:
-        """Every term of the bound, with one draw of x_t ~ q(x_t | x0) per t from (seed + i, row t, stream 4); x0 in float64.
+        """Return every term of the bound (eq. 5) in nats, with one draw of x_t ~ q(x_t | x0) for each t.
 
-        Raises UserError if the model has no grey levels, or works in latents.
+        The noise of sample i at time t is Philox stream 4, row t, of seed + i. x0 and the sums are float64: the bound
+        is a small difference of large terms. Raises UserError if the data have no grey levels, or the model works in
+        latents.
         """
         schedule, levels = self.schedule, self.grey_levels(self.levels)
         x0 = batch[self.field].double()

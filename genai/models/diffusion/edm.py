@@ -1,4 +1,5 @@
-"""Elucidated diffusion (EDM, Karras et al. 2022): x = x0 + sigma eps with a preconditioned network, equations as there."""
+"""EDM (Karras et al. 2022): x = x0 + sigma eps with a preconditioned network. Equation numbers are those of the
+paper."""
 
 import itertools
 import math
@@ -20,11 +21,14 @@ class EDM(Diffusion):
     """Diffusion in continuous sigma: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (eq. 7).
 
     Args:
-        net, shape, field, classes, label_dropout, guidance, clip, latent: see `Diffusion`. The time the network is told is affine
-            in c_noise = ln(sigma) / 4, 0 at sigma_min and 1000 at sigma_max.
+        net, shape, field, classes, label_dropout, guidance, clip, latent: see `Diffusion`. The network's time is affine
+            in c_noise = ln(sigma) / 4: 0 at sigma_min, 1000 at sigma_max.
         sigma_data: standard deviation of the data; None until `prepare` has measured it.
-        sigma_min, sigma_max: the levels that are sampled from.
-        log_sigma_mean, log_sigma_std: of the normal that ln(sigma) is drawn from in training (P_mean and P_std of table 1).
+        sigma_min, sigma_max: range of sigma in sampling.
+        log_sigma_mean, log_sigma_std: mean and standard deviation of ln(sigma) in training (P_mean and P_std of table
+            1).
+
+    Raises UserError if sigma_min, sigma_max or sigma_data are out of range.
     """
 
     def __init__(
@@ -51,7 +55,11 @@ class EDM(Diffusion):
         self.log_sigma_mean, self.log_sigma_std = log_sigma_mean, log_sigma_std
 
     def prepare(self, batches: Iterable[Batch]) -> dict[str, Any]:
-        """Measure sigma_data, to four digits, where it is not given; of latents it is 1."""
+        """Measure sigma_data to four digits if it is not given (in latents it is 1), and what `Diffusion.prepare` does.
+
+        Returns {"sigma_data": ...} if it was measured, for the stored config. Raises UserError for data that never
+        vary.
+        """
         first = next(stream := iter(batches))
         found = super().prepare(itertools.chain([first], stream))
         if self.sigma_data is not None:
@@ -67,21 +75,27 @@ class EDM(Diffusion):
         return {**found, "sigma_data": self.sigma_data}
 
     def preconditioning(self, sigma: Number) -> tuple[Number, Number, Number]:
-        """c_skip, c_out, c_in (table 1). Raises UserError while sigma_data is None."""
+        """Return c_skip, c_out and c_in at sigma (table 1). Raises UserError while sigma_data is None."""
         if self.sigma_data is None:
             raise UserError("model.sigma_data=null is measured by prepare(batches) of training data: call that first")
         total = sigma**2 + self.sigma_data**2
         return self.sigma_data**2 / total, sigma * self.sigma_data / total**0.5, 1 / total**0.5  # type: ignore[return-value]
 
     def time(self, log_sigma: Number) -> Number:
-        """ln(sigma) -> the network's time."""
+        """Map ln(sigma) to the network's time in [0, 1000]."""
         low, high = math.log(self.path.t_min), math.log(self.path.t_max)
         return (log_sigma - low) * (1000 / (high - low))
 
     def forward(self, batch: Batch, step: int) -> Losses:
-        """The loss of eq. 8. Its weight lambda(sigma) = 1 / c_out^2 leaves a plain squared error of F."""
+        """Return the loss of eq. 8 on x0 = batch[field] (B, *shape).
+
+        Its weight lambda(sigma) = 1 / c_out^2 cancels c_out, so what remains is the plain squared error of F.
+        """
         x0 = self.encode_data(batch)
         u = self.uniforms(len(x0))
+        # By inverse CDF from stratified uniforms; clamped, since the normal quantile of 0 or 1 is infinite.
+        # By inverse CDF from stratified uniforms; clamped, since the normal quantile of 0 or 1 is infinite.
+        # By inverse CDF from stratified uniforms; clamped, since the normal quantile of 0 or 1 is infinite.
         log_sigma = self.log_sigma_mean + self.log_sigma_std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
         sigma = expand_like(log_sigma.exp(), x0)
         x = x0 + sigma * torch.randn_like(x0)
@@ -90,12 +104,13 @@ class EDM(Diffusion):
         return self.losses(mean_flat((out - (x0 - c_skip * x) / c_out) ** 2), u)
 
     def denoise(self, x: Tensor, t: float, cond: NetInputs | None = None) -> Prediction:
+        """Predict x0 from x (B, *shape) at sigma = t (eq. 7); see `Diffusion`."""
         c_skip, c_out, c_in = self.preconditioning(t)
         return Prediction(self.call_net(c_in * x, self.time(math.log(t)), cond), p=c_skip, q=c_out)
 
 
 def _positive(sigma_data: float) -> float:
-    """sigma_data itself. Raises UserError where it is no deviation of data that change."""
+    """Return sigma_data. Raises UserError if it is not positive, as for data that never vary."""
     if not sigma_data > 0:
         raise UserError(f"model.sigma_data={sigma_data} must be the standard deviation of the data, above 0")
     return sigma_data

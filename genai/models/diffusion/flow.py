@@ -17,12 +17,15 @@ from genai.nn.latent_space import Latent
 
 
 class Flow(Diffusion):
-    """A velocity field from noise to data.
+    """A velocity field that carries noise to data.
 
     Args:
-        net, shape, field, classes, label_dropout, guidance, clip, latent: see `Diffusion`; the network is told 1000 t.
-        logit_mean, logit_std: of the normal that logit(t) is drawn from in training (Esser et al. 2024, eq. 19);
-            a positive mean trains more on noise, logit_std 0 draws t uniformly.
+        net, shape, field, classes, label_dropout, guidance, clip, latent: see `Diffusion`; the network's time is 1000
+            t.
+        logit_mean, logit_std: mean and standard deviation of logit(t) in training (Esser et al. 2024, eq. 19). A
+            positive mean trains more on noise; logit_std 0 draws t uniformly.
+
+    Raises UserError if logit_std is negative.
     """
 
     def __init__(
@@ -44,9 +47,12 @@ class Flow(Diffusion):
         self.path, self.logit_mean, self.logit_std = LinearPath(), logit_mean, logit_std
 
     def forward(self, batch: Batch, step: int) -> Losses:
-        """The squared error of the velocity (conditional flow matching, Lipman et al. 2023, eq. 9)."""
+        """Return the squared error of the velocity (conditional flow matching, Lipman et al. 2023, eq. 9)."""
         x0 = self.encode_data(batch)
         u = self.uniforms(len(x0))
+        # By inverse CDF from stratified uniforms; clamped, since the normal quantile of 0 or 1 is infinite.
+        # By inverse CDF from stratified uniforms; clamped, since the normal quantile of 0 or 1 is infinite.
+        # By inverse CDF from stratified uniforms; clamped, since the normal quantile of 0 or 1 is infinite.
         t = self.logit_mean + self.logit_std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
         t = torch.sigmoid(t) if self.logit_std else u
         eps, t_ = torch.randn_like(x0), expand_like(t, x0)
@@ -54,5 +60,6 @@ class Flow(Diffusion):
         return self.losses(mean_flat((out - (eps - x0)) ** 2), u)
 
     def denoise(self, x: Tensor, t: float, cond: NetInputs | None = None) -> Prediction:
+        """Predict x0 = x - t v from x (B, *shape) at time t in [0, 1]; see `Diffusion`."""
         p, q = to_x0("flow", 1 - t, t)
         return Prediction(self.call_net(x, 1000 * t, cond), p=p, q=q)

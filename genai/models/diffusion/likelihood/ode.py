@@ -37,15 +37,20 @@ def probability_flow(
     probes: int | None = 1,
     noise: float | None = None,
 ) -> Tensor:
-    """Lower bound on ln P(x), nats (B,), up to the solver's error: unbiased over draws from (seed + i, stream 4).
+    """Return a lower bound on ln P(x) in nats, (B,), exact up to the solver's error and the dequantisation.
+
+    The estimate is unbiased over its draws, Philox stream 4 of seed + i.
 
     Args:
-        levels: the data's grey levels, evenly spaced from -1 to 1.
-        steps: of Heun's method, evenly spaced in ln u, two network calls each.
-        probes: of Hutchinson's trace estimate at each call, random signs; None takes the exact trace, n backward passes.
-        noise: sigma / alpha where the ODE ends, at least that of the path's first time; None: a third of half a bin.
+        levels: grey levels of the data, evenly spaced over [-1, 1].
+        steps: steps of Heun's method, evenly spaced in ln u, two network calls each.
+        probes: random sign vectors of Hutchinson's trace estimate per call; None computes the exact trace by n backward
+            passes.
+        noise: sigma / alpha where the ODE ends, at least that of the path's first time; None is a third of half a grey
+            level.
 
-    Raises UserError for data without grey levels, and for diffusion in latents, whose likelihood is not the data's.
+    Raises UserError for data without grey levels, for diffusion in latents, and for steps, probes or noise out of
+    range.
     """
     levels = model.grey_levels(levels)
     at_least(steps, 1, "likelihood.steps")
@@ -63,6 +68,9 @@ def probability_flow(
         eps = rng.normal(seeds, model.shape, row=0, stream=rng.MODEL)
         y = (1 - u_0) * x + u_0 * eps
         gain = _decoder(y, x, u_0, levels) + _flat(0.5 * (eps**2 + LOG_2PI)) + x[0].numel() * math.log(u_0)
+    # Heun's method in ln u, upwards from the data; the divergence is integrated along with the state.
+    # Heun's method in ln u, upwards from the data; the divergence is integrated along with the state.
+    # Heun's method in ln u, upwards from the data; the divergence is integrated along with the state.
     h = (math.log(u_1) - math.log(u_0)) / steps
     divergence = torch.zeros_like(gain)
     slope, trace = _field(model, y, u_0, cond, seeds, 1, probes)
@@ -79,7 +87,7 @@ def probability_flow(
 def _field(
     model: Diffusion, y: Tensor, u: float, cond: NetInputs, seeds: Tensor, row: int, probes: int | None
 ) -> tuple[Tensor, Tensor]:
-    """dy / d ln u (B, *shape) and its divergence (B,)."""
+    """Return dy / d ln u (B, *shape) and its divergence (B,)."""
     level = model.path.marginal_of_ratio(u / (1 - u)) if u < 1 else model.path.marginal(model.path.t_max)
     scale = level.alpha + level.sigma
     with torch.enable_grad():
@@ -100,7 +108,7 @@ def _field(
 
 
 def _decoder(y: Tensor, x: Tensor, u: float, levels: int) -> Tensor:
-    """ln P(x | y), nats (B,)."""
+    """Return ln P(x | y) in nats, (B,)."""
     values = torch.linspace(-1, 1, levels, device=x.device)
     logits = -0.5 * ((y[..., None] - (1 - u) * values) / u) ** 2
     index = ((x + 1) * (levels - 1) / 2).round().long()

@@ -1,6 +1,6 @@
 """Affine paths x = alpha x0 + sigma eps, and the one place where eps, x0 and v are converted into each other.
 
-Every parameterisation is a linear target u x0 + v eps; solving it together with the path for x0 gives
+Every parameterisation is a linear target u x0 + v eps. Solving it together with the path for x0 gives
 
     x0 = p x + q out,   p = v / (alpha v - sigma u),   q = -sigma / (alpha v - sigma u).
 """
@@ -19,7 +19,8 @@ Number = TypeVar("Number", float, Tensor)
 
 
 class Marginal(NamedTuple):
-    """A point of a path: the time the network is told, and alpha and sigma there."""
+    """A point of a path: the network's time t, and alpha and sigma of the marginal q(x_t | x0) = N(alpha x0,
+    sigma^2)."""
 
     t: float
     alpha: float
@@ -27,12 +28,12 @@ class Marginal(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """sigma / alpha, the noise of x / alpha; infinite for pure noise."""
+        """The noise-to-signal ratio sigma / alpha, which is the noise of x / alpha; infinite for pure noise."""
         return self.sigma / self.alpha if self.alpha else math.inf
 
     @property
     def noise_fraction(self) -> float:
-        """sigma / (alpha + sigma), the share of noise in the state: 0 for clean data, 1 for pure noise."""
+        """The fraction sigma / (alpha + sigma) of noise in the state: 0 for clean data, 1 for pure noise."""
         return self.sigma / (self.alpha + self.sigma)
 
 
@@ -40,32 +41,38 @@ CLEAN = Marginal(-1, 1.0, 0.0)
 
 
 class Path(Protocol):
-    """How clean data turns into noise. Times rise with the noise, from t_min to t_max."""
+    """A way from data to noise: alpha and sigma as functions of time. Noise grows with time, from t_min to t_max."""
 
     spacing: ClassVar[Spacing]
-    """Of the levels that a sampler visits where it is told none: the best of those that `benchmarks.solvers` measures."""
+    """Default spacing of a sampler's times on this path: the best of those that `benchmarks.solvers` measures."""
 
     @property
-    def t_min(self) -> float: ...
+    def t_min(self) -> float:
+        """The time of the least noise."""
+        ...
 
     @property
-    def t_max(self) -> float: ...
+    def t_max(self) -> float:
+        """The time of the most noise."""
+        ...
 
     @property
     def discrete(self) -> bool:
-        """Whether training saw whole times only."""
+        """True if only whole times are trained."""
         ...
 
-    def marginal(self, t: float) -> Marginal: ...
+    def marginal(self, t: float) -> Marginal:
+        """Return alpha and sigma at time t."""
+        ...
 
     def marginal_of_ratio(self, ratio: float) -> Marginal:
-        """The level where sigma / alpha is `ratio`."""
+        """Return the point of the path where sigma / alpha is `ratio`."""
         ...
 
 
 @dataclass(frozen=True)
 class VarianceExploding:
-    """x = x0 + sigma eps; the time is sigma (Karras et al. 2022)."""
+    """The path x = x0 + sigma eps, whose time is sigma (Karras et al. 2022)."""
 
     t_min: float = 0.002
     t_max: float = 80.0
@@ -81,7 +88,7 @@ class VarianceExploding:
 
 @dataclass(frozen=True)
 class LinearPath:
-    """x = (1 - t) x0 + t eps, from data at t = 0 to noise at t = 1 (rectified flow, Liu et al. 2023; flow matching)."""
+    """The path x = (1 - t) x0 + t eps from data at t = 0 to noise at t = 1 (rectified flow, Liu et al. 2023)."""
 
     t_min: float = 0.0
     t_max: float = 1.0
@@ -96,7 +103,10 @@ class LinearPath:
 
 
 def combination(kind: Parameterization, alpha: Number, sigma: Number) -> tuple[Number, Number]:
-    """(u, v) of the training target u x0 + v eps; v-prediction is Salimans & Ho 2022, appendix D, flow is eps - x0."""
+    """Return (u, v) of the training target u x0 + v eps, floats or tensors like alpha.
+
+    v-prediction is Salimans & Ho 2022, appendix D; flow is eps - x0. Raises UserError for an unknown parameterization.
+    """
     if kind == "eps":
         return 0 * alpha, 0 * alpha + 1
     if kind == "x0":
@@ -109,9 +119,9 @@ def combination(kind: Parameterization, alpha: Number, sigma: Number) -> tuple[N
 
 
 def to_x0(kind: Parameterization, alpha: Number, sigma: Number) -> tuple[Number, Number]:
-    """(p, q) with x0 = p x + q out, for floats or tensors of any one shape; sigma > 0.
+    """Return (p, q) with x0 = p x + q out, for floats or tensors of one shape; sigma > 0.
 
-    Raises UserError for eps where alpha = 0: there the noise says nothing about x0.
+    Raises UserError for eps where alpha = 0: there the noise determines nothing about x0.
     """
     if kind == "eps" and not (alpha.all() if isinstance(alpha, Tensor) else alpha):
         raise UserError(

@@ -18,7 +18,7 @@ from genai.models.diffusion.process.paths import Marginal, Spacing
 
 @dataclass(frozen=True)
 class Schedule:
-    """alpha and sigma, float64 tensors of shape (T,); alpha falls and sigma rises with t."""
+    """A discrete path: alpha and sigma, float64 (T,); alpha falls and sigma rises with t = 0, ..., T - 1."""
 
     alpha: Tensor
     sigma: Tensor
@@ -32,11 +32,15 @@ class Schedule:
 
     @property
     def t_max(self) -> int:
+        """The last time, T - 1."""
         return len(self) - 1
 
     def alpha_sigma(self, t: float) -> tuple[float, float]:
-        """(alpha_t, sigma_t); t = -1 is clean data, (1, 0). Between whole times log(sigma / alpha) is linear, or alpha / sigma
-        where the later one is pure noise."""
+        """Return (alpha_t, sigma_t); t = -1 is clean data, (1, 0).
+
+        Between whole times log(sigma / alpha) is interpolated linearly, or alpha / sigma if the later time is pure
+        noise, where that logarithm is infinite.
+        """
         if t < 0:
             return 1.0, 0.0
         if t == int(t):
@@ -48,11 +52,14 @@ class Schedule:
         )
 
     def marginal(self, t: float) -> Marginal:
+        """Return the point of the path at time t, whole or between two steps."""
         return Marginal(t, *self.alpha_sigma(t))
 
     def marginal_of_ratio(self, ratio: float) -> Marginal:
-        """The level at a time, in general not a whole one, where sigma / alpha is `ratio`."""
+        """Return the point where sigma / alpha is `ratio`; its time is in general not a whole one."""
         logs, log = self._log_ratios, math.log(ratio)
+        # logs rise with t; the last one is infinite where the schedule ends in pure noise.
+        # logs rise with t; the last one is infinite where the schedule ends in pure noise.
         i = min(max(bisect.bisect_right(logs, log) - 1, 0), max(len(logs) - 2, 0))
         if len(logs) == 1:
             t = i
@@ -71,36 +78,41 @@ class Schedule:
         return (self.sigma / self.alpha).log().tolist()
 
     def snr(self) -> Tensor:
-        """Signal-to-noise ratio alpha^2 / sigma^2, (T,)."""
+        """Return the signal-to-noise ratio alpha^2 / sigma^2, (T,)."""
         return (self.alpha / self.sigma) ** 2
 
 
 def _variance_preserving(ratio: float) -> tuple[float, float]:
-    """The (alpha, sigma) with sigma / alpha = ratio and alpha^2 + sigma^2 = 1."""
+    """Return (alpha, sigma) with sigma / alpha = ratio and alpha^2 + sigma^2 = 1."""
     alpha = (1 + ratio**2) ** -0.5
     return alpha, ratio * alpha
 
 
 def from_alpha_bar(alpha_bar: Tensor) -> Schedule:
-    """The schedule with alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t); alpha_bar float64 (T,)."""
+    """Return the schedule alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t) of alpha_bar float64 (T,)."""
     return Schedule(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
 
 def _check_steps(steps: int) -> int:
+    """Return steps. Raises UserError below 1."""
     if steps < 1:
         raise UserError(f"a schedule needs at least 1 step, got {steps} (model.schedule.steps)")
     return steps
 
 
 def linear(steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
-    """beta_t linear from beta_start to beta_end, both scaled by 1000 / T (DDPM, Ho et al. 2020, section 4)."""
+    """Return the schedule with beta_t linear from beta_start to beta_end, scaled by 1000 / T (Ho et al. 2020,
+    section 4)."""
     scale = 1000 / _check_steps(steps)
     beta = torch.linspace(beta_start * scale, beta_end * scale, steps, dtype=torch.float64).clamp_max(0.999)
     return from_alpha_bar(torch.cumprod(1 - beta, 0))
 
 
 def cosine(steps: int = 1000, offset: float = 0.008, beta_max: float = 0.999) -> Schedule:
-    """abar_t = f(t) / f(0), f(t) = cos^2((t / T + s) / (1 + s) * pi / 2), beta <= 0.999 (Nichol & Dhariwal 2021, eq. 17)."""
+    """Return the cosine schedule (Nichol & Dhariwal 2021, eq. 17).
+
+    abar_t = f(t) / f(0) with f(t) = cos^2((t / T + offset) / (1 + offset) * pi / 2), and beta_t at most beta_max.
+    """
     u = torch.arange(_check_steps(steps) + 1, dtype=torch.float64) / steps
     f = torch.cos((u + offset) / (1 + offset) * math.pi / 2) ** 2
     beta = (1 - f[1:] / f[:-1]).clamp(0, beta_max)
@@ -108,22 +120,27 @@ def cosine(steps: int = 1000, offset: float = 0.008, beta_max: float = 0.999) ->
 
 
 def karras(steps: int = 1000, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Schedule:
-    """sigma / alpha spaced evenly in its rho-th root (EDM, Karras et al. 2022, eq. 5), on the variance-preserving path."""
+    """Return a schedule evenly spaced in the rho-th root of sigma / alpha (Karras et al. 2022, eq. 5).
+
+    The path is variance preserving, unlike that of EDM.
+    """
     ramp = torch.linspace(0, 1, _check_steps(steps), dtype=torch.float64)
     ratio = (sigma_min ** (1 / rho) + ramp * (sigma_max ** (1 / rho) - sigma_min ** (1 / rho))) ** rho
     return from_alpha_bar(1 / (1 + ratio**2))
 
 
 def log_snr(steps: int = 1000, log_snr_max: float = 9.0, log_snr_min: float = -9.0) -> Schedule:
-    """log SNR linear in t from log_snr_max down to log_snr_min (Variational Diffusion Models, Kingma et al. 2021, sec. 3)."""
+    """Return the schedule whose log SNR falls linearly in t (Variational Diffusion Models, Kingma et al. 2021, sec.
+    3)."""
     ratio = torch.linspace(log_snr_max, log_snr_min, _check_steps(steps), dtype=torch.float64)
     return from_alpha_bar(torch.sigmoid(ratio))
 
 
 def zero_terminal_snr(schedule: Schedule) -> Schedule:
-    """The schedule with sqrt(abar) shifted and scaled so that the last t is pure noise (Lin et al. 2024, algorithm 1).
+    """Return the schedule with sqrt(abar) shifted and scaled so that the last t is pure noise (Lin et al. 2024, alg.
+    1).
 
-    Raises UserError for a schedule of one time, which that alone would leave.
+    Raises UserError for a schedule of one step, which would be nothing but noise.
     """
     if len(schedule) < 2:
         raise UserError(

@@ -12,20 +12,23 @@ from genai.models.diffusion.process.schedules import Schedule
 
 
 def simple(schedule: Schedule, q: Tensor) -> Tensor:
-    """1 for every t: the simple loss (DDPM, Ho et al. 2020, eq. 14)."""
+    """Weigh every t by 1: the simple loss (Ho et al. 2020, eq. 14). Returns (T,)."""
     return torch.ones_like(q)
 
 
 def min_snr(schedule: Schedule, q: Tensor, gamma: float = 5.0) -> Tensor:
-    """min(SNR, gamma) in x0, so min(SNR, gamma) / SNR for eps and / (SNR + 1) for v (Hang et al. 2023, section 3.4)."""
+    """Weigh the error in x0 by min(SNR, gamma) (Hang et al. 2023, section 3.4). Returns (T,).
+
+    In eps that is min(SNR, gamma) / SNR, in v min(SNR, gamma) / (SNR + 1).
+    """
     return schedule.snr().clamp_max(gamma) * q**2
 
 
 def vlb(schedule: Schedule, q: Tensor) -> Tensor:
-    """T/2 (SNR(s) - SNR(t)) in x0 for the step from t to s = t - 1: the loss is the T-1 KL terms of the variational
-    bound in nats per dimension (Kingma et al. 2021, eq. 13). The decoder's term t = 0 takes the weight of t = 1.
+    """Weigh the error in x0 by T/2 (SNR(s) - SNR(t)), for the step from t to s = t - 1. Returns (T,).
 
-    Raises UserError for a schedule of one time.
+    The loss is then the T - 1 KL terms of the variational bound in nats per dimension (Kingma et al. 2021, eq. 13); the
+    decoder's term, t = 0, takes the weight of t = 1. Raises UserError for a schedule of one step.
     """
     if len(schedule) < 2:
         raise UserError(

@@ -1,8 +1,8 @@
-"""Guidance is a denoiser around a denoiser; networks never learn the word."""
+"""Guidance: functions from denoisers to denoisers. Networks know nothing of it."""
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,15 +14,15 @@ from genai.models.diffusion.process.paths import Path
 
 
 def conditional_denoiser(model: Diffusion, condition: Condition) -> Denoiser:
-    """The model with what it was told, and no guidance: one network call."""
+    """Return the model as a denoiser under its conditions, without guidance: one network call per step."""
     given = model.project_context(condition.cond)
     return lambda x, t: model.denoise(x, t, given)
 
 
 def classifier_free_guidance(model: Diffusion, condition: Condition, w: float) -> Denoiser:
-    """Classifier-free guidance out = u + w (c - u), one call of twice the batch (Ho & Salimans 2022).
+    """Return the denoiser out = u + w (c - u), one call on twice the batch (Ho & Salimans 2022).
 
-    w = 1 is no guidance (the paper's w is this one minus 1) and w = 0 unconditional, by one call of the batch alone.
+    w = 1 is no guidance (the paper's w is this one minus 1) and w = 0 unconditional; both call the batch alone.
     """
     given, null = condition
     if w == 1:
@@ -31,6 +31,7 @@ def classifier_free_guidance(model: Diffusion, condition: Condition, w: float) -
     if w == 0:
         unconditional = model.project_context(null)
         return lambda x, t: model.denoise(x, t, unconditional)
+    # The two halves of the batch share every layer, so one call is cheaper than two.
     both = model.project_context({name: torch.cat([c, null[name]]) for name, c in given.items()})
 
     def guided(x: Tensor, t: float) -> Prediction:
@@ -42,8 +43,12 @@ def classifier_free_guidance(model: Diffusion, condition: Condition, w: float) -
 
 
 def autoguidance(better: Denoiser, worse: Denoiser, w: float) -> Denoiser:
-    """out = u + w (c - u) with u from a worse model of the same data and parameterisation, such as a smaller or a less
-    trained one, told the same (Karras et al. 2024, eq. 3)."""
+    """Return the denoiser out = u + w (c - u) with u from a worse model under the same conditions (Karras et al. 2024,
+    eq. 3).
+
+    The worse model is, for instance, smaller or less trained. A call raises UserError if the two models differ in path
+    or parameterization.
+    """
 
     def guided(x: Tensor, t: float) -> Prediction:
         ours, other = better(x, t), worse(x, t)
@@ -57,7 +62,7 @@ def autoguidance(better: Denoiser, worse: Denoiser, w: float) -> Denoiser:
 
 
 def limit_to_interval(guided: Denoiser, unguided: Denoiser, path: Path, low: float, high: float) -> Denoiser:
-    """`guided` where low < sigma / alpha <= high, `unguided` elsewhere (Kynkaanniemi et al. 2024, eq. 5)."""
+    """Return a denoiser that is guided where low < sigma / alpha <= high (Kynkaanniemi et al. 2024, eq. 5)."""
 
     def limited(x: Tensor, t: float) -> Prediction:
         return (guided if low < path.marginal(t).ratio <= high else unguided)(x, t)
@@ -66,7 +71,8 @@ def limit_to_interval(guided: Denoiser, unguided: Denoiser, path: Path, low: flo
 
 
 class Guidance(NamedTuple):
-    """How a sampling call is guided: with weight w where low < sigma / alpha <= high, away from `worse` if there is one."""
+    """The guidance of one sampling call: weight w where low < sigma / alpha <= high, away from `worse` if there is
+    one."""
 
     w: float
     low: float = 0.0
@@ -74,17 +80,18 @@ class Guidance(NamedTuple):
     worse: Diffusion | None = None
 
 
-def first_stage(model: Diffusion) -> Any:
-    """What decides which latents a model is of, as far as that is known."""
+def first_stage(model: Diffusion) -> object:
+    """Return what identifies the first stage of a latent model, as far as its checkpoint tells."""
     return getattr(model.codec, "pretrained_from", None)
 
 
 def resolve_guidance(
     model: Diffusion, cond: Batch, w: float | None, interval: Sequence[float | None] | None, worse: Diffusion | None
 ) -> Guidance:
-    """The guidance of a call that is told `cond`, with the model's own weight where w is None; None for an end is none.
+    """Return the guidance of a call: the model's own weight if w is None, and no bound for an end of `interval` that is
+    None.
 
-    Raises UserError for guidance that cannot be, or what is said of guidance where there is none.
+    Raises UserError for guidance that the model cannot give, and for options that would change nothing.
     """
     if worse is None and w is not None:
         if not model.null():
@@ -121,7 +128,7 @@ def resolve_guidance(
 
 
 def guided_denoiser(model: Diffusion, cond: Batch, n: int, guide: Guidance) -> Denoiser:
-    """The model with its guidance, each model told by itself what n samples are."""
+    """Return the model with its guidance as a denoiser for n samples; each model encodes the conditions itself."""
     condition, (w, low, high, worse) = model.encode_conditions(cond, n), guide
     if worse is not None:
         led = autoguidance(

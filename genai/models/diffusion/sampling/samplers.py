@@ -1,4 +1,5 @@
-"""The sampler: one function for every solver, whose executor walks a table, a network call and an affine step a row."""
+"""The sampler of all diffusion models: one function runs the table of any solver, a network call and an affine step
+per row."""
 
 import itertools
 from collections.abc import Sequence
@@ -18,9 +19,9 @@ from genai.models.diffusion.sampling import guidance as guides
 from genai.models.diffusion.sampling import tables
 from genai.models.diffusion.sampling.tables import Solver, Table, discretize, start_at_strength
 
-CONTINUOUS_STEPS = 1000  # of all steps where the path's time is continuous, as many as DDPM's
-MAX_FRAME_NUMBERS = 2**25  # numbers of the frames of one call
-INVERSION_SIGMA = 0.002  # sigma / alpha where inversion starts on a path that ends in clean data, that of EDM
+CONTINUOUS_STEPS = 1000  # what steps=None means on a path of continuous time; as many as DDPM has
+MAX_FRAME_NUMBERS = 2**25  # elements of all frames of one call: 128 MiB of float32
+INVERSION_SIGMA = 0.002  # sigma / alpha where inversion starts on a path that ends in clean data: EDM's sigma_min
 
 
 def run_table(
@@ -34,16 +35,16 @@ def run_table(
     mask: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Carry x (B, ...) from the table's start to its end, one network call and one affine step a row.
+    """Carry x (B, ...) from the table's start to its end: one network call and one affine step per row.
 
-    With `known` and `mask` (as x), what the mask covers is replaced after each step by known data as noisy as the state. The
-    state is float32 or wider, whatever the denoiser answers in.
+    With `known` and `mask`, shaped like x, the masked part is replaced after each step by `known` with as much noise as
+    the state has (inpainting). The state is float32 or wider, whatever dtype the denoiser returns.
     """
     x = upcast(x)
     known, mask = (None if t is None else t.to(x.dtype) for t in (known, mask))
     noisy = any(row.s for row in table.rows)
     impl = choose_impl(x, len(table.rows), noisy or mask is not None) if impl == "auto" else impl
-    x_base = x0_prev = None
+    x_base = x0_prev = None  # a row with c or d not 0 reads these; others keep no extra tensor alive
     for k, (t, row) in enumerate(zip(table.times, table.rows, strict=True)):
         keep = k + 1 < len(table.rows) and table.rows[k + 1].c != 0
         prediction = denoiser(x, t)
@@ -72,7 +73,7 @@ def run_table(
 
 
 def leave_inference_mode(x: Tensor) -> Tensor:
-    """x, or a copy where inference mode made it, which may be used where gradients are computed."""
+    """Return x, or a copy that autograd may use if inference mode made x."""
     with torch.inference_mode(False):
         return x.clone() if x.is_inference() else x
 
@@ -103,62 +104,65 @@ def sample(
     cuda_graph: bool | None = None,
     impl: Impl = "auto",
 ) -> Batch:
-    """Noise by seed, or an image and noise, carried along the path to data by any solver.
+    """Draw samples by carrying noise, or a noised image, along the path to data with any solver.
 
     Args:
-        cond: what `Diffusion.encode_conditions` takes; of n samples each.
-        solver: see `tables`.
-        steps: of the solver; None for all of a discrete path, 1,000 of another.
-        spacing, rho, shift, sigma_min, sigma_max: of the discretization, see `tables.discretize`; spacing None is the path's own.
-        guidance: weight of classifier-free guidance, or of autoguidance; None is the model's own, 1 none, 0 unconditional.
-        guidance_interval: (low, high) of sigma / alpha within which there is guidance; None for an end is none.
-        autoguidance: the worse model that guidance leads away from, instead of from no condition.
-        image: (n, *data_shape) in [-1, 1], to start from, or to keep a part of.
-        strength: sigma / (alpha + sigma) of the state it starts from, above 0; 1, the path's noisiest, where None.
-        mask: as image, from 0 to 1: how much of it to keep; the rest is filled in.
-        invert: start from the image's own noise, where the ODE without conditions leads up to (Song et al. 2021, section 4.3),
-            instead of from noise by seed.
-        frames: also return `frames` (N, K + 1, *data_shape), x / (alpha + sigma) before the first step and after each, of the
-            first N samples.
-        cuda_graph: replay batches from the second on as one CUDA graph, where on_step hears of the last step alone; None does
-            where nothing asks to see the steps.
+        cond: conditions of n samples, see `Diffusion.encode_conditions`.
+        solver: a function of `tables`, its own options bound.
+        steps: steps of the solver; None visits all times of a discrete path, 1,000 of a continuous one.
+        spacing, rho, shift, sigma_min, sigma_max: times to visit, see `tables.discretize`; spacing None is the path's
+            own.
+        guidance: weight of classifier-free guidance or autoguidance; None is the model's own, 1 none, 0 unconditional.
+        guidance_interval: (low, high) of sigma / alpha in which guidance acts; None for an end leaves it open.
+        autoguidance: a worse model that guidance leads away from, instead of from the unconditional prediction.
+        image: (n, *data_shape) in [-1, 1], the image to start from, or to keep a part of.
+        strength: sigma / (alpha + sigma) of the starting state, above 0; None or 1 is the path's noisiest.
+        mask: broadcasts to image, in [0, 1]: how much of it to keep; the rest is filled in.
+        invert: start from the image's own noise, found by running the unconditional ODE upwards (Song et al. 2021,
+            section 4.3), instead of from noise by seed.
+        frames: also return `frames` (N, K + 1, *data_shape) of the first N samples: x / (alpha + sigma) before the
+            first step and after each.
+        cuda_graph: replay batches from the second on as one CUDA graph, which calls on_step for the last step only;
+            None does so unless something needs to see the steps.
 
-    Raises UserError for what does not go together, or does not go with this model.
+    Returns the batch {field: (n, *data_shape)}. Raises UserError for options that contradict each other or do not fit
+    the model, and if the samples are not finite.
     """
     n, path = len(seeds), model.path
     if steps is None:
         steps = int(path.t_max) + 1 if path.discrete else CONTINUOUS_STEPS
-    visited = discretize(path, steps, spacing or path.spacing, rho, shift, sigma_min, sigma_max)
+    marginals = discretize(path, steps, spacing or path.spacing, rho, shift, sigma_min, sigma_max)
     _check_image(model, n, image, strength, mask, invert)
     guide = guides.resolve_guidance(model, cond or {}, guidance, guidance_interval, autoguidance)
-    visited = visited if strength is None else start_at_strength(path, visited, strength)
-    table = solver(path, visited)
+    marginals = marginals if strength is None else start_at_strength(path, marginals, strength)
+    table = solver(path, marginals)
     if invert and any(row.s for row in table.rows):
         raise UserError(
             "invert=true needs a sampler that adds no noise: ddim with eta=0, heun, midpoint or dpmpp_2m with eta=0"
         )
-    told = {name: value.to(model.device) for name, value in (cond or {}).items()}
-    inputs = {**told, "seeds": seeds.to(model.device)}
+    conditions = {name: value.to(model.device) for name, value in (cond or {}).items()}
+    inputs = {**conditions, "seeds": seeds.to(model.device)}
     x = table.start.sigma * rng.normal(inputs["seeds"], model.shape, stream=rng.INITIAL).to(model.dtype)
     if image is not None:
         image = image.to(model.device, model.dtype)
         known = model.encode_data({model.field: image}).to(model.dtype)
-        x = _invert(model, visited, known) if invert else x + table.start.alpha * known
+        x = _invert(model, marginals, known) if invert else x + table.start.alpha * known
         if mask is not None:
             mask = mask.to(image).expand_as(image)
             inputs |= {"known": known, "mask": mask if model.latent is None else model.latent.downsample_mask(mask)}
     inputs["x"] = x
 
     def trajectory(inputs: Batch, on_step: OnStep | None = None, watch: bool = False) -> Tensor:
-        cond, (x, seeds) = {name: inputs[name] for name in told}, (inputs["x"], inputs["seeds"])
+        cond, (x, seeds) = {name: inputs[name] for name in conditions}, (inputs["x"], inputs["seeds"])
         denoise = guides.guided_denoiser(model, cond, n, guide)
         denoise = _check_outputs(denoise, len(table.rows)) if watch else denoise
         return run_table(denoise, table, x, seeds, on_step, model.clip, inputs.get("known"), inputs.get("mask"), impl)
 
-    film = _Frames(table, x, on_step) if frames else None
-    on_step = film or on_step
+    recorder = _FrameRecorder(table, x, on_step) if frames else None
+    on_step = recorder or on_step
     graph = None
     if _uses_graph(cuda_graph, model, autoguidance, on_step):
+        # A graph is specific to everything it captured as a constant.
         half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         kind = table.start, tuple(table.times), tuple(table.rows), guide, model.clip, impl, half
         graph = find_graph(model, kind, trajectory, inputs)
@@ -168,22 +172,23 @@ def sample(
         out = graph(inputs)
         if on_step is not None:
             on_step(len(table.rows) - 1, len(table.rows), {"x": leave_inference_mode(out)})
-    if not out.isfinite().all():  # the same again, with the host looking at every step
+    if not out.isfinite().all():
+        # Only now look for the step: checking each one would make the host wait for the device every time.
         trajectory(inputs, watch=True)
         raise UserError(
             "samples are not finite, though the network's outputs are: its numbers are too large, sample with clip"
         )
     out = model.decode_data(out)
     if mask is not None and image is not None and model.latent is not None:
-        out = torch.lerp(out, image, mask)  # what goes through a first stage is not quite what it was
+        out = torch.lerp(out, image, mask)  # a first stage reconstructs the kept part only approximately
     batch = {model.field: leave_inference_mode(out)}
-    return batch if film is None else {**batch, "frames": film.decode(model)}
+    return batch if recorder is None else {**batch, "frames": recorder.decode(model)}
 
 
 def _check_image(
     model: Diffusion, n: int, image: Tensor | None, strength: float | None, mask: Tensor | None, invert: bool
 ) -> None:
-    """Raise UserError unless what is said of an image goes together."""
+    """Raise UserError unless image, strength, mask and invert go together and fit the model."""
     if image is None:
         given = {"strength": strength is not None, "mask": mask is not None, "invert": invert}
         for key in (key for key, is_given in given.items() if is_given):
@@ -210,14 +215,15 @@ def _check_image(
         )
 
 
-def _invert(model: Diffusion, visited: Sequence[Marginal], x: Tensor) -> Tensor:
-    """The state at the first level that the ODE leads from to x, by the midpoint method up the levels, two network calls each.
+def _invert(model: Diffusion, marginals: Sequence[Marginal], x: Tensor) -> Tensor:
+    """Run the unconditional ODE from x up to the noisiest point below pure noise; returns the state at marginals[0].
 
-    The data count as the state at the path's least noisy level, and the noisiest is never asked about, where eps says nothing.
+    The midpoint method takes two network calls per step. The data count as the state at the path's least noisy point.
+    The noisiest point is never evaluated: there eps determines nothing.
     """
     path = model.path
     low = path.marginal(path.t_min) if path.marginal(path.t_min).sigma else path.marginal_of_ratio(INVERSION_SIGMA)
-    up = [*([low] if low.ratio < visited[-2].ratio else []), *visited[-2::-1]]
+    up = [*([low] if low.ratio < marginals[-2].ratio else []), *marginals[-2::-1]]
     if len(up) < 2:
         raise UserError("invert=true needs at least two levels to go up: give more sampler.steps")
     denoise = guides.conditional_denoiser(model, model.encode_conditions(None, len(x)))
@@ -225,7 +231,7 @@ def _invert(model: Diffusion, visited: Sequence[Marginal], x: Tensor) -> Tensor:
     return run_table(denoise, tables.midpoint(path, up), x, seeds, clip=model.clip)
 
 
-class _Frames:
+class _FrameRecorder:
     """An on_step that keeps the states of the first samples."""
 
     def __init__(self, table: Table, x: Tensor, on_step: OnStep | None):
@@ -240,15 +246,16 @@ class _Frames:
             self.on_step(i, n, state)
 
     def decode(self, model: Diffusion) -> Tensor:
+        """Return the recorded states in the space of the data, (N, K + 1, *data_shape)."""
         return leave_inference_mode(torch.stack([model.decode_data(x) for x in self.states], 1))
 
 
 def _uses_graph(asked: bool | None, model: Diffusion, worse: Diffusion | None, on_step: OnStep | None) -> bool:
-    """Whether a trajectory may become a CUDA graph; what keeps one that was asked for from it is said."""
+    """Return True if the trajectory may become a CUDA graph; warn if one was asked for and cannot be used."""
     reason = None
     if model.device.type != "cuda":
         reason = f"the model is on {model.device}"
-    elif isinstance(on_step, _Frames):
+    elif isinstance(on_step, _FrameRecorder):
         reason = "frames=true shows every step"
     elif worse is not None or model.training:
         reason = "autoguidance calls two models" if worse is not None else "the model is in training mode"
@@ -258,7 +265,7 @@ def _uses_graph(asked: bool | None, model: Diffusion, worse: Diffusion | None, o
 
 
 def _check_outputs(denoiser: Denoiser, steps: int) -> Denoiser:
-    """Raises UserError that names the first step at which the network's output is not finite."""
+    """Wrap a denoiser so that it raises UserError at the first step whose network output is not finite."""
     calls = itertools.count()
 
     def watched(x: Tensor, t: float) -> Prediction:

@@ -1,10 +1,12 @@
-"""Tables: a pure function states every reverse step of a sampler once, in float64; `samplers` walks the rows.
+"""Solver tables: pure functions that work out every reverse step of a sampler once, in float64; `run_table` executes
+them.
 
-A solver `(path, levels) -> Table` is told the levels it has to visit and nothing of the model, so each works on every path.
-Two coordinates make the formulas short: x / alpha, whose noise is sigma / alpha (the variance-exploding view of Karras
-et al. 2022), and x / (alpha + sigma), whose noise is sigma / (alpha + sigma) (flow matching). A first-order step is the
-same in both, and in DDIM's own: Euler's method, flow matching's and DDIM are one solver, and so are DDIM with eta = 1,
-DDPM's ancestral sampling and Euler ancestral; they differ in the levels they visit.
+A solver `(path, marginals) -> Table` gets the points of the path to visit and knows nothing of the model, so each
+solver works on every path. Two coordinates keep the formulas short: x / alpha, whose noise is sigma / alpha (the
+variance-exploding view of Karras et al. 2022), and x / (alpha + sigma), whose noise is sigma / (alpha + sigma) (flow
+matching). A first-order step is the same in both, and in DDIM's own: Euler's method, flow matching and DDIM are one
+solver, and so are DDIM with eta = 1, DDPM's ancestral sampling and Euler ancestral. They differ only in the times they
+visit.
 """
 
 import itertools
@@ -22,9 +24,9 @@ Space = Literal["sigma", "flow"]
 
 @dataclass(frozen=True)
 class Table:
-    """K reverse steps from level `start`: at rows[k] the network sees the state at times[k].
+    """The K reverse steps of a sampler from the point `start`: for rows[k] the network is called at times[k].
 
-    x0_prev of a row is the x0 of the row before it, x_base the state before that row.
+    In a row, x0_prev is the x0 of the row before it, and x_base the state before that row.
     """
 
     start: Marginal
@@ -33,10 +35,10 @@ class Table:
 
 
 Solver = Callable[[Path, Sequence[Marginal]], Table]
-"""How to step from each of the levels to the next."""
+"""A solver: it plans the steps between consecutive points of a path."""
 
 
-# Which levels to visit
+# Which times to visit
 
 
 def discretize(
@@ -48,15 +50,16 @@ def discretize(
     sigma_min: float | None = None,
     sigma_max: float | None = None,
 ) -> list[Marginal]:
-    """`steps` levels from much noise to little, and clean data.
+    """Return the points of the path that a sampler visits, `steps` from noisy to nearly clean, then clean data.
 
-    trailing (from t_max down in equal strides), leading (equal strides up from t_min) and linspace (both ends) are spaced in
-    time (Lin et al. 2024, table 2); karras in the rho-th root of sigma / alpha (Karras et al. 2022, eq. 5), log_snr in its
-    logarithm. The first level is that of t_max always, leading's too: nowhere else is noise alone the state.
+    trailing (equal strides down from t_max), leading (equal strides up from t_min) and linspace (both ends) are even in
+    time (Lin et al. 2024, table 2); karras is even in the rho-th root of sigma / alpha (Karras et al. 2022, eq. 5),
+    log_snr in its logarithm. The first point is always that of t_max, for leading too: only there is the state pure
+    noise.
 
     Args:
-        shift: above 1 moves all levels but the ends to more noise, below 1 to less (Esser et al. 2024, eq. 23).
-        sigma_min, sigma_max: sigma / alpha of other ends than the path's, within it.
+        shift: above 1 moves all points but the ends to more noise, below 1 to less (Esser et al. 2024, eq. 23).
+        sigma_min, sigma_max: sigma / alpha of the last and first point, within the path; None is the end of the path.
 
     Raises UserError for a number of steps, a spacing or an end that the path does not have.
     """
@@ -78,7 +81,7 @@ def discretize(
             number(rho, "sampler.rho", 0, open_low=True)
             if math.log(max(high.ratio, 1 / low.ratio, high.ratio / low.ratio)) > 30 * rho:  # float64 has 16 digits
                 raise UserError(
-                    f"sampler.rho={rho} is too small for levels from {low.ratio:g} to {high.ratio:g}: give 1 or more"
+                    f"sampler.rho={rho} is too small for noise from {low.ratio:g} to {high.ratio:g}: give 1 or more"
                 )
             first, last = high.ratio ** (1 / rho), low.ratio ** (1 / rho)
             ratios = [(first + f * (last - first)) ** rho for f in fractions]
@@ -103,12 +106,12 @@ def discretize(
             raise UserError(f"sampler.spacing={spacing!r} must be one of trailing, leading, linspace, karras, log_snr")
         visited = [high, *(path.marginal(t) for t in times[spacing][1:])]
     if number(shift, "sampler.shift", 0, open_low=True) != 1:
-        visited = [high, *(_shift(path, level, low, high, shift) for level in visited[1:])]
+        visited = [high, *(_shift(path, marginal, low, high, shift) for marginal in visited[1:])]
     return [*visited, CLEAN]
 
 
 def _ends(path: Path, sigma_min: float | None, sigma_max: float | None) -> tuple[Marginal, Marginal]:
-    """The least and the most noisy level. Raises UserError for one that lies outside of the path."""
+    """Return the least and the most noisy point. Raises UserError if one lies outside the path."""
     low, high = path.marginal(path.t_min), path.marginal(path.t_max)
     least, most = low.ratio, high.ratio
     trained = f"this model knows sigma / alpha from {least:g} to {most:g}"
@@ -124,44 +127,47 @@ def _ends(path: Path, sigma_min: float | None, sigma_max: float | None) -> tuple
     return low, high
 
 
-def _shift(path: Path, level: Marginal, low: Marginal, high: Marginal, shift: float) -> Marginal:
-    """u' = s u / (1 + (s - 1) u) with u = sigma / (alpha + sigma) from 0 at the least noisy level to 1 at the noisiest."""
+def _shift(path: Path, marginal: Marginal, low: Marginal, high: Marginal, shift: float) -> Marginal:
+    """Move a point: u' = s u / (1 + (s - 1) u), where u = sigma / (alpha + sigma) is rescaled to [0, 1] between the
+    ends."""
     first, last = low.noise_fraction, high.noise_fraction
-    u = (level.noise_fraction - first) / (last - first)
+    u = (marginal.noise_fraction - first) / (last - first)
     u = first + (last - first) * shift * u / (1 + (shift - 1) * u)
     return path.marginal_of_ratio(u / (1 - u))
 
 
-def start_at_strength(path: Path, levels: Sequence[Marginal], share: float) -> list[Marginal]:
-    """The levels from the one whose sigma / (alpha + sigma) is `share` on, which takes the place of the nearest; all of them
-    where none has that much noise.
+def start_at_strength(path: Path, marginals: Sequence[Marginal], share: float) -> list[Marginal]:
+    """Drop the points with more noise than sigma / (alpha + sigma) = share, and start exactly there.
 
-    Raises UserError for less noise than the path has.
+    The start replaces the nearest point. All points are kept if none has that much noise. Raises UserError for less
+    noise than the path has.
     """
     number(share, "strength", 0, 1, open_low=True)
-    if share >= levels[0].noise_fraction:
-        return list(levels)
+    if share >= marginals[0].noise_fraction:
+        return list(marginals)
     ratio, least = share / (1 - share), path.marginal(path.t_min)
     if ratio < least.ratio:
         raise UserError(
             f"strength={share} must be at least {least.noise_fraction:g}, the least noise that this model knows"
         )
-    nearest = min(range(len(levels) - 1), key=lambda k: abs(math.log(levels[k].ratio / ratio)))
-    return [path.marginal_of_ratio(ratio), *levels[nearest + 1 :]]
+    nearest = min(range(len(marginals) - 1), key=lambda k: abs(math.log(marginals[k].ratio / ratio)))
+    return [path.marginal_of_ratio(ratio), *marginals[nearest + 1 :]]
 
 
 # How to step between them
 
 
-def _table(levels: Sequence[Marginal], steps: Sequence[tuple[Marginal, Marginal, Row]]) -> Table:
-    """From (level the network sees, level reached, row) of each step."""
+def _table(marginals: Sequence[Marginal], steps: Sequence[tuple[Marginal, Marginal, Row]]) -> Table:
+    """Build a table from the point at which the network is called, the point reached, and the row of each step."""
     rows = [row._replace(alpha=to.alpha, sigma=to.sigma) for _, to, row in steps]
-    return Table(levels[0], [seen.t for seen, _, _ in steps], rows)
+    return Table(marginals[0], [seen.t for seen, _, _ in steps], rows)
 
 
 def euler_row(t: Marginal, s: Marginal, eta: float = 0.0) -> Row:
-    """x_s = alpha_s x0 + sqrt(sigma_s^2 - std^2) eps + std z, eps re-derived from x and the clipped x0 (DDIM, Song et al.
-    2021, eq. 12 and 16; there alpha^2 is alpha)."""
+    """Return the row x_s = alpha_s x0 + sqrt(sigma_s^2 - std^2) eps + std z (DDIM, Song et al. 2021, eq. 12 and 16).
+
+    eps is derived again from x and the clipped x0. The paper writes alpha for alpha^2.
+    """
     if not eta:
         a = s.sigma / t.sigma
         return Row(a=a, b=s.alpha - a * t.alpha)
@@ -170,68 +176,74 @@ def euler_row(t: Marginal, s: Marginal, eta: float = 0.0) -> Row:
     return Row(a=a, b=s.alpha - a * t.alpha, s=eta * s.sigma * max(1 - r**2, 0.0) ** 0.5)
 
 
-def ddim(path: Path, levels: Sequence[Marginal], *, eta: float = 0.0) -> Table:
-    """One first-order step between neighbours; eta = 0 is deterministic, eta = 1 has DDPM's variance."""
+def ddim(path: Path, marginals: Sequence[Marginal], *, eta: float = 0.0) -> Table:
+    """Solve by one first-order step per pair of neighbours: eta = 0 is deterministic, eta = 1 has DDPM's variance.
+
+    Raises UserError for eta outside [0, 1].
+    """
     if not 0 <= eta <= 1:
         raise UserError(f"sampler.solver.eta={eta} must be between 0 (deterministic) and 1 (as noisy as DDPM)")
-    return _table(levels, [(t, s, euler_row(t, s, eta)) for t, s in itertools.pairwise(levels)])
+    return _table(marginals, [(t, s, euler_row(t, s, eta)) for t, s in itertools.pairwise(marginals)])
 
 
-def ddpm(path: Path, levels: Sequence[Marginal], *, variance: str = "small") -> Table:
-    """Ancestral steps from q(x_s | x_t, x0) (DDPM, Ho et al. 2020, eq. 6 and 7, with alpha_t / alpha_s for a longer step).
+def ddpm(path: Path, marginals: Sequence[Marginal], *, variance: str = "small") -> Table:
+    """Sample ancestrally from q(x_s | x_t, x0) (Ho et al. 2020, eq. 6 and 7, with alpha_t / alpha_s for longer steps).
 
-    variance: "small" is the posterior's own (beta tilde), "large" is beta. The last step adds no noise.
+    `variance` is "small", the posterior's (beta tilde), or "large", beta. The last step adds no noise. Raises UserError
+    for another.
     """
     if variance not in ("small", "large"):
         raise UserError(f"sampler.solver.variance={variance!r} must be one of small, large")
     steps = []
-    for t, s in itertools.pairwise(levels):
+    for t, s in itertools.pairwise(marginals):
         row = euler_row(t, s, eta=1.0)
         if variance == "large" and s.sigma:
             row = row._replace(s=(t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2) ** 0.5)
         steps.append((t, s, row))
-    return _table(levels, steps)
+    return _table(marginals, steps)
 
 
-def _coordinate(level: Marginal, space: Space) -> tuple[float, float]:
-    """(u, m): x / m has noise u there."""
-    m = level.alpha if space == "sigma" else level.alpha + level.sigma
-    return level.sigma / m if m else math.inf, m
+def _coordinate(marginal: Marginal, space: Space) -> tuple[float, float]:
+    """Return (u, m): x / m has noise u at this point."""
+    m = marginal.alpha if space == "sigma" else marginal.alpha + marginal.sigma
+    return marginal.sigma / m if m else math.inf, m
 
 
-def _check_space(levels: Sequence[Marginal], space: Space) -> None:
+def _check_space(marginals: Sequence[Marginal], space: Space) -> None:
+    """Raise UserError for an unknown space, or for sigma / alpha where a point is pure noise (alpha = 0)."""
     if space not in ("sigma", "flow"):
-        raise UserError(f"sampler.solver.space={space!r} must be one of sigma, flow")
-    if not all(_coordinate(level, space)[1] for level in levels):
+        raise UserError(f"sampler.solver.space={space!r} is none of sigma, flow")
+    if not all(_coordinate(marginal, space)[1] for marginal in marginals):
         raise UserError(
             "sampler.solver.space=sigma cannot start from pure noise (alpha = 0): use sampler.solver.space=flow"
         )
 
 
-def heun(path: Path, levels: Sequence[Marginal], *, space: Space | None = "flow") -> Table:
-    """An Euler step, then the mean of the slopes at its two ends (Karras et al. 2022, algorithm 1); the slope is
-    (x / m - x0) / u in either coordinate. Where sigma reaches 0 the Euler step stands.
+def heun(path: Path, marginals: Sequence[Marginal], *, space: Space | None = "flow") -> Table:
+    """Solve by Heun's method: an Euler step, then the mean of the slopes at its two ends (Karras et al. 2022, alg. 1).
 
-    space: None for sigma where alpha is 1, as in the paper, else flow.
+    The slope is (x / m - x0) / u in either coordinate. The step to sigma = 0 is Euler's alone, since there u = 0.
+    `space` None takes sigma if alpha is 1 throughout, as in the paper, else flow. Raises UserError as `_check_space`
+    does.
     """
-    space = space or ("sigma" if all(level.alpha == 1 for level in levels) else "flow")
-    _check_space(levels, space)
+    space = space or ("sigma" if all(marginal.alpha == 1 for marginal in marginals) else "flow")
+    _check_space(marginals, space)
     steps = []
-    for t, s in itertools.pairwise(levels):
+    for t, s in itertools.pairwise(marginals):
         (u, m), (u_s, m_s) = _coordinate(t, space), _coordinate(s, space)
         steps.append((t, s, euler_row(t, s)))
         if s.sigma:
             first, second = (u_s - u) / (2 * u), (u_s - u) / (2 * u_s)
             row = Row(a=second, b=-m_s * second, c=-m_s * first, d=m_s / m * (1 + first))
             steps.append((s, s, row))
-    return _table(levels, steps)
+    return _table(marginals, steps)
 
 
-def midpoint(path: Path, levels: Sequence[Marginal], *, space: Space = "flow") -> Table:
-    """The whole step with the slope half-way, reached by an Euler step."""
-    _check_space(levels, space)
+def midpoint(path: Path, marginals: Sequence[Marginal], *, space: Space = "flow") -> Table:
+    """Solve by the midpoint method: the whole step by the slope half-way, which an Euler step reaches."""
+    _check_space(marginals, space)
     steps = []
-    for t, s in itertools.pairwise(levels):
+    for t, s in itertools.pairwise(marginals):
         (u, m), (u_s, m_s) = _coordinate(t, space), _coordinate(s, space)
         middle = (u + u_s) / 2
         half = path.marginal_of_ratio(middle if space == "sigma" else middle / (1 - middle))
@@ -239,17 +251,19 @@ def midpoint(path: Path, levels: Sequence[Marginal], *, space: Space = "flow") -
         slope = (u_s - u) / middle
         steps.append((t, half, euler_row(t, half)))
         steps.append((half, s, Row(a=m_s / m_half * slope, b=-m_s * slope, d=m_s / m)))
-    return _table(levels, steps)
+    return _table(marginals, steps)
 
 
-def dpmpp_2m(path: Path, levels: Sequence[Marginal], *, eta: float = 0.0) -> Table:
-    """DPM-Solver++ 2M (Lu et al. 2022, algorithm 2): exponential integrator in h = log SNR / 2, x0 extrapolated from the last
-    two. eta = 1 solves the SDE (their appendix on SDE solvers, the midpoint variant). The first step and the last
-    are of first order."""
+def dpmpp_2m(path: Path, marginals: Sequence[Marginal], *, eta: float = 0.0) -> Table:
+    """Solve by DPM-Solver++ 2M (Lu et al. 2022, algorithm 2), an exponential integrator in h = log SNR / 2.
+
+    x0 is extrapolated from its last two values; the first and the last step are of first order. eta = 1 solves the SDE
+    (the paper's appendix on SDE solvers, midpoint variant). Raises UserError for a negative eta.
+    """
     if eta < 0:
         raise UserError(f"sampler.solver.eta={eta} must be at least 0 (deterministic); 1 is the SDE")
     steps, h_prev = [], math.inf
-    for t, s in itertools.pairwise(levels):
+    for t, s in itertools.pairwise(marginals):
         h = math.log(t.ratio / s.ratio) if s.sigma else math.inf
         damping = eta * h if eta else 0.0
         amount = -s.alpha * math.expm1(-h - damping)
@@ -262,4 +276,4 @@ def dpmpp_2m(path: Path, levels: Sequence[Marginal], *, eta: float = 0.0) -> Tab
         )
         steps.append((t, s, row))
         h_prev = h
-    return _table(levels, steps)
+    return _table(marginals, steps)
