@@ -1,7 +1,8 @@
-"""Reads the archives that `torch.save` writes without calling anything that they name.
+"""A safe reader of the archives that `torch.save` writes: it never calls what they name.
 
-Such an archive is a zip file of one pickle and one record of bytes for each storage. The pickle is a program: of what it may
-do, only what builds plain values and tensors is carried out here, and no size it states is believed beyond its record's.
+Such an archive is a zip file of one pickle and one record of bytes per storage. The pickle is a program; only the
+operations that build plain values and tensors are carried out here, and no size it states is believed beyond its
+record's.
 """
 
 import os
@@ -40,7 +41,7 @@ class UnsafeArchive(ValueError):
 
 
 class DamagedArchive(ValueError):
-    """The archive is cut off, altered, or none at all."""
+    """The archive is cut off or altered, or the file is not an archive."""
 
 
 class Name(NamedTuple):
@@ -119,7 +120,7 @@ class _Reader:
         return _bounded(self.run(program), len(program))
 
     def run(self, program: bytes) -> Any:
-        """Carry out the pickle. Raises Refused at the first thing in it that is more than data."""
+        """Carry out the pickle. Raises UnsafeArchive at the first thing in it that is more than data."""
         stack: list[Any] = []
         marks: list[int] = []
         memo: dict[int, Any] = {}
@@ -232,7 +233,7 @@ def _allowed(name: str) -> Name:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
-    """A tensor over a storage. Raises Refused if it would have more numbers than that."""
+    """Return a tensor over a storage. Raises UnsafeArchive if it would have more numbers than that."""
     numbers, sizes = _plain(storage, Storage).numbers, (offset, *_plain(shape, tuple), *_plain(strides, tuple))
     if any(type(n) is not int or not 0 <= n < 2**62 for n in sizes) or len(shape) != len(strides):
         raise UnsafeArchive("a tensor has a size that is none")
@@ -245,7 +246,8 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
 
 
 def _bounded(value: Any, limit: int) -> Any:
-    """The value. Raises Refused if it is nested too deep, or seen as a tree is larger than the bytes that spell it."""
+    """Return the value. Raises UnsafeArchive if it is nested too deep, or as a tree is larger than the bytes that
+    spell it."""
     seen, waiting = 0, [(value, 0)]
     while waiting:
         item, depth = waiting.pop()

@@ -1,4 +1,4 @@
-"""Where what is computed once is kept: $XDG_CACHE_HOME/genai, or ~/.cache/genai."""
+"""The cache folder: $XDG_CACHE_HOME/genai, or ~/.cache/genai."""
 
 import os
 from pathlib import Path
@@ -7,5 +7,5 @@ CACHE_HINT = "make room, or name another cache folder in the environment variabl
 
 
 def cache_folder(kind: str) -> Path:
-    """Of one kind of thing; not made yet."""
+    """Return the cache folder of one kind of thing; it is not created."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genai" / kind

@@ -1,15 +1,16 @@
-"""The one exception that means "the person at the keyboard can fix this"."""
+"""The one exception for what the user can fix, and the two checks of numbers that most config keys need."""
 
 
 class UserError(ValueError):
-    """One sentence: what was given, what is allowed, which key to change. Scripts print it and exit with code 2."""
+    """An error in one sentence: what was given, what is allowed, which key to change. Scripts print it and exit with
+    code 2."""
 
 
-SEED = 2**63 - 1  # the largest whole number that a tensor, and so a seed, can hold
+SEED = 2**63 - 1  # the largest int64, and so the largest seed
 
 
 def at_least(value: object, minimum: int, key: str, most: int = SEED) -> int:
-    """value, checked to be a whole number from minimum to most. Raises UserError that names the config key."""
+    """Return value. Raises UserError, which names the config key, unless it is a whole number from minimum to most."""
     if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= most:
         above = isinstance(value, int) and value > most
         end = f" and at most {'2^63 - 1' if most == SEED else most}" if above else ""
@@ -18,7 +19,10 @@ def at_least(value: object, minimum: int, key: str, most: int = SEED) -> int:
 
 
 def number(value: object, key: str, low: float, high: float = float("inf"), open_low: bool = False) -> float:
-    """value, checked to be a finite number from low (or above it) to high. Raises UserError that names the config key."""
+    """Return value. Raises UserError, which names the config key, unless it is a finite number from low to high.
+
+    With open_low it must lie above low.
+    """
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)

@@ -53,7 +53,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]], hint: str = "") 
 
 
 def replace(path: Path, target: Path) -> None:
-    """Give a whole file the place of another of its folder. Raises UserError if it cannot be done."""
+    """Move a complete file over another one in the same folder. Raises UserError if that fails."""
     with check_writable(target):
         os.replace(path, target)
         _sync(target.parent)
@@ -75,7 +75,7 @@ def check_inside(path: Path, within: Path) -> None:
 
 
 def check_folder(folder: Path, key: str) -> None:
-    """Raise UserError unless a folder is there or could be made, such as below a file; nothing is made."""
+    """Raise UserError unless a folder exists or could be made; nothing is made."""
     above = folder
     try:
         while not os.path.lexists(above):

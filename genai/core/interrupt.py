@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM before the first step, while packages load and everything is built: one line, exit code 130 or 143.
+"""Ctrl-C and SIGTERM before the first step, while packages load and objects are built: one line, exit code 130 or 143.
 
 A script calls `exit_on_signal` before its imports, which take seconds, and runs its task in `raise_on_signal`.
 """
@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -18,14 +18,17 @@ _received: int | None = None
 
 
 def exit_on_signal() -> None:
-    """Leave at once from here on, since nothing can be half-done while packages load; ignored signals stay ignored."""
+    """Exit at once on a signal, since nothing can be half-done while packages load; ignored signals stay ignored."""
     _install(_leave)
 
 
 @contextlib.contextmanager
 def raise_on_signal() -> Iterator[None]:
-    """Turn a signal within the context into an exception, so that what runs can clean up, and exit with its code even where the
-    exception is swallowed; while a package is being imported, exit at once."""
+    """Turn a signal within the context into an exception, so that what runs can clean up, and exit with its code.
+
+    It does so even if the exception is swallowed; while a package is being imported it exits at once. Raises
+    KeyboardInterrupt for SIGINT and SystemExit for SIGTERM.
+    """
     global _received
     _received = None
     _install(_raise)
@@ -43,7 +46,7 @@ def raise_on_signal() -> Iterator[None]:
         _before.clear()
 
 
-def _install(handler: Any) -> None:
+def _install(handler: Callable[[int, FrameType | None], object]) -> None:
     for number in SIGNALS:
         present = signal.getsignal(number)
         if present is not signal.SIG_IGN:
@@ -52,7 +55,7 @@ def _install(handler: Any) -> None:
 
 
 def _leave(number: int, frame: FrameType | None = None) -> None:
-    """End without the interpreter's own farewell, which may fail half-way through an import."""
+    """Exit without the interpreter's own shutdown, which may fail half-way through an import."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
@@ -78,7 +81,7 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 def _unraisable(problem: Any) -> None:
-    """An exception that nobody can catch, such as one raised in a destructor."""
+    """Handle an exception that nobody can catch, such as one raised in a destructor."""
     if _received is not None:
         _leave(_received)
     sys.__unraisablehook__(problem)

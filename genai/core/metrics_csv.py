@@ -1,4 +1,4 @@
-"""Lines of metrics.csv (columns step, name, value), which a crash or a bad disk may have damaged."""
+"""Reads metrics.csv (columns step, name, value), of which a crash or a bad disk may have damaged lines."""
 
 import csv
 from pathlib import Path
@@ -8,7 +8,7 @@ HEAD = "step,name,value\n"
 
 
 class Row(NamedTuple):
-    """One line: what it says, and itself."""
+    """One line of the file: its three columns, and its text."""
 
     step: int
     name: str
@@ -17,9 +17,10 @@ class Row(NamedTuple):
 
 
 def rows(path: Path) -> list[Row]:
-    """The lines that can be read, none of a file that is not there; others are left out with one warning.
+    """Return the readable lines of metrics.csv, none if there is no such file; damaged lines are left out with one
+    warning.
 
-    A last line without an end is still being written, or was when the run died, and is left out in silence.
+    A last line without a newline is still being written, or was when the run died, and is left out silently.
     """
     if not path.exists():
         return []
@@ -27,7 +28,7 @@ def rows(path: Path) -> list[Row]:
     *lines, _ = path.read_text(errors="surrogateescape").split("\n")
     for number, line in enumerate(lines, 1):
         try:
-            line.encode()  # no bytes that are no text
+            line.encode()  # raises where the file holds bytes that are not UTF-8
             ((step, name, value),) = csv.reader([line])
             found.append(Row(int(step), name, float(value), f"{line}\n"))
         except (ValueError, csv.Error):

@@ -1,6 +1,7 @@
-"""In which precision networks compute: theirs may be half, and everything around them stays float32 or wider.
+"""The precision of networks: they may compute in half, while everything around them stays float32 or wider.
 
-Around a network are the state of a sampler, times, schedules, latents of a frozen first stage, moving averages and losses.
+Around a network are a sampler's state, times, schedules, the latents of a frozen first stage, moving averages and
+losses.
 """
 
 import contextlib
@@ -24,8 +25,7 @@ MATMUL_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d,
 
 
 def precision_of(name: object, device: str | torch.device, key: str = "precision") -> str:
-    """The precision that `name`, in any of its spellings, means on a device. Raises UserError for what is none."""
-    name = canonical(key, name)
+    """Return the precision that `name` means on a device. Raises UserError for an unknown name."""
     if not isinstance(name, str) or name not in PRECISIONS:
         raise UserError(f"{key}={name} must be one of {', '.join(PRECISIONS)}")
     if name != "auto":
@@ -41,13 +41,13 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
-    """Inside, no autocast: everything is computed in the type of its tensors. For what may be compiled."""
+    """Return a context without autocast, in which everything is computed in the dtype of its tensors."""
     return torch.autocast(device.type, enabled=False)
 
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Inside, no autocast and no TF32: for frozen networks, whose answers are compared with those of other runs."""
+    """Return a context without autocast and TF32, for frozen networks whose outputs are compared across runs."""
     kinds: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn) if device.type == "cuda" else ()
     before = [kind.allow_tf32 for kind in kinds]
     try:
@@ -61,10 +61,10 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def cast_for_inference(model: nn.Module, precision: str) -> nn.Module:
-    """The model for inference in a precision, changed in place.
+    """Convert a model for inference in a precision, in place, and return it.
 
-    In mixed precision weights of products are rounded here once, where autocast would round them at every call; those of an
-    embedding, which it leaves alone, stay.
+    In mixed precision the weights of matrix products and convolutions are rounded here once, where autocast would round
+    them at every call. Embeddings stay as they are, since autocast leaves them alone.
     """
     if precision == "bf16-true":
         return model.to(torch.bfloat16)
@@ -74,6 +74,7 @@ def cast_for_inference(model: nn.Module, precision: str) -> nn.Module:
 
 
 def _round(module: nn.Module, dtype: torch.dtype, kept: set[int]) -> None:
+    """Convert the layers in MATMUL_LAYERS to dtype, except those whose weight's id is in `keep_precision`."""
     if isinstance(module, KeepPrecision):
         return
     if type(module) in MATMUL_LAYERS and id(module.weight) not in kept:
@@ -83,8 +84,8 @@ def _round(module: nn.Module, dtype: torch.dtype, kept: set[int]) -> None:
 
 
 def allow_tf32(device: torch.device, precision: str) -> str | None:
-    """Let float32 networks on a GPU multiply in TF32, with 10 bits of mantissa; the sentence that says so, None where nothing
-    changes."""
+    """Let float32 networks on a GPU multiply in TF32 (10 bits of mantissa); returns a sentence that says so, else
+    None."""
     if device.type != "cuda" or precision != "32-true" or torch.cuda.get_device_capability(device)[0] < 8:
         return None
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -98,30 +99,32 @@ def print_once(sentence: str) -> None:
 
 
 def upcast(x: Tensor) -> Tensor:
-    """x in float32, or as wide as it is."""
+    """Return x in float32, or unchanged if it is at least as wide."""
     return x.float() if x.dtype.itemsize < 4 else x
 
 
 def downcast(x: Tensor, net: nn.Module | Tensor) -> Tensor:
-    """x as a network of narrower weights takes it; at every step of a sampler one weight is quicker to ask."""
+    """Return x in the dtype of a network's weights if that is narrower. Passing one weight is quicker than the
+    network."""
     dtype = (net if isinstance(net, Tensor) else next(net.parameters())).dtype
     return x.to(dtype) if dtype.itemsize < x.dtype.itemsize else x
 
 
 def keep_precision(t: Tensor, converted: Tensor) -> Tensor:
-    """t on the device of `converted`, and in its dtype where that is as wide as t's: a module's tensor after `Module.to`."""
+    """Return t on the device of `converted`, and in its dtype unless that is narrower: a tensor after `Module.to`."""
     return t.to(converted.device) if converted.dtype.itemsize < t.dtype.itemsize else converted
 
 
 class KeepPrecision(nn.Module):
-    """A module whose parameters and buffers, with those of its parts, stay as wide as they are when a model is converted."""
+    """A module whose parameters and buffers, and those of its submodules, keep their precision when a model is
+    converted."""
 
     def _apply(self, fn: Callable, recurse: bool = True):
         return super()._apply(lambda t: keep_precision(t, fn(t)), recurse)
 
 
 class KeepBufferPrecision(nn.Module):
-    """A module whose own buffers stay as wide as they are when it is converted."""
+    """A module whose own buffers keep their precision when it is converted."""
 
     def _apply(self, fn: Callable, recurse: bool = True):
         own = {name: t for name, t in self._buffers.items() if t is not None}

@@ -1,4 +1,4 @@
-"""The nouns of the house. Families implement them, the loop above and the tools beside it know nothing else."""
+"""The protocols of the house: families of models implement them; loops, samplers and evaluation know nothing else."""
 
 import functools
 import inspect
@@ -13,18 +13,18 @@ Batch = dict[str, Tensor]
 """Named tensors, first dimension B: `image`, `vector`, `label`, `tokens`, `audio`, `mask`, ..."""
 
 PAD = 256
-"""What follows the bytes of a `caption` in a Batch, int64 (B, length)."""
+"""The id that pads a `caption`, int64 (B, length), after its bytes (0 to 255)."""
 
 OnStep = Callable[[int, int, Batch], None]
-"""`on_step(i, n, state)` after step i of n of a sampler: progress bars, streaming, films of the denoising path. One with an
-attribute `counts_only` that is true looks at no state, and may hear of a batch's last step alone."""
+"""`on_step(i, n, state)` is called after step i of n of a sampler, for progress bars, streaming or films. If its attribute
+`counts_only` is true it does not read the state, and may be called for the last step of a batch only."""
 
 
 class Losses(NamedTuple):
-    """What a Model returns for one micro-batch."""
+    """The loss of one micro-batch, with its weight and what it logs."""
 
     total: Tensor
-    """Differentiable mean over `weight` targets."""
+    """Differentiable mean over `weight` targets, a scalar."""
     weight: Tensor | float
     """How many targets `total` averages; the loop divides by the sum over micro-batches and ranks."""
     logs: Mapping[str, tuple[Tensor, Tensor | float]] = {}
@@ -32,135 +32,143 @@ class Losses(NamedTuple):
 
 
 def batch_losses(total: Tensor, logs: Mapping[str, Tensor], n: int) -> Losses:
-    """Losses and logs that are means over n samples."""
+    """Return Losses whose total and logs are means over n samples."""
     return Losses(total, float(n), {name: (value.detach(), float(n)) for name, value in logs.items()})
 
 
 class Model(Protocol):
     """An nn.Module whose `forward(batch, step) -> Losses` is its loss."""
 
-    def forward(self, batch: Batch, step: int) -> Losses: ...
+    def forward(self, batch: Batch, step: int) -> Losses:
+        """Return the loss of a batch; step is the number of the current update."""
+        ...
 
     def nets(self) -> Mapping[str, nn.Module]:
-        """What `compile=true` compiles, by name."""
+        """Return the networks that `compile=true` compiles, by name."""
         ...
 
 
 @runtime_checkable
 class Preparable(Protocol):
-    """A Model that looks at training data before step 0, on the device it trains on."""
+    """A Model that measures training data before step 0, on the device it trains on."""
 
     def prepare(self, batches: Iterable[Batch]) -> Mapping[str, Any]:
-        """Measure what training needs to know of the data, from at most a few thousand samples in no order.
+        """Measure what training needs to know of the data, from at most a few thousand samples in no particular order.
 
-        Returns the constructor arguments that were measured, by name, for the stored config to say them; what is a buffer is
-        part of the weights anyway. Raises UserError for data that the model cannot learn.
+        Returns the constructor arguments that were measured, by name, for the stored config; buffers are part of the
+        weights anyway. Raises UserError for data that the model cannot learn.
         """
         ...
 
 
 @runtime_checkable
 class AdversarialModel(Protocol):
-    """Two players, a generator and a discriminator, each with a loss and parameters of its own."""
+    """A generator and a discriminator, each with a loss and parameters of its own."""
 
     share_fake: bool
-    """The generator's update sees the fakes of the discriminator's last one; else it makes its own."""
+    """True if the generator's update reuses the fakes of the discriminator's last one; else it makes its own."""
     images_per_step: int
-    """Samples of one update on all devices, known from the first step on, for what counts those."""
+    """Real samples per update over all devices; the loop sets it before the first step."""
 
     def generate(self, batch: Batch, step: int) -> Batch:
-        """Fakes, as many as the batch has samples, and what the losses need to know of them."""
+        """Generate one fake per sample of the batch; returns them with whatever the losses need besides."""
         ...
 
     def discriminator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
-        """Of fakes without a gradient; regularisers are left out in evaluation mode."""
+        """Return the discriminator's loss on fakes without gradients; in evaluation mode without penalties."""
         ...
 
-    def generator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses: ...
+    def generator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
+        """Return the generator's loss on fakes whose gradients reach the generator."""
+        ...
 
     def generator_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """By the model's names for them."""
+        """Return the generator's parameters with their names in the model."""
         ...
 
-    def discriminator_parameters(self) -> Iterable[tuple[str, nn.Parameter]]: ...
+    def discriminator_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Return the discriminator's parameters with their names in the model."""
+        ...
 
 
 @runtime_checkable
 class Scorable(Protocol):
-    """A model with a likelihood. `bound` says what log_prob is: "exact" or "lower bound".
+    """A model with a likelihood. `bound` tells what log_prob returns: "exact" or "lower bound".
 
-    A model that was trained for something else may say so in `objective`: where it is less likely than trivial models, a card
-    gives that as the reason.
+    A model trained for something else may give the reason in `objective`; a card repeats it where the model is less
+    likely than trivial models.
     """
 
     bound: str
 
     def log_prob(self, batch: Batch, seed: int) -> Tensor:
-        """Nats per sample (B,) of the discretised data."""
+        """Return the log-likelihood of each sample of the discretised data in nats, (B,)."""
         ...
 
 
 @runtime_checkable
 class Reconstructor(Protocol):
-    """A model that compresses: `reconstruct` gives back one field of a batch, in [-1, 1], as well as it can."""
+    """A model that compresses: it encodes and decodes one field of a batch, in [-1, 1]."""
 
     field: str
 
-    def reconstruct(self, batch: Batch) -> Tensor: ...
+    def reconstruct(self, batch: Batch) -> Tensor:
+        """Return batch[field] (B, *shape) as the model reconstructs it."""
+        ...
 
 
 @runtime_checkable
 class Codec(Reconstructor, Protocol):
-    """A first stage: one field of a batch to latents and back, without randomness."""
+    """A first stage: maps one field of a batch to latents and back, without randomness."""
 
     shape: tuple[int, ...]
-    """Of one sample of that field."""
+    """Shape of one sample of that field."""
     latent_shape: tuple[int, ...]
-    """Of the latents of one sample."""
+    """Shape of the latents of one sample."""
     vocabulary: int | None
-    """How many token ids the latents are, int64; None for continuous ones."""
+    """Number of token ids if the latents are tokens, int64; None for continuous latents."""
 
     def encode(self, x: Tensor) -> Tensor:
-        """(B, *shape) -> (B, *latent_shape)."""
+        """Map x (B, *shape) to latents (B, *latent_shape)."""
         ...
 
     def decode(self, z: Tensor) -> Tensor:
-        """(B, *latent_shape) -> (B, *shape)."""
+        """Map latents (B, *latent_shape) to x (B, *shape)."""
         ...
 
 
 @runtime_checkable
 class Autoregressive(Protocol):
-    """A model that gives each token of a sample its distribution given those before it, which is all `generate` asks of it:
+    """A model of each token's distribution given those before it, as `generate` calls it:
 
         state = model.start(cond, B, total, pad)
         logits = model.next(prompt, state)  # int64 (B, T) -> (B, vocab_size)
         logits = model.next(token, state)  # int64 (B, 1) -> (B, vocab_size), and so on
 
-    A state is the model's own (a cache of keys and values, queues, the state of a cell): nothing else looks into it, and
-    several of one model are independent of each other.
+    A state belongs to the model (a key-value cache, queues, the state of a cell): nothing else reads it, and several
+    states of one model are independent of each other.
     """
 
     vocab_size: int
-    """Ids 0 to vocab_size - 1 can be written."""
+    """Ids 0 to vocab_size - 1 can be generated."""
     length: int
-    """Tokens of the model's context as trained, and of a sample where nobody says how many."""
+    """Context length in training, and the default number of tokens of a sample."""
     first: int
-    """The id that is read where there is no prompt; from vocab_size on it is one that is never written."""
+    """The id that stands in for an empty prompt; one from vocab_size on is never generated."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """As of an nn.Module: the first says on which device it is, and in which precision it computes."""
+        """Return the parameters, as nn.Module does: the first tells the device and precision of the model."""
         ...
 
     def start(self, cond: Batch | None, batch: int, total: int, pad: Tensor | None = None) -> Any:
-        """The state of `batch` samples before their first token.
+        """Return the state of `batch` samples before their first token.
 
         Args:
-            cond: conditions (batch, ...) by name, on the model's device; None for none. What depends on them alone, such as
-                the keys and values of a cross-attention, is computed here, once a sample.
+            cond: conditions (batch, ...) by name, on the model's device; None for none. What depends on them alone,
+                such as the keys and values of cross-attention, is computed here, once per sample.
             total: tokens of a sample that `next` will be given, at most.
-            pad: (batch,) how many tokens on the left of each prompt are padding, fewer than it has; None for none. A sample
-                continues as if they were not there.
+            pad: int64 (batch,), how many tokens on the left of each prompt are padding, fewer than it has; None for
+                none. A sample continues as if they were not there.
         """
         ...
 
@@ -174,36 +182,42 @@ class Autoregressive(Protocol):
 
 @runtime_checkable
 class Rewindable(Autoregressive, Protocol):
-    """An Autoregressive model that can take back tokens it has read, as speculative decoding asks of model and draft."""
+    """An Autoregressive model that can forget tokens it has read, as speculative decoding needs of model and draft."""
 
     def start(
         self, cond: Batch | None, batch: int, total: int, pad: Tensor | None = None, rewinds: bool = False
     ) -> Any:
-        """With `rewinds` a state that takes several tokens in any call, for `scores` and `rewind` too. Raises UserError where
-        the model cannot read `total` tokens so."""
+        """Return a state as `Autoregressive.start` does; with `rewinds` one for `scores` and `rewind` too.
+
+        Such a state takes several tokens in any call. Raises UserError if the model cannot read `total` tokens that
+        way.
+        """
         ...
 
     def scores(self, tokens: Tensor, state: Any) -> Tensor:
-        """As `next`, but logits float32 (B, T, vocab_size) of the token after each one of `tokens`."""
+        """Read tokens int64 (B, T) as `next` does -> logits float32 (B, T, vocab_size) of the token after each."""
         ...
 
     def rewind(self, state: Any, n: int) -> None:
-        """Forget the n tokens read last, which are not all."""
+        """Forget the n tokens read last, which must not be all."""
         ...
 
 
 @runtime_checkable
 class Capturable(Autoregressive, Protocol):
-    """An Autoregressive model whose step can be one CUDA graph."""
+    """An Autoregressive model whose step can be captured as a CUDA graph."""
 
     def fix(self, state: Any) -> bool:
-        """Once the prompt is read: from here on `next` runs the same operations on the same memory whatever the position and
-        never waits for the device. False where this state cannot do so."""
+        """Fix the state after the prompt, for a CUDA graph; returns False if this state cannot be.
+
+        From here on `next` runs the same operations on the same memory whatever the position, and never waits for the
+        device.
+        """
         ...
 
 
 class Prediction(NamedTuple):
-    """A denoiser's answer in parts, so that one fused pass can finish it: x0 = p x + q (u + w (out - u))."""
+    """A denoiser's output (B, ...) in parts, so that one fused pass can finish it: x0 = p x + q (u + w (out - u))."""
 
     out: Tensor
     out_uncond: Tensor | None = None
@@ -212,20 +226,22 @@ class Prediction(NamedTuple):
     q: float = 1.0
 
     def x0(self, x: Tensor, clip: float | None = None) -> Tensor:
-        """Combine guidance, convert to x0 and clip to [-clip, clip]; x is the state the prediction was made at."""
+        """Return x0 (B, ...), guided, converted and clipped to [-clip, clip]; x is the state of the prediction."""
         out = self.out if self.out_uncond is None else self.out_uncond.lerp(self.out, self.w)
         x0 = self.p * x + self.q * out
         return x0 if clip is None else x0.clamp(-clip, clip)
 
 
 class Denoiser(Protocol):
-    """`(x, t) -> Prediction`; t is the one time of the whole batch. What it is told is bound to it before the first step."""
+    """A function `(x, t) -> Prediction` with one time t for the whole batch; its conditions are bound to it
+    beforehand."""
 
     def __call__(self, x: Tensor, t: float, /) -> Prediction: ...
 
 
 class Sampler(Protocol):
-    """`(model, seeds, cond, on_step) -> Batch`; sample i depends on seeds[i] alone. See `for_models`."""
+    """A function `(model, seeds, cond, on_step) -> Batch` whose sample i depends on seeds[i] alone. See
+    `for_models`."""
 
     def __call__(
         self, model: nn.Module, seeds: Tensor, cond: Batch | None = None, on_step: OnStep | None = None
@@ -236,11 +252,10 @@ Called = TypeVar("Called", bound=Callable)
 
 
 def for_models(*kinds: type, **parts: type) -> Callable[[Called], Called]:
-    """Mark a sampler, or a likelihood, with the models it is for: classes, or protocols that can be checked at run time; `parts`
-    are arguments of its own that are models of other checkpoints.
+    """Mark a sampler, or a likelihood, with the models it is for: classes, or runtime-checkable protocols.
 
-    The marks are the attributes `model_types` and `model_parts`, of a function or of a class of callables; without the first it
-    is for any model.
+    `parts` names those of its arguments that are models of other checkpoints. The marks are the attributes
+    `model_types` and `model_parts` of a function, or of a class of callables; without the first it is for any model.
     """
 
     def mark(function: Called) -> Called:
@@ -251,14 +266,14 @@ def for_models(*kinds: type, **parts: type) -> Callable[[Called], Called]:
 
 
 def model_parts(sampler: Callable) -> Mapping[str, type]:
-    """The arguments of a sampler that are models of other checkpoints, with what they must be."""
+    """Return the arguments of a sampler that are models of other checkpoints, with their required type."""
     while isinstance(sampler, functools.partial):
         sampler = sampler.func
     return getattr(sampler, "model_parts", {})
 
 
 def check_sampler(sampler: Callable, model: nn.Module, key: str = "sampler") -> None:
-    """Raises UserError where a sampler is marked `for_models` of which this is none; `key` is what chose it."""
+    """Raise UserError if a sampler is marked `for_models` of other types; `key` is the config key that chose it."""
     function, parts = sampler, {}
     while isinstance(function, functools.partial):
         function, parts = function.func, {**function.keywords, **parts}
@@ -274,6 +289,6 @@ def check_sampler(sampler: Callable, model: nn.Module, key: str = "sampler") -> 
 
 
 def with_items(sampler: Callable, items: Callable[[str, Tensor], Tensor]) -> Callable:
-    """A sampler that starts from items of the data gets them: `items(split, index)`."""
+    """Bind `items(split, index) -> Tensor` to a sampler that starts from items of the data; return others unchanged."""
     takes = "items" in inspect.signature(sampler).parameters
     return functools.partial(sampler, items=items) if takes else sampler

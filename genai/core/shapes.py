@@ -1,4 +1,4 @@
-"""Helpers for what would otherwise broadcast in silence: a scalar of each sample, an answer of another shape."""
+"""Checks against silent broadcasting: one scalar per sample, and outputs of the expected shape."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from genai.core.errors import UserError
 
 
 def check_shape(x: Tensor, shape: Sequence[int], key: str) -> Tensor:
-    """Return x, which must be (B, *shape). Raises UserError that names the config key of the network whose answer it is."""
+    """Return x, which must be (B, *shape). Raises UserError, which names the config key of the network that made it."""
     if x.shape[1:] != tuple(shape):
         raise UserError(
             f"{key} makes {list(x.shape[1:])} of an item, and the model needs {list(shape)}: choose another, or other sizes"
@@ -27,5 +27,5 @@ def expand_like(t: Tensor, x: Tensor) -> Tensor:
 
 
 def mean_flat(x: Tensor) -> Tensor:
-    """Mean over every dimension but the first: (B, ...) -> (B,)."""
+    """Average over every dimension but the first: (B, ...) -> (B,)."""
     return x.flatten(1).mean(1)

@@ -1,4 +1,8 @@
-"""The per-step update shared by every diffusion sampler, affine in tensors with per-step scalars."""
+"""The per-step update shared by every diffusion sampler: affine in tensors, with scalar coefficients per step.
+
+Four implementations compute the same: `reference` (the formula), `_torch` (in place, fewer passes), Inductor, and
+Triton (one pass over memory). `affine_step` checks the arguments and picks one.
+"""
 
 import functools
 import os
@@ -16,12 +20,14 @@ from genai.core.protocols import Prediction
 
 Impl = Literal["auto", "triton", "torch", "compiled"]
 
-# What compiling the step saves and costs on one core, measured by benchmarks/step.py: seconds per element, and in all.
+# Seconds that compiling the step saves per element (without and with noise), and seconds that it costs, on one core, measured
+# by benchmarks/step.py.
 SAVED, SAVED_NOISY, COMPILING = 0.7e-9, 30e-9, 20.0
 
 
 class Row(NamedTuple):
-    """Coefficients of one step x' = a x + b x0 + c x0_prev + d x_base + s z, and where x' lies: alpha x0 + sigma eps."""
+    """The coefficients of a step x' = a x + b x0 + c x0_prev + d x_base + s z, and of its target x' ~ N(alpha x0,
+    sigma^2)."""
 
     a: float = 0.0
     b: float = 0.0
@@ -48,27 +54,30 @@ def affine_step(
     keep_x0: bool = False,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """One reverse step, in one pass over memory where Triton runs.
+    """Take one reverse step, in one pass over memory where Triton runs.
 
-    out   = u + w (c - u) if the prediction is guided
-    x0    = clip(p x + q out)
-    x'    = a x + b x0 + c x0_prev + d x_base + s z
-    x'    = m (alpha known + sigma z2) + (1 - m) x' with a mask: inpainting
+        out   = u + w (c - u) if the prediction is guided
+        x0    = clip(p x + q out)
+        x'    = a x + b x0 + c x0_prev + d x_base + s z
+        x'    = m (alpha known + sigma z2) + (1 - m) x' with a mask: inpainting
 
     Args:
-        x: the state, (B, ...), of the same shape, dtype and device as all the others; none is changed.
-        seeds: int64 (B,); z and z2 are the noise of streams 1 and 2, row `index`, of these seeds.
-        x0_prev, x_base: needed where c or d is not zero.
+        x: state (B, ...); the other tensors have its shape, dtype and device. None of them is changed.
+        prediction: the denoiser's output at x: out, out_uncond, w, p and q.
+        row: coefficients of the step.
+        seeds: int64 (B,); z and z2 are Philox streams 1 and 2, row `index`, of these seeds.
+        index: number of the step, which selects the noise.
+        clip: bound of |x0|, None for none.
+        x0_prev, x_base: x0 of the previous step and the state before it; needed if c or d is not 0.
         known, mask: a clean sample and how much of it (0 to 1) to keep; one needs the other.
-        noisy: whether the kernel has the noise in it, default s != 0; True lets one kernel serve a whole table.
+        noisy: whether the kernel draws noise, by default s != 0; True lets one kernel serve a whole table.
         keep_x0: also return x0.
-        impl: "triton" is refused where it cannot run, "auto" then takes torch and says so once; "compiled" is torch by
+        impl: "triton" raises where it cannot run, "auto" then takes torch and warns once; "compiled" is torch by
             Inductor, which takes seconds at first, see `choose_impl`.
 
-    Returns:
-        x', and x0 or an empty tensor; contiguous, whatever the layout of the tensors given.
+    Returns: x' (B, ...), and x0 or an empty tensor; contiguous, whatever the layout of the arguments.
 
-    Raises UserError where the tensors do not fit each other, and for gradients asked of Triton.
+    Raises UserError if the tensors do not fit each other, or if Triton is asked for gradients.
     """
     out, out_uncond, w, p, q = prediction
     others = out, out_uncond, x0_prev, x_base, known, mask
@@ -84,8 +93,11 @@ NAMES = "out", "out_uncond", "x0_prev", "x_base", "known", "mask"
 
 
 def _check(x: Tensor, others: Sequence[Tensor | None], seeds: Tensor, row: Row, drawn: bool) -> bool:
-    """Raise UserError where the arguments do not fit, `others` in the order of NAMES; else whether all tensors that are read are
-    contiguous, of the seeds only where noise is drawn. At small sizes each attribute looked up counts."""
+    """Return True if all tensors that are read are contiguous; seeds count only if noise is drawn.
+
+    `others` is in the order of NAMES. Raises UserError if the arguments do not fit. Plain loops: for small states each
+    attribute looked up shows in the time of a step.
+    """
     shape, dtype, device = x.shape, x.dtype, x.device
     contiguous = x.is_contiguous() and (not drawn or seeds.is_contiguous())
     for tensor in others:
@@ -115,7 +127,7 @@ def _kind(x: Tensor) -> str:
 
 
 def _contiguous(*args) -> list:
-    """The arguments with each tensor contiguous: noise is numbered in C order, and Triton's offsets count memory."""
+    """Make each tensor contiguous: noise is numbered in C order, and Triton's offsets count elements in memory."""
     return [a.contiguous() if isinstance(a, Tensor) else a for a in args]
 
 
@@ -134,7 +146,7 @@ def reference(
     noisy: bool,
     keep_x0: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The formula as it is written, in float32 at least; k holds w, p, q, a, b, c, d, s, alpha, sigma."""
+    """Compute the formula as written, in float32 or wider; k holds w, p, q, a, b, c, d, s, alpha, sigma."""
     w, p, q, a, b, c, d, s, alpha, sigma = k
     wide = functools.partial(torch.Tensor.to, dtype=torch.promote_types(x.dtype, torch.float32))
     x_, out = wide(x), wide(out)
@@ -171,7 +183,7 @@ def _torch(
     noisy: bool,
     keep_x0: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The same in place on one new tensor, and in fewer passes: y = x0 / q first, clipping included."""
+    """Compute the same in place on one new tensor and in fewer passes: y = x0 / q first, clipping included."""
     w, p, q, a, b, c, d, s, alpha, sigma = k
     if x.dtype in (torch.float16, torch.bfloat16) or q == 0:
         return reference(x, out, out_uncond, x0_prev, x_base, known, mask, seeds, row, k, clip, noisy, keep_x0)
@@ -181,7 +193,7 @@ def _torch(
     if clip is not None:
         y.clamp_(-clip / abs(q), clip / abs(q))
     x0 = y * q if keep_x0 else x.new_empty(0)
-    y.mul_(b * q)
+    y.mul_(b * q)  # y is x0 / q up to here, so clipping cost no pass of its own
     for factor, tensor in ((a, x), (c, x0_prev), (d, x_base)):
         if factor and tensor is not None:
             y.add_(tensor, alpha=factor)
@@ -205,7 +217,7 @@ _uncompiled: set[str] = set()
 
 
 def _run_compiled(x: Tensor, *args) -> tuple[Tensor, Tensor]:
-    """The formula by Inductor; what differs from row to row goes in as tensors, so that one compilation serves them all."""
+    """Run `reference` compiled by Inductor. Per-step values go in as tensors, so one compilation serves all steps."""
     from torch._dynamo.exc import BackendCompilerFailed  # takes a second to import
 
     if x.device.type in _uncompiled:
@@ -221,7 +233,8 @@ def _run_compiled(x: Tensor, *args) -> tuple[Tensor, Tensor]:
 
 
 def choose_impl(x: Tensor, steps: int, noisy: bool) -> Impl:
-    """What runs `steps` steps of a state like x soonest: on a CPU with a C++ compiler, "compiled" where that pays."""
+    """Return the fastest implementation for `steps` steps of a state like x: "compiled" on a CPU where that pays
+    off."""
     pays = steps * x.numel() * (SAVED_NOISY if noisy else SAVED) > COMPILING
     compiler = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
     return "compiled" if pays and x.device.type == "cpu" and compiler else "auto"
@@ -242,7 +255,7 @@ def _requires_grad(*args) -> bool:
 
 
 def triton_obstacle(x: Tensor) -> str | None:
-    """What keeps the kernel from running on tensors like x; None if nothing does."""
+    """Return why the kernel cannot run on tensors like x, None if it can."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float32, float16 and bfloat16, and this is {str(x.dtype).removeprefix('torch.')}"
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":

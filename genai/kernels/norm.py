@@ -8,16 +8,8 @@ from genai.kernels.affine_step import triton_obstacle
 
 
 def normalize(norm: nn.GroupNorm, x: Tensor, scale_shift: Tensor | None = None, silu: bool = False) -> Tensor:
-    """v or v sigmoid(v) of v = norm(x) (1 + scale) + shift, in one function of x (B, C, ...).
-
-    On a GPU it is a few kernels that keep the layout of x, where torch 2.14 copies a channels-last tensor to be contiguous,
-    and its dtype under autocast too, computing in float32. Elsewhere, and where it is traced, it is torch's own operations:
-    Inductor fuses those with the convolution's bias before and the cast after, and no operator is in its way.
-
-    Args:
-        norm: its groups, eps, weight and bias.
-        scale_shift: (B, 2C), the scale of each channel, then the shift; None for neither.
-    """
+    """Return v, or v sigmoid(v) with silu, of v = norm(x) (1 + scale) + shift, fused where Triton runs; x (B, C,
+    ...)."""
     if _fused(norm, x):
         from genai.kernels.triton_norm import FusedNorm
 

@@ -1,4 +1,4 @@
-"""How the time, a label and a caption enter a network that denoises."""
+"""The way time, label and caption enter a denoising network."""
 
 from torch import Tensor, nn
 
@@ -7,18 +7,20 @@ from genai.nn.attention import Context
 
 def add_conditions(
     emb: Tensor,
-    of_label: nn.Module | None,
+    label_embedding: nn.Module | None,
     label: Tensor | None,
-    of_summary: nn.Module | None,
+    summary_embedding: nn.Module | None,
     states: Tensor | None,
     real: Tensor | None,
 ) -> tuple[Tensor, Context | None]:
-    """An embedding of the time (B, width) with those of label and caption, where a network has them, activated; and what it
-    attends to."""
-    if of_label is not None:
-        emb = emb + of_label(label)
+    """Add the embeddings of label and caption summary to the time embedding emb (B, width), and activate it.
+
+    Returns the embedding (B, width), and the `Context` for cross-attention, None without a caption.
+    """
+    if label_embedding is not None:
+        emb = emb + label_embedding(label)
     context = None
-    if of_summary is not None:
+    if summary_embedding is not None:
         assert states is not None and real is not None
-        context, emb = Context(states, real), emb + of_summary(states[:, 0])
+        context, emb = Context(states, real), emb + summary_embedding(states[:, 0])
     return nn.functional.silu(emb), context

@@ -19,8 +19,11 @@ from genai.nn.transformer import GELU, MLP
 
 
 class DiTBlock(nn.Module):
-    """Self-attention and MLP, each scaled, shifted and gated by the embedding, the gates 0 at first ("adaLN-Zero", section
-    3.2); between them attention to a text where there is one."""
+    """Self-attention and an MLP, each scaled, shifted and gated by the embedding ("adaLN-Zero", section 3.2).
+
+    The gates are 0 at first, so a new block is the identity. Between the two comes cross-attention to the caption, if
+    there is one.
+    """
 
     def __init__(self, width: int, heads: int, ratio: float, context_width: int | None):
         super().__init__()
@@ -30,7 +33,7 @@ class DiTBlock(nn.Module):
         self.modulation = zero(nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, emb: Tensor, context: Context | ContextKeyValues | None = None) -> Tensor:
-        """x (B, T, width), emb (B, width) already activated -> (B, T, width)."""
+        """Map x (B, T, width) to the same shape; emb (B, width) is already activated."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb)[:, None].chunk(6, -1)
         x = x + gate1 * self.attention(modulate(x, shift1, scale1))
         if self.cross is not None:
@@ -40,23 +43,24 @@ class DiTBlock(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """norm(x) * (1 + scale) + shift."""
+    """Return norm(x) * (1 + scale) + shift for x (B, T, width); shift and scale (B, 1, width)."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
 
 
 class DiT(nn.Module):
-    """Diffusion Transformer for images or latents of any size that `patch` divides.
+    """Diffusion Transformer for images or latents of any size that `patch` divides (Peebles and Xie, 2023).
 
     Args:
         shape: (C, H, W).
-        patch: side of the squares that become one position each.
-        width, layers, heads, ratio: of the Transformer; ratio is the MLP's inner width over the outer.
-        classes: number of labels, None for none; the embedding has one more row, the null.
-        text: encodes captions, None for none; its summary enters with the time, its states by cross-attention.
-        gradient_checkpointing: compute activations twice instead of keeping them.
-        out_channels, out_per_channel: of the output, as of a UNet.
+        patch: side of the squares that become one token each.
+        width, layers, heads, ratio: size of the Transformer; ratio is the MLP's inner width over `width`.
+        classes: number of labels, None for none; the embedding has one more row, the null label.
+        text: caption encoder, None for none; its summary is added to the time embedding, its states enter by
+            cross-attention.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        out_channels, out_per_channel: channels of the output, as for a UNet.
 
-    Raises UserError if the net cannot take the shape.
+    Raises UserError if the network cannot take the shape.
     """
 
     def __init__(
@@ -100,8 +104,11 @@ class DiT(nn.Module):
         real: Tensor | None = None,
         projected: Sequence[ContextKeyValues] | None = None,
     ) -> Tensor:
-        """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,), `Context` of a caption and what `project` made of it, if it
-        did -> (B, out_channels, H, W)."""
+        """Denoise x (B, C, H, W) at time (B,) in [0, 1000) -> (B, out_channels, H, W).
+
+        label is int64 (B,), states and real are the `Context` of a caption, projected what `project` made of it, if it
+        was called.
+        """
         emb = self.time(downcast(time_embedding(time, self.width), self.stem.weight))
         emb, context = add_conditions(emb, self.label, label, self.summary, states, real)
         height = x.shape[2] // self.patch
@@ -116,11 +123,11 @@ class DiT(nn.Module):
         return F.pixel_shuffle(out.mT.unflatten(2, (height, -1)), self.patch)
 
     def project(self, context: Context) -> list[ContextKeyValues]:
-        """Every block's keys and values of a caption, for many calls with it."""
+        """Return the keys and values of a caption for every block, to be reused by many calls."""
         return [block.cross.project(context) for block in self.blocks]  # type: ignore[union-attr,operator]
 
 
 def positions(height: int, width: int, dim: int) -> Tensor:
-    """(height width, dim): half of the numbers are sinusoids of the row, half of the column."""
+    """Return sinusoidal position embeddings (height width, dim): half of each encodes the row, half the column."""
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.cat([time_embedding(axis.flatten().float(), dim // 2) for axis in (row, column)], 1)

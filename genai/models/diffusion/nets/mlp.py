@@ -9,13 +9,13 @@ from genai.nn.init import zero
 
 
 class MLP(nn.Module):
-    """Residual MLP over vectors of `dim` numbers; time and class enter as a learned vector added before each block.
+    """A residual MLP over vectors; time and label enter as a learned vector added before each block.
 
     Args:
-        dim: numbers per vector.
-        width: of the hidden layers.
-        blocks: residual blocks.
-        classes: number of labels, None for none; the embedding has one more row, the null.
+        dim: D of the vectors (B, D).
+        width: width of the hidden layers.
+        blocks: number of residual blocks.
+        classes: number of labels, None for none; the embedding has one more row, the null label.
     """
 
     def __init__(self, dim: int, width: int = 128, blocks: int = 3, classes: int | None = None):
@@ -31,7 +31,7 @@ class MLP(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(width), zero(nn.Linear(width, dim)))
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
-        """x (B, dim), time (B,) in [0, 1000), label int64 (B,) -> (B, dim)."""
+        """Denoise x (B, dim) at time (B,) in [0, 1000) with label int64 (B,) -> (B, dim)."""
         emb = self.time(downcast(time_embedding(time, self.width), self.stem.weight))
         if self.label is not None:
             emb = emb + self.label(label)

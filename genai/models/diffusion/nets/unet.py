@@ -21,12 +21,12 @@ from genai.nn.text_encoder import TextEncoder
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with at most 32 groups of at least 4 channels where the channel count allows."""
+    """Return a GroupNorm with at most 32 groups of at least 4 channels where the channel count allows."""
     return nn.GroupNorm(math.gcd(channels, min(32, max(channels // 4, 1))), channels)
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv, norm * (1 + scale) + shift, SiLU, dropout, conv, plus the input; scale and shift from emb."""
+    """A residual block: norm, SiLU, conv, norm * (1 + scale) + shift, SiLU, dropout, conv; scale and shift from emb."""
 
     def __init__(self, c_in: int, c_out: int, c_emb: int, dropout: float):
         super().__init__()
@@ -37,7 +37,7 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, emb: Tensor, context: Context | ContextKeyValues | None = None) -> Tensor:
-        """x (B, c_in, H, W), emb (B, c_emb) already activated -> (B, c_out, H, W)."""
+        """Map x (B, c_in, H, W) to (B, c_out, H, W); emb (B, c_emb) is already activated."""
         h = self.conv1(normalize(self.norm1, x, silu=True))
         h = normalize(self.norm2, h, self.emb(emb), silu=True)
         return self.skip(x) + self.conv2(self.dropout(h))
@@ -52,14 +52,14 @@ class AttentionBlock(nn.Module):
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, emb: Tensor, context: Context | ContextKeyValues | None = None) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H, W); nothing else is used."""
+        """Map x (B, C, H, W) to the same shape; emb and context are not used."""
         qkv = self.qkv(normalize(self.norm, x)).flatten(2).mT  # (B, HW, 3C)
         h = F.scaled_dot_product_attention(*qkv[:, None].chunk(3, -1))[:, 0]  # (B, HW, C)
         return x + self.out(h.mT.unflatten(2, x.shape[2:]))
 
 
 class CrossAttentionBlock(nn.Module):
-    """Attention of the pixels to a text, plus the input; heads of about 32 channels."""
+    """Attention of the pixels to a caption, plus the input; heads of about 32 channels."""
 
     def __init__(self, channels: int, context_width: int):
         super().__init__()
@@ -67,22 +67,23 @@ class CrossAttentionBlock(nn.Module):
         self.attention = CrossAttention(channels, context_width, math.gcd(channels, max(channels // 32, 1)))
 
     def forward(self, x: Tensor, emb: Tensor, context: Context | ContextKeyValues | None = None) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H, W); emb is not used."""
+        """Map x (B, C, H, W) to the same shape under a caption; emb is not used."""
         assert context is not None
         h = self.attention(normalize(self.norm, x).flatten(2).mT, context)
         return x + h.mT.unflatten(2, x.shape[2:])
 
 
 class Stage(nn.ModuleList):
-    """Blocks called one after the other with the same embedding and text."""
+    """Blocks called one after the other with the same embedding and caption."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Context | ContextKeyValues | None = None) -> Tensor:
+        """Map x (B, c_in, H, W) to (B, c_out, H', W')."""
         for block in self:
             x = block(x, emb, context)
         return x
 
     def project(self, context: Context) -> ContextKeyValues | None:
-        """Keys and values of a text as the one block that reads it sees them, None where there is none."""
+        """Return the keys and values of a caption for the one block that reads it, None if there is none."""
         return next((b.attention.project(context) for b in self if isinstance(b, CrossAttentionBlock)), None)
 
 
@@ -93,6 +94,7 @@ class Downsample(nn.Conv2d):
         super().__init__(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor, emb: Tensor, context: Context | ContextKeyValues | None = None) -> Tensor:
+        """Map x (B, C, H, W) to (B, C, H / 2, W / 2)."""
         return super().forward(x)
 
 
@@ -103,30 +105,31 @@ class Upsample(nn.Conv2d):
         super().__init__(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, emb: Tensor, context: Context | ContextKeyValues | None = None) -> Tensor:
+        """Map x (B, C, H, W) to (B, C, 2 H, 2 W)."""
         return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class UNet(nn.Module):
-    """U-Net whose time and class enter every residual block by scale and shift.
+    """A U-Net whose time and label enter every residual block by scale and shift.
 
-    A text enters there by the state that sums it up, and by cross-attention wherever there is self-attention.
+    A caption enters there by its summary, and by cross-attention wherever there is self-attention.
 
     Args:
         shape: (C, H, W) of the images; H and W must be multiples of 2^(len(multipliers) - 1).
         channels: width of the first resolution.
         multipliers: width of each resolution as a multiple of `channels`.
         blocks: residual blocks per resolution on the way down (one more on the way up).
-        attention: heights at which each block attends, in configs of before.
-        classes: number of labels, None for none; the embedding has one more row, the null.
+        attention: heights at which each block attends; superseded by attention_depths, kept for stored configs.
+        classes: number of labels, None for none; the embedding has one more row, the null label.
         dropout: probability inside residual blocks.
         gradient_checkpointing: recompute stages in the backward pass instead of keeping their activations.
         out_channels: channels of the output, None for those of the images times `out_per_channel`.
-        text: encodes captions, None for none.
-        attention_depths: halvings after which each block is followed by self-attention: 0 at the size of the images, -1 at
-            the least size, the default; a stored config with neither key means the height 16.
+        text: caption encoder, None for none.
+        attention_depths: halvings after which each block is followed by self-attention: 0 at the size of the images, -1
+            at the smallest size, the default; a stored config with neither key means the height 16.
         out_per_channel: outputs for each channel of the images, such as a logit for each grey level.
 
-    Raises UserError if the net cannot take the size, or has no such depth.
+    Raises UserError if the network cannot take the size, or has no such depth.
     """
 
     def __init__(
@@ -192,7 +195,7 @@ class UNet(nn.Module):
                 self.up.append(up)
         outputs = out_channels or c_image * out_per_channel
         self.head = nn.Sequential(group_norm(c), nn.SiLU(), zero(nn.Conv2d(c, outputs, 3, padding=1)))
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # cuDNN's fastest layout for convolutions in half precision
 
     def forward(
         self,
@@ -203,24 +206,27 @@ class UNet(nn.Module):
         real: Tensor | None = None,
         projected: Sequence[ContextKeyValues | None] | None = None,
     ) -> Tensor:
-        """x (B, C, H, W), time (B,) in [0, 1000), label int64 (B,), `Context` of a caption and what `project` made of it, if it
-        did -> (B, out_channels, H, W)."""
+        """Denoise x (B, C, H, W) at time (B,) in [0, 1000) -> (B, out_channels, H, W).
+
+        label is int64 (B,), states and real are the `Context` of a caption, projected what `project` made of it, if it
+        was called.
+        """
         emb = self.time(downcast(time_embedding(time, self.channels), self.stem.weight))
         emb, context = add_conditions(emb, self.label, label, self.summary, states, real)
-        seen = itertools.repeat(context) if projected is None else iter(projected)  # of each stage
+        contexts = itertools.repeat(context) if projected is None else iter(projected)  # one per stage
         h = self.stem(downcast(x, self.stem.weight).contiguous(memory_format=torch.channels_last))
         skips = [h]
         for stage in self.down:
-            h = self._run(stage, h, emb, next(seen))
+            h = self._run(stage, h, emb, next(contexts))
             skips.append(h)
-        h = self._run(self.middle, h, emb, next(seen))
+        h = self._run(self.middle, h, emb, next(contexts))
         for stage in self.up:
-            h = self._run(stage, torch.cat([h, skips.pop()], 1), emb, next(seen))
+            h = self._run(stage, torch.cat([h, skips.pop()], 1), emb, next(contexts))
         norm, _, conv = self.head
         return conv(normalize(norm, h, silu=True)).contiguous()  # type: ignore[arg-type]
 
     def project(self, context: Context) -> list[ContextKeyValues | None]:
-        """Every stage's keys and values of a caption, for many calls with it."""
+        """Return the keys and values of a caption for every stage, None where a stage does not read it."""
         return [stage.project(context) for stage in (*self.down, self.middle, *self.up)]  # type: ignore[operator]
 
     def _run(self, stage: nn.Module, h: Tensor, emb: Tensor, context: Context | ContextKeyValues | None) -> Tensor:
@@ -230,6 +236,7 @@ class UNet(nn.Module):
 
 
 def _check_shape(shape: Sequence[int], levels: int) -> Sequence[int]:
+    """Return shape. Raises UserError unless it is (C, H, W) with sides that can be halved so often."""
     if len(shape) != 3:
         raise UserError(f"a U-Net takes images of shape [C, H, W], got {list(shape)} (data=, or model=ddpm_mlp)")
     multiple = 2 ** (levels - 1)
