@@ -1,4 +1,4 @@
-"""Latents of a frozen first stage that are computed once and kept on disk."""
+"""Latents of a frozen first stage, computed once and cached on disk."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from genai.data.stream import batches
 
 
 class CachedLatents:
-    """A split that brings latents along which were computed once."""
+    """A split that adds precomputed latents to each batch, as `latent` (B, *latent_shape)."""
 
     def __init__(self, split: Split, latents: np.ndarray):
         self.split, self.latents, self.augments = split, latents, split.augments
@@ -32,19 +32,21 @@ class CachedLatents:
         return len(self.split)
 
     def batch(self, index: Tensor, draws: Tensor | None) -> Batch:
+        """Return the batch of the items `index` int64 (B,), with their latents."""
         batch = self.split.batch(index, draws)
         return {**batch, "latent": torch.from_numpy(self.latents[index.numpy()])}
 
     def fingerprint(self, quick: bool) -> str:
+        """Return the checksum of the underlying split."""
         return split_checksum(self.split, quick)
 
 
 def precompute(model: nn.Module, data: Data, cfg: DictConfig) -> None:
-    """Let every split of data bring its latents along, from memory-mapped files in codec.cache, made where absent, on the
-    device that the first stage is on.
+    """Replace every split of data by one with cached latents, which are computed where they are missing.
 
-    Their name holds checksums of the first stage and of all its images; a run that is resumed makes them in the user's own cache.
-    Raises UserError where images are augmented.
+    The files lie in codec.cache, named by checksums of first stage and images, and are memory-mapped; they are computed
+    on the device of the first stage. A resumed run writes missing ones to the user's own cache instead. Raises
+    UserError if images are augmented, since there is one latent per image.
     """
     codec: Any = model.codec
     held = chain(codec.parameters(), codec.buffers(), model.parameters())
@@ -60,7 +62,7 @@ def precompute(model: nn.Module, data: Data, cfg: DictConfig) -> None:
         key = hashlib.sha256((first_stage + split_checksum(images)).encode()).hexdigest()[:16]
         path = Path(cfg.codec.cache) / f"{key}_{name}.npy"
         if cfg.get("resume") is not None and not path.exists():
-            # a file chose the folder, and it may be read but not written
+            # A stored config chose this folder, which may be somebody else's: read it, but do not write to it.
             path = cache_folder("latents") / path.name
         if not path.exists():
 

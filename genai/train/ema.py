@@ -11,11 +11,11 @@ from genai.core.precision import upcast
 
 
 def decay_at(n: int, decay: float, power: float | None, ramp: float | None = None) -> float:
-    """Decay of update n = 1, 2, ...: at most `decay`, 1 - (1 + n)^-power and, with a half-life of `ramp` (n - 1) updates,
-    2^(-1 / (ramp (n - 1))); None leaves that bound out.
+    """Return the decay of update n = 1, 2, ...: the least of `decay`, 1 - (1 + n)^-power and 2^(-1 / (ramp (n - 1))).
 
-    power = 1 averages all weights since the start equally until `decay` is reached. A ramp is that of Karras et al.,
-    "Training Generative Adversarial Networks with Limited Data", 2020, whose code has 0.05.
+    None leaves a bound out. power = 1 averages all weights since the start equally until `decay` is reached. The last
+    bound is a half-life of `ramp` (n - 1) updates (Karras et al., "Training Generative Adversarial Networks with
+    Limited Data", 2020, whose code has ramp = 0.05).
     """
     if power is not None:
         decay = min(decay, 1 - (1 + n) ** -power)
@@ -25,14 +25,19 @@ def decay_at(n: int, decay: float, power: float | None, ramp: float | None = Non
 
 
 class EMA:
-    """`module` holds the average: equal to the live weights until the first update, buffers copied, never trained. In float32 or
-    wider: a half-precision weight is further from the next one than an update moves its average.
+    """An exponential moving average of a model's weights in a second module, `module`.
+
+    It equals the live weights until the first update; buffers are copied. The average is float32 or wider: an update
+    moves a weight by less than half precision can represent.
 
     Args:
         model: the live model.
-        decay: the largest decay, in [0, 1].
-        power, ramp: of the warm-up of the decay, both None for a constant one; see `decay_at`.
-        named_parameters: those to average, None for all that are trained; `module` shares the others with the live model.
+        decay: the largest decay, in [0, 1]; 0 shares the live weights.
+        power, ramp: warm-up of the decay, both None for a constant one; see `decay_at`.
+        named_parameters: the parameters to average, None for all trained ones; `module` shares the others with the live
+            model.
+
+    Raises UserError for a decay out of range.
     """
 
     def __init__(
@@ -71,7 +76,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the live weights; once per optimiser step."""
+        """Move the average towards the live weights by one update."""
         self.updates += 1
         if self.average and self.decay > 0:
             decay = decay_at(self.updates, self.decay, self.power, self.ramp)
@@ -80,28 +85,30 @@ class EMA:
             mine.copy_(live)
 
     def upcast_live(self) -> list[Tensor]:
-        """The live weights as wide as their average."""
+        """Return the live parameters in float32 or wider."""
         return [upcast(live) for live in self.live] if self.narrow else self.live
 
     def distance(self) -> Tensor:
-        """Euclidean distance between average and live weights, a scalar on their device."""
+        """Return the norm of the difference between average and live weights, a scalar on the device."""
         if not self.average:
             return torch.zeros(())
         return torch.stack(torch._foreach_norm(torch._foreach_sub(self.average, self.upcast_live()))).norm()
 
     def to(self, device: torch.device, model: nn.Module) -> None:
-        """Follow the live model to its device."""
+        """Move the average to a device and pair it with the live model there."""
         self.module.to(device)
         self._pair(model)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged parameters by name, tied ones by each of theirs; frozen ones and buffers are the live model's."""
+        """Return the averaged parameters by name, tied ones under each name; frozen ones and buffers are the live
+        model's."""
         averaged = {id(p) for p in self.average}
         named = self.module.named_parameters(remove_duplicate=False)
         return {name: p.data for name, p in named if id(p) in averaged}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor], updates: int) -> None:
+        """Load averaged parameters by name, and the number of updates behind them."""
         self.updates = updates
         for name, mine in zip(self.names, self.average, strict=True):
             mine.copy_(state[name])

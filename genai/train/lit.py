@@ -1,4 +1,4 @@
-"""The generic loop: a Model, its loss, its optimiser. One Lightning batch is one step, one optimiser update."""
+"""The training loop: a Model, its loss, its optimiser. One Lightning batch is one step, and one optimiser update."""
 
 import contextlib
 import math
@@ -22,13 +22,13 @@ from genai.train.ema import EMA
 from genai.train.optim import reschedule, set_lr
 from genai.train.record import Means, Record
 
-EVALUATION = 7  # what the evaluation seed is mixed for
+EVALUATION = 7  # mixed into the seeds of evaluation, so that they differ from those of training
 
 
 class NonFiniteGuard:
-    """Watches losses and gradient norms on the device, and says at the next look what was not finite, and when.
+    """Collects losses and gradient norms on the device and reports later which was not finite, and at which step.
 
-    `prefix` is a word before each name, such as the player of a game.
+    `prefix` stands before each name in the report, such as "generator's ".
     """
 
     def __init__(self, names: Sequence[str], prefix: str = ""):
@@ -36,12 +36,16 @@ class NonFiniteGuard:
         self.pending: list[tuple[int, Tensor]] = []
 
     def check(self, values: Tensor, step: int) -> Tensor:
-        """values, one per name, of this step -> 1 if their sum is not finite, else 0 (scalar)."""
+        """Record a step's values, one per name; returns a scalar, 1 if their sum is not finite, else 0."""
         self.pending.append((step, values))
-        return torch.nan_to_num(values.sum() * 0, nan=1.0)  # infinity and nan times 0 are nan
+        # Infinity and nan times 0 are nan, so this needs no comparison that the host would wait for.
+        return torch.nan_to_num(values.sum() * 0, nan=1.0)
 
     def stop_if_bad(self) -> None:
-        """Raise UserError that names step and tensor if there was a bad one since the last look; waits for the device."""
+        """Look at what was recorded since the last call, which waits for the device.
+
+        Raises UserError, which names step and tensor, if a value was not finite.
+        """
         seen, self.pending = self.pending, []
         if not seen:
             return
@@ -57,14 +61,17 @@ class NonFiniteGuard:
 
 
 class ParameterGroup:
-    """Parameters that learn together, by name, and the guard of their gradients."""
+    """Named parameters that are updated together, with the guard of their loss and gradients."""
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], prefix: str = ""):
         self.named_parameters = [(name, p) for name, p in named if p.requires_grad]
         self.guard = NonFiniteGuard([name for name, _ in self.named_parameters], prefix)
 
     def clip(self, losses: list[Losses], clip_norm: float | None, step: int) -> tuple[Tensor, Tensor]:
-        """Scale gradients so that their norm is at most clip_norm; (norm before, whether something was not finite)."""
+        """Scale the gradients to a norm of at most clip_norm, if it is given.
+
+        Returns two scalars: the norm before, and 1 if a loss or gradient of this step was not finite, else 0.
+        """
         grads = [p.grad for _, p in self.named_parameters if p.grad is not None]
         wide = torch.promote_types(grads[0].dtype, torch.float32) if grads else None
         norms, total = iter(torch._foreach_norm(grads, 2, wide)) if grads else iter(()), losses[0].total
@@ -78,7 +85,7 @@ class ParameterGroup:
 
 
 def sum_over_ranks(grads: Sequence[Tensor]) -> None:
-    """Sum gradients over all ranks, in place and in one collective."""
+    """Sum gradients over all ranks in place, in one collective."""
     if grads:
         flat = torch.cat([grad.flatten() for grad in grads])
         torch.distributed.all_reduce(flat)
@@ -90,15 +97,17 @@ class LitModel(L.LightningModule):
     """Trains any Model.
 
     Args:
-        model: `forward(batch, step)` is its loss.
-        data: where steps come from.
+        model: its `forward(batch, step)` is the loss.
+        data: the data to train and evaluate on.
         optim: `optim(model)` returns one Optimizer.
         ema: `ema(model)` returns an EMA.
-        record: where metrics go.
-        seed: of the data stream and of every random draw.
-        accumulate: micro-batches of one step.
-        clip_norm: bound of the gradient's norm, None for no clipping.
-        log_every_steps: how often the host reads the running means.
+        record: receives the metrics.
+        seed: seeds the order of the data and every random draw.
+        accumulate: micro-batches per step.
+        clip_norm: upper bound of the gradient's norm, None for no clipping.
+        log_every_steps: steps between two reads of the running means, for which the host waits for the device.
+
+    Raises UserError if accumulate or log_every_steps is below 1.
     """
 
     # Lightning calls these every step unless they are None; a subclass may define them.
@@ -106,7 +115,7 @@ class LitModel(L.LightningModule):
     on_before_backward = on_after_backward = on_before_optimizer_step = None  # type: ignore[assignment]
 
     overlaps = True
-    """Whether DDP sums gradients over ranks while the last backward pass of a step runs; it knows of one such pass a step."""
+    """True if DDP may sum gradients over ranks during the last backward pass; it supports only one such pass per step."""
 
     def __init__(
         self,
@@ -137,13 +146,16 @@ class LitModel(L.LightningModule):
             super().__setattr__(name, value)
 
     def configure_optimizers(self) -> Optimizer:
+        """Return the optimiser, as Lightning asks for it."""
         return self.optim(self.model)
 
     def train_dataloader(self):
+        """Return the stream of micro-batches from the current step on, as Lightning asks for it."""
         t = self.trainer
         return train_loader(self.data, self.accumulate, self.seed, t.global_step, t.global_rank, t.world_size)
 
     def on_fit_start(self) -> None:
+        """Move the averages to the model's device before the first step."""
         self.ema.to(self.device, self.model)
         self.means.to(self.device)
         self.groups = self.make_groups()
@@ -152,10 +164,11 @@ class LitModel(L.LightningModule):
             os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 
     def make_groups(self) -> list[ParameterGroup]:
-        """Whose parameters learn, one for each optimiser."""
+        """Return the parameter groups, one per optimiser."""
         return [ParameterGroup(self.model.named_parameters())]
 
     def training_step(self, micro_batches: list[Batch], index: int) -> None:
+        """Make one update from its micro-batches: gradients, clipping, optimiser, average, logs."""
         step, (group,) = self.trainer.global_step, self.groups
         optimizer = cast(LightningOptimizer, self.optimizers())
         lr = set_lr(optimizer.optimizer, step)
@@ -167,14 +180,14 @@ class LitModel(L.LightningModule):
         self.finish_step(step, lr)
 
     def add_losses(self, losses: Sequence[Losses], norm: Tensor, prefix: str = "") -> None:
-        """Add a turn's losses, what they log, and the gradient's norm to the running means."""
+        """Add the losses of one group's update, their logs and the gradient's norm to the running means."""
         for loss in losses:
             self.means.add({f"train/{prefix}loss": (loss.total, loss.weight)})
             self.means.add({f"train/{name}": value for name, value in loss.logs.items()})
         self.means.add({f"train/{prefix}grad_norm": (norm, 1.0)})
 
     def finish_step(self, step: int, lr: float | None) -> None:
-        """What follows the last update of a step: the average, and on logging steps a look at what happened."""
+        """Update the average after a step; on logging steps check for values that are not finite, and log."""
         self.ema.update()
         if (step + 1) % self.log_every_steps == 0:
             self.stop_if_bad()
@@ -184,11 +197,11 @@ class LitModel(L.LightningModule):
     def accumulate_gradients(
         self, group: ParameterGroup, micro_batches: list[Batch], loss_of: Callable[[Batch], Losses], *counters: int
     ) -> list[Losses]:
-        """Leave in .grad the gradient of the mean over all targets of all micro-batches and ranks; each micro-batch draws
-        from (seed, rank, counters, its number).
+        """Leave in .grad the gradient of the mean over all targets of all micro-batches and ranks.
 
-        The gradient of one lone micro-batch is already that; otherwise each is weighted by its number of targets,
-        and their sum over the group divides once.
+        A single micro-batch on a single rank yields that directly. Otherwise each loss is weighted by its number of
+        targets, and the sum over micro-batches and ranks is divided once. Micro-batch m draws from a seed mixed of
+        (seed, rank, *counters, m).
         """
         alone = len(micro_batches) == 1 and self.trainer.world_size == 1
         losses = []
@@ -203,49 +216,60 @@ class LitModel(L.LightningModule):
             losses.append(loss._replace(total=loss.total.detach()))
         if not alone:
             total = sum(loss.weight for loss in losses)
-            # filled on the device, for a copy would wait for it
+            # torch.full fills on the device; a copy from the host would wait for it
             weight = total if isinstance(total, Tensor) else torch.full((), total, device=self.device)
             grads, ranks = [p.grad for _, p in group.named_parameters if p.grad is not None], 1
             if self.trainer.world_size > 1:
                 torch.distributed.all_reduce(weight)
-                ranks = self.trainer.world_size if self.overlaps else 1  # DDP has averaged
+                ranks = (
+                    self.trainer.world_size if self.overlaps else 1
+                )  # DDP has averaged, so multiply its mean up to the sum
                 if not self.overlaps:
                     sum_over_ranks(grads)
-            if grads:  # that of no targets is 0
+            if grads:  # dividing by 1 where there are no targets, so that their gradient is 0 and not nan
                 torch._foreach_mul_(grads, ranks / torch.where(weight.gt(0), weight, 1))
         return losses
 
     def no_sync(self) -> contextlib.AbstractContextManager:
-        """Let gradients of a micro-batch that is not the step's last stay on their rank."""
+        """Return a context in which gradients stay on their rank, for all but the last micro-batch of a step."""
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else contextlib.nullcontext()
 
     def skip_step_if_bad(self, optimizer: Optimizer, group: ParameterGroup, bad: Tensor) -> None:
-        """Let the optimiser's next step do nothing if `bad`; on the device where it can, else the host looks."""
+        """Make the optimiser's next step do nothing if `bad` is 1.
+
+        Optimisers that take `found_inf` decide that on the device; for others the host waits and raises, see
+        `stop_if_bad`.
+        """
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.found_inf = bad  # type: ignore[attr-defined]
         else:
             group.guard.stop_if_bad()
 
     def stop_if_bad(self) -> None:
+        """Raise UserError if a loss or gradient was not finite since the last call."""
         for group in self.groups:
             group.guard.stop_if_bad()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
-        """Of the model alone: the average and the rest have places of their own in a checkpoint."""
+        """Return the model's state alone: the average, the optimiser and the means have keys of their own in a
+        checkpoint."""
         return self.model.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """Load the model's state, see `state_dict`."""
         return self.model.load_state_dict(state, strict=strict, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the average and the running means to a checkpoint; never saves a state that is not finite."""
         self.stop_if_bad()
         checkpoint["ema"] = self.ema.state_dict()
         checkpoint["ema_updates"] = self.ema.updates
         checkpoint["means"] = self.means.reduce(keep=self.global_rank == 0).sums
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        fresh: Any = self.configure_optimizers()
+        """Restore the average and the running means, and take learning rates from the present config."""
+        fresh = cast(Optimizer | list[Optimizer], self.configure_optimizers())
         pairs = zip(checkpoint["optimizer_states"], fresh if isinstance(fresh, list) else [fresh], strict=False)
         for stored, optimizer in pairs:
             reschedule(stored["param_groups"], optimizer.param_groups)
@@ -254,9 +278,10 @@ class LitModel(L.LightningModule):
             self.means.sums = dict(checkpoint["means"])
 
     def evaluate(self, split: str = "val", limit: int | None = None) -> dict[str, float]:
-        """Means of the averaged model's `losses` on a split, on the same noise every time.
+        """Return the means of the averaged model's `losses` on a split, over at most `limit` batches.
 
-        Batch i draws from (evaluation seed, i); ranks share the batches.
+        Batch i draws from a seed mixed of (EVALUATION, i), so the noise is the same every time; ranks share the
+        batches.
         """
         means = Means().to(self.device)
         for i, batch in enumerate(batches(self.data.splits[split], self.data.batch_size, limit)):
@@ -268,7 +293,7 @@ class LitModel(L.LightningModule):
                 means.add(values)
         return means.reduce().read()
 
-    def losses(self, average: Any, batch: Batch) -> dict[str, tuple[Tensor, Tensor | float]]:
-        """Of a batch, what an evaluation logs: the loss and what it logs itself, each with its weight."""
+    def losses(self, average: nn.Module, batch: Batch) -> dict[str, tuple[Tensor, Tensor | float]]:
+        """Return what an evaluation logs of a batch, name -> (mean, weight): the loss and the model's own logs."""
         loss: Losses = average(batch, self.trainer.global_step)
         return {"loss": (loss.total, loss.weight), **loss.logs}

@@ -1,9 +1,10 @@
-"""The loop of two players: one Lightning batch is one round of the game, and a round is one step."""
+"""The adversarial training loop. One Lightning batch is one round, which counts as one step: several updates of the
+discriminator, then one of the generator."""
 
 import contextlib
 import re
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -19,20 +20,22 @@ from genai.train.lit import LitModel, ParameterGroup
 from genai.train.optim import set_lr
 from genai.train.record import Record
 
-DISCRIMINATOR, GENERATOR = 1, 2  # what a round's draws are mixed for
+DISCRIMINATOR, GENERATOR = 1, 2  # mixed into the seeds of a round's draws
 
 
 class LitAdversarial(LitModel):
-    """Trains any AdversarialModel: in each round the discriminator learns `critic_steps` times, then the generator once.
+    """Trains any generator-discriminator pair (an AdversarialModel) by alternating updates.
 
-    A round holds critic_steps * accumulate micro-batches of data, of which the generator sees the last `accumulate` again. The
-    average is of the generator, and the generator's update alone counts as the step.
+    A round holds critic_steps * accumulate micro-batches; the generator's update reuses the last `accumulate` of them.
+    The moving average is of the generator, and only its update counts as a step.
 
     Args:
         model, data, ema, record, seed, accumulate, clip_norm, log_every_steps: see `LitModel`.
-        optim: of the generator, `optim(named parameters)`.
-        discriminator_optim: of the discriminator, likewise.
-        critic_steps: updates of the discriminator in a round.
+        optim: optimiser of the generator, `optim(named parameters)`.
+        discriminator_optim: optimiser of the discriminator, likewise.
+        critic_steps: updates of the discriminator per round.
+
+    Raises UserError if the model is not an AdversarialModel, or critic_steps is below 1.
     """
 
     overlaps = False
@@ -52,7 +55,9 @@ class LitAdversarial(LitModel):
         critic_steps: int = 1,
     ):
         if not isinstance(model, AdversarialModel):
-            raise UserError(f"loop=LitAdversarial needs two players, and a {type(model).__name__} is one: use LitModel")
+            raise UserError(
+                f"loop=LitAdversarial must train an AdversarialModel, got {type(model).__name__}: use loop=LitModel"
+            )
         averaged = lambda whole: ema(whole, named_parameters=model.generator_parameters())  # noqa: E731
         super().__init__(model, data, optim, averaged, record, seed, accumulate, clip_norm, log_every_steps)
         self.discriminator_optim = discriminator_optim
@@ -60,9 +65,11 @@ class LitAdversarial(LitModel):
 
     @property
     def adversarial(self) -> AdversarialModel:
+        """The model, typed as an AdversarialModel."""
         return cast(AdversarialModel, self.model)
 
     def configure_optimizers(self) -> list[Optimizer]:  # type: ignore[override]
+        """Return the optimisers of generator and discriminator, as Lightning asks for them."""
         generator = self.optim(self.adversarial.generator_parameters())
         try:
             return [generator, self.discriminator_optim(self.adversarial.discriminator_parameters())]
@@ -71,20 +78,24 @@ class LitAdversarial(LitModel):
             raise UserError(re.sub(r"\boptim\.", "discriminator_optim.", message)) from None
 
     def make_groups(self) -> list[ParameterGroup]:
+        """Return the parameter groups of generator and discriminator."""
         return [
             ParameterGroup(self.adversarial.generator_parameters(), "generator's "),
             ParameterGroup(self.adversarial.discriminator_parameters(), "discriminator's "),
         ]
 
     def train_dataloader(self):
+        """Return the stream of rounds from the current step on, as Lightning asks for it."""
         t, micro_batches = self.trainer, self.critic_steps * self.accumulate
         return train_loader(self.data, micro_batches, self.seed, t.global_step, t.global_rank, t.world_size)
 
     def on_fit_start(self) -> None:
+        """Tell the model how many images a step has, besides what `LitModel` does."""
         super().on_fit_start()
         self.adversarial.images_per_step = self.data.batch_size * self.accumulate * self.trainer.world_size
 
     def training_step(self, micro_batches: list[Batch], index: int) -> None:
+        """Run one round: `critic_steps` updates of the discriminator, then one of the generator."""
         step, (generator, discriminator) = self.trainer.global_step, self.groups
         optimizer, other = (cast(LightningOptimizer, o) for o in self.optimizers())  # type: ignore[union-attr]
         lr = set_lr(optimizer.optimizer, step)
@@ -97,13 +108,14 @@ class LitAdversarial(LitModel):
             losses = self.accumulate_gradients(discriminator, part, loss_of, step, DISCRIMINATOR, k)
             norm, bad = discriminator.clip(losses, self.clip_norm, step)
             self.skip_step_if_bad(other.optimizer, discriminator, bad)
-            other.optimizer.step()  # past Lightning, which would count it as a step
+            other.optimizer.step()  # not through Lightning, which would count it as a step
             self.add_losses(losses, norm, "discriminator_")
 
         def generator_loss_of(batch: Batch) -> Losses:
             fake = fakes.pop(0) if self.adversarial.share_fake else self.adversarial.generate(batch, step)
             return self.adversarial.generator_loss(batch, fake, step)
 
+        # Gradients still pass through the discriminator to the fakes; only its own parameters take none.
         with frozen(discriminator):
             losses = self.accumulate_gradients(generator, part, generator_loss_of, step, GENERATOR)
         norm, bad = generator.clip(losses, self.clip_norm, step)
@@ -113,7 +125,10 @@ class LitAdversarial(LitModel):
         self.finish_step(step, lr)
 
     def discriminator_loss_of(self, step: int, keep: list[Batch] | None) -> Callable[[Batch], Losses]:
-        """The discriminator's loss on fresh fakes; with `keep` they go there, with what the generator's gradient needs."""
+        """Return the discriminator's loss of a batch as a function, on fresh fakes.
+
+        With `keep` the fakes are appended to it along with their graph, which the generator's gradient needs.
+        """
 
         def loss_of(batch: Batch) -> Losses:
             with torch.set_grad_enabled(keep is not None):
@@ -124,20 +139,28 @@ class LitAdversarial(LitModel):
 
         return loss_of
 
-    def losses(self, average: Any, batch: Batch) -> dict[str, tuple[Tensor, Tensor | float]]:
-        """Those of both groups, the averaged generator against the discriminator as it is; a game has no one loss that falls
-        as it gets better, so there is none called so, and no best checkpoint."""
+    def losses(self, average: nn.Module, batch: Batch) -> dict[str, tuple[Tensor, Tensor | float]]:
+        """Return the losses of generator and discriminator on a batch, name -> (mean, weight), for the averaged
+        generator.
+
+        GAN losses do not track sample quality, so none of them is called `loss`, and there is no best checkpoint.
+        """
         step = self.trainer.global_step
-        fake = average.generate(batch, step)
-        theirs: Losses = average.discriminator_loss(batch, fake, step)
-        ours: Losses = average.generator_loss(batch, fake, step)
-        losses = {"discriminator_loss": (theirs.total, theirs.weight), "generator_loss": (ours.total, ours.weight)}
-        return {**losses, **theirs.logs, **ours.logs}
+        model = cast(AdversarialModel, average)
+        fake = model.generate(batch, step)
+        critic = model.discriminator_loss(batch, fake, step)
+        generator = model.generator_loss(batch, fake, step)
+        return {
+            "discriminator_loss": (critic.total, critic.weight),
+            "generator_loss": (generator.total, generator.weight),
+            **critic.logs,
+            **generator.logs,
+        }
 
 
 @contextlib.contextmanager
 def frozen(group: ParameterGroup):
-    """No gradients for a player's parameters meanwhile."""
+    """Return a context in which a group's parameters take no gradients."""
     for _, p in group.named_parameters:
         p.requires_grad_(False)
     try:

@@ -1,4 +1,4 @@
-"""One process at a time writes to a run directory."""
+"""A lock so that only one process at a time writes to a run directory."""
 
 import contextlib
 import os
@@ -12,8 +12,8 @@ from genai.core import files
 from genai.core.errors import UserError
 
 ELSEWHERE = "make room, or name another folder with run_dir="
-FOLDERS = "checkpoints", "samples", "cards", "tensorboard", "wandb"  # of a run, in which training writes
-LEFT = (  # by a kill, of what only the process that trains writes
+FOLDERS = "checkpoints", "samples", "cards", "tensorboard", "wandb"  # subfolders of a run that training writes to
+LEFT = (  # temporary files that a killed training process leaves behind; no other process writes these
     "checkpoints/.*.ckpt.*.tmp",
     "samples/.samples_*.tmp",
     ".config.yaml*.tmp",
@@ -24,9 +24,10 @@ LEFT = (  # by a kill, of what only the process that trains writes
 
 @contextlib.contextmanager
 def lock_run(run: Path) -> Iterator[None]:
-    """Hold a run directory, which is made if need be; however the process dies, it is free again.
+    """Hold the lock of a run directory, which is created if need be; it is released however the process dies.
 
-    What a kill left of files half-written is deleted. Raises UserError if another process holds the directory.
+    Half-written files that a kill left behind are deleted. Raises UserError if another process holds the lock, or if
+    the directory cannot be written.
     """
     path = run / ".lock"
     with files.check_writable(path, ELSEWHERE):
@@ -47,6 +48,6 @@ def lock_run(run: Path) -> Iterator[None]:
                     temporary.unlink(missing_ok=True)
         yield
     finally:
-        with contextlib.suppress(OSError):  # of a disk that is full or gone
+        with contextlib.suppress(OSError):  # the disk may be full or gone
             path.unlink(missing_ok=True)
         lock.release()

@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrix updates are made orthogonal (Jordan et al., 2024)."""
+"""Muon: momentum whose matrix updates are orthogonalised (Jordan et al., 2024)."""
 
 import torch
 from torch import Tensor
@@ -6,13 +6,14 @@ from torch.optim import Optimizer
 
 from genai.core.precision import no_autocast, upcast
 
-COEFFICIENTS = 3.4445, -4.775, 2.0315  # a, b, c: steep at 0, and 0.7 to 1.2 after five steps
+COEFFICIENTS = 3.4445, -4.775, 2.0315  # a, b, c: steep at 0; singular values end between 0.7 and 1.2 after five steps
 
 
 def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
-    """About U V' for g = U S V' (m, n), by the quintic Newton-Schulz iteration X <- a X + b (X X') X + c (X X')^2 X.
+    """Return about U V' for g = U S V' (m, n), by the quintic Newton-Schulz iteration X <- a X + b (X X') X + c (X
+    X')^2 X.
 
-    In bfloat16 on a GPU; on a CPU, where that is slower, in g's own precision.
+    It runs in bfloat16 on a GPU; on a CPU, where that is slower, in g's own precision.
     """
     a, b, c = COEFFICIENTS
     x = (g / (g.norm() + 1e-7)).to(torch.bfloat16 if g.is_cuda else g.dtype)
@@ -25,10 +26,11 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(Optimizer):
-    """W <- (1 - lr decay) W - lr sqrt(max(1, m/n)) orthogonalised(Nesterov momentum of the gradient), W (m, n).
+    """Updates W (m, n) by W <- (1 - lr decay) W - lr sqrt(max(1, m/n)) orthogonalize(Nesterov momentum of the
+    gradient).
 
-    torch.optim.Muon differs in its precision on a CPU only, where it takes 2.5 times as long. A step does nothing where the
-    scalar tensor `found_inf`, if it is set, is not 0, which the host need not know.
+    torch.optim.Muon differs only in its precision on a CPU, where it takes 2.5 times as long. A step does nothing if
+    the scalar tensor `found_inf` is set and not 0, which the host need not read.
     """
 
     _step_supports_amp_scaling = True
@@ -39,6 +41,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every matrix that has a gradient."""
         bad = None if self.found_inf is None else self.found_inf > 0
         for group in self.param_groups:
             for p in group["params"]:
@@ -47,7 +50,7 @@ class Muon(Optimizer):
                 state = self.state[p]
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
-                # where it is bad the average takes itself, which leaves it as it is
+                # if bad, the average is mixed with itself, which leaves it unchanged
                 grad = p.grad if bad is None else torch.where(bad, state["momentum"], p.grad)
                 average = state["momentum"].lerp_(grad, 1 - group["momentum"])
                 update = orthogonalize(upcast(grad.lerp(average, group["momentum"])))

@@ -1,5 +1,7 @@
-"""Optimisers: functions of a model, or of one player's named parameters, that return one torch Optimizer, whose groups carry
-their learning-rate schedule."""
+"""Optimisers: functions of a model, or of the named parameters of one of its parts, that return one torch Optimizer.
+
+Its parameter groups carry their learning-rate schedule.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,10 +27,13 @@ def adamw(
     schedule: str = "cosine",
     cooldown: float = 0.2,
 ) -> Optimizer:
-    """Fused AdamW; weight decay on matrices and kernels only. See `lr_at` for the schedule's arguments.
+    """Return fused AdamW, with weight decay on matrices and kernels only. See `lr_at` for the schedule's arguments.
 
-    lazy_every: every how many steps a regulariser joins the loss: with c = k / (k + 1) the rate becomes c lr and the betas
-    beta^c (Karras et al., "StyleGAN2", 2020, appendix B).
+    Args:
+        lazy_every: steps between two uses of a lazy regulariser: with c = k / (k + 1) the rate becomes c lr and the
+            betas beta^c (Karras et al., "StyleGAN2", 2020, appendix B); None for no such regulariser.
+
+    Raises UserError for a rate or a schedule out of range.
     """
     if lr <= 0:
         raise UserError(f"optim.lr={lr} must be greater than 0")
@@ -41,13 +46,13 @@ def adamw(
 
 
 SCHEDULES = "cosine", "constant", "wsd"
-FLEXIBLE = "lr_min", "warmup_steps", "decay_steps", "schedule", "cooldown"  # what a resumed run may change
+FLEXIBLE = "lr_min", "warmup_steps", "decay_steps", "schedule", "cooldown"  # keys that a resumed run may change
 
 
 def _schedule(
     lr_min: float, warmup_steps: int, decay_steps: int | None, schedule: str, cooldown: float
 ) -> dict[str, Any]:
-    """What a group carries of its schedule beside lr_max, checked."""
+    """Return a parameter group's schedule without lr_max. Raises UserError if it is out of range."""
     if schedule not in SCHEDULES:
         raise UserError(f"optim.schedule={schedule} must be one of {', '.join(SCHEDULES)}")
     number(cooldown, "optim.cooldown", 0, 1, open_low=True)
@@ -61,6 +66,7 @@ def _schedule(
 def _adamw(
     parameters: Sequence[nn.Parameter], lr: float, betas: Sequence[float], weight_decay: float, rates: dict[str, Any]
 ) -> Optimizer:
+    """Return AdamW with a group that decays, for parameters of two and more dimensions, and one that does not."""
     by_decay: dict[float, list[nn.Parameter]] = {weight_decay: [], 0.0: []}  # one group if nothing decays
     for p in parameters:
         if p.requires_grad:
@@ -71,7 +77,7 @@ def _adamw(
 
 
 class Chain(Optimizer):
-    """Several optimisers, each with parameters of its own, as one: one list of groups, one state, one step."""
+    """Several optimisers of disjoint parameters as one: one list of groups, one state, one step."""
 
     def __init__(self, optimizers: Sequence[Optimizer]):
         self.optimizers = list(optimizers)
@@ -81,7 +87,7 @@ class Chain(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let the parts work on this one's groups and state."""
+        """Make the parts use this optimiser's groups and state."""
         groups = iter(self.param_groups)
         for part in self.optimizers:
             part.param_groups = [next(groups) for _ in part.param_groups]
@@ -92,6 +98,7 @@ class Chain(Optimizer):
         self._share()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Step every part."""
         loss = None if closure is None else closure()
         for part in self.optimizers:
             part.found_inf = self.found_inf  # type: ignore[attr-defined]
@@ -112,14 +119,18 @@ def muon(
     schedule: str = "cosine",
     cooldown: float = 0.2,
 ) -> Optimizer:
-    """Muon (Jordan et al., 2024) for the matrices of linear layers, AdamW for embeddings, the output head and the rest.
+    """Return Muon (Jordan et al., 2024) for the matrices of linear layers, and AdamW for embeddings, output heads and
+    the rest.
 
-    A head is a linear layer named `head`. lr_min is a share of each of the two learning rates; see `lr_at`.
+    A head is a linear layer named `head`. lr_min is a fraction of each of the two learning rates; see `lr_at`. Raises
+    UserError for rates out of range, and for a model without inner linear layers.
     """
     if lr <= 0 or adamw_lr <= 0:
         raise UserError(f"optim.lr={lr} and optim.adamw_lr={adamw_lr} must be greater than 0")
     if not isinstance(model, nn.Module):
-        raise UserError("optim=muon needs to know a model's layers, and has one player's parameters: use optim=adamw")
+        raise UserError(
+            "optim=muon needs a whole model, and the adversarial loop gives it the parameters of one network: use optim=adamw"
+        )
     named = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = [m.weight for name, m in named.items() if name.split(".")[-1] != "head" and id(m.weight) not in tied]
@@ -147,11 +158,11 @@ def lr_at(
     schedule: str = "cosine",
     cooldown: float = 0.2,
 ) -> float:
-    """Learning rate of update step = 0, 1, ...: linear warm-up, then what the schedule says.
+    """Return the learning rate of update step = 0, 1, ...: linear warm-up, then the schedule.
 
-    cosine: half a cosine down to lr_min at decay_steps. constant: lr_max for ever. wsd (warm-up, stable, decay; Hu et al.,
-    "MiniCPM", 2024): lr_max, and in the last `cooldown` share of decay_steps lr_min + (lr_max - lr_min) (1 - sqrt(progress))
-    (Hägele et al., 2024). Past decay_steps it stays at lr_min; decay_steps None keeps lr_max.
+    cosine: half a cosine down to lr_min at decay_steps. constant: lr_max throughout. wsd (warm-up, stable, decay; Hu et
+    al., "MiniCPM", 2024): lr_max, and in the last `cooldown` fraction of decay_steps lr_min + (lr_max - lr_min) (1 -
+    sqrt(progress)) (Hägele et al., 2024). After decay_steps it stays at lr_min; decay_steps None keeps lr_max.
     """
     if step < warmup_steps:
         return lr_max * (step + 1) / warmup_steps
@@ -172,13 +183,13 @@ def set_lr(optimizer: Optimizer, step: int) -> float | None:
 
 
 def rate_of(group: Mapping[str, Any], step: int) -> float:
-    """The learning rate of a group for update `step`; one of before there were other schedules follows a cosine."""
+    """Return a group's learning rate for update `step`; stored groups without a schedule follow a cosine."""
     rest = {key: group[key] for key in ("schedule", "cooldown") if key in group}
     return lr_at(step, *(group[k] for k in ("lr_max", "lr_min", "warmup_steps", "decay_steps")), **rest)
 
 
 def idle_from(optimizer: Optimizer, steps: int) -> int | None:
-    """The first of the updates 0, ..., steps-1 from which on a group's learning rate is 0 to the end; None if it never is."""
+    """Return the first of the updates 0, ..., steps - 1 from which a group's rate is 0 to the end, None if none is."""
     first = [steps]
     for group in optimizer.param_groups:
         if "lr_max" in group and steps > 0 and rate_of(group, steps - 1) == 0:
@@ -187,7 +198,7 @@ def idle_from(optimizer: Optimizer, steps: int) -> int | None:
 
 
 def reschedule(groups: Sequence[dict[str, Any]], fresh: Sequence[Mapping[str, Any]]) -> None:
-    """Give stored groups of an optimiser the schedule that its groups are built with now; their lr_max stays."""
+    """Give the stored groups of an optimiser the schedule of the present config; their lr_max stays."""
     for group, now in zip(groups, fresh, strict=False):
         if "lr_max" in group:
             group.update({key: now[key] for key in FLEXIBLE if key in now})

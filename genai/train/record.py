@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.csv always, and a tracker's run beside it where there is one."""
+"""What a run records: always metrics.csv, and a tracker's run if there is one."""
 
 import csv
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ from genai.modalities.base import Picture, Texts, save
 
 
 class Record:
-    """Append-only `metrics.csv` (columns step, name, value) and pictures below `samples/`, both passed on to
-    a tracker (a Lightning Logger).
+    """Writes metrics to `metrics.csv` (columns step, name, value) and pictures below `samples/`; passes both to a
+    tracker.
 
-    Only rank zero writes.
+    The tracker is a Lightning Logger. Only rank zero writes. Raises UserError if a file cannot be written.
     """
 
     def __init__(self, folder: Path, tracker: Any = None, writes: bool = True):
@@ -27,13 +27,14 @@ class Record:
         self.latest: dict[str, float] = {}
 
     def cut(self, step: int | None) -> None:
-        """Drop the rows after `step`, or all of them, and those that are damaged; a half-written last line goes too."""
+        """Drop the rows after `step`, or all if it is None, as well as damaged rows and a half-written last line."""
         if not self.writes:
             return
         kept = [] if step is None else [row.line for row in metrics_csv.rows(self.csv) if row.step <= step]
         files.write_text(self.csv, metrics_csv.HEAD + "".join(kept), within=self.folder)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one row per value."""
         self.latest.update(values)
         if not self.writes:
             return
@@ -42,8 +43,8 @@ class Record:
         self._track("log_metrics", dict(values), step)
 
     def samples(self, step: int, name: str, shown: Picture | Texts, caption: str = "") -> None:
-        """A picture to samples/<name>_<step>.png, or texts to .txt, and to the tracker, where a picture has its step and the
-        caption below it."""
+        """Write a picture to samples/<name>_<step>.png, or texts to .txt, and pass it to the tracker with its
+        caption."""
         if not self.writes:
             return
         path = save(shown, self.folder / "samples" / f"{name}_{step:07d}", self.folder)
@@ -56,13 +57,13 @@ class Record:
             self._track("add_image", name, shown, step)
 
     def cards(self, step: int, found: list[dict[str, Any]]) -> None:
-        """Figures of an evaluation as `card/<metric>`, and all of them as a table of the tracker."""
+        """Log the figures of an evaluation as `card/<metric>`, and all of them as a table of the tracker."""
         self.log(step, {f"card/{card['metric']}": card["value"] for card in found})
         if self.writes:
             self._track("log_table", "cards", *table(found), step=step)
 
     def _track(self, method: str, *arguments: Any, **more: Any) -> None:
-        """Call a method of the tracker, or of what it writes to, if it has one; the run goes on without a tracker that raises."""
+        """Call a method of the tracker, or of its experiment, if it exists; a tracker that raises is dropped."""
         try:
             for owner in (self.tracker, getattr(self.tracker, "experiment", None)):
                 if callable(call := getattr(owner, method, None)):
@@ -74,18 +75,20 @@ class Record:
 
 
 class Means:
-    """Running weighted means on the device; reading them is the only time the host waits."""
+    """Running weighted means on the device; the host waits only when they are read."""
 
     def __init__(self):
         self.nothing = torch.zeros(())
         self.sums: dict[str, tuple[Tensor, Tensor | float]] = {}  # name -> sums of value * weight (float64), of weight
 
     def to(self, device: torch.device) -> "Means":
+        """Move the sums to a device and return self."""
         self.nothing = torch.zeros((), device=device)
         self.sums = {name: (total.to(device), weight) for name, (total, weight) in self.sums.items()}
         return self
 
     def add(self, values: Mapping[str, tuple[Tensor, Tensor | float]]) -> None:
+        """Add values, name -> (mean, weight), each mean a scalar tensor."""
         for name, (value, weight) in values.items():
             if name not in self.sums:
                 self.sums[name] = torch.zeros((), dtype=torch.float64, device=value.device), 0.0
@@ -97,9 +100,9 @@ class Means:
             self.sums[name] = total, weights + weight
 
     def reduce(self, keep: bool = True) -> "Means":
-        """Sum over ranks, in place; ranks that do not `keep` the sum start again from nothing.
+        """Sum over ranks in place and return self; ranks that do not `keep` the sum start again from zero.
 
-        A rank may lack names that others have, such as one that had nothing to evaluate.
+        A rank may lack names that others have, for instance if it had nothing to evaluate.
         """
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             names: list[Any] = [None] * torch.distributed.get_world_size()
@@ -115,7 +118,7 @@ class Means:
         return self
 
     def read(self) -> dict[str, float]:
-        """The means so far, without names that have no weight; starts again from nothing. Waits for the device once."""
+        """Return the means so far, without names of no weight, and start again from zero. Waits for the device once."""
         sums, self.sums = self.sums, {}
         if not sums:
             return {}

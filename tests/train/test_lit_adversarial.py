@@ -25,7 +25,7 @@ from tests.train.test_train import Masked, data, flat, ranks
 
 class Game(nn.Module):
     """Fakes are a function of the batch, so that how it is cut into micro-batches and ranks changes nothing; notes who is asked
-    for what. NaN in one player's gradient at a step."""
+    for what. NaN in one network's gradient at a step."""
 
     images_per_step = 0
 
@@ -214,7 +214,7 @@ def test_resumed_equals_uninterrupted(tmp_path, critic_steps):
 
 
 def test_one_player_is_no_game(tmp_path):
-    with pytest.raises(UserError, match="needs two players, and a Masked is one"):
+    with pytest.raises(UserError, match="must train an AdversarialModel, got Masked"):
         play(tmp_path / "run", Masked())
 
 
