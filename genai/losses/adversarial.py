@@ -1,7 +1,7 @@
-"""Losses of two players and the penalties that keep the game stable, one number per sample, (B,).
+"""GAN losses and the penalties that stabilise them, one number per sample, (B,).
 
-Logits are (B,), or (B, ...) where a discriminator judges parts of a sample, which then count equally. A pair of losses
-is one object with `discriminator(real, fake)` and `generator(real, fake)`, which a config names.
+Logits are (B,), or (B, ...) if a discriminator scores parts of a sample, which are averaged. A pair of losses is one
+object with `discriminator(real, fake)` and `generator(real, fake)`, which a config names.
 """
 
 from collections.abc import Callable
@@ -13,97 +13,110 @@ from torch.nn import functional as F
 
 
 def logistic(real: Tensor, fake: Tensor) -> Tensor:
-    """-ln D(x) - ln(1 - D(G(z))) with D = sigmoid(logit) (Goodfellow et al., 2014, eq. 1)."""
+    """Return the discriminator's -ln D(x) - ln(1 - D(G(z))), D = sigmoid(logit) (Goodfellow et al., 2014, eq. 1),
+    (B,)."""
     return _each(F.softplus(-real) + F.softplus(fake))
 
 
 def non_saturating(fake: Tensor) -> Tensor:
-    """-ln D(G(z)) (Goodfellow et al., 2014, section 3)."""
+    """Return the generator's -ln D(G(z)) (Goodfellow et al., 2014, section 3), (B,)."""
     return _each(F.softplus(-fake))
 
 
 def hinge(real: Tensor, fake: Tensor) -> Tensor:
-    """max(0, 1 - D(x)) + max(0, 1 + D(G(z))) (Miyato et al., 2018, eq. 16)."""
+    """Return the discriminator's max(0, 1 - D(x)) + max(0, 1 + D(G(z))) (Miyato et al., 2018, eq. 16), (B,)."""
     return _each(F.relu(1 - real) + F.relu(1 + fake))
 
 
 def hinge_generator(fake: Tensor) -> Tensor:
-    """-D(G(z)) (Miyato et al., 2018, eq. 17)."""
+    """Return the generator's -D(G(z)) (Miyato et al., 2018, eq. 17), (B,)."""
     return _each(-fake)
 
 
 def least_squares(real: Tensor, fake: Tensor) -> Tensor:
-    """(D(x) - 1)^2 / 2 + D(G(z))^2 / 2 (Mao et al., 2017, eq. 9)."""
+    """Return the discriminator's (D(x) - 1)^2 / 2 + D(G(z))^2 / 2 (Mao et al., 2017, eq. 9), (B,)."""
     return _each(((real - 1).square() + fake.square()) / 2)
 
 
 def least_squares_generator(fake: Tensor) -> Tensor:
-    """(D(G(z)) - 1)^2 / 2 (Mao et al., 2017, eq. 9)."""
+    """Return the generator's (D(G(z)) - 1)^2 / 2 (Mao et al., 2017, eq. 9), (B,)."""
     return _each((fake - 1).square() / 2)
 
 
 def wasserstein(real: Tensor, fake: Tensor) -> Tensor:
-    """D(G(z)) - D(x) (Arjovsky et al., 2017, eq. 2): its negative mean estimates the distance if D is 1-Lipschitz."""
+    """Return the critic's D(G(z)) - D(x) (Arjovsky et al., 2017, eq. 2), (B,).
+
+    Its negative mean estimates the Wasserstein distance if D is 1-Lipschitz.
+    """
     return _each(fake - real)
 
 
 def wasserstein_generator(fake: Tensor) -> Tensor:
-    """-D(G(z)) (Arjovsky et al., 2017)."""
+    """Return the generator's -D(G(z)) (Arjovsky et al., 2017), (B,)."""
     return _each(-fake)
 
 
 def relativistic(real: Tensor, fake: Tensor) -> Tensor:
-    """-ln sigmoid(D(x) - D(G(z))), item k against sample k (Huang et al., "The GAN is dead; long live the GAN!", 2024)."""
+    """Return the discriminator's -ln sigmoid(D(x) - D(G(z))), item k paired with sample k, (B,).
+
+    Huang et al., "The GAN is dead; long live the GAN!", 2024.
+    """
     return _each(F.softplus(fake - real))
 
 
 def relativistic_generator(real: Tensor, fake: Tensor) -> Tensor:
-    """-ln sigmoid(D(G(z)) - D(x)), the same game the other way round."""
+    """Return the generator's -ln sigmoid(D(G(z)) - D(x)), the mirror image of `relativistic`, (B,)."""
     return _each(F.softplus(real - fake))
 
 
 def r1(logits: Tensor, x: Tensor) -> Tensor:
-    """||dD(x)/dx||^2 (Mescheder et al., 2018, eq. 9, without gamma / 2), differentiable; on fakes it is R2.
+    """Return ||dD(x)/dx||^2, (B,), differentiable (Mescheder et al., 2018, eq. 9, without gamma / 2); on fakes it is
+    R2.
 
-    `logits` come from x (B, ...), which requires grad, by a network that keeps samples apart.
+    `logits` come from x (B, ...), which requires grad, by a network that does not mix samples.
     """
     return _gradient(logits, x).square().flatten(1).sum(1)
 
 
 def gradient_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, u: Tensor) -> Tensor:
-    """(||dD(x)/dx|| - 1)^2 at x = real + u (fake - real) (Gulrajani et al., 2017, eq. 3, without lambda).
+    """Return (||dD(x)/dx|| - 1)^2 at x = real + u (fake - real), (B,) (Gulrajani et al., 2017, eq. 3, without lambda).
 
-    One uniform u (B,) for each pair; the norm is over all that a sample is made of.
+    u (B,) is one uniform per pair; the norm is over all elements of a sample.
     """
     x = torch.lerp(real.detach(), fake.detach().to(real.dtype), u.view(-1, *[1] * (real.ndim - 1))).requires_grad_()
     return (torch.linalg.vector_norm(_gradient(discriminator(x), x).flatten(1), dim=1) - 1).square()
 
 
 def path_length(images: Tensor, w: Tensor, noise: Tensor) -> Tensor:
-    """||J^T y|| of images (B, C, H, W) by w (B, layers, D), the norm over D, its square's mean over layers (Karras et al.,
-    2020, eq. 4, without a).
+    """Return ||J^T y|| of images (B, C, H, W) with respect to w (B, layers, D), (B,) (Karras et al., 2020, eq. 4,
+    without a).
 
-    `noise` is y / sqrt(H W), of the images' shape: then the length does not grow with the resolution.
+    The norm is over D, its square averaged over layers. `noise` is y / sqrt(H W), shaped like images, so that the
+    length does not grow with the resolution.
     """
     (gradient,) = torch.autograd.grad((images * noise).sum(), w, create_graph=True)
     return gradient.square().sum(2).mean(1).sqrt()
 
 
 class Adversarial(Protocol):
-    """What two players get, as a game wants it."""
+    """A pair of losses, one for the discriminator and one for the generator."""
 
     paired: bool
-    """Whether the generator's loss needs the logits of real items; where it does not, None will do."""
+    """True if the generator's loss needs the logits of real items."""
     boundary: float | None
-    """The logit between real and fake; None where only differences of logits mean anything."""
+    """The logit at which real and fake are equally likely; None if only differences of logits have a meaning."""
 
-    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor: ...
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Return the discriminator's loss of logits of real and fake items, (B,)."""
+        ...
 
-    def generator(self, real: Tensor | None, fake: Tensor) -> Tensor: ...
+    def generator(self, real: Tensor | None, fake: Tensor) -> Tensor:
+        """Return the generator's loss, (B,); `real` may be None unless the losses are `paired`."""
+        ...
 
 
 class NonSaturating:
-    """`logistic` against `non_saturating`."""
+    """The losses `logistic` and `non_saturating`."""
 
     paired, boundary = False, 0.0
 
@@ -115,7 +128,7 @@ class NonSaturating:
 
 
 class Hinge:
-    """`hinge` against `hinge_generator`."""
+    """The losses `hinge` and `hinge_generator`."""
 
     paired, boundary = False, 0.0
 
@@ -127,7 +140,7 @@ class Hinge:
 
 
 class LeastSquares:
-    """`least_squares` against `least_squares_generator`."""
+    """The losses `least_squares` and `least_squares_generator`."""
 
     paired, boundary = False, 0.5
 
@@ -139,7 +152,7 @@ class LeastSquares:
 
 
 class Wasserstein:
-    """`wasserstein` against `wasserstein_generator`; add a gradient penalty."""
+    """The losses `wasserstein` and `wasserstein_generator`; add a gradient penalty."""
 
     paired, boundary = False, None
 
@@ -151,7 +164,7 @@ class Wasserstein:
 
 
 class Relativistic:
-    """`relativistic` against `relativistic_generator`; R3GAN adds R1 and R2 of equal weight."""
+    """The losses `relativistic` and `relativistic_generator`; R3GAN adds R1 and R2 of equal weight."""
 
     paired, boundary = True, None
 
@@ -164,9 +177,10 @@ class Relativistic:
 
 
 def _each(loss: Tensor) -> Tensor:
+    """Average logits' losses (B, ...) over the parts of a sample -> (B,)."""
     return loss.reshape(len(loss), -1).mean(1)
 
 
 def _gradient(logits: Tensor, x: Tensor) -> Tensor:
-    """Of each sample's logit by the sample itself, as x; it can be differentiated once more."""
+    """Return the gradient of each sample's logit with respect to the sample, shaped like x, and differentiable."""
     return torch.autograd.grad(logits.sum(), x, create_graph=True)[0]

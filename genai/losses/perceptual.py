@@ -1,7 +1,8 @@
-"""Distances of images that look at features instead of pixels: modules `(x, y) -> (B,)`, never trained.
+"""Perceptual distances of images, which compare features instead of pixels: modules `(x, y) -> (B,)`, never trained.
 
-A distance of features is the squared difference of their vectors at each place, each brought to length 1, mean over places
-and layers (Zhang et al., "The Unreasonable Effectiveness of Deep Features", 2018, eq. 1, its weights w all equal).
+The distance is the squared difference of feature vectors at each position, each normalised to length 1, averaged over
+positions and layers (Zhang et al., "The Unreasonable Effectiveness of Deep Features", 2018, eq. 1, with all weights w
+equal).
 """
 
 from collections.abc import Callable, Sequence
@@ -19,12 +20,14 @@ NETS = ("vgg", "alex", "squeeze")
 
 
 class RandomFeatures(KeepPrecision):
-    """Features of a small convolutional pyramid with random filters, always the same ones: nothing to download.
+    """Features of a small convolutional pyramid with fixed random filters, which need no download.
 
     Args:
-        shape: of the images, (C, H, W).
+        shape: shape of the images, (C, H, W).
         channels: features of each layer.
-        layers: each at half the size of the one before.
+        layers: number of layers, each at half the size of the one before.
+
+    Raises UserError for fewer than 1 layer.
     """
 
     def __init__(self, shape: Sequence[int], channels: int = 32, layers: int = 3):
@@ -36,6 +39,7 @@ class RandomFeatures(KeepPrecision):
             self.register_buffer(f"filters{k}", filters, persistent=False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the distance of x and y (B, C, H, W), (B,)."""
         total = x.new_zeros(len(x))
         for k in range(self.layers):
             x, y = (F.relu(F.conv2d(t, getattr(self, f"filters{k}"), padding=1)) for t in (x, y))
@@ -46,16 +50,16 @@ class RandomFeatures(KeepPrecision):
 
 
 class LPIPS(KeepPrecision):
-    """The learned distance of the package `lpips`, on images of any channel count.
+    """The learned distance of the package `lpips`, on images with any number of channels.
 
-    Its network is published and never trained: it stays in evaluation mode, is among nobody's parameters and in no state,
-    and copies of a model share it. A model from a file gets it at its first use, so where the package is absent too it
-    samples and encodes.
+    Its network is published and never trained: it stays in evaluation mode and out of parameters and state, and copies
+    of a model share it. A model loaded from a file loads it at first use, so sampling and encoding work without the
+    package.
 
     Args:
         net: "vgg", "alex" or "squeeze", whose weights torchvision finds or downloads.
 
-    Raises UserError if package or weights are not there.
+    Raises UserError if the package or the weights are missing.
     """
 
     def __init__(self, net: str = "vgg"):
@@ -63,12 +67,12 @@ class LPIPS(KeepPrecision):
         if net not in NETS:
             raise UserError(f"model.perceptual.net={net} must be one of {', '.join(NETS)}")
         self.net = net
-        self.held: list[nn.Module] = []  # which nn.Module does not look into
+        self.held: list[nn.Module] = []  # in a list, so that nn.Module does not register it
         if not stored.is_building():
             self.held.append(self.load())
 
     def load(self) -> nn.Module:
-        """The published network."""
+        """Load the published network. Raises UserError if the package or the weights are missing."""
         try:
             import lpips  # type: ignore[import-not-found]
 
@@ -84,6 +88,7 @@ class LPIPS(KeepPrecision):
             ) from None
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the distance of x and y (B, 1 or 3, H, W), (B,)."""
         if x.shape[1] == 1:
             x, y = x.expand(-1, 3, -1, -1), y.expand(-1, 3, -1, -1)
         if not self.held:
@@ -96,7 +101,7 @@ class LPIPS(KeepPrecision):
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        """Nothing: files of a time at which its numbers were in them hold some."""
+        """Load nothing: files of an older format may hold the network's weights."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LPIPS":
         return self

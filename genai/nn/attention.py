@@ -1,7 +1,4 @@
-"""Self-attention and its positions, and attention to another sequence.
-
-Tenants to come beside the autoregressive family: masked language models, text conditions of diffusion.
-"""
+"""Self-attention with its positions, and cross-attention."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -19,17 +16,17 @@ Rotation = tuple[Tensor, Tensor]
 
 
 class CacheSlot(NamedTuple):
-    """What T new positions see of something remembered, with room for themselves."""
+    """A view of one cached tensor for T new positions: everything they attend to, and the slot to write them to."""
 
     states: Tensor
-    """(..., T', D)"""
+    """(..., T', D): all positions to attend to, the new ones included"""
     slot: Tensor
-    """The room: (..., T, D), a part of `states`; or int64 (1,), which row of it is the room of one."""
+    """Where to write the new positions: a view (..., T, D) of `states`, or the index int64 (1,) of one row of it."""
     previous: Tensor | None = None
-    """A copy of the position before the new ones (..., 1, D), for who asks; zeros before the first."""
+    """A copy of the position before the new ones (..., 1, D), zeros before the first; None if no layer reads it."""
 
     def write(self, x: Tensor) -> Tensor:
-        """Fill the room with x (..., T, D); returns all that is seen."""
+        """Write x (..., T, D) to the slot and return the cached states (..., T', D), x included."""
         if self.slot.is_floating_point():
             self.slot.copy_(x)
         else:
@@ -38,16 +35,18 @@ class CacheSlot(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Scaled dot-product self-attention (Vaswani et al., 2017, eq. 1), queries in groups that share keys and values.
+    """Scaled dot-product self-attention (Vaswani et al., 2017, eq. 1); groups of queries may share keys and values.
 
     Args:
-        width: of the residual stream.
-        heads: of queries; width / heads is the dimension D of each.
-        kv_heads: of keys and values (Ainslie et al., 2023), a divisor of heads; None: as many.
+        width: width of the residual stream.
+        heads: number of query heads; width / heads is the dimension D of each.
+        kv_heads: number of key and value heads (Ainslie et al., 2023), a divisor of heads; None for as many as heads.
         qk_norm: `qk_norm(D)` normalises each query and key (Henry et al., 2020).
-        bias: of both projections.
-        dropout: of attention weights.
-        causal: position t sees none after it.
+        bias: give both projections a bias.
+        dropout: dropout probability of attention weights.
+        causal: position t attends to positions 0, ..., t only.
+
+    Raises UserError if the heads do not divide the width, or for a dropout out of range.
     """
 
     def __init__(
@@ -79,8 +78,13 @@ class Attention(nn.Module):
         keys: CacheSlot | None = None,
         values: CacheSlot | None = None,
     ) -> Tensor:
-        """(B, T, width) -> (B, T, width). mask (B or 1, 1, T, T') says who sees whom, in the place of `causal`; keys and
-        values hold those (B, kv_heads, T', D) of the positions before these T, and get theirs."""
+        """Attend from x (B, T, width) to itself, or to the cache and itself -> (B, T, width).
+
+        Args:
+            rotation: rotary embedding of queries and keys, see `rotate`.
+            mask: attention mask (B or 1, 1, T, T'), True where a position may attend; replaces `causal`.
+            keys, values: cached keys and values (B, kv_heads, T', D), to which those of x are written.
+        """
         q, k, v = self.heads_of(x, rotation)
         if keys is not None and values is not None:
             k, v = keys.write(k), values.write(v)
@@ -96,7 +100,7 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
 
     def heads_of(self, x: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, heads, T, D), keys and values (B, kv_heads, T, D) of x (B, T, width)."""
+        """Return queries (B, heads, T, D), keys and values (B, kv_heads, T, D) of x (B, T, width)."""
         heads = self.qkv(x).view(*x.shape[:2], -1, self.head_dim)
         if self.qk_norm is None and rotation is None:
             q, k, v = heads.split_with_sizes([self.heads, self.kv_heads, self.kv_heads], 2)
@@ -110,7 +114,7 @@ class Attention(nn.Module):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def weights(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
-        """Attention weights (B, heads, T, T) for whoever wants to see them; each row sums to 1."""
+        """Return the attention weights (B, heads, T, T) of x (B, T, width), for inspection; each row sums to 1."""
         q, k, _ = self.heads_of(x, rotation)
         scores = q @ k.repeat_interleave(self.heads // self.kv_heads, 1).transpose(-1, -2) * self.head_dim**-0.5
         if self.causal:
@@ -124,11 +128,11 @@ class Context(NamedTuple):
     states: Tensor
     """(B, T', width)"""
     real: Tensor
-    """Which are not padding, bool (B, T'); at least one of each."""
+    """Attention mask, bool (B, T'): False on padding; at least one True in each row."""
 
 
 class ContextKeyValues(NamedTuple):
-    """A Context as one CrossAttention sees it, for whoever asks more than once."""
+    """The keys and values that one CrossAttention computes from a Context, for reuse by many calls."""
 
     keys: Tensor
     """(B, heads, T', D)"""
@@ -139,12 +143,14 @@ class ContextKeyValues(NamedTuple):
 
 
 class CrossAttention(nn.Module):
-    """Attention of one sequence to another (Vaswani et al., 2017, section 3.2.3); its answer is zero at first.
+    """Attention of one sequence to another (Vaswani et al., 2017, section 3.2.3), initialised to return zero.
 
     Args:
-        width: of the sequence that asks, and of the answer.
-        context_width: of the one that is asked.
-        heads: a divisor of width.
+        width: width of the sequence of queries, and of the output.
+        context_width: width of the sequence of keys and values.
+        heads: number of heads, a divisor of width.
+
+    Raises UserError if heads does not divide width.
     """
 
     def __init__(self, width: int, context_width: int, heads: int):
@@ -156,39 +162,45 @@ class CrossAttention(nn.Module):
         self.out = zero(nn.Linear(width, width))
 
     def forward(self, x: Tensor, context: Context | ContextKeyValues) -> Tensor:
-        """x (B, T, width), a context of states (B, T', context_width), projected already or not -> as x."""
+        """Attend from x (B, T, width) to a context of states (B, T', context_width), or its keys and values -> as x."""
         q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        seen = context if isinstance(context, ContextKeyValues) else self.project(context)
-        y = F.scaled_dot_product_attention(q, *seen)
+        projected = context if isinstance(context, ContextKeyValues) else self.project(context)
+        y = F.scaled_dot_product_attention(q, *projected)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def project(self, context: Context) -> ContextKeyValues:
-        """Its keys and values, which are the same for every x."""
+        """Return the keys and values of a context; they are the same for every x."""
         parts = self.kv(context.states).chunk(2, -1)
         keys, values = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in parts)
         return ContextKeyValues(keys, values, context.real[:, None, None])
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn each pair (i, i + D/2) of the last dimension by its position's angle (Su et al., 2021, eq. 34), in the precision of
-    the angles -> as x."""
+    """Rotate each pair (i, i + D/2) of the last dimension by its position's angle (Su et al., 2021, eq. 34) -> as x.
+
+    The product is computed in the precision of the angles.
+    """
     cos, sin = rotation
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class RotaryPositions(nn.Module):
-    """Rotary positions: only the distance of two positions matters to their attention (Su et al., 2021, eq. 15)."""
+    """Rotary position embeddings: attention depends only on the distance of two positions (Su et al., 2021, eq. 15)."""
 
-    length = None  # any position
+    length = None  # no limit
 
     def __init__(self, width: int, base: float = 10000.0):
         super().__init__()
         self.base = base
 
     def forward(self, positions: Tensor, head_dim: int) -> tuple[Tensor | None, Rotation | None]:
-        """What to add to the embeddings, and how to rotate queries and keys, at positions (T,) or (B, T)."""
+        """Return None and the rotation of queries and keys at positions (T,) or (B, T), see `Rotation`.
+
+        Raises UserError for an odd head_dim.
+        """
         if head_dim % 2:
             raise UserError(f"rotary positions turn pairs, but width / heads is {head_dim}: make it even")
+        # In float64: float32 angles of positions in the thousands would be off by 1e-4.
         half = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64)
         angles = positions.to(torch.float64)[..., None] * self.base ** (-half / head_dim)
         cos, sin = angles.cos(), angles.sin()
@@ -198,28 +210,29 @@ class RotaryPositions(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """A learned vector for each of `length` positions, added to the embeddings."""
+    """Learned position embeddings: one vector for each of `length` positions."""
 
     def __init__(self, width: int, length: int):
         super().__init__()
         self.length, self.table = length, nn.Embedding(length, width)
 
     def forward(self, positions: Tensor, head_dim: int) -> tuple[Tensor | None, Rotation | None]:
+        """Return the embeddings (T, width) or (B, T, width) of positions (T,) or (B, T), and None."""
         return self.table(positions), None
 
 
 def resolve_attention_depths(
     heights: Mapping[int, int], depths: Sequence[int] | None, attention: Sequence[int] | None, key: str
 ) -> set[int]:
-    """The depths at which a network of maps of several sizes attends; a depth counts halvings of its images.
+    """Return the depths at which a network of feature maps attends; a depth is a number of halvings of the images.
 
     Args:
-        heights: of the maps at each depth where it could, from the images' side on.
-        depths: those asked for; negative ones count from the deepest, as in a list.
-        attention: instead, heights, as configs of before have them: a stored one may name some that there are not.
-        key: of the network in a config.
+        heights: height of the maps at each depth where attention is possible, from the images' side on.
+        depths: requested depths; negative ones count from the deepest, as in a list.
+        attention: heights instead of depths, superseded; a stored config may name some that do not exist.
+        key: config key of the network, for errors.
 
-    Raises UserError for a depth that there is not, and for heights of which none is there.
+    Raises UserError for a depth that does not exist, and for heights of which none exists.
     """
     if depths is not None and attention is not None:
         raise UserError(

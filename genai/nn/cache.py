@@ -1,4 +1,4 @@
-"""The key-value cache of a causal Transformer, with counters of positions on the host and on the device."""
+"""The key-value cache of a causal Transformer. Positions are counted on the host, or on the device for CUDA graphs."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
 
 
 class Positions(NamedTuple):
-    """Positions and attention mask of T new tokens."""
+    """The positions of T new tokens: embeddings, rotation, attention mask and padding."""
 
     embedding: Tensor | None = None
-    """Added to their embeddings, (T, width) or (B, T, width)."""
+    """Position embeddings to add, (T, width) or (B, T, width); None for rotary positions."""
     rotation: Rotation | None = None
     """Rotary embedding of their queries and keys; None where positions are not rotary."""
     mask: Tensor | None = None
     """Attention mask over the cached positions, (B or 1, 1, T, T'); None is causal."""
     real: Tensor | None = None
-    """Which are not padding, (B, T, 1); None: all."""
+    """False on padding, bool (B, T, 1); None if nothing is padding."""
 
     def zero_padding(self, x: Tensor) -> Tensor:
-        """Zeros where padding is: before a text there is nothing."""
+        """Return x (B, T, width) with zeros at padding, so that nothing of it leaks into the first token."""
         return x if self.real is None else x * self.real
 
 
 class LayerCache(NamedTuple):
-    """Cached keys, values and shifted inputs of one block."""
+    """The cached keys, values and shifted inputs of one block."""
 
     keys: CacheSlot | None = None
     values: CacheSlot | None = None
@@ -39,7 +39,7 @@ class LayerCache(NamedTuple):
 
 
 class HostPositions:
-    """Positions counted on the host: a step works on as many as there are."""
+    """Positions counted on the host: a step works on exactly the positions read so far."""
 
     fixed = False
 
@@ -47,13 +47,14 @@ class HostPositions:
         self.index, self.length, self.row, self.t = index, 0, 0, 0
 
     def take(self, t: int, capacity: int) -> tuple[Tensor, int]:
-        """The t positions after those taken (t,), and how many of a cache's `capacity` hold one then."""
+        """Return the next t positions (t,), and how many rows of a cache of `capacity` are then in use."""
         self.row, self.t = self.length % capacity, t
         self.length += t
         return self.index[self.length - t : self.length], min(self.length, capacity)
 
     def slots(self, data: Tensor) -> Sequence[Tensor]:
-        """Where each layer of data (layers, ..., capacity, D) keeps what was taken last, as `CacheSlot` has it."""
+        """Return the slot of the last positions taken in each layer of data (layers, ..., capacity, D), see
+        `CacheSlot`."""
         return data.narrow(-2, self.row, self.t).unbind(0)
 
 
@@ -67,28 +68,29 @@ class DevicePositions:
         self.row = self.next
 
     def take(self, t: int, capacity: int) -> tuple[Tensor, int]:
-        """As of HostPositions, with t = 1."""
+        """Return the next position (1,) and the capacity; t must be 1."""
         at = self.next.clone()
         self.row = at % capacity
         self.next.add_(1)
         return at, capacity
 
     def slots(self, data: Tensor) -> Sequence[Tensor]:
+        """Return the row of the last position taken, the same for each layer of data."""
         return [self.row] * len(data)
 
 
 class Cache:
-    """Keys, values and shifted inputs of every block at the last `capacity` positions of B sequences.
+    """The keys, values and shifted inputs of every block at the last `capacity` positions of B sequences.
 
-    Each position beyond `capacity` is written over the oldest.
+    Positions beyond `capacity` overwrite the oldest (a ring buffer).
 
     Args:
-        net: the Transformer that fills it.
-        batch: B.
+        net: the Transformer that fills the cache.
+        batch: number of sequences, B.
         capacity: positions that are kept.
         total: positions there will be at most; beyond `capacity` they come one at a time.
-        pad: (B,) how many positions on the left of each sequence are padding, fewer than capacity; None for none.
-        window: positions that a new one can see, itself included; None: all that are kept.
+        pad: int64 (B,), padding on the left of each sequence, less than capacity; None for none.
+        window: positions that a new one attends to, itself included; None for all that are kept.
     """
 
     def __init__(
@@ -114,7 +116,7 @@ class Cache:
         self.reserve(capacity)
 
     def reserve(self, capacity: int) -> None:
-        """Keep another number of positions; only while there are none."""
+        """Change the capacity of an empty cache."""
         self.capacity = capacity
         self.kv, self.shifted = (
             [data.new_zeros(*data.shape[:-2], capacity, data.shape[-1]) for data in part]
@@ -124,11 +126,11 @@ class Cache:
             self.real = self.index[:capacity] >= self.pad[:, None]  # (B, capacity)
 
     def rewind(self, n: int) -> None:
-        """Forget the n positions seen last, not all; only while none has been overwritten, and before `fix`."""
+        """Forget the n positions read last, not all; only before any was overwritten and before `fix`."""
         self.positions.length -= n  # type: ignore[union-attr]
 
     def slide(self) -> None:
-        """Keep only the `window` positions seen last, and from here on the new ones over the oldest; before `fix`."""
+        """Keep only the `window` positions read last, and let new ones overwrite the oldest; before `fix`."""
         n = self.window
         first = self.positions.length - n  # type: ignore[union-attr]
         order = first + (torch.arange(n, device=self.index.device) - first) % n  # position p in row p % n
@@ -138,13 +140,15 @@ class Cache:
         self.capacity = n
 
     def fix(self) -> None:
-        """From here on each take(1) is the same work whatever the position, as a CUDA graph needs: a tensor says which it
-        is, and attention goes over the whole capacity under a mask."""
+        """Make every later take(1) the same work whatever the position, as a CUDA graph needs.
+
+        A tensor counts the position, and attention runs over the whole capacity under a mask.
+        """
         if isinstance(self.positions, HostPositions):
             self.positions = DevicePositions(self.positions)
 
     def take(self, t: int) -> tuple[Positions, list[LayerCache]]:
-        """Positions and layer caches of the next t tokens, which count as read from now on."""
+        """Return the positions of the next t tokens and each block's cache; the tokens count as read from now on."""
         at, seen = self.positions.take(t, self.capacity)
         index, mask, real = self.index[:seen], None, None
         narrow = self.window < seen
@@ -153,18 +157,20 @@ class Cache:
             mask = mask & (index > at[:, None] - self.window) if narrow else mask
         if self.pad is not None:
             if t == 1:
-                self.real.index_fill_(1, at % self.capacity, True)  # where padding may have been
+                self.real.index_fill_(
+                    1, at % self.capacity, True
+                )  # the row may have held padding before it was overwritten
             else:
                 real = self.real[:, seen - t : seen, None]
             sees = self.real[:, None, None, :seen]
-            # padding sees itself: attention over nothing would be nan
+            # Padding attends to itself: a softmax over nothing would be nan.
             mask = sees if mask is None else mask & (sees | (index == at[:, None]))
         embedding = None if self.embedding is None else self.embedding.index_select(-2, at)
         rotation = self.rotation and (self.rotation[0].index_select(-3, at), self.rotation[1].index_select(-3, at))
         return Positions(embedding, rotation, mask, real), self._layers(at, seen)
 
     def _layers(self, at: Tensor, seen: int) -> list[LayerCache]:
-        """Each block's view of the `seen` positions, with room for the new ones `at`."""
+        """Return each block's view of the `seen` positions, with slots for the new ones `at`."""
         slots = self.positions.slots
         rows = [map(CacheSlot, data.narrow(-2, 0, seen).unbind(0), slots(data)) for data in self.kv]
         if self.shifted:

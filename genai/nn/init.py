@@ -1,10 +1,10 @@
-"""First values of weights."""
+"""Initialisation of weights."""
 
 from torch import nn
 
 
 def zero(module: nn.Module) -> nn.Module:
-    """The module with its parameters set to zero: a residual branch that starts as the identity."""
+    """Set a module's parameters to zero and return it, so that a residual branch starts as the identity."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module

@@ -11,14 +11,16 @@ from genai.core.protocols import Batch, Codec
 
 
 class Latent(KeepPrecision):
-    """The latents of a Codec, each channel moved to mean 0 and standard deviation 1; never trained, and never in half
-    precision, so that latents are the same wherever they are computed.
+    """The latents of a frozen Codec, each channel standardised to mean 0 and standard deviation 1.
 
-    What a channel's mean and deviation are is measured on the training split before the first step (section 4.3.2 of the
-    paper rescales by a measured deviation alone), and part of the weights.
+    The codec is never trained and never runs in half precision, so latents are the same wherever they are computed.
+    Mean and deviation of each channel are measured on the training split before the first step (section 4.3.2 of the
+    paper rescales by one measured deviation), and are part of the weights.
 
     Args:
         codec: any Codec of continuous latents.
+
+    Raises UserError for a codec of another kind, or one that is to be trained.
     """
 
     mean: Tensor
@@ -56,10 +58,9 @@ class Latent(KeepPrecision):
             return self.codec.decode(upcast(z) * self.std + self.mean)  # type: ignore[operator]
 
     def downsample_mask(self, mask: Tensor) -> Tensor:
-        """How much of each latent (B, *shape) to keep, where `mask` (B, C, H, W) says it of pixels: as much as of the one that is
-        kept least among those it stands for.
+        """Map a mask of pixels (B, C, H, W) to one of latents (B, *shape).
 
-        Raises UserError for latents that are no map.
+        A latent is kept as much as the least kept pixel in its field. Raises UserError for latents that are not a map.
         """
         if len(self.shape) != 3:
             raise UserError(f"mask= needs latents that are a map, and this first stage's are {list(self.shape)}")
@@ -67,7 +68,7 @@ class Latent(KeepPrecision):
         return (1 - lost).expand(-1, *self.shape)
 
     def check(self, batch: Batch, field: str) -> None:
-        """Raise UserError where the first stage takes other data than those of a batch's field."""
+        """Raise UserError if the first stage takes other data than a batch's field."""
         shape, given = list(self.codec.shape), list(batch[field].shape[1:])  # type: ignore[arg-type]
         if (self.field, shape) != (field, given):
             raise UserError(
@@ -77,7 +78,7 @@ class Latent(KeepPrecision):
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Batch]) -> None:
-        """Set mean and std from these batches. Raises UserError if a channel never changes."""
+        """Set mean and std from batches of training data. Raises UserError if a channel never changes."""
         self.mean.zero_()
         self.std.fill_(1)
         z = torch.cat([self.encode(batch).double() for batch in batches])
@@ -93,13 +94,15 @@ class Latent(KeepPrecision):
 
 
 class SpaceToDepth(nn.Module):
-    """The first stage that needs no training: each square of factor x factor pixels becomes one place of a smaller map.
+    """A first stage without training: each square of factor x factor pixels becomes one position of a smaller map.
 
-    Exact both ways. A floor for what a learned first stage has to gain.
+    It is lossless, and a baseline for what a learned first stage gains.
 
     Args:
-        field, shape: of the images, (C, H, W).
+        field, shape: field of the images, and their shape (C, H, W).
         factor: a divisor of H and W.
+
+    Raises UserError for data of another shape, or a factor that does not divide it.
     """
 
     vocabulary: int | None = None
@@ -117,10 +120,13 @@ class SpaceToDepth(nn.Module):
         self.latent_shape = (c * factor**2, h // factor, w // factor)
 
     def encode(self, x: Tensor) -> Tensor:
+        """Map x (B, C, H, W) to (B, C factor^2, H / factor, W / factor)."""
         return nn.functional.pixel_unshuffle(x, self.factor)
 
     def decode(self, z: Tensor) -> Tensor:
+        """Invert `encode`."""
         return nn.functional.pixel_shuffle(z, self.factor)
 
     def reconstruct(self, batch: Batch) -> Tensor:
+        """Return the field itself, since nothing is lost."""
         return batch[self.field]

@@ -1,4 +1,4 @@
-"""Ways between the latents of a generator, for every family that has one."""
+"""Samplers that interpolate between latents, for every family of models that has them."""
 
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -14,34 +14,37 @@ Items = Callable[[str, Tensor], Tensor]
 
 @runtime_checkable
 class LatentGenerator(Protocol):
-    """A model that is sampled in two parts, so that what lies between its latents can be looked at."""
+    """A model that is sampled in two steps, latents and decoding, so that latents can be interpolated."""
 
     field: str
 
     def label(self, batch: Batch | None) -> Tensor | None:
-        """The labels int64 (B,) among the conditions, None for a model without classes."""
+        """Return the labels int64 (B,) among the conditions, None for a model without classes."""
         ...
 
     def latent(self, seeds: Tensor, label: Tensor | None, truncation: float | None = None) -> Tensor:
-        """(B, ...), one for each seed; `truncation` trades variety for quality, None leaves both, and what it may be the
-        model says: UserError that names sampler.truncation."""
+        """Draw latents (B, ...), one for each seed int64 (B,).
+
+        `truncation` trades variety for quality, None for neither. Raises UserError, which names sampler.truncation, if
+        it is out of range.
+        """
         ...
 
     def decode(self, latent: Tensor, label: Tensor | None, seeds: Tensor) -> Tensor:
-        """(B, *shape); the seeds are of noise that the generator itself adds."""
+        """Decode latents (B, ...) -> (B, *shape); the seeds are for noise that the generator itself adds."""
         ...
 
     def interpolate_latents(self, a: Tensor, b: Tensor, share: Tensor) -> Tensor:
-        """Latents on the way from a to b that this space calls straight; share (B,) in [0, 1]."""
+        """Interpolate from latents a to b along the space's own path; share (B,) in [0, 1]."""
         ...
 
 
 @runtime_checkable
 class LatentEncoder(Protocol):
-    """A model that knows the latents of given items."""
+    """A model that infers latents of given items."""
 
     def infer(self, x: Tensor) -> Tensor:
-        """(B, *shape) -> (B, ...)."""
+        """Infer the latents (B, ...) of x (B, *shape)."""
         ...
 
 
@@ -57,9 +60,12 @@ def interpolate(
     columns: int = 10,
     truncation: float | None = None,
 ) -> Batch:
-    """Rows of `columns` pictures: row r goes from the latents of item 2 r of a split to those of item 2 r + 1 where the model
-    can tell them, else from those of its first seed to those of its last. Sample i is the picture's cell seeds[i], with a
-    label of its own and the row's noise."""
+    """Draw rows of `columns` interpolated pictures; sample i is the cell seeds[i] of the picture.
+
+    Row r goes from the latents of item 2 r of a split to those of item 2 r + 1 if the model can infer them, else from
+    those of the row's first seed to those of its last. A cell has its own label and the row's noise. Raises UserError
+    for fewer than 2 columns, and for truncation of inferred latents.
+    """
     at_least(columns, 2, "sampler.columns")
     first, label, row = seeds - seeds % columns, model.label(cond), seeds // columns
     if isinstance(model, LatentEncoder):
@@ -75,14 +81,14 @@ def interpolate(
 
 
 def load_items(items: Items | None, split: str, index: Tensor) -> Tensor:
-    """Items of a split. Raises UserError where a sampler has no data to start from."""
+    """Return items of a split, (B, *shape). Raises UserError if a sampler has no data to start from."""
     if items is None:
         raise UserError("this sampler starts from data: use it with sample.py, or give it items=")
     return items(split, index)
 
 
 def report(batch: Batch, on_step: OnStep | None) -> Batch:
-    """The batch, after on_step has heard of it as the one step there is."""
+    """Return the batch after calling on_step for the sampler's only step."""
     if on_step is not None:
         on_step(0, 1, batch)
     return batch

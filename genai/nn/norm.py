@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 class LayerNorm(nn.Module):
-    """Ba et al., "Layer Normalization", 2016; with or without a bias."""
+    """Layer normalisation over the last dimension, with or without a bias (Ba et al., "Layer Normalization", 2016)."""
 
     def __init__(self, width: int, bias: bool = True, eps: float = 1e-5):
         super().__init__()
@@ -14,11 +14,12 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (..., width)."""
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps), times a gain if there is one (Zhang and Sennrich, 2019, eq. 4)."""
+    """The normalisation x / sqrt(mean(x^2) + eps), with an optional gain (Zhang and Sennrich, 2019, eq. 4)."""
 
     def __init__(self, width: int, gain: bool = False, eps: float = 1e-6):
         super().__init__()
@@ -26,4 +27,5 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width)) if gain else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (..., width)."""
         return F.rms_norm(x, self.shape, self.weight, self.eps)

@@ -11,14 +11,17 @@ from genai.nn.transformer import GELU, MLP, Transformer
 
 
 class TextEncoder(nn.Module):
-    """Captions to the states of a small bidirectional Transformer.
+    """A small bidirectional Transformer over the bytes of a caption.
 
-    A caption is int64 (B, length), bytes of UTF-8 from 0 to 255, padded at the end with `PAD`; one of padding alone is "no
-    caption". A learned state stands before each, so that even that has something to attend to; it sums up the whole.
+    A caption is int64 (B, length), bytes of UTF-8 from 0 to 255, padded at the end with `PAD`; one of padding alone is
+    "no caption". A learned state is prepended, so that even that leaves something to attend to; it serves as the
+    summary.
 
     Args:
-        length: of captions, in bytes.
-        width, layers, heads: of the Transformer.
+        length: length of captions in bytes.
+        width, layers, heads: size of the Transformer.
+
+    Raises UserError for a length below 1.
     """
 
     def __init__(self, length: int, width: int = 128, layers: int = 2, heads: int = 4):
@@ -35,10 +38,11 @@ class TextEncoder(nn.Module):
         )
 
     def null(self) -> Tensor:
-        """No caption, (length,)."""
+        """Return the empty caption, int64 (length,)."""
         return torch.full((self.length,), PAD, device=self.begin.device)
 
     def forward(self, caption: Tensor) -> Context:
+        """Encode captions int64 (B, length) -> a Context of states (B, length + 1, width)."""
         real = torch.nn.functional.pad(caption != PAD, (1, 0), value=True)
         x = self.embed(caption.clamp_max(PAD - 1))
         x = torch.cat([self.begin.expand(len(x), 1, -1), x], 1)

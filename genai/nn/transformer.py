@@ -1,7 +1,4 @@
-"""A stack of pre-norm Transformer blocks whose attention, MLP, norm and positions are objects.
-
-Tenants to come beside the autoregressive family: masked language models, text conditions of diffusion.
-"""
+"""A stack of pre-norm Transformer blocks whose attention, MLP, norm and positions are exchangeable objects."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,15 +13,17 @@ from genai.nn.cache import Cache, LayerCache, Positions
 
 
 class Shift(nn.Module):
-    """x_t + mix (x_{t-1} - x_t): a learned share of the position before, for each channel (Peng et al., "RWKV", 2023,
-    section 3.1.1). At first the share falls from `start` to 0 over the channels."""
+    """Token shift: x_t + mix (x_{t-1} - x_t) with a learned mix per channel (Peng et al., "RWKV", 2023, section 3.1.1).
+
+    At first the mix falls from `start` to 0 over the channels.
+    """
 
     def __init__(self, width: int, start: float = 0.5):
         super().__init__()
         self.mix = nn.Parameter(torch.linspace(start, 0, width))
 
     def forward(self, x: Tensor, past: CacheSlot | None = None) -> Tensor:
-        """(B, T, width) -> (B, T, width); `past` holds what came before these T, and gets them."""
+        """Shift x (B, T, width); `past` holds the inputs before these T, and these are written to it."""
         if past is None or past.previous is None:
             before = F.pad(x, (0, 0, 1, -1))
         else:
@@ -42,11 +41,13 @@ class MLP(nn.Module):
         self.up, self.out = nn.Linear(width, int(width * ratio), bias), nn.Linear(int(width * ratio), width, bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., width) to the same shape."""
         return self.out(self.activation(self.up(x)))
 
 
 class SwiGLU(nn.Module):
-    """(silu(x W) * x V) U, as many parameters as an MLP of ratio 4 at ratio 8/3 (Shazeer, 2020, eq. 6)."""
+    """The gated MLP (silu(x W) * x V) U; ratio 8/3 has as many parameters as an MLP of ratio 4 (Shazeer, 2020, eq.
+    6)."""
 
     def __init__(self, width: int, ratio: float = 8 / 3, bias: bool = False):
         super().__init__()
@@ -54,31 +55,36 @@ class SwiGLU(nn.Module):
         self.up, self.out = nn.Linear(width, 2 * inner, bias), nn.Linear(inner, width, bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., width) to the same shape."""
         gate, value = self.up(x).chunk(2, -1)
         return self.out(F.silu(gate) * value)
 
 
 class GELU(nn.Module):
-    """x times the normal distribution's CDF at x (Hendrycks and Gimpel, 2016); approximate="tanh" is GPT-2's."""
+    """The activation x Phi(x) (Hendrycks and Gimpel, 2016); approximate="tanh" is GPT-2's."""
 
     def __init__(self, approximate: str = "none"):
         super().__init__()
         self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the activation to x of any shape."""
         return F.gelu(x, approximate=self.approximate)
 
 
 class SquaredReLU(nn.Module):
-    """max(x, 0)^2 (So et al., "Primer", 2021)."""
+    """The activation max(x, 0)^2 (So et al., "Primer", 2021)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the activation to x of any shape."""
         return F.relu(x).square()
 
 
 class Block(nn.Module):
-    """x + attention(shift(norm(x))), x + cross(norm(x), context), x + mlp(shift(norm(x))); without shift or cross where there
-    is none."""
+    """A pre-norm block: x + attention(shift(norm(x))), x + cross(norm(x), context), x + mlp(shift(norm(x))).
+
+    Shift and cross-attention are optional.
+    """
 
     def __init__(
         self,
@@ -103,6 +109,7 @@ class Block(nn.Module):
         cache: LayerCache = LayerCache(),  # noqa: B008
         context: Context | ContextKeyValues | None = None,
     ) -> Tensor:
+        """Map x (B, T, width) to the same shape, with the positions, cache and context of this block."""
         y = self.norm1(x)
         if self.shift1 is not None:
             y = self.shift1(positions.zero_padding(y), cache.shift1)

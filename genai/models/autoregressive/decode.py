@@ -1,12 +1,13 @@
-"""Writing with an autoregressive model: the prompt is read at once, then one token after the other.
+"""Sampling from an autoregressive model: the prompt is read at once, then one token after the other is drawn.
 
-Sampler functions `(model, seeds, cond, on_step, ...) -> Batch`. `cond` may hold prompts, `tokens` int64 (B, T) padded on
-the left, and with them `pad` (B,), how much, `lead` (B,), how many tokens after the padding only begin a text and are none of
-the prompt's, and `stop` (B,), the id that ends a sample; everything else in it is for the model. The Batch holds
+Sampler functions `(model, seeds, cond, on_step, ...) -> Batch`. `cond` may hold prompts, `tokens` int64 (B, T) padded
+on the left, and with them `pad` (B,), the number of padding tokens, `lead` (B,), the number of tokens after the padding
+that only begin a text and are not the prompt's own, and `stop` (B,), the id that ends a sample. Everything else in it
+is for the model. The returned Batch holds
 
     tokens    int64 (B, max_new_tokens), `stop` after the end
     length    (B,) tokens before the end
-    log_prob  (B, max_new_tokens) ln p of each token by the model itself, whatever shaped the draw; 0 after the end
+    log_prob  (B, max_new_tokens) ln p of each token under the unmodified model; 0 after the end
 
 Token i of sample b is drawn by inverse CDF from Philox stream 3, element i, of seeds[b].
 """
@@ -23,7 +24,7 @@ from genai.core.cuda_graph import capture, warn_no_graph
 from genai.core.errors import UserError, at_least, number
 from genai.core.protocols import Autoregressive, Batch, Capturable, OnStep, for_models
 
-LOOK_EVERY = 32  # tokens between two questions to the device whether all have stopped
+LOOK_EVERY = 32  # tokens between two checks whether all samples have stopped, for which the host waits
 
 
 @for_models(Autoregressive)
@@ -40,15 +41,16 @@ def generate(
     repetition_penalty: float = 1.0,
     cuda_graph: bool | None = None,
 ) -> Batch:
-    """Draw from softmax(logits / temperature), cut as `distribution` says; temperature 0 takes the likeliest.
+    """Draw tokens from softmax(logits / temperature), truncated by `distribution`; temperature 0 takes the most likely
+    token.
 
     Args:
-        max_new_tokens: None: as many as the model's context is long.
-        repetition_penalty: divides positive logits of tokens that occur in the prompt or were written (Keskar et al., 2019,
-            section 4.1), and multiplies negative ones, which dividing would favour.
-        cuda_graph: replay reading and drawing a token as one CUDA graph; None does on a GPU.
+        max_new_tokens: tokens to draw; None draws as many as the model's context holds.
+        repetition_penalty: divides positive logits of tokens that occur in the prompt or were drawn before, and
+            multiplies negative ones (Keskar et al., 2019, section 4.1).
+        cuda_graph: replay reading and drawing a token as one CUDA graph; None does so on a GPU.
 
-    Raises UserError for an argument out of range.
+    Returns the Batch described above. Raises UserError for an argument out of range.
     """
     shape = temperature, top_k, top_p, min_p
     check_options(*shape)
@@ -80,10 +82,11 @@ def distribution(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> Tensor:
-    """Probabilities (..., V) of logits / temperature, cut and renormalised in this order.
+    """Return the probabilities (..., V) of logits (..., V) / temperature, truncated in this order and renormalised.
 
-    top_k keeps the k likeliest (Fan et al., 2018), top_p the fewest likeliest whose probabilities sum to at least
-    top_p (Holtzman et al., 2020), min_p those at least min_p times as likely as the likeliest (Nguyen et al., 2024).
+    top_k keeps the k most likely (Fan et al., 2018), top_p the fewest most likely whose probabilities sum to at least
+    top_p (Holtzman et al., 2020), min_p those at least min_p times as likely as the most likely one (Nguyen et al.,
+    2024).
     """
     if temperature != 1:
         logits = logits / temperature
@@ -92,7 +95,7 @@ def distribution(
     p = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         ordered, order = p.sort(dim=-1, descending=True)
-        before = ordered.cumsum(-1) - ordered
+        before = ordered.cumsum(-1) - ordered  # the mass of more likely tokens: the first token always stays
         p = p.masked_fill(torch.empty_like(before, dtype=torch.bool).scatter_(-1, order, before >= top_p), 0)
     if min_p is not None and min_p > 0:
         p = p.masked_fill(p < min_p * p.amax(-1, keepdim=True), 0)
@@ -100,27 +103,30 @@ def distribution(
 
 
 def draw(p: Tensor, u: Tensor) -> Tensor:
-    """Inverse CDF: the first index at which the sum of p (B, V) reaches u (B, n) in [0, 1] of the whole -> (B, n)."""
+    """Draw by inverse CDF from p (B, V): the first index whose cumulative sum reaches u (B, n) of the total -> (B,
+    n)."""
     cdf = p.cumsum(-1)
-    return torch.searchsorted(cdf, u.to(cdf).clamp_min(1e-8) * cdf[:, -1:])  # never one of probability 0
+    return torch.searchsorted(
+        cdf, u.to(cdf).clamp_min(1e-8) * cdf[:, -1:]
+    )  # u = 0 would pick a leading token of probability 0
 
 
 class Prompt(NamedTuple):
-    """The prompts of a batch, on the device of their model."""
+    """The prompts of a batch, on the model's device."""
 
     tokens: Tensor
     """int64 (B, T), padded on the left."""
     lead: Tensor
-    """(B or 1,) how many tokens after the padding are none of the prompt's own."""
+    """(B or 1,) number of tokens after the padding that are not the prompt's own."""
     pad: Tensor | None
-    """(B,) how much padding; None where there is none."""
+    """(B,) number of padding tokens; None for none."""
     stop: Tensor | None
     """(B,) the id that ends a sample."""
     cond: Batch | None
     """Conditions of the model."""
 
     def occurrences(self, vocab_size: int) -> Tensor:
-        """Which ids occur in each prompt, bool (B, vocab_size), of which padding and what begins a text are no part."""
+        """Return which ids occur in each prompt, bool (B, vocab_size), not counting padding and leading tokens."""
         before = self.lead if self.pad is None else self.lead + self.pad
         own = torch.arange(self.tokens.shape[1], device=self.tokens.device) >= before.view(-1, 1)
         own = own.expand_as(self.tokens).long()
@@ -128,7 +134,7 @@ class Prompt(NamedTuple):
 
 
 def prompt_of(model: Autoregressive, seeds: Tensor, cond: Batch | None) -> Prompt:
-    """The prompts in `cond`, one a seed; without `tokens` in it, the model's first token."""
+    """Return the prompts in `cond`, one per seed; without `tokens` in it, the model's first token."""
     device = next(model.parameters()).device
     given = {name: value.to(device) for name, value in (cond or {}).items() if name not in ("tokens", "lead", "pad")}
     stop = given.pop("stop", None)
@@ -141,24 +147,24 @@ def prompt_of(model: Autoregressive, seeds: Tensor, cond: Batch | None) -> Promp
 
 
 class _Writer:
-    """Samples while they are written; which token is next stands on the device, where a CUDA graph can count it.
+    """The samples being drawn. The position is a tensor on the device, so that a CUDA graph can advance it.
 
     Args:
-        n: tokens to write.
-        shape: of the distribution tokens are drawn from: temperature, top_k, top_p and min_p.
-        penalty: of repetition.
+        n: tokens to draw.
+        shape: temperature, top_k, top_p and min_p.
+        penalty: repetition penalty.
     """
 
     def __init__(self, model: Autoregressive, prompt: Prompt, n: int, shape: tuple, penalty: float):
         self.model, self.prompt, self.n, self.shape, self.penalty = model, prompt, n, shape, penalty
         tokens = prompt.tokens
         self.given = tokens.shape[1]
-        # ordinary tensors, for what inference mode makes autograd refuses
+        # Made outside inference mode: autograd refuses to save inference tensors.
         self.text = torch.cat([tokens, tokens.new_zeros(len(tokens), n)], 1)
         self.logs = torch.zeros(len(tokens), n, device=tokens.device)
 
     def begin(self, uniforms: Tensor) -> Tensor:
-        """Read the prompts and write the first tokens (B, 1); token i is drawn with `uniforms` (B, n) at i."""
+        """Read the prompts and draw the first tokens (B, 1); token i is drawn with `uniforms` (B, n) at i."""
         tokens = self.prompt.tokens
         self.uniforms, self.at = uniforms, torch.zeros(1, dtype=torch.int64, device=tokens.device)
         self.occurs = None if self.penalty == 1 else self.prompt.occurrences(self.model.vocab_size)
@@ -167,11 +173,11 @@ class _Writer:
         return self.write(self.model.next(tokens, self.state))
 
     def step(self, token: Tensor) -> Tensor:
-        """Read a token (B, 1) and write the next."""
+        """Read a token (B, 1) and draw the next (B, 1)."""
         return self.write(self.model.next(token, self.state))
 
     def write(self, logits: Tensor) -> Tensor:
-        """Draw the next token (B, 1) and note it."""
+        """Draw the next token (B, 1) from logits (B, V) and store it with its log-probability."""
         shaped = logits if self.occurs is None else torch.where(self.occurs, self.penalise(logits), logits)
         if self.shape[0] == 0:
             token = shaped.argmax(-1, keepdim=True)
@@ -185,15 +191,16 @@ class _Writer:
         return token
 
     def penalise(self, logits: Tensor) -> Tensor:
+        """Apply the repetition penalty to logits (B, V)."""
         return torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
 
     def new_tokens(self, n: int) -> Tensor:
-        """The first n new tokens (B, n)."""
+        """Return the first n new tokens (B, n)."""
         return self.text[:, self.given : self.given + n]
 
 
 class _Graph:
-    """A step that is replayed as a CUDA graph from its second call on; the first warms up what is chosen at first use."""
+    """A step that is replayed as a CUDA graph from its second call on; the first call tunes and compiles."""
 
     def __init__(self, step: Callable[[Tensor], Tensor]):
         self.step, self.calls, self.graph = step, 0, None
@@ -209,7 +216,7 @@ class _Graph:
 
 
 def _uses_graph(asked: bool | None, writer: _Writer) -> bool:
-    """True if steps can be captured as a CUDA graph; prints why not where one was asked for."""
+    """Return True if steps can be captured as a CUDA graph; warn if one was asked for and they cannot."""
     if asked is False:
         return False
     if not writer.text.is_cuda:
@@ -225,7 +232,10 @@ def _uses_graph(asked: bool | None, writer: _Writer) -> bool:
 
 @contextmanager
 def _small_kernels(model: Autoregressive) -> Iterator[None]:
-    """Without oneDNN where nothing but GELU asks for it: it takes 7 us to begin one, torch's own kernel 1."""
+    """Return a context that turns oneDNN off for float32 models on a CPU with MKL, where only GELU would use it.
+
+    Launching a oneDNN kernel takes 7 us, torch's own 1 us, which shows when single tokens are decoded.
+    """
     weight, was = next(model.parameters()), torch.backends.mkldnn.enabled
     alone = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkl.is_available()
     torch.backends.mkldnn.enabled = was and not alone  # type: ignore[assignment]
@@ -236,7 +246,7 @@ def _small_kernels(model: Autoregressive) -> Iterator[None]:
 
 
 def check_options(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
-    """Raises UserError for an argument of `distribution` that is out of range; temperature may be 0."""
+    """Raise UserError if an argument of `distribution` is out of range; temperature may be 0."""
     number(temperature, "sampler.temperature", 0)
     if top_k is not None:
         at_least(top_k, 1, "sampler.top_k")
@@ -247,7 +257,7 @@ def check_options(temperature: float, top_k: int | None, top_p: float | None, mi
 
 
 def cut_at_stop(tokens: Tensor, logs: Tensor, stop: Tensor | None) -> Batch:
-    """The Batch of new tokens (B, n) and their ln p: everything after the first stop is stop, with ln p 0."""
+    """Return the Batch of new tokens (B, n) and their ln p; after the first stop all tokens are stop, with ln p 0."""
     n = tokens.shape[1]
     if stop is None:
         return {"tokens": tokens, "length": torch.full((len(tokens),), n, device=tokens.device), "log_prob": logs}

@@ -14,12 +14,12 @@ from genai.nn.transformer import Transformer
 
 
 class Decoder(nn.Module):
-    """Token ids (B, T) -> logits (B, T, vocab_size) of the next ones.
+    """A Transformer between an embedding and an output head: token ids int64 (B, T) -> logits (B, T, vocab_size).
 
     Args:
-        vocab_size: ids.
-        transformer: causal.
-        tied: one matrix embeds ids and gives logits.
+        vocab_size: number of token ids.
+        transformer: a causal Transformer.
+        tied: share one matrix between embedding and head.
         init: `init(decoder)` sets the weights; None keeps torch's.
     """
 
@@ -37,19 +37,22 @@ class Decoder(nn.Module):
             self.head.weight = self.embed.weight
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Return the logits (B, T, vocab_size) of the tokens after `tokens` int64 (B, T), after those in the cache."""
         return self.head(self.transformer(self.embed(tokens), cache))
 
 
 class Window:
-    """The decoding state of a GPT with learned positions when the text outgrows them: a cache within the context, and past it
-    the last `length` tokens, encoded again for each new token."""
+    """The decoding state of a GPT with learned positions once a text is longer than its context.
+
+    Within the context it is a cache; past it the last `length` tokens are encoded again for each new token.
+    """
 
     def __init__(self, net: Transformer, batch: int, length: int, pad: Tensor | None):
         self.net, self.length, self.pad, self.read = net, length, pad, 0
         self.cache = Cache(net, batch, length, length, pad)
 
     def take(self, tokens: Tensor) -> tuple[Tensor, Cache]:
-        """The tokens to feed to the network, and the cache to feed them with, given new tokens (B, T)."""
+        """Return the tokens and the cache to call the network with, given new tokens (B, T)."""
         text = torch.cat([self.text, tokens], 1) if self.read else tokens
         self.text, self.read = text[:, -self.length :], self.read + tokens.shape[1]
         first = self.read - self.length
@@ -60,16 +63,18 @@ class Window:
 
 
 class GPT(nn.Module):
-    """Maximum likelihood of the next token; writes by a cache of keys and values.
+    """A model of the next token, trained by maximum likelihood; it decodes with a key-value cache.
 
-    Within the context that holds it all. Past it, be it in the prompt, each position sees the last `length`: positions that
-    only know distances go on with a ring of these; learned ones have none to go on with, see `Window`.
+    Texts may be longer than the context: each position then attends to the last `length`. With relative positions a
+    ring buffer does that; learned positions have to encode anew, see `Window`.
 
     Args:
-        field: of the data, tokens.
-        vocab_size: ids.
+        field: field of the data; must be `tokens`.
+        vocab_size: number of token ids.
         length: context in tokens, as trained.
-        net: tokens and an optional cache -> logits, such as Decoder.
+        net: maps tokens and an optional cache to logits, such as Decoder.
+
+    Raises UserError for another field, or a context longer than the network's positions.
     """
 
     field = "tokens"
@@ -86,17 +91,19 @@ class GPT(nn.Module):
         self.vocab_size, self.length, self.net = vocab_size, length, net
 
     def nets(self) -> Mapping[str, nn.Module]:
+        """Return the networks that `compile=true` compiles, by name."""
         return {"net": self.net}
 
     def nats(self, batch: Batch) -> Tensor:
-        """-ln p of each token (B, T) given those before it, 0 where `mask` is false: (B, T - 1)."""
+        """Return -ln p of each token of batch[tokens] (B, T) given those before it, 0 where `mask` is false: (B, T -
+        1)."""
         tokens = batch[self.field]
         logits = self.net(tokens[:, :-1]).float()
         nats = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view_as(tokens[:, 1:])
         return nats * batch["mask"][:, 1:] if "mask" in batch else nats
 
     def forward(self, batch: Batch, step: int) -> Losses:
-        """The mean over all targets, 0 of none; their number is the weight."""
+        """Return the mean of `nats` over all targets, 0 if there are none; the weight is their number."""
         nats = self.nats(batch)
         if "mask" not in batch:
             return Losses(nats.sum() / nats.numel(), nats.numel())
@@ -104,12 +111,13 @@ class GPT(nn.Module):
         return Losses(nats.sum() / weight.clamp_min(1), weight)
 
     def log_prob(self, batch: Batch, seed: int) -> Tensor:
-        """ln p(tokens after the first | first) in nats (B,), of those in `mask`; exact, the seed is not used."""
+        """Return ln p(tokens after the first | first) in nats, (B,), over `mask`; exact, so the seed is not used."""
         return -self.nats(batch).sum(1)
 
     def start(
         self, cond: Batch | None, batch: int, total: int, pad: Tensor | None = None, rewinds: bool = False
     ) -> Cache | Window:
+        """Return an empty cache for `batch` texts of `total` tokens, see `Rewindable.start`."""
         net, window = self.net.transformer, min(total, self.length)
         anew = total > self.length and net.positions is not None
         if anew and rewinds:
@@ -128,23 +136,28 @@ class GPT(nn.Module):
         return Cache(net, batch, window, total, pad)
 
     def next(self, tokens: Tensor, state: Cache | Window) -> Tensor:
+        """Read tokens int64 (B, T) and return logits float32 (B, vocab_size) of the token after them."""
         if isinstance(state, Window):
             tokens, state = state.take(tokens)
         if tokens.shape[1] <= state.capacity:
             return self.net(tokens, state)[:, -1].float()
         state.reserve(tokens.shape[1])
+        # A prompt longer than the context is read in pieces, so that each position sees the `length` before it.
         for part in tokens.split(self.length, 1):
             logits = self.net(part, state)[:, -1].float()
         state.slide()
         return logits
 
     def scores(self, tokens: Tensor, state: Cache) -> Tensor:
+        """Read tokens int64 (B, T) and return logits float32 (B, T, vocab_size) of the token after each."""
         return self.net(tokens, state).float()
 
     def rewind(self, state: Cache, n: int) -> None:
+        """Forget the n tokens read last."""
         state.rewind(n)
 
     def fix(self, state: Cache | Window) -> bool:
+        """Make every later step the same work, for a CUDA graph; returns False if the state cannot be fixed."""
         if isinstance(state, Window):
             return False
         state.fix()

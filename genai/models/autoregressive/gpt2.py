@@ -1,4 +1,4 @@
-"""The published GPT-2: its weights by our names."""
+"""GPT-2's published weights under the names of this package."""
 
 from collections.abc import Mapping
 
@@ -21,10 +21,11 @@ PARTS = {
 
 
 def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's state of a GPT2LMHeadModel -> state of a GPT built by `model=gpt2` with as many positions.
+    """Convert the state of Hugging Face's GPT2LMHeadModel to that of a GPT built by `model=gpt2` with as many
+    positions.
 
-    Its linear maps are stored transposed; masks, and what stands outside the decoder, are left out. Raises KeyError for a
-    weight of a block that GPT-2's have not.
+    Linear weights are stored transposed there; masks, and whatever is outside the decoder, are left out. Raises
+    KeyError for a weight that GPT-2's blocks do not have.
     """
     out = {}
     for name, value in state.items():

@@ -1,4 +1,5 @@
-"""Speculative decoding: a small draft model writes ahead, one call of the model judges (Leviathan et al., 2023)."""
+"""Speculative decoding: a small draft model proposes tokens, one call of the model verifies them (Leviathan et al.,
+2023)."""
 
 import torch
 from torch import Tensor
@@ -24,12 +25,15 @@ def speculative(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> Batch:
-    """`generate`'s distribution in fewer calls of the model: a small `draft` writes `ahead` tokens, one call judges them
-    (Leviathan et al., 2023, algorithm 1). Samples are written one by one, since each keeps another number of tokens.
+    """Draw from `generate`'s distribution in fewer calls of the model (Leviathan et al., 2023, algorithm 1).
 
-    Uniforms of token i come from Philox stream 3, rows 1 (proposal), 2 (judgement) and 3 (correction), element i.
-    Past the context each position sees the last `length` of its own model, as in `generate`. Raises UserError for a draft that
-    cannot take tokens back or has another vocabulary, and for a text longer than one of both can read.
+    A small `draft` proposes `ahead` tokens and one call of the model verifies them. Samples are drawn one by one, since
+    each accepts another number of tokens. The uniforms of token i come from Philox stream 3, rows 1 (proposal), 2
+    (verification) and 3 (correction), element i. Past the context each position attends to the last `length` of its own
+    model, as in `generate`.
+
+    Returns the Batch described in `decode`. Raises UserError for a draft that cannot rewind or has another vocabulary,
+    and for a text longer than either model can read.
     """
     shape = temperature, top_k, top_p, min_p
     check_options(*shape)
@@ -70,20 +74,21 @@ def speculative(
 
 
 class _Reader:
-    """A model and how many tokens it has read of one text, of at most `total`."""
+    """A model and the number of tokens it has read of one text of at most `total`."""
 
     def __init__(self, model: Rewindable, cond: Batch | None, total: int):
         self.model, self.state, self.read = model, model.start(cond, 1, total, rewinds=True), 0
 
     def next(self, text: Tensor) -> Tensor:
-        """Logits (1, V) of the token after a text (1, T) that goes on from what was read."""
+        """Return logits (1, V) of the token after a text (1, T) that continues what was read."""
         return self.model.next(self._rest_of(text), self.state)
 
     def scores(self, text: Tensor) -> Tensor:
-        """Logits (1, T', V) of the token after each one that was not read before."""
+        """Return logits (1, T', V) of the token after each token that was not read before."""
         return self.model.scores(self._rest_of(text), self.state)
 
     def forget_after(self, n: int) -> None:
+        """Forget what was read after the first n tokens."""
         if self.read > n:
             self.model.rewind(self.state, self.read - n)
             self.read = n
@@ -103,7 +108,7 @@ def _speculate(
     shape: tuple,
     stop: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """n new tokens of one prompt (1, T), and their ln p by the model."""
+    """Return n new tokens (n,) of one prompt (1, T), and their ln p by the model (n,)."""
     given, text = prompt.shape[1], prompt
     logs: list[Tensor] = []
     while (at := text.shape[1] - given) < n:
@@ -116,7 +121,9 @@ def _speculate(
         p = distribution(raw, *shape)
         q = torch.stack(qs, 1) if qs else p[:, :0]
         kept, token = verify(p, q, drafted[:, given + at :], *(u[:, at : at + g + 1] for u in uniforms[1:]))
-        keep, *read = torch.cat([kept, drafted[0, given + at :], token[0]]).cpu().tolist()  # the one wait of a round
+        keep, *read = (
+            torch.cat([kept, drafted[0, given + at :], token[0]]).cpu().tolist()
+        )  # the only time per round that the host waits
         text = torch.cat([drafted[:, : given + at + keep], token], 1)
         fresh = text[0, given + at :]
         logs.append(raw[0, : len(fresh)].log_softmax(-1).gather(1, fresh[:, None])[:, 0])
@@ -130,10 +137,11 @@ def _speculate(
 
 
 def verify(p: Tensor, q: Tensor, drafted: Tensor, accept: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
-    """How many (B,) of g drafted tokens (B, g) are kept, and the token (B, 1) after them.
+    """Return how many (B,) of the g drafted tokens (B, g) are accepted, and the token (B, 1) after them.
 
-    Token j is kept with probability min(1, p_j / q_j). The first that is not is drawn anew from max(p - q, 0); after the
-    last comes one of p itself, as if q were 0 there. p (B, g + 1, V), q (B, g, V), uniforms (B, g + 1).
+    Token j is accepted with probability min(1, p_j / q_j). The first rejected one is drawn again from max(p - q, 0); if
+    all are accepted, one more is drawn from p itself, as if q were 0 there. p (B, g + 1, V), q (B, g, V), uniforms (B,
+    g + 1).
     """
     g, at = drafted.shape[1], drafted[..., None]
     refused = accept[:, :g] * q.gather(2, at)[..., 0] >= p[:, :g].gather(2, at)[..., 0]
