@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 HEAD = "step,name,value\n"
+RENAMED = {"deceit": "adversarial_loss"}  # last part of a name in older runs -> its name today
 
 
 class Row(NamedTuple):
@@ -30,7 +31,8 @@ def rows(path: Path) -> list[Row]:
         try:
             line.encode()  # raises where the file holds bytes that are not UTF-8
             ((step, name, value),) = csv.reader([line])
-            found.append(Row(int(step), name, float(value), f"{line}\n"))
+            group, slash, last = name.rpartition("/")
+            found.append(Row(int(step), f"{group}{slash}{RENAMED.get(last, last)}", float(value), f"{line}\n"))
         except (ValueError, csv.Error):
             if number > 1 or f"{line}\n" != HEAD:
                 damaged.append(number)

@@ -1,5 +1,5 @@
-"""A first stage whose reconstructions also have to pass for real (Esser et al., "Taming Transformers for High-Resolution Image
-Synthesis", 2021, section 3.1)."""
+"""A first stage with an adversarial loss on its reconstructions (Esser et al., "Taming Transformers", 2021, section
+3.1)."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,14 +16,16 @@ from genai.models.vae.nets import norm_act
 
 
 class AdversarialAutoencoder(Autoencoder):
-    """An autoencoder that is the generator of a game: its fakes are its reconstructions.
+    """An autoencoder trained as the generator of a GAN: its fakes are its reconstructions.
 
     Args:
         discriminator: images (B, *shape) -> logits (B, ...), such as `PatchDiscriminator`.
         loss: a pair of losses, see `genai.losses.adversarial`.
-        adversarial_weight: of the generator's loss, on top of the adaptive weight (eq. 7).
-        start_step: from which on the discriminator learns and is heard.
+        adversarial_weight: weight of the generator's loss, on top of the adaptive weight (eq. 7).
+        start_step: step from which the discriminator is trained and its loss used.
         others: see `Autoencoder`.
+
+    Raises UserError for a weight or a step out of range.
     """
 
     share_fake = True
@@ -51,19 +53,23 @@ class AdversarialAutoencoder(Autoencoder):
         self.start_step = at_least(start_step, 0, "model.start_step")
 
     def nets(self) -> Mapping[str, nn.Module]:
+        """Return the networks that `compile=true` compiles, by name."""
         return {**super().nets(), "discriminator": self.discriminator}
 
     def generator_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Return the parameters of encoder and decoder with their names in the model."""
         return itertools.chain(self.encoder.named_parameters("encoder"), self.decoder.named_parameters("decoder"))
 
     def discriminator_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Return the discriminator's parameters with their names in the model."""
         return self.discriminator.named_parameters("discriminator")
 
     def generate(self, batch: Batch, step: int) -> Batch:
-        """Reconstructions `fake`, with `mean` and `log_variance` of the latents."""
+        """Return the reconstructions `fake` (B, *shape), with `mean` and `log_variance` of the latents."""
         return dict(zip(("fake", "mean", "log_variance"), self.encode_decode(batch[self.field]), strict=True))
 
     def discriminator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
+        """Return the discriminator's loss of images and reconstructions, 0 before start_step."""
         x, y = batch[self.field], fake["fake"]
         if step < self.start_step:
             return batch_losses(x.new_zeros((), requires_grad=True), {}, len(x))  # no gradient, so no update
@@ -72,38 +78,44 @@ class AdversarialAutoencoder(Autoencoder):
         return batch_losses(self.loss.discriminator(real, false).mean(), logs, len(x))
 
     def generator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
-        """The autoencoder's loss plus the adversarial one, so weighted that both pull at the last layer as strongly (eq. 7)."""
+        """Return the autoencoder's loss plus the weighted adversarial one (eq. 7).
+
+        The adaptive weight makes the gradients of both at the decoder's last layer equally large.
+        """
         x, y = batch[self.field], fake["fake"]
         total, logs = self.terms(x, y, fake["mean"], fake["log_variance"])
         if step < self.start_step or not self.adversarial_weight:
             return batch_losses(total, logs, len(x))
         real = self.discriminator(x).float().detach() if self.loss.paired else None
-        logs["deceit"] = self.loss.generator(real, self.discriminator(y).float()).mean()
+        logs["adversarial_loss"] = self.loss.generator(real, self.discriminator(y).float()).mean()
         if torch.is_grad_enabled():
-            logs["adaptive_weight"] = balance(total, logs["deceit"], last_layer(self.decoder))
-            total = total + self.adversarial_weight * logs["adaptive_weight"] * logs["deceit"]
+            logs["adaptive_weight"] = balance(total, logs["adversarial_loss"], last_layer(self.decoder))
+            total = total + self.adversarial_weight * logs["adaptive_weight"] * logs["adversarial_loss"]
         return batch_losses(total, logs, len(x))
 
 
 def balance(loss: Tensor, adversarial: Tensor, layer: Tensor) -> Tensor:
-    """||d loss / d layer|| / (||d adversarial / d layer|| + 1e-4), at most 1e4, held constant."""
-    ours, theirs = (upcast(torch.autograd.grad(t, layer, retain_graph=True)[0]).norm() for t in (loss, adversarial))
-    return (ours / (theirs + 1e-4)).clamp_max(1e4).detach()
+    """Return ||d loss / d layer|| / (||d adversarial / d layer|| + 1e-4), a scalar of at most 1e4, detached."""
+    first, second = (upcast(torch.autograd.grad(t, layer, retain_graph=True)[0]).norm() for t in (loss, adversarial))
+    return (first / (second + 1e-4)).clamp_max(1e4).detach()
 
 
 def last_layer(net: nn.Module) -> nn.Parameter:
-    """The last weight that is a matrix or a kernel."""
+    """Return the last weight of a network that is a matrix or a kernel."""
     return [p for p in net.parameters() if p.ndim >= 2][-1]
 
 
 class PatchDiscriminator(nn.Module):
-    """Images (B, *shape) -> a logit for each of their overlapping patches (B, 1, h, w) (Isola et al., "Image-to-Image
-    Translation with Conditional Adversarial Networks", 2017, section 3.2.2).
+    """A discriminator of overlapping patches: images (B, *shape) -> logits (B, 1, h, w).
+
+    Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks", 2017, section 3.2.2.
 
     Args:
         shape: (C, H, W), the sides at least 2^layers.
-        channels: of the first maps, doubled with each halving.
-        layers: halvings.
+        channels: width of the first maps, doubled with each halving.
+        layers: number of halvings.
+
+    Raises UserError if the images are too small.
     """
 
     def __init__(self, shape: Sequence[int], channels: int = 32, layers: int = 2):
@@ -119,4 +131,5 @@ class PatchDiscriminator(nn.Module):
         self.net = nn.Sequential(*net, norm_act(last), nn.Conv2d(last, 1, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, 1, h, w) of images (B, *shape)."""
         return self.net(downcast(x, self))

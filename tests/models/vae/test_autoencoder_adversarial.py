@@ -34,8 +34,8 @@ def test_both_terms_pull_at_the_last_layer_as_strongly(loss):
     plain, _ = m.terms(b["image"], fake["fake"], fake["mean"], fake["log_variance"])
     whole, ours = (torch.autograd.grad(t, layer, retain_graph=True)[0] for t in (losses.total, plain))
     assert (whole - ours).norm().item() == pytest.approx(ours.norm().item(), rel=0.02)  # but for the 1e-4
-    deceit, weight = losses.logs["deceit"][0], losses.logs["adaptive_weight"][0]
-    assert losses.total.item() == pytest.approx((plain + weight * deceit).item(), rel=1e-5)
+    adversarial, weight = losses.logs["adversarial_loss"][0], losses.logs["adaptive_weight"][0]
+    assert losses.total.item() == pytest.approx((plain + weight * adversarial).item(), rel=1e-5)
     assert m.generate(b, 0)["fake"].requires_grad and isinstance(m, AdversarialModel) and isinstance(m, Codec)
 
 
@@ -58,7 +58,7 @@ def test_until_its_step_the_discriminator_is_not_heard():
         m.generator_loss(b, fake, 4),
         m.terms(b["image"], fake["fake"], fake["mean"], fake["log_variance"])[0],
     )
-    assert early.total.item() == plain.item() and "deceit" not in early.logs
+    assert early.total.item() == plain.item() and "adversarial_loss" not in early.logs
     late = m.discriminator_loss(b, held, 5)
     late.total.backward()
     assert all(p.grad is not None for _, p in m.discriminator_parameters())
