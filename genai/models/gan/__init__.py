@@ -1,1 +1,1 @@
-"""Generative adversarial networks: two players, their networks, and ways to sample the one that makes things."""
+"""Generative adversarial networks: generator-discriminator pairs, their networks, and their samplers."""

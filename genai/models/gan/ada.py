@@ -14,11 +14,11 @@ from genai.core.precision import KeepBufferPrecision, full_precision, upcast
 
 
 class Augment(nn.Module):
-    """The paper's pixel blitting, geometric and colour transformations (appendix B), images (B, C, H, W) -> the same.
+    """The pixel blitting, geometric and colour transformations of appendix B, images (B, C, H, W) -> the same shape.
 
-    Each argument is a factor of that transformation's probability: 0 never, 1 with probability p. All movements are one
-    bilinear lookup, mirrored beyond the edges (the paper filters at twice the resolution); it is linear in the image, so its
-    gradient has a gradient.
+    Each argument is a factor of that transformation's probability: 0 never, 1 with probability p. All movements are
+    combined into one bilinear lookup, mirrored beyond the edges (the paper filters at twice the resolution). It is
+    linear in the image, so its gradient is differentiable.
 
     Args:
         flip: left to right, half of the time.
@@ -30,7 +30,7 @@ class Augment(nn.Module):
         brightness: plus N(0, 0.2^2).
         contrast: times 2^N(0, 0.5^2).
         luma_flip: light to dark with the colours kept, half of the time.
-        hue, saturation: rotation about the grey axis and distance from it times 2^N(0, 1); grey images have neither.
+        hue, saturation: rotation about the grey axis, and distance from it times 2^N(0, 1); grey images have neither.
     """
 
     def __init__(
@@ -67,16 +67,18 @@ class Augment(nn.Module):
             number(factor, f"model.augment.augment.{name}", 0, 1)
 
     def forward(self, x: Tensor, p: Tensor) -> Tensor:
+        """Augment images x (B, C, H, W), each transformation with probability p, a scalar."""
         if x.ndim != 4 or x.shape[1] not in (1, 3):
             raise UserError(f"model.augment takes images of 1 or 3 channels, got shape {list(x.shape[1:])}")
-        with full_precision(x.device):  # places need more than eight bits
+        with full_precision(x.device):  # positions need more than bfloat16's eight bits
             x = upcast(x)
             x = warp(x, self.movement(x, p))
             matrix, offset = self.colour(x, p)
             return (matrix @ x.flatten(2) + offset).view_as(x)
 
     def movement(self, x: Tensor, p: Tensor) -> Tensor:
-        """From where each sample takes its pixels: (B, 3, 3), homogeneous (x, y, 1) in pixels about the centre."""
+        """Draw where each sample takes its pixels from: (B, 3, 3) on homogeneous (x, y, 1) in pixels about the
+        centre."""
         n, (height, width) = len(x), x.shape[2:]
         side = torch.stack([x.new_full((), n) for n in (width, height)])  # a tensor of a list would come from the host
         one = x.new_ones(n)
@@ -103,9 +105,9 @@ class Augment(nn.Module):
         return where @ translation(self.choose("fraction", p, 0.125 * torch.randn_like(whole) * side, 0.0))
 
     def colour(self, x: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, C) and (B, C, 1), what each colour is multiplied by and moved by.
+        """Draw the colour transformations: matrices (B, C, C) to multiply by and offsets (B, C, 1) to add.
 
-        All of them scale or turn the grey axis and what is perpendicular to it, so they commute and one formula holds them.
+        All of them scale or rotate the grey axis and its complement, so they commute and combine into one formula.
         """
         channels, one = x.shape[1], x.new_ones(len(x), 1, 1)
         brightness = self.choose("brightness", p, 0.2 * torch.randn_like(one), 0.0)
@@ -123,43 +125,45 @@ class Augment(nn.Module):
         return contrast * matrix, (contrast * luma * brightness).expand(-1, channels, -1)
 
     def choose(self, name: str, p: Tensor, value: Tensor, neutral: float) -> Tensor:
+        """Return value (B, ...) with the probability of the named transformation, else `neutral`."""
         return choose_with_probability(self.factors[name] * p, value, neutral)
 
 
 def choose_with_probability(p: Tensor, value: Tensor, neutral: float) -> Tensor:
-    """value (B, ...) for the samples that probability p picks, else `neutral`."""
+    """Return value (B, ...) for each sample with probability p, else `neutral`."""
     picked = torch.rand(len(value), *[1] * (value.ndim - 1), device=value.device) < p
     return value.where(picked, neutral)
 
 
 def rotation(angle: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Back by an angle (B,): the four numbers of its matrix, row by row."""
+    """Return the four entries, row by row, of the rotation matrix back by an angle (B,)."""
     return angle.cos(), angle.sin(), -angle.sin(), angle.cos()
 
 
 def linear(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """[[a, b], [c, d]] of numbers (B,), homogeneous: (B, 3, 3)."""
+    """Return the homogeneous matrices (B, 3, 3) of [[a, b], [c, d]], entries (B,)."""
     zero, one = torch.zeros_like(a), torch.ones_like(a)
     return torch.stack([a, b, zero, c, d, zero, zero, zero, one], 1).view(-1, 3, 3)
 
 
 def translation(by: Tensor) -> Tensor:
-    """Back by (B, 2), homogeneous: (B, 3, 3)."""
+    """Return the homogeneous matrices (B, 3, 3) of the translation back by (B, 2)."""
     zero, one = torch.zeros_like(by[:, 0]), torch.ones_like(by[:, 0])
     return torch.stack([one, zero, -by[:, 0], zero, one, -by[:, 1], zero, zero, one], 1).view(-1, 3, 3)
 
 
 def warp(x: Tensor, where: Tensor) -> Tensor:
-    """Pixels of x (B, C, H, W) from the places that `where` (B, 3, 3) maps each to, bilinear, mirrored at the edges.
+    """Resample x (B, C, H, W) at the positions that `where` (B, 3, 3) maps each pixel to, bilinear, mirrored at the
+    edges.
 
-    Four gathers, since the gradient of `grid_sample` has no gradient.
+    It takes four gathers, since the gradient of `grid_sample` is not differentiable.
     """
     height, width = x.shape[2:]
     rows = torch.arange(height, device=x.device, dtype=x.dtype) - (height - 1) / 2
     columns = torch.arange(width, device=x.device, dtype=x.dtype) - (width - 1) / 2
     row, column = torch.meshgrid(rows, columns, indexing="ij")
-    places = torch.stack([column.flatten(), row.flatten(), torch.ones_like(row.flatten())])  # (3, HW)
-    source = where[:, :2] @ places
+    positions = torch.stack([column.flatten(), row.flatten(), torch.ones_like(row.flatten())])  # (3, HW)
+    source = where[:, :2] @ positions
     left, right, u = neighbours(source[:, 0] + (width - 1) / 2, width)
     top, bottom, v = neighbours(source[:, 1] + (height - 1) / 2, height)
     flat = x.flatten(2)
@@ -173,7 +177,8 @@ def warp(x: Tensor, where: Tensor) -> Tensor:
 
 
 def neighbours(place: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices (B, P) of the pixels on both sides of places in a mirrored row of n, and the share of the second (B, 1, P)."""
+    """Return the indices (B, P) of the pixels on both sides of positions in a mirrored row of n, and the second's
+    weight (B, 1, P)."""
     last = n - 1
     place = last - (place.abs() % max(2 * last, 1) - last).abs()
     low = place.floor().clamp(0, last)
@@ -181,19 +186,21 @@ def neighbours(place: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class ADA(KeepBufferPrecision):
-    """Augmentation whose p rises while the discriminator overfits, and falls while it does not (section 3).
+    """Augmentation whose probability p rises while the discriminator overfits, and falls while it does not (section 3).
 
     Args:
-        augment: what is done with probability p.
-        p: what it starts from.
-        target: of r_t, the mean sign of the discriminator's answers to real images.
-        interval_steps: between two moves of p.
-        ramp_images: real images in which p may go from 0 to 1.
+        augment: the transformations.
+        p: initial probability.
+        target: target of r_t, the mean sign of the discriminator's logits of real images.
+        interval_steps: steps between two updates of p.
+        ramp_images: real images over which p can go from 0 to 1.
+
+    Raises UserError for an argument out of range.
     """
 
     p: Tensor
     signs: Tensor
-    """Sum of signs since p last moved, and of how many."""
+    """The sum of signs since p was last updated, and their number, (2,)."""
 
     def __init__(
         self, augment: Augment, p: float = 0.0, target: float = 0.6, interval_steps: int = 4, ramp_images: int = 500_000
@@ -207,18 +214,20 @@ class ADA(KeepBufferPrecision):
         self.step: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Augment images (B, C, H, W) with the present p."""
         return self.augment(x, self.p)
 
     @torch.no_grad()
     def update(self, real_logits: Tensor, step: int) -> None:
-        """Count the signs of a micro-batch; the first one of every interval moves p by what the last interval saw."""
+        """Count the signs of a micro-batch of logits (B,); the first one of every interval updates p from the last
+        interval."""
         if step % self.interval_steps == 0 and step != self.step:
             self.move()
         self.step = step
         self.signs += torch.stack([real_logits.sign().sum(), torch.full_like(self.p, len(real_logits))])
 
     def move(self) -> None:
-        """p += sign(r_t - target) images / ramp, within [0, 1]; nothing where no image was seen."""
+        """Update p += sign(r_t - target) images / ramp within [0, 1]; no images, no update."""
         signs = self.signs.clone()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(signs)

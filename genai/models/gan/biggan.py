@@ -19,11 +19,14 @@ from genai.nn.attention import resolve_attention_depths
 
 
 class BigGAN(GAN):
-    """A GAN whose generator also pays for filters that are not orthogonal.
+    """A GAN whose generator is penalised for filters that are not orthogonal.
 
     Args:
-        orthogonal: beta of `orthogonal_penalty` (eq. 3; 1e-4 in the paper), which makes a generator amenable to truncation.
+        orthogonal: beta of `orthogonal_penalty` (eq. 3; 1e-4 in the paper), which makes a generator amenable to
+            truncation.
         others: see `GAN`.
+
+    Raises UserError as `GAN` does.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class BigGAN(GAN):
         self.orthogonal = number(orthogonal, "model.orthogonal", 0)
 
     def generator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
+        """Return the generator's loss plus the weighted orthogonal penalty."""
         losses = super().generator_loss(batch, fake, step)
         if not self.orthogonal:
             return losses
@@ -56,8 +60,10 @@ class BigGAN(GAN):
 
 
 def orthogonal_penalty(net: nn.Module) -> Tensor:
-    """Sum over weights, rows of W being filters, of ||W W^T * (1 - I)||_F^2 (eq. 3): their products, not their lengths.
-    Embeddings are no filters and are left out."""
+    """Return the sum over weights W, rows being filters, of ||W W^T * (1 - I)||_F^2 (eq. 3), a scalar.
+
+    It penalises products of filters, not their lengths. Embeddings are left out.
+    """
     layers = [m for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     with no_autocast(layers[0].weight.device):
         weights = [upcast(m.weight).flatten(1) for m in layers]
@@ -68,8 +74,8 @@ class ConditionalBatchNorm(nn.Module):
     """Batch norm with gain 1 + W c and bias V c of a condition c (appendix B).
 
     Args:
-        channels: of the maps.
-        width: numbers in the condition.
+        channels: channels of the maps.
+        width: width of the condition.
     """
 
     def __init__(self, channels: int, width: int):
@@ -78,13 +84,16 @@ class ConditionalBatchNorm(nn.Module):
         self.gain, self.bias = (SpectralLinear(width, channels, bias=False) for _ in range(2))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x (B, channels, H, W), c (B, width) -> as x."""
+        """Normalise x (B, channels, H, W) under c (B, width) -> as x."""
         return torch.addcmul(self.bias(c)[:, :, None, None], self.norm(x), 1 + self.gain(c)[:, :, None, None])
 
 
 class SelfAttention(nn.Module):
-    """x + gamma attention(x) over places (Zhang et al., "Self-Attention GANs", 2019, eq. 1 to 3), gamma 0 at first; keys and
-    values at half the size. Attention is written out, for a penalty differentiates it twice."""
+    """The block x + gamma attention(x) over positions (Zhang et al., "Self-Attention GANs", 2019, eq. 1 to 3).
+
+    gamma is 0 at first; keys and values have half the size. Attention is written out, since fused kernels have no
+    second derivative, which penalties on gradients need.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -95,6 +104,7 @@ class SelfAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, C, H, W) to the same shape."""
         keys, values = self.key(x), self.value(x)
         if min(x.shape[2:]) > 1:
             keys, values = F.max_pool2d(keys, 2), F.max_pool2d(values, 2)
@@ -113,7 +123,7 @@ class UpBlock(nn.Module):
         self.skip = SpectralConv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x (B, inputs, H, W), c (B, width) -> (B, outputs, 2 H, 2 W)."""
+        """Map x (B, inputs, H, W) under c (B, width) to (B, outputs, 2 H, 2 W)."""
         h = self.conv1(_upsample(F.relu(self.norm1(x, c))))
         h = self.conv2(F.relu(self.norm2(h, c)))
         return h + _upsample(self.skip(x))  # a 1x1 convolution and doubling commute
@@ -124,8 +134,8 @@ class DownBlock(nn.Module):
 
     Args:
         inputs, outputs: channels.
-        halve: whether the size is halved.
-        first: whether the input is an image, which is not to be cut at zero.
+        halve: halve the size.
+        first: the input is an image, so no ReLU is applied to it.
     """
 
     def __init__(self, inputs: int, outputs: int, halve: bool, first: bool = False):
@@ -135,7 +145,7 @@ class DownBlock(nn.Module):
         self.halve, self.first = halve, first
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, inputs, H, W) -> (B, outputs, H / 2, W / 2), or of its own size."""
+        """Map x (B, inputs, H, W) to (B, outputs, H / 2, W / 2), or to its own size."""
         h = self.conv2(F.relu(self.conv1(x if self.first else F.relu(x))))
         if self.halve:
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)  # a 1x1 convolution and averaging commute
@@ -143,20 +153,24 @@ class DownBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """z (B, latents) -> images (B, *shape) in [-1, 1]. z falls into chunks, one for the smallest maps and one for each
-    block; a block's conditional batch norms see theirs beside the label's embedding, which all blocks share.
+    """The generator: z (B, latents) -> images (B, *shape) in [-1, 1].
+
+    z is split into chunks, one for the smallest maps and one per block; a block's conditional batch norms see its chunk
+    and the label's embedding, which all blocks share.
 
     Args:
         shape: (C, H, W), H and W multiples of 2^(len(multipliers) - 1).
-        latents: numbers in z, a multiple of len(multipliers).
+        latents: number of latents, a multiple of len(multipliers).
         classes: number of labels, None for none.
         channels: width of the largest maps.
-        multipliers: of `channels`, from the largest maps to the smallest.
-        attention: heights at which blocks are followed by self-attention, in configs of before.
-        label_width: numbers in a label's embedding.
-        attention_depths: halvings of the images' size at which blocks are followed by self-attention; -1 at the least size.
+        multipliers: multiples of `channels`, from the largest maps to the smallest.
+        attention: heights at which blocks are followed by self-attention; superseded by attention_depths, kept for
+            stored configs.
+        label_width: width of a label's embedding.
+        attention_depths: halvings of the images' size at which blocks are followed by self-attention; -1 at the
+            smallest size.
 
-    Raises UserError for what does not come out even, and for a depth that there is not.
+    Raises UserError for sizes that do not divide, and for a depth that does not exist.
     """
 
     def __init__(
@@ -194,6 +208,7 @@ class Generator(nn.Module):
         self.apply(initialise)
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return images (B, *shape) in [-1, 1] of z (B, latents) and label int64 (B,)."""
         first, *rest = downcast(z, self).chunk(self.chunks, 1)
         h = self.flat(first).view(-1, *self.start)
         shared = []
@@ -208,17 +223,19 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (B, *shape) -> logits (B,): residual blocks, ReLU, sum over places, `Projection`; no normalisation but of the
-    weights.
+    """The discriminator: images (B, *shape) -> logits (B,) by residual blocks, ReLU, a sum over positions, and
+    `Projection`.
+
+    Only the weights are normalised.
 
     Args:
         shape: (C, H, W), H and W multiples of 2^(len(multipliers) - 1).
         classes: number of labels, None for none.
         channels: width of the largest maps.
-        multipliers: of `channels`, for each block; all blocks but the last halve the size.
-        attention, attention_depths: as of the generator.
+        multipliers: multiples of `channels`, one per block; all blocks but the last halve the size.
+        attention, attention_depths: as for the generator.
 
-    Raises UserError if the sizes do not come out even, or there is no such depth.
+    Raises UserError for sizes that do not divide, and for a depth that does not exist.
     """
 
     def __init__(
@@ -247,11 +264,12 @@ class Discriminator(nn.Module):
         self.apply(initialise)
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return logits (B,) of images (B, *shape) with label int64 (B,)."""
         return self.head(F.relu(self.net(downcast(x, self))).sum((2, 3)), label)
 
 
 def initialise(module: nn.Module) -> None:
-    """Orthogonal weights (Saxe et al., 2014), biases 0."""
+    """Set weights to orthogonal matrices (Saxe et al., 2014) and biases to 0."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
         nn.init.orthogonal_(module.weight)
         if not isinstance(module, nn.Embedding) and module.bias is not None:

@@ -12,18 +12,20 @@ from genai.models.gan.nets import BatchNorm, LabelledLatents, halve_shape, proje
 
 
 class Generator(nn.Module):
-    """z (B, latents) and the label's embedding -> images (B, *shape) in [-1, 1]: a linear map to the smallest maps, then
-    one transposed convolution for each doubling; batch norm and ReLU between them.
+    """The generator: z (B, latents) and the label's embedding -> images (B, *shape) in [-1, 1].
+
+    A linear map to the smallest maps is followed by one transposed convolution per doubling, with batch norm and ReLU
+    between them.
 
     Args:
         shape: (C, H, W).
-        latents: numbers in z.
+        latents: number of latents.
         classes: number of labels, None for none.
         channels: width of the largest maps.
-        multipliers: of `channels`, from the largest maps to the smallest, one for each halving.
-        label_width: numbers in a label's embedding.
+        multipliers: multiples of `channels`, from the largest maps to the smallest, one per halving.
+        label_width: width of a label's embedding.
 
-    Raises UserError if the sizes do not come out even.
+    Raises UserError if the sizes do not divide.
     """
 
     def __init__(
@@ -47,21 +49,23 @@ class Generator(nn.Module):
         self.apply(initialise)
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return images (B, *shape) in [-1, 1] of z (B, latents) and label int64 (B,)."""
         return self.net(self.flat(downcast(self.inputs(z, label), self.flat)).view(-1, *self.start))
 
 
 class Discriminator(nn.Module):
-    """Images (B, *shape) -> logits (B,): a strided convolution for each halving, leaky ReLUs, `Projection`.
+    """The discriminator: images (B, *shape) -> logits (B,) by one strided convolution per halving, leaky ReLUs,
+    `Projection`.
 
     Args:
         shape: (C, H, W).
         classes: number of labels, None for none.
         channels: width of the largest maps.
-        multipliers: of `channels`, one for each halving.
-        norm: `norm(channels)` of all but the first convolution: batch norm is the paper's; `layer_norm`, `instance_norm` or
-            None keep samples apart, which penalties on gradients need.
+        multipliers: multiples of `channels`, one per halving.
+        norm: `norm(channels)` after all but the first convolution: the paper has batch norm; `layer_norm`,
+            `instance_norm` or None do not mix samples, as penalties on gradients need.
 
-    Raises UserError if the sizes do not come out even.
+    Raises UserError if the sizes do not divide.
     """
 
     def __init__(
@@ -87,26 +91,27 @@ class Discriminator(nn.Module):
         self.apply(initialise)
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return logits (B,) of images (B, *shape) with label int64 (B,)."""
         return self.head(self.net(downcast(x, self)), label)
 
 
 def batch_norm(channels: int) -> nn.Module:
-    """Over batch, height and width: under a name that a config may give."""
+    """Return a norm over batch, height and width; a function, so that a config can name it."""
     return BatchNorm(channels)
 
 
 def layer_norm(channels: int) -> nn.Module:
-    """Over channels, height and width of each sample."""
+    """Return a norm over channels, height and width of each sample."""
     return nn.GroupNorm(1, channels)
 
 
 def instance_norm(channels: int) -> nn.Module:
-    """Over height and width of each map."""
+    """Return a norm over height and width of each map."""
     return nn.GroupNorm(channels, channels)
 
 
 def initialise(module: nn.Module) -> None:
-    """N(0, 0.02) for weights of layers, N(1, 0.02) for the gain of batch norm, 0 for biases."""
+    """Draw weights of layers from N(0, 0.02) and gains of batch norm from N(1, 0.02); set biases to 0."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0, 0.02)
         if module.bias is not None:

@@ -15,22 +15,22 @@ GAIN = math.sqrt(2)
 
 
 def leaky(x: Tensor) -> Tensor:
-    """The activation without its gain; x, which nothing else needs, is overwritten."""
+    """Apply the activation without its gain; x is overwritten, since nothing else needs it."""
     return F.leaky_relu_(x, 0.2)
 
 
 def unit(x: Tensor) -> Tensor:
-    """x (B, D) at mean square 1."""
+    """Scale x (B, D) to mean square 1."""
     return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
 
 
 class EqualizedLinear(nn.Module):
-    """x (B, inputs) -> gain (W x / sqrt(inputs) + b).
+    """The linear map gain (W x / sqrt(inputs) + b) of x (B, inputs).
 
     Args:
-        bias: what it starts from.
-        rate: learning rate of this layer, as a factor of the others'.
-        gain: of the answer.
+        bias: initial bias.
+        rate: learning rate of this layer relative to the others'.
+        gain: factor of the output.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: float = 0.0, rate: float = 1.0, gain: float = 1.0):
@@ -40,11 +40,12 @@ class EqualizedLinear(nn.Module):
         self.weight_scale, self.bias_scale = gain * rate / math.sqrt(inputs), gain * rate
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, inputs) to (B, outputs)."""
         return torch.addmm(self.bias, x, self.weight.mT, beta=self.bias_scale, alpha=self.weight_scale)
 
 
 class EqualizedConv(nn.Module):
-    """The same as a convolution of maps (B, C, H, W)."""
+    """The same for a convolution of maps (B, C, H, W)."""
 
     def __init__(
         self,
@@ -62,5 +63,6 @@ class EqualizedConv(nn.Module):
         self.scale, self.gain, self.stride, self.padding = gain / math.sqrt(inputs * kernel**2), gain, stride, padding
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, inputs, H, W) to (B, outputs, H', W')."""
         bias = None if self.bias is None else self.bias * self.gain
         return F.conv2d(x, self.weight * self.scale, bias, self.stride, self.padding)

@@ -1,6 +1,6 @@
-"""The game of two networks (Goodfellow et al., "Generative Adversarial Nets", 2014) and its usual variants.
+"""Generative adversarial networks (Goodfellow et al., 2014) and their usual variants: losses, penalties, and sampling.
 
-The loop above alternates; here stand the players, what each minimises, and how the generator is sampled.
+`genai.train.lit_adversarial` alternates the updates of discriminator and generator.
 """
 
 import contextlib
@@ -21,25 +21,26 @@ from genai.losses import adversarial
 from genai.losses.adversarial import Adversarial
 from genai.models.gan.nets import labels
 
-STANDING_SEED = 11  # what the seeds of standing statistics are mixed for
+STANDING_SEED = 11  # mixed into the seeds of the latents of standing statistics
 
 
 class GAN(nn.Module):
-    """A generator that maps normal latents to items of one field, and a discriminator that tells them from real ones.
+    """A generator from normal latents to items of one field, and a discriminator of real and generated items.
 
     Args:
-        field, shape: of the data.
-        latents: numbers in z.
+        field, shape: field of the data, and the shape of a sample.
+        latents: number of latents.
         generator: `generator(z, label) -> x`, z (B, latents), label int64 (B,) or None, x (B, *shape).
-        discriminator: `discriminator(x, label) -> logits`, (B,) or more for each sample.
+        discriminator: `discriminator(x, label) -> logits`, (B,), or several for each sample.
         loss: a pair of losses, see `genai.losses.adversarial`.
         classes: number of labels, None for an unconditional model.
-        r1: gamma; the discriminator pays gamma / 2 times its squared gradient at real items (Mescheder et al., 2018, eq. 9).
+        r1: gamma of the penalty gamma / 2 ||grad||^2 at real items (Mescheder et al., 2018, eq. 9).
         r2: the same at fakes (eq. 10).
         gradient_penalty: lambda of WGAN-GP (Gulrajani et al., 2017, eq. 3; 10 in the paper).
-        share_fake: whether both players see the same fakes of a round, generated once.
+        share_fake: use the same fakes for both updates of a round, generated once.
 
-    Raises UserError for a penalty on a discriminator with batch norm, where a sample has no gradient of its own.
+    Raises UserError for an argument out of range, and for a penalty on a discriminator with batch norm, which mixes
+    samples, so that a sample has no gradient of its own.
     """
 
     images_per_step: int = 0
@@ -65,7 +66,10 @@ class GAN(nn.Module):
         self.generator, self.discriminator, self.loss, self.share_fake = generator, discriminator, loss, share_fake
         self.r1, self.r2 = number(r1, "model.r1", 0), number(r2, "model.r2", 0)
         self.gradient_penalty = number(gradient_penalty, "model.gradient_penalty", 0)
-        self._stood: tuple[Any, Any] = None, None  # which standing statistics were measured last, and these
+        self._stood: tuple[Any, Any] = (
+            None,
+            None,
+        )  # the key of the standing statistics measured last, and the statistics
         if self.penalises and batch_norms(discriminator):
             raise UserError(
                 "model.r1, model.r2 and model.gradient_penalty are on the gradient of each sample, but batch norm in "
@@ -74,33 +78,39 @@ class GAN(nn.Module):
 
     @property
     def penalises(self) -> bool:
+        """True if the discriminator's loss has a penalty on gradients."""
         return self.r1 > 0 or self.r2 > 0 or self.gradient_penalty > 0
 
     def nets(self) -> Mapping[str, nn.Module]:
-        """Without the discriminator where a penalty differentiates its gradient, which compiled networks do not allow."""
+        """Return the networks to compile; with a penalty without the discriminator: compiled graphs cannot be
+        differentiated twice."""
         return {"generator": self.generator, **({} if self.penalises else {"discriminator": self.discriminator})}
 
     def generator_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the generator's parameters with their names in the model."""
         return [(name, p) for name, p in self.named_parameters() if name.startswith("generator.")]
 
     def discriminator_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the discriminator's parameters with their names in the model."""
         return [(name, p) for name, p in self.named_parameters() if name.startswith("discriminator.")]
 
     def label(self, batch: Batch | None) -> Tensor | None:
-        """int64 (B,) where the networks are, None for an unconditional model."""
+        """Return the labels int64 (B,) on the networks' device, None for an unconditional model."""
         return labels(batch, self.classes, self.device)
 
-    # The game
+    # Training
 
     def generate(self, batch: Batch, step: int) -> Batch:
-        """`fake` (B, *shape): one for each item of the batch, with its label."""
+        """Generate `fake` (B, *shape), one for each item of the batch, with its label."""
         x = batch[self.field]
         fake = self.generator(torch.randn(len(x), self.latents, device=x.device), self.label(batch))
         return {"fake": upcast(check_shape(fake, self.shape, "model.generator"))}
 
     def discriminator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
-        """One pass over real items and one over fakes, which the penalties share. Without gradients, as in evaluation,
-        there are no penalties."""
+        """Return the discriminator's loss of one pass over real items and one over fakes, which the penalties share.
+
+        Without gradients, as in evaluation, there are no penalties.
+        """
         label, penalties = self.label(batch), torch.is_grad_enabled()
         x = batch[self.field].detach().requires_grad_(penalties and self.r1 > 0)
         y = fake["fake"].detach().requires_grad_(penalties and self.r2 > 0)
@@ -120,6 +130,7 @@ class GAN(nn.Module):
         return batch_losses(total, logs, len(x))
 
     def generator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
+        """Return the generator's loss on fakes; the logits of real items are computed only if the loss needs them."""
         label, real = self.label(batch), None
         if self.loss.paired:
             with torch.no_grad():
@@ -128,40 +139,45 @@ class GAN(nn.Module):
         return batch_losses(self.loss.generator(real, false).mean(), {}, len(false))
 
     def logit_means(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        """Mean logits, and the share of them on the right side; of pairs in the right order, where a logit alone says
-        nothing."""
+        """Return the mean logits, and the discriminator's accuracy on real and fake items.
+
+        If only differences of logits have a meaning, the accuracy is that of pairs.
+        """
         logs = {"logit_real": real.mean(), "logit_fake": fake.mean()}
         if self.loss.boundary is None:
             return {**logs, "accuracy": (real > fake).float().mean()}
         right = {"accuracy_real": real > self.loss.boundary, "accuracy_fake": fake < self.loss.boundary}
         return {**logs, **{name: ok.float().mean() for name, ok in right.items()}}
 
-    # Sampling, as genai.nn.latents wants it
+    # Sampling: the protocol genai.nn.latents.LatentGenerator
 
     def latent(self, seeds: Tensor, label: Tensor | None, truncation: float | None = None) -> Tensor:
-        """z (B, latents) by seed, normal; with truncation only within |z| <= truncation (Brock et al., 2019, section 3.1)."""
+        """Draw z (B, latents) from a standard normal, by seed; with truncation limited to |z| <= truncation.
+
+        Brock et al., 2019, section 3.1. Raises UserError for a truncation that is not positive.
+        """
         z = rng.normal(seeds.to(self.device), (self.latents,), stream=rng.INITIAL)
         return (
             z if truncation is None else truncate_normal(z, number(truncation, "sampler.truncation", 0, open_low=True))
         )
 
     def decode(self, latent: Tensor, label: Tensor | None, seeds: Tensor) -> Tensor:
-        """(B, *shape); the seeds are for generators that add noise of their own."""
+        """Generate images (B, *shape) from latents; the seeds are for generators that add noise of their own."""
         with torch.no_grad():
             return upcast(check_shape(self.generator(latent, label), self.shape, "model.generator"))
 
     def interpolate_latents(self, a: Tensor, b: Tensor, share: Tensor) -> Tensor:
-        """Latents (B, latents) on the great circle from a (share 0) to b (share 1), share (B,)."""
+        """Interpolate latents (B, latents) along the great circle from a to b, share (B,) in [0, 1]."""
         return slerp(a, b, share[:, None])
 
     @contextlib.contextmanager
     def use_standing_statistics(
         self, batches: int, truncation: float | None = None, batch_size: int = 64
     ) -> Iterator[None]:
-        """Inside, the generator's batch norms have the `standing_statistics` of so many batches of latents, always the same
-        ones, labels in turn; afterwards those of training again. They are measured once.
+        """Return a context in which the generator's batch norms use `standing_statistics` of some batches of latents.
 
-        Raises UserError if the generator has no batch norm.
+        The latents are always the same, with labels in turn. The statistics are measured once and kept until the
+        weights change; afterwards those of training are restored. Raises UserError if the generator has no batch norm.
         """
         at_least(batches, 1, "sampler.standing_batches")
         if not batch_norms(self.generator):
@@ -185,7 +201,7 @@ class GAN(nn.Module):
     def _inputs(
         self, batches: int, truncation: float | None, batch_size: int
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Latents and labels of so many batches."""
+        """Yield the latents and labels of so many batches."""
         for k in range(batches):
             seeds = rng.seed_range(rng.mix(STANDING_SEED, k), batch_size)
             index = torch.arange(k * batch_size, (k + 1) * batch_size, device=self.device)
@@ -193,24 +209,27 @@ class GAN(nn.Module):
             yield self.latent(seeds, label, truncation), label
 
     def _versions(self) -> list[int]:
-        """How often each tensor of the generator has been written to."""
+        """Return how often each tensor of the generator has been written to, which tells if the statistics are still
+        valid."""
         return [t._version for t in (*self.generator.parameters(), *self.generator.buffers())]
 
     @property
     def device(self) -> torch.device:
+        """The device of the generator's weights."""
         return next(self.generator.parameters()).device
 
 
 def batch_norms(net: nn.Module) -> list[_BatchNorm]:
+    """Return all batch norms of a network."""
     return [m for m in net.modules() if isinstance(m, _BatchNorm)]
 
 
 @torch.no_grad()
 def standing_statistics(generator: nn.Module, inputs: Iterable[tuple[Tensor, Tensor | None]]) -> None:
-    """Give every batch norm the mean over batches (z, label) of their means and variances, as BigGAN is sampled
-    (Brock et al., 2019).
+    """Set every batch norm to the mean over batches (z, label) of their means and variances (Brock et al., 2019).
 
-    An averaged generator needs it: its buffers are those of the live one. Only batch norms act as in training meanwhile.
+    An averaged generator needs this: its buffers are those of the live one. Only the batch norms are in training mode
+    meanwhile.
     """
     norms = batch_norms(generator)
     before = [(norm.training, norm.momentum) for norm in norms]
@@ -228,10 +247,11 @@ def standing_statistics(generator: nn.Module, inputs: Iterable[tuple[Tensor, Ten
 
 
 def truncate_normal(z: Tensor, threshold: float) -> Tensor:
-    """Standard normals z to normals truncated to |z| <= threshold, by Phi^-1(P(|z| > threshold) / 2 + P(|z| <= threshold)
-    Phi(z)), for symmetry written with erf.
+    """Map standard normals z to normals truncated to |z| <= threshold, by Phi^-1 of the rescaled Phi(z), written with
+    erf.
 
-    As distributed as what resampling until |z| <= threshold gives, but a smooth map, so one seed keeps its picture.
+    The result has the distribution that resampling until |z| <= threshold gives, but is a smooth function of z, so that
+    a seed keeps its picture at any threshold.
     """
     root = math.sqrt(2)
     z64 = torch.erfinv(torch.erf(z.double() / root) * math.erf(threshold / root)) * root
@@ -239,8 +259,10 @@ def truncate_normal(z: Tensor, threshold: float) -> Tensor:
 
 
 def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
-    """From a to b (..., D) by equal angles (Shoemake, 1985); share (..., 1) or a number in [0, 1]. A straight line where
-    they are parallel."""
+    """Interpolate spherically from a to b (..., D) (Shoemake, 1985); share (..., 1) or a number in [0, 1].
+
+    Parallel vectors are interpolated linearly.
+    """
     cosine = torch.cosine_similarity(a, b, dim=-1)[..., None].clamp(-1, 1)
     angle = cosine.acos()
     sine = angle.sin()

@@ -1,4 +1,4 @@
-"""What the networks of several GANs share, and MLPs for small images.
+"""Building blocks of several GANs, and MLPs for small images.
 
 A generator is `net(z, label) -> x`, a discriminator `net(x, label) -> logits (B,)`; label int64 (B,) or None.
 """
@@ -15,7 +15,8 @@ from genai.core.protocols import Batch
 
 
 def labels(batch: Batch | None, classes: int | None, device: torch.device) -> Tensor | None:
-    """The labels int64 (B,) of a batch, None for an unconditional model. Raises UserError for a batch without them."""
+    """Return the labels int64 (B,) of a batch, None for an unconditional model. Raises UserError for a batch without
+    labels."""
     if classes is None or batch is None:
         return None
     if "label" not in batch:
@@ -30,7 +31,8 @@ class BatchNorm(KeepPrecision, nn.BatchNorm2d):
 
 
 class Projection(nn.Module):
-    """linear(phi) + <embed(label), phi> (Miyato and Koyama, "cGANs with Projection Discriminator", 2018, section 3).
+    """The output linear(phi) + <embed(label), phi> (Miyato and Koyama, "cGANs with Projection Discriminator", 2018,
+    section 3).
 
     Args:
         linear: features (B, D) -> (B, 1).
@@ -42,7 +44,7 @@ class Projection(nn.Module):
         self.linear, self.embed = linear, embed
 
     def forward(self, phi: Tensor, label: Tensor | None) -> Tensor:
-        """(B, D) -> (B,)."""
+        """Return logits (B,) of features phi (B, D) with label int64 (B,)."""
         logits = self.linear(phi)[:, 0]
         if self.embed is None:
             return logits
@@ -51,7 +53,7 @@ class Projection(nn.Module):
 
 
 def projection(features: int, classes: int | None) -> Projection:
-    """One whose label vectors begin as long as the linear map's row, about 1."""
+    """Return a Projection of `features` features, with an embedding if there are classes."""
     embed = None if classes is None else nn.Embedding(classes, features)
     if embed is not None:
         nn.init.normal_(embed.weight, std=features**-0.5)
@@ -59,12 +61,12 @@ def projection(features: int, classes: int | None) -> Projection:
 
 
 class LabelledLatents(nn.Module):
-    """z (B, latents), and beside it an embedding of the label -> (B, `outputs`).
+    """Latents z (B, latents) concatenated with an embedding of the label -> (B, `outputs`).
 
     Args:
-        latents: numbers in z.
+        latents: number of latents.
         classes: number of labels, None for none.
-        label_width: numbers in the embedding.
+        label_width: width of the embedding.
     """
 
     def __init__(self, latents: int, classes: int | None, label_width: int):
@@ -73,6 +75,7 @@ class LabelledLatents(nn.Module):
         self.outputs = latents + (0 if classes is None else label_width)
 
     def forward(self, z: Tensor, label: Tensor | None) -> Tensor:
+        """Concatenate z (B, latents) and the embedding of label int64 (B,)."""
         if self.embed is None:
             return z
         assert label is not None
@@ -80,7 +83,7 @@ class LabelledLatents(nn.Module):
 
 
 class MLPGenerator(nn.Module):
-    """z (B, latents) -> (B, *shape) in [-1, 1]."""
+    """An MLP from z (B, latents) to (B, *shape) in [-1, 1]."""
 
     def __init__(
         self,
@@ -98,11 +101,12 @@ class MLPGenerator(nn.Module):
         self.net = nn.Sequential(*hidden_layers(self.inputs.outputs, width, layers), out, nn.Tanh())
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return images (B, *shape) in [-1, 1] of z (B, latents) and label int64 (B,)."""
         return self.net(downcast(self.inputs(z, label), self)).view(-1, *self.shape)
 
 
 class MLPDiscriminator(nn.Module):
-    """x (B, *shape) -> logits (B,)."""
+    """An MLP from x (B, *shape) to logits (B,)."""
 
     def __init__(self, shape: Sequence[int], classes: int | None = None, width: int = 256, layers: int = 3):
         super().__init__()
@@ -110,11 +114,12 @@ class MLPDiscriminator(nn.Module):
         self.head = projection(width, classes)
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return logits (B,) of images (B, *shape) with label int64 (B,)."""
         return self.head(self.net(downcast(x, self)), label)
 
 
 def hidden_layers(inputs: int, width: int, layers: int) -> list[nn.Module]:
-    """`layers` hidden layers with leaky ReLUs; no normalisation, which a penalty on gradients would not survive."""
+    """Return `layers` hidden layers with leaky ReLUs, without normalisation, which penalties on gradients rule out."""
     at_least(layers, 1, "layers")
     net: list[nn.Module] = []
     for i in range(layers):
@@ -123,7 +128,7 @@ def hidden_layers(inputs: int, width: int, layers: int) -> list[nn.Module]:
 
 
 def halve_shape(shape: Sequence[int], times: int) -> tuple[int, int]:
-    """Height and width of images (C, H, W) halved `times` times. Raises UserError if that does not come out even."""
+    """Return height and width of images (C, H, W) halved `times` times. Raises UserError if they do not divide."""
     multiple = 2**times
     if len(shape) != 3:
         raise UserError(f"this network makes images of shape [C, H, W], got {list(shape)}: choose another data=")

@@ -1,5 +1,5 @@
-"""Resampling by 2 with the filter [1, 3, 3, 1] in both directions, zeros outside the image: what StyleGAN2 puts around every
-change of resolution (Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020)."""
+"""Resampling by 2 with the filter [1, 3, 3, 1] in both directions and zeros outside the image, as StyleGAN2 does at
+every change of resolution (Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020)."""
 
 from typing import Any
 
@@ -12,8 +12,11 @@ from genai.core.precision import no_autocast
 
 
 class UpFirDn(Function):
-    """A symmetric kernel (1, 1, k, k) over each channel of x, or, `spread`, the transpose of that: each is the other's
-    gradient. Left to autograd, the gradient's gradient would also ask for the kernel's, channel by channel."""
+    """A symmetric kernel (1, 1, k, k) applied to each channel of x (B, C, H, W), or, if `spread`, its transpose.
+
+    Each is the gradient of the other. Autograd's own second derivative would also compute that of the kernel, channel
+    by channel.
+    """
 
     @staticmethod
     def forward(x: Tensor, kernel: Tensor, stride: int, padding: int, spread: bool) -> Tensor:
@@ -34,13 +37,13 @@ class UpFirDn(Function):
 
 
 class FIR(nn.Module):
-    """The filter on each channel: (B, C, H, W) -> (B, C, H', W').
+    """The filter applied to each channel: (B, C, H, W) -> (B, C, H', W').
 
     Args:
         padding: zeros at each edge, H' = (H + 2 padding - 4) / stride + 1.
-        stride: 2 takes every second place of the answer; H and W must be even then.
-        spread: the other way round, a zero after each row and column first where stride is 2.
-        gain: factor of a constant image where nothing is left out or put in.
+        stride: 2 keeps every second pixel of the output; H and W must then be even.
+        spread: the transpose: with stride 2 a zero follows each row and column first.
+        gain: factor of a constant image at stride 1.
     """
 
     kernel: Tensor
@@ -52,14 +55,15 @@ class FIR(nn.Module):
         self.register_buffer("kernel", gain * torch.outer(taps, taps)[None, None], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Filter x (B, C, H, W)."""
         return UpFirDn.apply(x, self.kernel, self.stride, self.padding, self.spread)  # type: ignore[return-value]
 
 
 def downsample() -> FIR:
-    """(B, C, 2H, 2W) -> (B, C, H, W)."""
+    """Return the filter (B, C, 2H, 2W) -> (B, C, H, W)."""
     return FIR(padding=1, stride=2)
 
 
 def upsample() -> FIR:
-    """(B, C, H, W) -> (B, C, 2H, 2W), constant images kept."""
+    """Return the filter (B, C, H, W) -> (B, C, 2H, 2W), which preserves constant images."""
     return FIR(padding=1, stride=2, spread=True, gain=4.0)

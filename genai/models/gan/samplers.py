@@ -1,4 +1,4 @@
-"""Sampling a GAN: one pass of the generator; styles of two samples in one."""
+"""Samplers of GANs: one pass of the generator, and style mixing."""
 
 import contextlib
 
@@ -21,8 +21,15 @@ def gan(
     truncation: float | None = None,
     standing_batches: int = 0,
 ) -> Batch:
-    """`truncation` trades variety for quality, see the model's `latent`. `standing_batches`: of how many batches batch norms
-    take their statistics for this call, 0 for those of training."""
+    """Generate samples in one pass.
+
+    Args:
+        truncation: trades variety for quality, see the model's `latent`.
+        standing_batches: batches of latents whose statistics the batch norms use for this call; 0 keeps those of
+            training.
+
+    Raises UserError for standing_batches of a generator without batch norm.
+    """
     statistics = contextlib.nullcontext()
     if at_least(standing_batches, 0, "sampler.standing_batches"):
         if not isinstance(model, GAN):
@@ -44,9 +51,12 @@ def style_mix(
     columns: int = 10,
     cut: int | None = None,
 ) -> Batch:
-    """A table (StyleGAN, 2019, figure 3): the first row and column show samples, each other cell the coarse styles, those of
-    layers before `cut`, of its row's first sample and the fine ones of its column's. Sample i is the cell seeds[i]; cut None
-    is in the middle."""
+    """Mix the styles of pairs of samples in a table (StyleGAN, 2019, figure 3); sample i is its cell seeds[i].
+
+    First row and column show samples; every other cell has the coarse styles, those of layers before `cut`, of its
+    row's sample and the fine ones of its column's. cut None is the middle. Raises UserError for a cut that is not a
+    layer.
+    """
     layers = model.generator.layers
     if at_least(layers // 2 if cut is None else cut, 1, "sampler.cut") >= layers:
         raise UserError(f"sampler.cut={cut} must be below {layers}, the generator's layers")

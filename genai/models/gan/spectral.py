@@ -1,8 +1,8 @@
-"""Layers whose weight, as a matrix, is divided by its largest singular value (Miyato et al., "Spectral Normalization for
-Generative Adversarial Networks", 2018, section 2.1).
+"""Layers whose weight, as a matrix, is divided by its largest singular value (Miyato et al., "Spectral Normalization
+for Generative Adversarial Networks", 2018, section 2.1).
 
-The left singular vector is a buffer `u`. In training every call moves it by one step of the power method (algorithm 1);
-in evaluation the same step is taken and forgotten.
+The left singular vector is a buffer `u`. In training every call moves it by one step of power iteration (algorithm 1);
+in evaluation the same step is computed and discarded.
 """
 
 import torch
@@ -13,10 +13,10 @@ from genai.core.precision import KeepBufferPrecision, no_autocast, upcast
 
 
 def spectral_normalize(weight: Tensor, u: Tensor, keep: bool) -> Tensor:
-    """weight (rows, ...) / sigma; u (rows,) is moved if `keep`.
+    """Return weight (rows, ...) / sigma; u (rows,) is updated in place if `keep`.
 
-    Gradients take u and v as constants (eq. 12). What they need is a copy, so that u may move again before the backward
-    pass.
+    Gradients treat u and v as constants (eq. 12). They use a copy of u, so that it may be updated again before the
+    backward pass.
     """
     with no_autocast(weight.device):
         matrix = upcast(weight).flatten(1)
@@ -29,12 +29,12 @@ def spectral_normalize(weight: Tensor, u: Tensor, keep: bool) -> Tensor:
 
 
 def random_direction(weight: Tensor) -> Tensor:
-    """A random direction for u."""
+    """Return a random unit vector for u, (rows,)."""
     return F.normalize(torch.randn(len(weight), dtype=weight.dtype), dim=0)
 
 
 class SpectralLinear(KeepBufferPrecision, nn.Linear):
-    """x (..., inputs) -> (..., outputs)."""
+    """A linear layer x (..., inputs) -> (..., outputs) with a normalised weight."""
 
     u: Tensor
 
@@ -43,11 +43,13 @@ class SpectralLinear(KeepBufferPrecision, nn.Linear):
         self.register_buffer("u", random_direction(self.weight))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., inputs) to (..., outputs)."""
         return F.linear(x, spectral_normalize(self.weight, self.u, self.training), self.bias)
 
 
 class SpectralConv2d(KeepBufferPrecision, nn.Conv2d):
-    """Maps (B, inputs, H, W) -> (B, outputs, H, W), an odd kernel; the matrix is (outputs, inputs kernel^2)."""
+    """A convolution (B, inputs, H, W) -> (B, outputs, H, W) with an odd kernel; the matrix is (outputs, inputs
+    kernel^2)."""
 
     u: Tensor
 
@@ -56,11 +58,12 @@ class SpectralConv2d(KeepBufferPrecision, nn.Conv2d):
         self.register_buffer("u", random_direction(self.weight))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, inputs, H, W) to (B, outputs, H, W)."""
         return self._conv_forward(x, spectral_normalize(self.weight, self.u, self.training), self.bias)
 
 
 class SpectralEmbedding(KeepBufferPrecision, nn.Embedding):
-    """Labels int64 (B,) -> (B, width), the whole table normalised."""
+    """An embedding of labels int64 (B,) -> (B, width), normalised as a whole table."""
 
     u: Tensor
 
@@ -69,4 +72,5 @@ class SpectralEmbedding(KeepBufferPrecision, nn.Embedding):
         self.register_buffer("u", random_direction(self.weight))
 
     def forward(self, label: Tensor) -> Tensor:
+        """Embed labels int64 (B,) -> (B, width)."""
         return F.embedding(label, spectral_normalize(self.weight, self.u, self.training))

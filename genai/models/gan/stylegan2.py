@@ -1,4 +1,5 @@
-"""StyleGAN2: Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020. Networks in stylegan2_nets.py."""
+"""StyleGAN2 (Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020). Its networks are in
+stylegan2_nets.py."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,20 +19,24 @@ from genai.models.gan.stylegan2_nets import Discriminator, Generator, seeded_noi
 
 
 class StyleGAN2(KeepBufferPrecision):
-    """A style-based generator and a residual discriminator, each regularised every few steps only.
+    """A style-based generator and a residual discriminator, each regularised only every few steps.
 
     Args:
-        field, shape, classes: of the data; `classes` None for an unconditional model.
-        latents: numbers in z.
+        field, shape, classes: field of the data, shape of a sample, and number of labels, None for an unconditional
+            model.
+        latents: number of latents.
         generator: z -> images and w.
         discriminator: images -> logits.
-        gamma: weight of R1, in the paper's gamma / 2 ||grad||^2; 0 for none. It goes with the number of pixels: Karras et
-            al. (ADA, 2020) start from 0.0002 H W / batch size (appendix C).
-        augment: adaptive augmentation of what the discriminator sees, None for none.
-        path_weight: of path length regularisation, 0 for none.
+        gamma: weight of R1 in the paper's gamma / 2 ||grad||^2; 0 for none. It scales with the number of pixels: Karras
+            et al. (ADA, 2020) start from 0.0002 H W / batch size (appendix C).
+        augment: adaptive augmentation of the discriminator's input, None for none.
+        path_weight: weight of path length regularisation, 0 for none.
         mixing: probability of style mixing.
-        r1_every_steps, path_every_steps: how often the two are computed ("lazily", appendix B), each weighted by as much.
-        share_fake: whether both players use the same generated images, made once a step.
+        r1_every_steps, path_every_steps: steps between two uses of each regulariser ("lazy", appendix B), by which it
+            is weighted.
+        share_fake: use the same fakes for both updates of a round, generated once.
+
+    Raises UserError for an argument out of range.
     """
 
     lazy: dict[str, int]
@@ -73,32 +78,35 @@ class StyleGAN2(KeepBufferPrecision):
         self.register_buffer("path_mean", torch.zeros(()))
 
     def nets(self) -> Mapping[str, nn.Module]:
-        """The parts of the generator, for samplers call those."""
+        """Return the networks to compile, the generator's parts separately: samplers call those."""
         parts = {"mapping": self.generator.mapping, "synthesis": self.generator.synthesis}
         return {**parts, "discriminator": self.discriminator}
 
     def prepare(self, batches: Iterable[Batch]) -> dict[str, Any]:
-        """Measure nothing, see `Prepared`. Raises UserError if a batch is not made of whole groups of the discriminator."""
+        """Measure nothing, see `Preparable`. Raises UserError if a batch does not divide into the discriminator's
+        groups."""
         batch = next(iter(batches))
         with torch.no_grad():
             self.discriminate(batch[self.field], self.label(batch))
         return {}
 
     def generator_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Return the generator's parameters with their names in the model."""
         return self.generator.named_parameters("generator")
 
     def discriminator_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Return the discriminator's parameters with their names in the model."""
         return self.discriminator.named_parameters("discriminator")
 
     def generate(self, batch: Batch, step: int) -> Batch:
-        """As many images as the batch holds, with its labels: `fake` (B, *shape) and `w` (B, L, style) they are of."""
+        """Generate `fake` (B, *shape) and their `w` (B, L, style), with the labels of the batch."""
         fake, w = self.draw(len(batch[self.field]), self.label(batch))
         if self.training:
             self.generator.mapping.track(w[:, 0])
         return {"fake": fake, "w": w}
 
     def draw(self, n: int, label: Tensor | None) -> tuple[Tensor, Tensor]:
-        """n images and their w, some with the style of a second z from a random layer on."""
+        """Draw n images and their w, some with the style of a second z from a random layer on (style mixing)."""
         layers, like = self.generator.layers, self.path_mean
         z, second = torch.randn(2, n, self.latents, device=like.device, dtype=like.dtype)
         cut = torch.randint(1, layers, (n,), device=like.device)
@@ -106,15 +114,15 @@ class StyleGAN2(KeepBufferPrecision):
         return self.generator(z, label, second, cut.where(mixed, layers))
 
     def discriminate(self, x: Tensor, label: Tensor | None) -> Tensor:
-        """Logits (B,) of images, augmented where that is on."""
+        """Return logits (B,) of images (B, *shape), augmented if augmentation is on."""
         return self.discriminator(x if self.augment is None else self.augment(x), label).to(self.path_mean)
 
     def label(self, batch: Batch | None) -> Tensor | None:
-        """int64 (B,) where the networks are, None for an unconditional model."""
+        """Return the labels int64 (B,) on the networks' device, None for an unconditional model."""
         return labels(batch, self.classes, self.path_mean.device)
 
     def discriminator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
-        """softplus(-D(x)) + softplus(D(G(z))), and every so often R1 on the images as they were before augmentation."""
+        """Return softplus(-D(x)) + softplus(D(G(z))), every r1_every_steps with R1 at the unaugmented images."""
         x, label = batch[self.field], self.label(batch)
         penalty = None
         if self.gamma and step % self.lazy["discriminator"] == 0 and torch.is_grad_enabled():
@@ -136,12 +144,13 @@ class StyleGAN2(KeepBufferPrecision):
             "fake_sign": false.sign().mean(),
         }
         if self.augment is not None:
-            logs["ada_p"] = self.augment.p.clone()  # it moves in place
+            logs["ada_p"] = self.augment.p.clone()  # p is updated in place
         total = loss if penalty is None else loss + self.lazy["discriminator"] * self.gamma / 2 * penalty.mean()
         return with_logs(total, len(x), logs, {"r1": penalty})
 
     def generator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
-        """softplus(-D(G(z))), and every so often the path length penalty on half as many images (appendix B)."""
+        """Return softplus(-D(G(z))), every path_every_steps with the path length penalty on half a batch (appendix
+        B)."""
         label = self.label(batch)
         logits = self.discriminate(fake["fake"], label)
         loss = non_saturating(logits).mean()
@@ -154,7 +163,7 @@ class StyleGAN2(KeepBufferPrecision):
         return with_logs(total, len(logits), {"g_loss": loss}, {"path_length": lengths})
 
     def path_penalty(self, images: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        """Lengths (B,) and their squared distance from the mean so far (eq. 4), noise at variance 1 / (H W)."""
+        """Return path lengths (B,) and their squared distance from the running mean (eq. 4)."""
         noise = torch.randn_like(images) / math.sqrt(images.shape[2] * images.shape[3])
         lengths = path_length(images, w, noise).to(self.path_mean)
         mean = self.path_mean.lerp(lengths.mean(), 0.01)
@@ -162,10 +171,13 @@ class StyleGAN2(KeepBufferPrecision):
             self.path_mean.copy_(mean.detach())
         return lengths, (lengths - mean).square()
 
-    # Sampling, as genai.nn.latents wants it
+    # Sampling: the protocol genai.nn.latents.LatentGenerator
 
     def latent(self, seeds: Tensor, label: Tensor | None = None, truncation: float | None = None) -> Tensor:
-        """w of each layer (B, L, style) by seed; truncation 1 leaves it, 0 gives the mean w for every seed."""
+        """Map z by seed to w of each layer, (B, L, style); truncation 1 leaves w, 0 returns the mean w for every seed.
+
+        Raises UserError for a missing label, and for a truncation outside [0, 1].
+        """
         if self.classes is not None and label is None:
             raise UserError(f"this model is conditional: label= must name one of its {self.classes} classes")
         psi = 1.0 if truncation is None else number(truncation, "sampler.truncation", 0, 1)
@@ -175,17 +187,18 @@ class StyleGAN2(KeepBufferPrecision):
         return w[:, None].expand(-1, self.generator.layers, -1)
 
     def decode(self, latent: Tensor, label: Tensor | None, seeds: Tensor) -> Tensor:
-        """Images in [-1, 1], with each seed's noise."""
+        """Generate images (B, *shape) in [-1, 1] from w (B, L, style), with each seed's noise."""
         with torch.no_grad():
             return self.generator.synthesis(latent, seeded_noise(seeds.to(latent.device))).clamp(-1, 1)
 
     def interpolate_latents(self, a: Tensor, b: Tensor, share: Tensor) -> Tensor:
-        """On the straight line from a to b (B, L, style), share (B,)."""
+        """Interpolate linearly from a to b (B, L, style), share (B,)."""
         return torch.lerp(a, b, share[:, None, None])
 
 
 def with_logs(total: Tensor, n: int, means: Mapping[str, Tensor], lazy_terms: Mapping[str, Tensor | None]) -> Losses:
-    """Losses with logs of every step and of some; those are means over nothing in between."""
+    """Return Losses whose logs are means of every step, and of regularised steps only; the latter weigh 0 in
+    between."""
     losses = batch_losses(total, means, n)
     nothing = total.detach() * 0, 0.0
     sometimes = {

@@ -15,23 +15,25 @@ from genai.models.gan.equalized import GAIN, EqualizedConv, EqualizedLinear, lea
 from genai.models.gan.resample import FIR, downsample, upsample
 
 Noise = Callable[[int, tuple[int, int]], Tensor] | Sequence[Tensor]
-"""`noise(layer, (h, w))`, or one tensor a layer: standard normal, (B, 1, h, w) or (1, 1, h, w) for all samples."""
+"""`noise(layer, (h, w))`, or one tensor per layer: standard normal, (B, 1, h, w), or (1, 1, h, w) for all samples."""
 
 
 def seeded_noise(seeds: Tensor) -> Noise:
-    """Noise that is a function of each sample's seed, int64 (B,); one seed alone gives all samples the same."""
+    """Return noise as a function of each sample's seed, int64 (B,); a single seed gives all samples the same."""
     return lambda layer, size: rng.normal(seeds, (1, *size), row=layer, stream=rng.MODEL)
 
 
 def demodulation(weight: Tensor, style: Tensor) -> Tensor:
-    """What brings each output map to variance 1: weight (O, I, k, k), style (B, I) -> (B, O) (eq. 3)."""
+    """Return the factors (B, O) that bring each output map to variance 1 (eq. 3): weight (O, I, k, k), style (B, I)."""
     return (F.linear(style.square(), weight.square().sum((2, 3))) + 1e-8).rsqrt()
 
 
 class StyledConv(nn.Module):
-    """A 3x3 convolution whose weights the style scales and demodulates, noise, bias, activation (figure 2d).
+    """A 3x3 convolution whose weights are modulated by the style and demodulated; then noise, bias, activation (figure
+    2d).
 
-    Scaling the weights of each sample (eq. 1 and 3) is scaling its maps before and after one convolution that all share.
+    Modulating the weights of each sample (eq. 1 and 3) equals scaling its maps before and after one convolution shared
+    by all.
     """
 
     def __init__(self, inputs: int, outputs: int, style: int):
@@ -42,10 +44,11 @@ class StyledConv(nn.Module):
         self.strength = nn.Parameter(torch.zeros(()))
 
     def convolve(self, x: Tensor) -> Tensor:
+        """Convolve x (B, I, H, W) with the shared weight."""
         return F.conv2d(x, self.weight, padding=1)
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor) -> Tensor:
-        """x (B, I, H, W), w (B, D), noise (B, 1, H', W') -> (B, O, H', W')."""
+        """Map x (B, I, H, W) under w (B, D) and noise (B, 1, H', W') to (B, O, H', W')."""
         style = self.affine(w)
         scale = GAIN * demodulation(self.weight, style)
         y = self.convolve(x * style[:, :, None, None])
@@ -54,18 +57,19 @@ class StyledConv(nn.Module):
 
 
 class StyledUpConv(StyledConv):
-    """The same at twice the size: a zero after each row and column, convolution, filter. H' = 2 H."""
+    """A StyledConv at twice the size, H' = 2 H: a zero after each row and column, convolution, filter."""
 
     def __init__(self, inputs: int, outputs: int, style: int):
         super().__init__(inputs, outputs, style)
         self.filter = FIR(padding=1, gain=4.0)
 
     def convolve(self, x: Tensor) -> Tensor:
+        """Upsample and convolve x (B, I, H, W) -> (B, O, 2 H, 2 W)."""
         return self.filter(F.conv_transpose2d(x, self.weight.transpose(0, 1), stride=2))
 
 
 class ToImage(nn.Module):
-    """A 1x1 convolution to the image's channels whose weights the style scales, without demodulation (figure 7b)."""
+    """A 1x1 convolution to the image's channels, modulated by the style without demodulation (figure 7b)."""
 
     def __init__(self, inputs: int, outputs: int, style: int):
         super().__init__()
@@ -73,13 +77,14 @@ class ToImage(nn.Module):
         self.conv = EqualizedConv(inputs, outputs, 1)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        """Map x (B, I, H, W) under w (B, D) to (B, C, H, W)."""
         return self.conv(x * self.affine(w)[:, :, None, None])
 
 
 class Mapping(KeepBufferPrecision):
-    """z (B, latents) -> w (B, style), by way of `layers` layers that learn at a hundredth of the rate.
+    """The mapping network z (B, latents) -> w (B, style): `layers` layers that learn at a hundredth of the rate.
 
-    `average` follows the mean of w in training (StyleGAN, 2019, appendix B: decay 0.995), by `track`.
+    `average` tracks the mean of w in training (StyleGAN, 2019, appendix B: decay 0.995), see `track`.
     """
 
     average: Tensor
@@ -93,6 +98,7 @@ class Mapping(KeepBufferPrecision):
         self.register_buffer("average", torch.zeros(style))
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+        """Map z (B, latents) and label int64 (B,) to w (B, style)."""
         x = unit(downcast(z, self))
         if self.label is not None:
             assert label is not None, "a conditional generator needs labels"
@@ -103,17 +109,18 @@ class Mapping(KeepBufferPrecision):
 
     @torch.no_grad()
     def track(self, w: Tensor) -> None:
+        """Update the average by w (B, style)."""
         self.average.lerp_(w.float().mean(0), 0.005)
 
     def truncate(self, w: Tensor, psi: float) -> Tensor:
-        """average + psi (w - average) (StyleGAN, 2019, appendix B)."""
+        """Return average + psi (w - average), (B, style) (StyleGAN, 2019, appendix B)."""
         return self.average + psi * (w - self.average)
 
 
 class Synthesis(nn.Module):
-    """w of each layer (B, L, style) -> images (B, *shape): the skip generator (figure 7b), L = 2 len(widths).
+    """The skip generator (figure 7b): w of each layer (B, L, style) -> images (B, *shape), L = 2 len(widths).
 
-    Each image's w is that of the next convolution, as published.
+    Each image output uses the w of the next convolution, as in the published code.
     """
 
     def __init__(self, shape: Sequence[int], widths: Sequence[int], style: int):
@@ -129,7 +136,7 @@ class Synthesis(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, w: Tensor, noise: Noise | None = None) -> Tensor:
-        """`noise` None draws anew."""
+        """Generate images (B, *shape) from w (B, L, style); `noise` None draws it anew."""
         w = downcast(w, self)
         x = self.start.expand(len(w), -1, -1, -1).contiguous(memory_format=torch.channels_last)
         image = None
@@ -142,6 +149,7 @@ class Synthesis(nn.Module):
         return image.contiguous()
 
     def noise_of(self, layer: int, noise: Noise | None, w: Tensor) -> Tensor:
+        """Return a layer's noise (B or 1, 1, h, w)."""
         if noise is None:
             return torch.randn(len(w), 1, *self.sizes[layer], device=w.device, dtype=w.dtype)
         drawn = noise(layer, self.sizes[layer]) if callable(noise) else noise[layer]
@@ -149,17 +157,17 @@ class Synthesis(nn.Module):
 
 
 class Generator(nn.Module):
-    """Mapping and synthesis.
+    """The mapping and synthesis networks.
 
     Args:
         shape: (C, H, W) of the images; 2^(len(widths) - 1) must divide H and W.
-        latents: numbers in z.
-        widths: channels of each resolution from the start up, each twice the size of the one before.
-        style: numbers in w.
-        layers: of the mapping.
+        latents: number of latents.
+        widths: channels of each resolution from the smallest up, each twice the size of the one before.
+        style: width of w.
+        layers: layers of the mapping.
         classes: number of labels, None for none.
 
-    Raises UserError if it cannot make the size.
+    Raises UserError if the size cannot be generated.
     """
 
     def __init__(
@@ -184,8 +192,10 @@ class Generator(nn.Module):
         cut: Tensor | None = None,
         noise: Noise | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """z (B, latents) -> images and w (B, L, style); from layer `cut` on, int64 (B,), w is that of `second`, another z
-        (style mixing, StyleGAN, 2019, section 3.1)."""
+        """Map z (B, latents) to images (B, *shape) and w (B, L, style).
+
+        From layer `cut` int64 (B,) on, w is that of a second z (style mixing, StyleGAN, 2019, section 3.1).
+        """
         w = self.mapping(z, label)[:, None].expand(-1, self.layers, -1)
         if second is not None:
             assert cut is not None
@@ -195,7 +205,7 @@ class Generator(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Two convolutions to half the size: (B, I, 2H, 2W) -> (B, O, H, W)."""
+    """Two convolutions and a halving: (B, I, 2H, 2W) -> (B, O, H, W)."""
 
     def __init__(self, inputs: int, outputs: int, gain: float = GAIN):
         super().__init__()
@@ -204,24 +214,29 @@ class DownBlock(nn.Module):
         self.down = EqualizedConv(inputs, outputs, 3, stride=2, gain=gain)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, I, 2H, 2W) to (B, O, H, W)."""
         return leaky(self.down(self.filter(leaky(self.conv(x)))))
 
 
 class ResidualDownBlock(DownBlock):
-    """The same and, round it, a 1x1 convolution of the halved maps, their sum at 1 / sqrt(2) (figure 7c)."""
+    """A DownBlock plus a 1x1 convolution of the downsampled input, their sum scaled by 1 / sqrt(2) (figure 7c)."""
 
     def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, gain=1.0)  # sqrt(2) and 1 / sqrt(2)
+        super().__init__(inputs, outputs, gain=1.0)  # the activation's sqrt(2) and the sum's 1 / sqrt(2) cancel
         self.halve = downsample()
         self.skip = EqualizedConv(inputs, outputs, 1, gain=1 / GAIN, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, I, 2H, 2W) to (B, O, H, W)."""
         return super().forward(x) + self.skip(self.halve(x))
 
 
 def minibatch_std(x: Tensor, group: int) -> Tensor:
-    """x (B, C, H, W) with one more channel: the standard deviation within each `group` samples on end, mean over C, H
-    and W (Progressive Growing, 2018, section 3). Raises UserError if they do not make up whole groups."""
+    """Append a channel to x (B, C, H, W): the standard deviation within each `group` consecutive samples, averaged over
+    C, H, W.
+
+    Progressive Growing, 2018, section 3. Raises UserError if the batch does not divide into groups.
+    """
     if len(x) % group:
         raise UserError(
             f"data.batch_size={len(x)} must be a multiple of {group}, as the discriminator looks at that many samples "
@@ -234,15 +249,16 @@ def minibatch_std(x: Tensor, group: int) -> Tensor:
 
 
 class Discriminator(nn.Module):
-    """Images (B, *shape) -> logits (B,): the residual discriminator (figure 7c) or the plain one of StyleGAN; with labels,
-    plus the inner product of features and the label's embedding (Miyato and Koyama, "cGANs with Projection Discriminator",
-    2018, eq. 5).
+    """The residual discriminator (figure 7c), or the plain one of StyleGAN: images (B, *shape) -> logits (B,).
+
+    With labels the inner product of features and the label's embedding is added (Miyato and Koyama, "cGANs with
+    Projection Discriminator", 2018, eq. 5).
 
     Args:
-        shape, widths: as the generator's, widths in the same order.
+        shape, widths: as for the generator, widths in the same order.
         classes: number of labels, None for none.
-        group: samples whose standard deviation it sees.
-        residual: whether its blocks are.
+        group: samples whose standard deviation is appended, see `minibatch_std`.
+        residual: use residual blocks.
 
     Raises UserError if it cannot take the size.
     """
@@ -269,6 +285,7 @@ class Discriminator(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return logits (B,) of images (B, *shape) with label int64 (B,)."""
         x = self.blocks(leaky(self.image(downcast(x, self).contiguous(memory_format=torch.channels_last))))
         group = self.group if self.training else math.gcd(len(x), self.group)  # a last batch may be short
         x = leaky(self.conv(minibatch_std(x, group)))
@@ -281,7 +298,7 @@ class Discriminator(nn.Module):
 
 
 def start_size(shape: Sequence[int], widths: Sequence[int], key: str) -> tuple[int, int]:
-    """(h, w) of the smallest maps. Raises UserError if halving does not lead there."""
+    """Return (h, w) of the smallest maps. Raises UserError if the size does not divide."""
     if len(shape) != 3 or not widths:
         raise UserError(f"StyleGAN2 makes images of shape [C, H, W] with at least one of {key}, got {list(shape)}")
     multiple = 2 ** (len(widths) - 1)

@@ -1,1 +1,1 @@
-"""Variational autoencoders: an encoder that guesses latents, a decoder that says how likely the data is, and their bound."""
+"""Variational autoencoders and first stages: encoders, decoders, quantisers, likelihoods and their bounds."""

@@ -14,18 +14,21 @@ from genai.models.vae.vae import gaussian_kl
 
 
 class Autoencoder(nn.Module):
-    """Reconstruction first, with a KL term so small that it only keeps the latents near the unit normal. A Codec whose
-    code is the mean of the latents. No likelihood: its decoder is not a distribution.
+    """An autoencoder trained to reconstruct, with a KL term just large enough to keep its latents near the unit normal.
+
+    It is a Codec whose code is the mean of the latents. It has no likelihood: its decoder is not a distribution.
 
     Args:
-        field, shape: of the data.
-        latent_shape: of the latents, (C, h, w) or (D,).
+        field, shape: field of the data, and the shape of a sample.
+        latent_shape: shape of the latents, (C, h, w) or (D,).
         encoder: x (B, *shape) -> (B, 2 latent_shape[0], ...), means and log variances.
-        decoder: (B, *latent_shape) -> (B, *shape).
-        kl_weight: of the KL in nats per number of x.
-        power: p of the reconstruction |x - y|^p: 2 for the least squared error, 1 for sharper edges.
-        perceptual: `perceptual(x, y) -> (B,)`, a distance of what the eye sees, or None.
-        perceptual_weight: of its mean.
+        decoder: latents (B, *latent_shape) -> (B, *shape).
+        kl_weight: weight of the KL, in nats per element of x.
+        power: p of the reconstruction loss |x - y|^p: 2 for the smallest squared error, 1 for sharper edges.
+        perceptual: perceptual distance `perceptual(x, y) -> (B,)`, or None.
+        perceptual_weight: weight of its mean.
+
+    Raises UserError for a power or a weight out of range.
     """
 
     vocabulary: int | None = None
@@ -51,43 +54,50 @@ class Autoencoder(nn.Module):
         self.perceptual_weight = number(perceptual_weight, "model.perceptual_weight", 0)
 
     def nets(self) -> Mapping[str, nn.Module]:
+        """Return the networks that `compile=true` compiles, by name."""
         return {"encoder": self.encoder, "decoder": self.decoder}
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and log variances (B, *latent_shape) of the latents."""
+        """Return means and log variances (B, *latent_shape) of the latents of x (B, *shape)."""
         channels, *rest = self.latent_shape
         both = check_shape(self.encoder(x), (2 * channels, *rest), "model.encoder")
         mean, log_variance = both.float().chunk(2, 1)
-        return mean, log_variance.clamp(-14, 14)
+        return mean, log_variance.clamp(-14, 14)  # its exponential stays finite, also in half precision
 
     def encode_decode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What a draw of the latents gives back of x (B, *shape), and their means and log variances."""
+        """Reconstruct x (B, *shape) from one draw of its latents; returns it with their means and log variances."""
         mean, log_variance = self.posterior(x)
         y = self.decoder(mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean))
         return upcast(check_shape(y, self.shape, "model.decoder")), mean, log_variance
 
     def terms(self, x: Tensor, y: Tensor, mean: Tensor, log_variance: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of y for x, and its terms."""
+        """Return the loss of reconstructing x (B, *shape) as y, a scalar, and its terms."""
         kl = gaussian_kl(mean, log_variance).flatten(1).sum(1).mean()
         error = (y - x).abs().pow(self.power).mean()
         logs, total = {"error": error, "kl": kl}, error + self.kl_weight * kl / math.prod(self.shape)
         if self.perceptual is not None:
-            with full_precision(x.device):  # a frozen network
+            with full_precision(
+                x.device
+            ):  # as for every frozen network, so that the distance is the same in any precision
                 logs["perceptual"] = self.perceptual(x, y).mean()
             total = total + self.perceptual_weight * logs["perceptual"]
         return total, logs
 
     def forward(self, batch: Batch, step: int) -> Losses:
+        """Return the loss of a batch."""
         x = batch[self.field]
         return batch_losses(*self.terms(x, *self.encode_decode(x)), len(x))
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
+        """Map x (B, *shape) to its mean latents (B, *latent_shape)."""
         return self.posterior(x)[0]
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
+        """Map latents (B, *latent_shape) to x (B, *shape) in [-1, 1]."""
         return upcast(check_shape(self.decoder(z), self.shape, "model.decoder")).clamp(-1, 1)
 
     def reconstruct(self, batch: Batch) -> Tensor:
+        """Return batch[field] (B, *shape), encoded and decoded."""
         return self.decode(self.encode(batch[self.field]))

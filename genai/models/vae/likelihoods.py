@@ -1,6 +1,6 @@
-"""p(x | z) of data in [-1, 1]: what the numbers of a decoder mean.
+"""Likelihoods p(x | z) of data in [-1, 1]: distributions whose parameters are the output of a decoder.
 
-Each takes `out` (B, outputs * C, ...), the decoder's answer for data x (B, C, ...), and counts nats of a whole sample.
+Each takes `out` (B, outputs * C, ...), the decoder's output for data x (B, C, ...), and returns nats of whole samples.
 """
 
 import torch
@@ -12,51 +12,55 @@ from genai.core.precision import KeepPrecision, no_autocast, upcast
 
 
 class Likelihood(KeepPrecision):
-    """What all share. `outputs` numbers describe each number of the data; `levels` is how many values that can take, None
-    for a density."""
+    """The base class. `outputs` parameters describe each element of the data, which has `levels` values, None for a
+    density."""
 
     outputs: int
     levels: int | None
     stochastic = False
-    """Whether the data is drawn anew from what the batch holds: see `prepare`."""
+    """True if `prepare` draws the data anew each time from what the batch holds."""
 
     def prepare(self, x: Tensor, u: Tensor) -> Tensor:
-        """The data that is modelled, of a batch's x and uniforms of its shape."""
+        """Return the data to model, given a batch's x and uniforms u of the same shape."""
         return x
 
     def log_prob(self, out: Tensor, x: Tensor) -> Tensor:
-        """ln p(x | z), nats (B,)."""
+        """Return ln p(x | z) in nats, (B,)."""
         raise NotImplementedError
 
     def mean(self, out: Tensor) -> Tensor:
-        """E[x | z], or where that has no closed form the location; (B, C, ...)."""
+        """Return E[x | z] (B, C, ...), or the location if the mean has no closed form."""
         raise NotImplementedError
 
     def draw(self, out: Tensor, u: Tensor) -> Tensor:
-        """x ~ p(x | z) by inverse CDF of uniforms u (B, C, ...)."""
+        """Draw x ~ p(x | z) (B, C, ...) by inverse CDF of uniforms u (B, C, ...)."""
         raise NotImplementedError
 
     def parts(self, out: Tensor) -> Tensor:
-        """(B, outputs * C, ...) -> (outputs, B, C, ...)"""
+        """Reshape out (B, outputs * C, ...) to (outputs, B, C, ...), float32 or wider."""
         return upcast(out).unflatten(1, (self.outputs, -1)).transpose(0, 1)
 
 
 class LogSigmoid(torch.autograd.Function):
-    """ln sigmoid(a) as min(a, 0) + ln sigmoid(|a|), to within a rounding of its absolute value; torch's own takes more than twice
-    as long on a CPU, where exp and log1p are slow, and sigmoid and log are not."""
+    """The function ln sigmoid(a) as min(a, 0) + ln sigmoid(|a|), accurate to a rounding of its absolute value.
+
+    On a CPU torch's own takes more than twice as long: exp and log1p are slow there, sigmoid and log are not.
+    """
 
     @staticmethod
     def forward(ctx, a: Tensor) -> Tensor:
+        """Return ln sigmoid(a) for a of any shape."""
         ctx.save_for_backward(a)
         return a.abs().sigmoid_().log_().add_(a.clamp_max(0))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
+        """Return the gradient sigmoid(-a) grad."""
         return grad * ctx.saved_tensors[0].neg().sigmoid_()
 
 
 class Categorical(Likelihood):
-    """Any distribution over `levels` grey levels, evenly spaced from -1 to 1, of each number by itself."""
+    """An arbitrary distribution over `levels` grey levels, evenly spaced over [-1, 1], independent per element."""
 
     def __init__(self, levels: int):
         super().__init__()
@@ -64,6 +68,7 @@ class Categorical(Likelihood):
         self.register_buffer("values", torch.linspace(-1, 1, levels), persistent=False)
 
     def log_prob(self, out: Tensor, x: Tensor) -> Tensor:
+        """See `Likelihood`; x must lie on the grey levels."""
         index = ((x + 1) * (self.outputs - 1) / 2).round().long()
         return -F.cross_entropy(self.parts(out).transpose(0, 1), index, reduction="none").flatten(1).sum(1)
 
@@ -77,8 +82,11 @@ class Categorical(Likelihood):
 
 
 class Bernoulli(Likelihood):
-    """Of binary data, -1 or 1. Grey data is made binary: anew each time with probability (x + 1) / 2 of a 1
-    (`binarize="dynamic"`, Salakhutdinov and Murray, 2008), or once at 0 ("threshold")."""
+    """The likelihood of binary data, -1 or 1. Grey data are made binary first.
+
+    binarize: "dynamic" draws a 1 with probability (x + 1) / 2 anew each time (Salakhutdinov and Murray, 2008),
+    "threshold" cuts at 0. Raises UserError for another value.
+    """
 
     outputs, levels = 1, 2
 
@@ -102,8 +110,10 @@ class Bernoulli(Likelihood):
 
 
 class DiscretizedLogistic(Likelihood):
-    """A logistic's mass between the midpoints of `levels` grey levels, the outer two reaching to infinity (Kingma et al.,
-    2016, appendix; Salimans et al., "PixelCNN++", 2017, section 2.1)."""
+    """The mass of a logistic between the midpoints of `levels` grey levels; the outer two extend to infinity.
+
+    Kingma et al., 2016, appendix; Salimans et al., "PixelCNN++", 2017, section 2.1.
+    """
 
     outputs = 2
 
@@ -132,7 +142,7 @@ class DiscretizedLogistic(Likelihood):
 
 
 class Gaussian(Likelihood):
-    """N(out, sigma^2) with one learned sigma, a density: of continuous data only."""
+    """The density N(out, sigma^2) with one learned sigma, for continuous data only."""
 
     outputs, levels = 1, None
 

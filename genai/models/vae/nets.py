@@ -11,18 +11,19 @@ from genai.core.precision import downcast
 
 
 class MLPEncoder(nn.Module):
-    """x (B, *shape) -> (B, 2 latents)."""
+    """An MLP from x (B, *shape) to means and log variances (B, 2 latents)."""
 
     def __init__(self, shape: Sequence[int], latents: int, width: int = 256, layers: int = 2, dropout: float = 0.0):
         super().__init__()
         self.net = mlp(math.prod(shape), width, layers, 2 * latents, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Encode x (B, *shape) -> (B, 2 latents)."""
         return self.net(downcast(x, self).flatten(1))
 
 
 class MLPDecoder(nn.Module):
-    """z (B, latents) -> (B, outputs C, ...), `outputs` numbers for each of the data's."""
+    """An MLP from z (B, latents) to (B, outputs C, ...), `outputs` parameters per element of the data."""
 
     def __init__(
         self, shape: Sequence[int], latents: int, outputs: int, width: int = 256, layers: int = 2, dropout: float = 0.0
@@ -32,11 +33,12 @@ class MLPDecoder(nn.Module):
         self.net = mlp(latents, width, layers, math.prod(self.shape), dropout)
 
     def forward(self, z: Tensor) -> Tensor:
+        """Decode z (B, latents) -> (B, outputs C, ...)."""
         return self.net(downcast(z, self)).view(-1, *self.shape)
 
 
 def mlp(inputs: int, width: int, layers: int, outputs: int, dropout: float = 0.0) -> nn.Sequential:
-    """`layers` hidden layers, each normalised, with SiLU."""
+    """Return `layers` hidden layers, each with layer norm and SiLU, and a linear output."""
     net: list[nn.Module] = []
     for i in range(layers):
         net += [nn.Linear(inputs if i == 0 else width, width), nn.LayerNorm(width), nn.SiLU()]
@@ -45,7 +47,7 @@ def mlp(inputs: int, width: int, layers: int, outputs: int, dropout: float = 0.0
 
 
 class ConvEncoder(nn.Module):
-    """Images (B, *shape) -> (B, 2 latents): `MapEncoder`, then one linear map."""
+    """A convolutional encoder of images (B, *shape) to (B, 2 latents): `MapEncoder`, then one linear map."""
 
     def __init__(self, shape: Sequence[int], latents: int, channels: int = 32, multipliers: Sequence[int] = (1, 2)):
         super().__init__()
@@ -54,11 +56,12 @@ class ConvEncoder(nn.Module):
         self.net = nn.Sequential(*down(shape[0], widths), norm_act(widths[-1]), nn.Flatten(), flat)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Encode x (B, *shape) -> (B, 2 latents)."""
         return self.net(downcast(x, self))
 
 
 class ConvDecoder(nn.Module):
-    """z (B, latents) -> (B, outputs C, H, W): the encoder's way back, to the very sizes it came by."""
+    """The mirror image of ConvEncoder, through the same sizes: z (B, latents) -> (B, outputs C, H, W)."""
 
     def __init__(
         self, shape: Sequence[int], latents: int, outputs: int, channels: int = 32, multipliers: Sequence[int] = (1, 2)
@@ -70,13 +73,15 @@ class ConvDecoder(nn.Module):
         self.net = nn.Sequential(*up(outputs * shape[0], widths, sizes))
 
     def forward(self, z: Tensor) -> Tensor:
+        """Decode z (B, latents) -> (B, outputs C, H, W)."""
         return self.net(self.flat(downcast(z, self)).view(-1, *self.start))
 
 
 class MapEncoder(nn.Module):
-    """Images (B, *shape) -> maps (B, outputs, h, w): halved once for each multiplier, with `blocks` residual blocks each.
+    """A convolutional encoder of images (B, *shape) to maps (B, outputs, h, w).
 
-    Raises UserError if (h, w) is not what `latent_shape` says.
+    It halves the size once per multiplier, with `blocks` residual blocks each. Raises UserError if (h, w) differs from
+    `latent_shape`.
     """
 
     def __init__(
@@ -94,11 +99,12 @@ class MapEncoder(nn.Module):
         self.net = nn.Sequential(*down(shape[0], widths, blocks), norm_act(widths[-1]), head)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Encode x (B, *shape) -> (B, outputs, h, w)."""
         return self.net(downcast(x, self))
 
 
 class MapDecoder(nn.Module):
-    """Maps (B, *latent_shape) -> images (B, *shape), the encoder's way back."""
+    """The mirror image of MapEncoder: maps (B, *latent_shape) -> images (B, *shape)."""
 
     def __init__(
         self,
@@ -114,11 +120,12 @@ class MapDecoder(nn.Module):
         self.net = nn.Sequential(*(ResBlock(widths[-1]) for _ in range(blocks)), *up(shape[0], widths, sizes, blocks))
 
     def forward(self, z: Tensor) -> Tensor:
+        """Decode z (B, *latent_shape) -> (B, *shape)."""
         return self.net(self.stem(downcast(z, self)))
 
 
 class ResBlock(nn.Module):
-    """x + conv(act(norm(conv(act(norm(x)))))), the last convolution zero at first."""
+    """The residual block x + conv(act(norm(conv(act(norm(x)))))), whose last convolution is zero at first."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -129,11 +136,12 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, C, H, W) to the same shape."""
         return x + self.net(x)
 
 
 def down(inputs: int, widths: Sequence[int], blocks: int = 0) -> list[nn.Module]:
-    """Images to maps of each width in turn, each half the size of the one before."""
+    """Return the layers from images to maps of each width in turn, each half the size of the one before."""
     stages: list[nn.Module] = [nn.Conv2d(inputs, widths[0], 3, padding=1)]
     for a, b in itertools.pairwise(widths):
         halve = nn.Conv2d(a, b, 3, stride=2, padding=1)
@@ -148,7 +156,7 @@ def down(inputs: int, widths: Sequence[int], blocks: int = 0) -> list[nn.Module]
 
 
 def up(outputs: int, widths: Sequence[int], sizes: Sequence[tuple[int, int]], blocks: int = 0) -> list[nn.Module]:
-    """The way back of `down` through the same sizes, and to as many channels."""
+    """Return the mirror image of `down` through the same sizes, with `outputs` channels at the end."""
     stages: list[nn.Module] = []
     for a, b, size in zip(widths[:0:-1], widths[-2::-1], sizes[-2::-1], strict=True):
         widen = nn.Conv2d(a, b, 3, padding=1)
@@ -160,7 +168,7 @@ def up(outputs: int, widths: Sequence[int], sizes: Sequence[tuple[int, int]], bl
 def check_pyramid(
     shape: Sequence[int], latent_shape: Sequence[int], channels: int, multipliers: Sequence[int]
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """`pyramid`. Raises UserError if it does not end at the latents' size."""
+    """Return `pyramid`. Raises UserError if it does not end at the size of the latents."""
     widths, sizes = pyramid(shape, channels, multipliers)
     if len(latent_shape) != 3 or tuple(latent_shape[1:]) != sizes[-1]:
         raise UserError(
@@ -171,8 +179,10 @@ def check_pyramid(
 
 
 def pyramid(shape: Sequence[int], channels: int, multipliers: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
-    """Channels and (height, width) before the first and after each halving, which rounds up. Raises UserError for data that is
-    no image."""
+    """Return channels and (height, width) before the first halving and after each; sizes round up.
+
+    Raises UserError for data that are not images.
+    """
     if len(shape) != 3:
         raise UserError(
             f"this network takes images of shape [C, H, W], got {list(shape)}: choose another data=, or MLPs"
@@ -185,4 +195,5 @@ def pyramid(shape: Sequence[int], channels: int, multipliers: Sequence[int]) -> 
 
 
 def norm_act(channels: int) -> nn.Sequential:
+    """Return group norm and SiLU."""
     return nn.Sequential(nn.GroupNorm(math.gcd(8, channels), channels), nn.SiLU())

@@ -1,4 +1,4 @@
-"""Quantisers: continuous latents (B, D, ...) to codes and back, with a gradient that passes through."""
+"""Quantisers: continuous latents (B, D, ...) to codes and back, with an estimate of the gradient."""
 
 import math
 from collections.abc import Sequence
@@ -12,44 +12,50 @@ from genai.core.precision import KeepBufferPrecision, no_autocast
 
 
 class Quantized(NamedTuple):
-    """What a quantiser makes of z (B, D, ...)."""
+    """The output of a quantiser for z (B, D, ...)."""
 
     z: Tensor
-    """The nearest that the book holds, of z's shape; its gradient goes to the encoder."""
+    """The quantised latents, of z's shape; their gradient passes to the encoder."""
     index: Tensor
-    """Codes, int64 (B, ..., levels of the quantiser)."""
+    """Codes, int64 (B, ..., depth)."""
     commitment: Tensor
-    """Squared distance of the encoder's answer to its code, mean over all numbers: a loss of the encoder alone."""
+    """Mean squared distance of the latents to their codes, a scalar whose gradient reaches the encoder only."""
 
 
 class Quantizer(KeepBufferPrecision):
-    """What all are: z (B, D, ...) -> Quantized, and codes (B, ..., depth) back to (B, D, ...)."""
+    """The base class: z (B, D, ...) -> Quantized, and codes int64 (B, ..., depth) back to (B, D, ...)."""
 
     codes: int
-    """How many there are to choose from."""
+    """Number of codes to choose from."""
     depth: int = 1
-    """How many are chosen at each place."""
+    """Number of codes per position."""
     dim: int
-    """D."""
+    """D, the number of channels."""
 
     def forward(self, z: Tensor) -> Quantized:
+        """Quantise z (B, D, ...)."""
         raise NotImplementedError
 
     def decode(self, index: Tensor) -> Tensor:
+        """Map codes int64 (B, ..., depth) to vectors (B, D, ...)."""
         raise NotImplementedError
 
 
 class VectorQuantizer(Quantizer):
-    """The nearest of `codes` vectors (van den Oord et al., 2017), which follow the mean of what chose them (appendix A.1).
+    """A codebook whose nearest vector replaces each latent (van den Oord et al., 2017).
+
+    Each code follows the moving average of the latents assigned to it (appendix A.1).
 
     Args:
-        codes: in the book.
-        dim: D.
-        decay: of the moving averages that make the book.
-        restart: a code chosen less often than this, in the moving average of a batch, begins anew at a random latent of
-            the batch (Dhariwal et al., 2020, section 3.1); 0 never.
-        gradient: "straight_through" copies the gradient at the code to the latent; "rotation" turns and scales it as the
-            latent is turned and scaled onto its code (Fifty et al., 2024, eq. 4).
+        codes: size of the codebook.
+        dim: D, the length of a vector.
+        decay: decay of the moving averages.
+        restart: a code assigned less often than this, in the moving average over batches, restarts at a random latent
+            of the batch (Dhariwal et al., 2020, section 3.1); 0 for never.
+        gradient: "straight_through" copies the gradient at the code to the latent; "rotation" rotates and scales it as
+            the latent is rotated and scaled onto its code (Fifty et al., 2024, eq. 4).
+
+    Raises UserError for an argument out of range.
     """
 
     book: Tensor
@@ -72,6 +78,7 @@ class VectorQuantizer(Quantizer):
         self.register_buffer("sums", book.clone())
 
     def forward(self, z: Tensor) -> Quantized:
+        """Quantise z (B, D, ...); in training mode the codebook is updated."""
         flat = z.movedim(1, -1).flatten(0, -2)  # (N, D)
         index = self.nearest(flat.detach())
         code = self.book[index]
@@ -83,17 +90,17 @@ class VectorQuantizer(Quantizer):
         return Quantized(out.view(shape).movedim(-1, 1), index.view(*shape[:-1], 1), commitment)
 
     def nearest(self, x: Tensor) -> Tensor:
-        """(N, D) -> the index of the closest code (N,), in the book's own precision."""
+        """Return the index (N,) of the code closest to each x (N, D), in the codebook's own precision."""
         with no_autocast(x.device):
             return (self.book.square().sum(1) - 2 * x.to(self.book) @ self.book.T).argmin(1)
 
     def decode(self, index: Tensor) -> Tensor:
-        """Codes (B, ..., 1) -> (B, D, ...)."""
+        """Map codes int64 (B, ..., 1) to vectors (B, D, ...)."""
         return self.book[index[..., 0]].movedim(-1, 1)
 
     @torch.no_grad()
     def learn(self, x: Tensor, index: Tensor) -> None:
-        """Move counts, sums and their quotients, the codes, towards this batch of all ranks; restart the dead."""
+        """Update the moving averages and the codes from latents x (N, D) of all ranks; restart unused codes."""
         chosen = occurrences(index, self.codes).to(self.counts)
         total = torch.zeros_like(self.sums).index_add_(0, index, x.to(self.sums))
         fresh = x[torch.randint(len(x), (self.codes,), device=x.device)].contiguous()
@@ -110,15 +117,19 @@ class VectorQuantizer(Quantizer):
 
 
 def occurrences(index: Tensor, codes: int) -> Tensor:
-    """How often each code occurs in `index`, float32 (codes,), exact below 2^24; torch.bincount waits for the device."""
+    """Count how often each code occurs in `index` -> float32 (codes,), exact below 2^24.
+
+    torch.bincount would make the host wait for the device.
+    """
     flat = index.flatten()
     return torch.zeros(codes, device=flat.device).index_add_(0, flat, torch.ones(flat.shape, device=flat.device))
 
 
 class ResidualQuantizer(Quantizer):
-    """Each stage quantises what those before left over (Zeghidour et al., 2021, algorithm 1); the gradient is straight through.
+    """A chain of codebooks: each stage quantises the residual of those before (Zeghidour et al., 2021, algorithm 1).
 
-    Raises UserError for no stages, or such with different numbers of codes, of another dim or another gradient.
+    The gradient is straight through. Raises UserError for no stages, or stages that differ in codes or dim, or have
+    another gradient.
     """
 
     def __init__(self, stages: Sequence[VectorQuantizer]):
@@ -132,6 +143,7 @@ class ResidualQuantizer(Quantizer):
         self.codes, self.dim, self.depth = stages[0].codes, stages[0].dim, len(stages)
 
     def forward(self, z: Tensor) -> Quantized:
+        """Quantise z (B, D, ...), with one code per stage."""
         rest, total, index, commitment = z, torch.zeros_like(z), [], []
         for stage in self.stages:
             part = stage(rest)
@@ -141,19 +153,23 @@ class ResidualQuantizer(Quantizer):
         return Quantized(z + (total - z).detach(), torch.cat(index, -1), torch.stack(commitment).mean())
 
     def decode(self, index: Tensor) -> Tensor:
+        """Map codes int64 (B, ..., stages) to vectors (B, D, ...)."""
         parts = [stage.decode(index[..., k : k + 1]) for k, stage in enumerate(self.stages)]  # type: ignore[operator]
         return torch.stack(parts).sum(0)
 
 
 class FiniteScalarQuantizer(Quantizer):
-    """Each of D numbers is bounded and rounded to one of its few levels; no book to learn (Mentzer et al., 2023, eq. 1).
+    """A quantiser without a codebook: each of D numbers is bounded and rounded to a few levels (Mentzer et al., 2023,
+    eq. 1).
 
-    As the paper's appendix A.1 bounds them: tanh(z + s) h - o with h = (L - 1) (1 - 1e-3) / 2, and for an even L, whose
-    levels lie half a step off, o = 1/2 and s = tan(o / h). h and s are in the state; one without them is of a time at
-    which they were (L - 1) (1 + 1e-3) / 2 and artanh(o / h), and keeps that meaning.
+    The bound is that of the paper's appendix A.1: tanh(z + s) h - o with h = (L - 1) (1 - 1e-3) / 2, and for an even L,
+    whose levels lie half a step off, o = 1/2 and s = tan(o / h). h and s are in the state; an older state without them
+    means (L - 1) (1 + 1e-3) / 2 and artanh(o / h).
 
     Args:
-        levels: of each number, odd or even, at least 2; the codes are their product.
+        levels: number of levels of each element, odd or even, at least 2; their product is the number of codes.
+
+    Raises UserError for fewer than 2 levels.
     """
 
     count: Tensor
@@ -173,6 +189,7 @@ class FiniteScalarQuantizer(Quantizer):
 
     @property
     def offset(self) -> Tensor:
+        """The offset o of each element, (D,)."""
         return torch.where(self.count % 2 == 0, 0.5, 0.0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -182,6 +199,7 @@ class FiniteScalarQuantizer(Quantizer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, z: Tensor) -> Quantized:
+        """Quantise z (B, D, ...); the gradient of the rounding is straight through."""
         x = z.movedim(1, -1)
         bounded = self.bound(x)
         out = bounded + (bounded.round() - bounded).detach()
@@ -192,10 +210,11 @@ class FiniteScalarQuantizer(Quantizer):
         return Quantized((out / (self.count / 2).floor()).movedim(-1, 1), index[..., None], z.new_zeros(()))
 
     def bound(self, x: Tensor) -> Tensor:
-        """Numbers between the outer levels; even counts are shifted by half a level, so that rounding has as many."""
+        """Bound x (..., D) to the outer levels; even numbers of levels are shifted by half a level."""
         return torch.tanh(x + self.shift) * self.height - self.offset
 
     def decode(self, index: Tensor) -> Tensor:
+        """Map codes int64 (B, ..., 1) to vectors (B, D, ...)."""
         rest, digits = index[..., 0], []
         for level in reversed(self.levels):
             digits.append(rest % level)
@@ -205,7 +224,7 @@ class FiniteScalarQuantizer(Quantizer):
 
 
 def rotate_gradient(x: Tensor, code: Tensor) -> Tensor:
-    """The codes (N, D) as a rotation and scaling of x, held constant: gradients turn back by the same angle."""
+    """Return the codes (N, D) as a constant rotation and scaling of x (N, D), so that gradients are rotated back."""
     length, target = x.norm(dim=-1, keepdim=True), code.norm(dim=-1, keepdim=True)
     e, q = (x / length.clamp_min(1e-6)).detach(), (code / target.clamp_min(1e-6)).detach()
     r = torch.nn.functional.normalize(e + q, dim=-1)

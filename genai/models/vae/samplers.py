@@ -1,14 +1,14 @@
-"""Looking at a VAE: samples of the prior, reconstructions, what each latent does.
+"""Samplers of autoencoders: draws from the prior, reconstructions, and traversals of single latents.
 
-Sampler functions `(model, seeds, cond, on_step, ...) -> Batch`. `pixels="mean"` shows E[x | z], "draw" a draw of p(x | z)
-by Philox stream 1. `items(split, index)` gives items of the data, int64 (B,) -> (B, *shape); rows of the picture are
-`columns` long, and sample i is the picture's cell seeds[i].
+Sampler functions `(model, seeds, cond, on_step, ...) -> Batch`. `pixels="mean"` shows E[x | z], "draw" a draw of p(x |
+z) by Philox stream 1. `items(split, index)` gives items of the data, int64 (B,) -> (B, *shape); a picture has rows of
+`columns` cells, and sample i is its cell seeds[i].
 """
 
-from typing import Any
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genai.core import rng
 from genai.core.errors import UserError, at_least
@@ -26,7 +26,8 @@ def prior(
     temperature: float = 1.0,
     pixels: str = "mean",
 ) -> Batch:
-    """z ~ N(0, temperature^2), from Philox stream 0."""
+    """Decode z ~ N(0, temperature^2) from Philox stream 0. Raises UserError for pixels that is neither mean nor
+    draw."""
     z = temperature * model.latent(seeds)
     return _decode_samples(model, z, seeds, on_step, pixels)
 
@@ -41,7 +42,7 @@ def reconstruct(
     split: str = "val",
     columns: int = 10,
 ) -> Batch:
-    """Rows of items, and below each row what the model makes of them; `original`, bool (B,), marks the items."""
+    """Show rows of items, and below each row their reconstructions."""
     row, column = _cells(seeds, columns)
     x = load_items(items, split, row // 2 * columns + column).to(_device(model))
     original = (row % 2 == 0).to(x.device)
@@ -53,8 +54,10 @@ def reconstruct(
 def random_latents(
     model: Codec, seeds: Tensor, cond: Batch | None = None, on_step: OnStep | None = None, temperature: float = 1.0
 ) -> Batch:
-    """Latents without a prior over them: normal numbers, or token ids, each as likely as another. What the decoder makes
-    of them shows what a second stage has to learn."""
+    """Decode random latents: normal numbers, or token ids of equal probability.
+
+    The model has no prior over them, so the result shows what a second stage has to learn.
+    """
     seeds = seeds.to(_device(model))
     if model.vocabulary is None:
         z = temperature * rng.normal(seeds, model.latent_shape, stream=rng.INITIAL)
@@ -75,7 +78,10 @@ def traverse(
     extent: float = 3.0,
     pixels: str = "mean",
 ) -> Batch:
-    """Row r moves latent r of item 0 from -extent to extent; rows past the last latent begin again with the next item."""
+    """Move one latent per row: row r moves latent r of item 0 from -extent to extent.
+
+    Rows beyond the last latent begin again with the next item.
+    """
     row, column = _cells(seeds, columns)
     z = model.infer(load_items(items, split, row // model.latents))
     value = extent * (2 * column / max(columns - 1, 1) - 1)
@@ -83,8 +89,8 @@ def traverse(
     return _decode_samples(model, z, seeds, on_step, pixels)
 
 
-def _device(model: Any) -> torch.device:
-    return next(model.parameters()).device
+def _device(model: Reconstructor | Codec) -> torch.device:
+    return next(cast(nn.Module, model).parameters()).device
 
 
 def _cells(seeds: Tensor, columns: int) -> tuple[Tensor, Tensor]:

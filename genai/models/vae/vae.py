@@ -14,19 +14,23 @@ from genai.models.vae.likelihoods import Likelihood
 
 
 class VAE(nn.Module):
-    """z ~ N(0, I), x ~ p(x | z); the encoder guesses q(z | x), a diagonal Gaussian.
+    """The model z ~ N(0, I), x ~ p(x | z), with an encoder that approximates the posterior by a diagonal Gaussian q(z |
+    x).
 
     Args:
-        field, shape, levels: of the data; `levels` None for continuous data.
-        latents: numbers in z.
+        field, shape, levels: field of the data, shape of a sample, and its number of grey levels, None for continuous
+            data.
+        latents: number of latents.
         encoder: x (B, *shape) -> (B, 2 latents), means and log variances.
-        decoder: z (B, latents) -> what the likelihood reads, its `outputs` for each number of x.
+        decoder: z (B, latents) -> parameters of the likelihood, `outputs` for each element of x.
         likelihood: p(x | z).
         beta: weight of the KL term (Higgins et al., 2017); only 1 trains the bound.
-        free_bits: nats of each latent's KL, mean over the batch, below which it costs nothing more (Kingma et al., 2016,
+        free_bits: nats of each latent's KL, averaged over the batch, below which it costs nothing (Kingma et al., 2016,
             eq. 15).
-        kl_warmup_steps: over which beta grows from 0.
+        kl_warmup_steps: steps over which beta grows from 0.
         importance_samples: K of `log_prob`.
+
+    Raises UserError if likelihood and data do not fit, or an argument is out of range.
     """
 
     bound = "lower bound"
@@ -68,7 +72,7 @@ class VAE(nn.Module):
 
     @property
     def objective(self) -> str | None:
-        """Why its likelihood is not the best it could have, None if it is trained for that."""
+        """Why the model's likelihood is not the best it could have; None if it is trained for likelihood."""
         other = {
             name: getattr(self, name) for name, plain in (("beta", 1), ("free_bits", 0)) if getattr(self, name) != plain
         }
@@ -78,20 +82,21 @@ class VAE(nn.Module):
         return f"its loss is not the bound, by {given}; model.beta=1 model.free_bits=0 trains for likelihood"
 
     def nets(self) -> Mapping[str, nn.Module]:
+        """Return the networks that `compile=true` compiles, by name."""
         return {"encoder": self.encoder, "decoder": self.decoder}
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and log variances (B, latents) of q(z | x)."""
+        """Return means and log variances (B, latents) of q(z | x) for x (B, *shape)."""
         mean, log_variance = check_shape(self.encoder(x), (2 * self.latents,), "model.encoder").float().chunk(2, 1)
         return mean, log_variance.clamp(-14, 14)
 
     def out(self, z: Tensor) -> Tensor:
-        """What the likelihood reads of latents (B, latents): its `outputs` for each number of x."""
+        """Decode z (B, latents) to the parameters of the likelihood, (B, outputs * C, ...)."""
         channels, *rest = self.shape
         return check_shape(self.decoder(z), (self.likelihood.outputs * channels, *rest), "model.decoder")
 
     def forward(self, batch: Batch, step: int) -> Losses:
-        """-E_q[ln p(x | z)] + beta KL(q || p), nats of a sample (eq. 10, the Gaussian KL in closed form)."""
+        """Return -E_q[ln p(x | z)] + beta KL(q || p) in nats per sample (eq. 10, the KL in closed form)."""
         x = batch[self.field]
         if self.likelihood.stochastic:
             x = self.likelihood.prepare(x, torch.rand_like(x))
@@ -108,21 +113,21 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def infer(self, x: Tensor) -> Tensor:
-        """Mean latents (B, latents) of items; what is binary at random is cut in the middle here."""
+        """Return the mean latents (B, latents) of items; dynamic binarisation is replaced by a threshold."""
         x = x.to(next(self.parameters()).device)
         return self.encode(self.likelihood.prepare(x, torch.full_like(x, 0.5)))[0]
 
     @torch.no_grad()
     def decode(self, latent: Tensor, label: Tensor | None = None, seeds: Tensor | None = None) -> Tensor:
-        """E[x | z] (B, *shape)."""
+        """Return E[x | z] (B, *shape) of latents (B, latents)."""
         return self.likelihood.mean(self.out(latent))
 
     def reconstruct(self, batch: Batch) -> Tensor:
-        """E[x | z] at the mean latents of the data."""
+        """Return E[x | z] (B, *shape) at the mean latents of batch[field]."""
         return self.decode(self.infer(batch[self.field]))
 
     def latent(self, seeds: Tensor, label: Tensor | None = None, truncation: float | None = None) -> Tensor:
-        """z (B, latents) of the prior, from Philox stream 0."""
+        """Draw z (B, latents) from the prior by Philox stream 0. Raises UserError for a truncation."""
         if truncation is not None:
             raise UserError(
                 f"sampler.truncation={truncation}: a VAE has none, lower sampler.temperature of sampler=prior"
@@ -130,15 +135,17 @@ class VAE(nn.Module):
         return rng.normal(seeds.to(next(self.parameters()).device), (self.latents,), stream=rng.INITIAL)
 
     def interpolate_latents(self, a: Tensor, b: Tensor, share: Tensor) -> Tensor:
-        """On the straight line from a to b, share (B,)."""
+        """Interpolate linearly from a to b (B, latents), share (B,)."""
         return torch.lerp(a, b, share[:, None])
 
     def label(self, batch: Batch | None) -> None:
-        """It has no classes."""
+        """Return None: a VAE has no classes."""
 
     def log_prob(self, batch: Batch, seed: int) -> Tensor:
-        """Lower bound on ln p(x), nats (B,): ln of the mean of K importance weights p(x, z) / q(z | x) (Burda et al.,
-        2016, eq. 8), draws of sample i from seed + i. K = 1 is the evidence lower bound."""
+        """Return a lower bound on ln p(x) in nats, (B,): ln of the mean of K importance weights p(x, z) / q(z | x).
+
+        Burda et al., 2016, eq. 8; the draws of sample i come from seed + i. K = 1 is the evidence lower bound.
+        """
         x, k = batch[self.field], self.importance_samples
         seeds = rng.seed_range(seed, len(x)).to(x.device)
         if self.likelihood.stochastic:
@@ -155,5 +162,5 @@ class VAE(nn.Module):
 
 
 def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(N(mean, e^log_variance) || N(0, 1)) of each number, nats (appendix B)."""
+    """Return KL(N(mean, e^log_variance) || N(0, 1)) of each element in nats (appendix B), shaped like mean."""
     return 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance)

@@ -14,16 +14,18 @@ from genai.models.vae.quantize import Quantized, Quantizer, occurrences
 
 
 class VQVAE(nn.Module):
-    """Encoder, quantiser, decoder; a Codec of token ids.
+    """Encoder, quantiser and decoder; a Codec of token ids.
 
     Args:
-        field, shape: of the data.
-        map_shape: of the encoder's answer, (D, h, w); it becomes h w token ids for each stage of the quantiser.
+        field, shape: field of the data, and the shape of a sample.
+        map_shape: shape of the encoder's output, (D, h, w); it becomes h w token ids per stage of the quantiser.
         encoder: x (B, *shape) -> (B, *map_shape).
-        quantizer: between them.
+        quantizer: quantises the vectors of the map.
         decoder: (B, *map_shape) -> (B, *shape).
-        commitment: weight of the term that keeps the encoder at its codes (eq. 3, there 0.25; the term that would bring
-            the codes to the encoder is a moving average here).
+        commitment: weight of the commitment loss (eq. 3, there 0.25). The codes follow a moving average instead of a
+            loss.
+
+    Raises UserError if the quantiser's dim is not D.
     """
 
     def __init__(
@@ -50,18 +52,19 @@ class VQVAE(nn.Module):
         self.vocabulary: int | None = quantizer.codes
 
     def nets(self) -> Mapping[str, nn.Module]:
+        """Return the networks that `compile=true` compiles, by name."""
         return {"encoder": self.encoder, "decoder": self.decoder}
 
     def quantize(self, x: Tensor) -> Quantized:
-        """What the quantiser makes of the encoder's answer to x (B, *shape)."""
+        """Encode and quantise x (B, *shape)."""
         return self.quantizer(check_shape(self.encoder(x), self.map_shape, "model.encoder").float())
 
     def decode_map(self, z: Tensor) -> Tensor:
-        """(B, *map_shape) -> (B, *shape)."""
+        """Decode a map (B, *map_shape) -> (B, *shape)."""
         return upcast(check_shape(self.decoder(z), self.shape, "model.decoder"))
 
     def forward(self, batch: Batch, step: int) -> Losses:
-        """Squared error of a number, and the commitment (eq. 3)."""
+        """Return the squared error per element plus the weighted commitment loss (eq. 3)."""
         x = batch[self.field]
         quantized = self.quantize(x)
         error = (self.decode_map(quantized.z) - x).square().mean()
@@ -69,18 +72,20 @@ class VQVAE(nn.Module):
         return batch_losses(error + self.commitment * quantized.commitment, logs, len(x))
 
     def perplexity(self, index: Tensor) -> Tensor:
-        """e to the entropy of how often each code is chosen: how many codes these are worth."""
+        """Return e to the entropy of the codes' frequencies, a scalar: the effective number of codes in use."""
         p = occurrences(index, self.quantizer.codes) / index.numel()
         return torch.special.entr(p).sum().exp()
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """Token ids int64 (B, T), row by row of the map."""
+        """Map x (B, *shape) to token ids int64 (B, T), row by row of the map."""
         return self.quantize(x).index.flatten(1)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
+        """Map token ids int64 (B, T) to x (B, *shape)."""
         return self.decode_map(self.quantizer.decode(z.view(-1, *self.grid)))
 
     def reconstruct(self, batch: Batch) -> Tensor:
+        """Return batch[field] (B, *shape), encoded and decoded."""
         return self.decode(self.encode(batch[self.field])).clamp(-1, 1)
