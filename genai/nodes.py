@@ -1,7 +1,7 @@
-"""Nodes of a config whose `_target_` changes, by a file that is merged over others or on the command line.
+"""Config nodes whose `_target_` changes, by a file merged over others or on the command line.
 
-Such a node is another part: of the keys it had, those stay that the new target takes by name, and what is given with the
-change is merged over them. So nothing is left of the old part that the new one would stumble on.
+Such a node builds another object: of its old keys those stay that the new target takes by name, and what comes with the
+change is merged over them. So no key of the old object is left for the new one to fail on.
 """
 
 import functools
@@ -14,13 +14,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from genai.core.errors import UserError
 
-COMPLETED = ("loop", "logger")  # the run gives them what else they need
+COMPLETED = ("loop", "logger")  # nodes whose missing arguments the run supplies
 
 
 @functools.cache
 def parameters(target: str, node: str = "") -> dict[str, inspect.Parameter]:
-    """What a class or function takes by name, under `**` what takes any. Raises UserError, which names the path of the node, if
-    there is no such target."""
+    """Return what a class or function takes by name, under `**` what takes any name.
+
+    Raises UserError, which names the path of the node, if there is no such target.
+    """
     given = f"{node}{'.' if node else ''}_target_={target}"
     try:
         found: Any = pydoc.locate(target)
@@ -39,10 +41,9 @@ def parameters(target: str, node: str = "") -> dict[str, inspect.Parameter]:
 
 
 def drop_stale_keys(cfg: DictConfig, change: DictConfig, path: str = "") -> Iterator[str]:
-    """The dotted paths of the nodes of cfg that had keys and get another `_target_` by a change; they lose what it must not be
-    merged with.
+    """Drop the keys of cfg that a change must not be merged with; yields the dotted path of each node concerned.
 
-    Raises UserError for a target that does not exist.
+    These are the nodes that had keys and get another `_target_`. Raises UserError for a target that does not exist.
     """
     for name in change:
         old: Any = cfg._get_node(name, validate_access=False)
@@ -60,14 +61,15 @@ def drop_stale_keys(cfg: DictConfig, change: DictConfig, path: str = "") -> Iter
 
 
 def target_of(node: Any) -> str:
-    """What a node builds, "" where it says no dotted name."""
+    """Return the target of a node, "" if it is not a dotted name."""
     found = node._get_node("_target_", validate_access=False) if _has_keys(node) else None
     target = None if found is None else found._value()
     return target if isinstance(target, str) and all(part.isidentifier() for part in target.split(".")) else ""
 
 
 def arguments(node: Any) -> dict[str, str]:
-    """What a node can be told, by name: its own keys, then those of the parts in it, each with its dotted path below the node."""
+    """Return the options of a node by name, each with its dotted path below the node: its own keys, then those of
+    nodes in it."""
     own = {str(key): str(key) for key in node if not str(key).startswith("_")}
     for key in [key for key in own if isinstance(node[key], Mapping | DictConfig) and "_target_" in node[key]]:
         own = {**{name: f"{key}.{path}" for name, path in arguments(node[key]).items()}, **own}
@@ -75,7 +77,7 @@ def arguments(node: Any) -> dict[str, str]:
 
 
 def name_of(sampler: Any) -> str:
-    """The name that a sampler's node goes by: that of its solver, where it has one."""
+    """Return the name of a sampler's node: that of its solver, if it has one."""
     return str((sampler.get("solver") or sampler).get("_target_")).rpartition(".")[2]
 
 

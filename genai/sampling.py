@@ -1,4 +1,4 @@
-"""Sampling from a loaded checkpoint, the same from the command line and from Python."""
+"""Sampling from a loaded checkpoint; the command line and Python share this code."""
 
 import contextlib
 import copy
@@ -23,9 +23,9 @@ from genai.core.protocols import Batch, OnStep, check_sampler, model_parts, with
 from genai.modalities.base import Request
 from genai.modalities.stored import difference
 
-MOST = 10**8  # samples of one call
+MAX_SAMPLES = 10**8  # per call
 ARGUMENTS = ("guidance", "guidance_interval", "autoguidance", "image", "strength", "mask", "invert", "frames")
-"""Keys of sample.yaml that are a sampler's."""
+"""Keys of sample.yaml that are options of the sampler."""
 
 
 def sample(
@@ -45,34 +45,34 @@ def sample(
     progress: bool = False,
     **arguments: Any,
 ) -> Batch:
-    """n samples; sample i depends on seed + i, its label or prompt, its image and the sampler, and on nothing else.
+    """Draw n samples; sample i depends only on seed + i, its label or prompt, its image, and the sampler.
 
     Args:
-        label: index, name or a list of them; shorter lists repeat. None takes the classes in turn.
-        prompt: for models of text, and those that a caption steers, a text or a list of them; shorter lists repeat. None
-            begins a text, and leaves the caption out.
-        negative_prompt: what guidance leads away from, where a caption steers.
-        stop: text of one token at which a sample ends; None: the end of a document, where the model knows ends.
-        sampler: a config node, default the one the checkpoint was trained with.
-        batch_size: samples made at once.
+        label: index, name, or a list of them; shorter lists repeat. None takes the classes in turn.
+        prompt: for models of text, or with captions, a string or a list of them; shorter lists repeat. None starts a
+            new text, or leaves the caption out.
+        negative_prompt: caption that guidance leads away from.
+        stop: string of one token at which a sample ends; None is the end of a document, if the model has one.
+        sampler: a config node; None is the sampler that the checkpoint was trained with.
+        batch_size: samples drawn at once.
         on_step: called as on_step(step so far, steps of all batches, state).
-        image: to start from, a file or a folder, or (m, C, H, W) in [-1, 1]; fewer than n repeat.
-        mask: of the part of the image that is filled in, a file whose white is filled and whose black is kept, or 1 and 0 in
-            (1 or C, H, W).
-        progress: show a progress bar, or lines where there is no terminal.
-        frames: also return `frames` (k, steps + 1, ...), the states of the first k samples on their way.
-        arguments: of the sampler, such as steps, guidance, strength, or autoguidance, a run or checkpoint.
+        image: image to start from, a file, a folder, or (m, C, H, W) in [-1, 1]; fewer than n repeat.
+        mask: the part of the image to fill in: a file whose white is filled and whose black is kept, or 1 and 0 in (1
+            or C, H, W).
+        frames: also return `frames` (k, steps + 1, ...), the intermediate states of the first k samples.
+        arguments: options of the sampler, such as steps, guidance, strength, or autoguidance, a run or checkpoint.
 
-    Returns:
-        what the sampler made, on the CPU, with `seeds` (n,) and, for a model of classes, `label` (n,).
+    Returns: the sampler's batch on the CPU, with `seeds` (n,) and, for a model with classes, `label` (n,).
+
+    Raises UserError for an argument out of range, or one that model or sampler do not take.
     """
     if not isinstance(loaded, Loaded):
         raise UserError(
-            f"{loaded!r} is not a loaded model: sample(load({str(loaded)!r})) samples from a run or checkpoint"
+            f"loaded must be a loaded model, got {loaded!r}: sample(load({str(loaded)!r})) samples from a run or checkpoint"
         )
     at_least(n, 1, "n")
-    if n > MOST:
-        raise UserError(f"n={n} is more samples than one call can hold: give at most {MOST}")
+    if n > MAX_SAMPLES:
+        raise UserError(f"n={n} is more samples than one call can hold: give at most {MAX_SAMPLES}")
     at_least(batch_size, 1, "batch_size")
     at_least(seed, 0, "seed")
     if sampler is not None and not isinstance(sampler, dict):
@@ -103,17 +103,17 @@ def sample(
 
 
 def _shift_steps(on_step: OnStep, k: int, chunks: int) -> OnStep:
+    """Return on_step with the steps counted over all batches."""
     return functools.wraps(on_step)(lambda i, steps, state: on_step(k * steps + i, chunks * steps, state))
 
 
 def bind(
     loaded: Loaded, given: dict | None, arguments: dict[str, Any], wanted: Sequence[str] = ()
 ) -> Callable[..., Batch]:
-    """The sampler of a config node, also of an older one, with arguments of its own, or of a part of it, changed; it must take
-    those in `wanted` too. None is the one that the checkpoint was trained with, but for other checkpoints, which are for the user
-    to name.
+    """Build a sampler from a config node, also an older one, and set options of it or of a node in it.
 
-    Raises UserError for an argument that it lacks.
+    Without a node it is the sampler that the checkpoint was trained with, less other checkpoints, which the user has to
+    name. Raises UserError for an option, or a key in `wanted`, that it does not have.
     """
     node = copy.deepcopy(stored.up_to_date(given or loaded.config["sampler"]))
     kinds = model_parts(check_target(node.get("_target_"), loaded.trust))
@@ -140,9 +140,9 @@ def bind(
 
 
 def _part(loaded: Loaded, key: str, named: str | dict, kind: type) -> nn.Module:
-    """Another model that a sampler calls, named by its run or checkpoint, or by a node of `pretrained`.
+    """Load another model that a sampler calls, from a run, a checkpoint, or a node of `pretrained`.
 
-    Raises UserError unless it is of the kind that the sampler calls, and is told the same words.
+    Raises UserError unless it is of the type that the sampler needs and has the same modalities.
     """
     node = {"ckpt": named} if isinstance(named, str) else named
     part = checkpoint.adopt(node, key, loaded.trust)
@@ -155,7 +155,7 @@ def _part(loaded: Loaded, key: str, named: str | dict, kind: type) -> nn.Module:
 
 
 def resolve_images(image: Any, mask: Any, n: int, loaded: Loaded) -> Batch:
-    """The images that n samples start from (n, C, H, W), and how much of them to keep, on the CPU; empty where there are none."""
+    """Return `image` (n, C, H, W) and `mask` (n, 1 or C, H, W), how much of it to keep, as far as given, on the CPU."""
     shape, read, found = getattr(loaded.model, "data_shape", ()), loaded.modality.read, {}
     if image is not None:
         images = image if isinstance(image, Tensor) else read(Path(image), shape, "image")
@@ -167,7 +167,8 @@ def resolve_images(image: Any, mask: Any, n: int, loaded: Loaded) -> Batch:
 
 
 def items_of(loaded: Loaded) -> Callable[[str, Tensor], Tensor]:
-    """Items of the data a checkpoint was trained on, which is built when first asked."""
+    """Return `items(split, index)` of the data that a checkpoint was trained on; the data are built at the first
+    call."""
     data = functools.cache(lambda: build_stored(loaded.config["data"], loaded.trust, (MODELS, DATA)))
     return lambda split, index: data().items(split, index)
 
@@ -181,8 +182,11 @@ REFUSED = {
 
 
 def conditions(request: Request, n: int, loaded: Loaded) -> Batch:
-    """What n samples are told by a request: by what the output itself begins with, and by the conditions that it names, where
-    it names none by all. Raises UserError for what the model is not told."""
+    """Return the conditions of n samples: the beginning of the output itself, and those that the request names, else
+    all.
+
+    Raises UserError for a condition that the model does not take.
+    """
     known = {key for modality in (loaded.modality, *loaded.conditions.values()) for key in modality.keys}
     for key, sentence in REFUSED.items():
         if request.get(key) is not None and key not in known:
@@ -193,7 +197,7 @@ def conditions(request: Request, n: int, loaded: Loaded) -> Batch:
 
 
 def run(cfg: Any) -> Path:
-    """`sample.py`: load, sample with a progress bar or while the text appears, write files; returns their folder."""
+    """Run `sample.py`: load, sample with a progress bar or streaming text, and write files; returns their folder."""
     from omegaconf import OmegaConf
 
     if cfg.out is not None:
@@ -223,13 +227,13 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
 def unescape(stop: Any) -> Any:
-    r"""What was typed, with a line break for \n, a tab for \t, a carriage return for \r and one backslash for two: a shell passes
-    these on as they are."""
+    """Replace \n, \t, \r and \\ in what was typed by the characters they stand for; a shell passes them on as they
+    are."""
     return re.sub(r"\\([ntr\\])", lambda m: ESCAPES[m[1]], stop) if isinstance(stop, str) else stop
 
 
 def _write(out: Path, loaded: Loaded, batch: Batch, request: Request, node: dict[str, Any]) -> str:
-    """Files of the samples, to a folder that is there; returns their names."""
+    """Write the samples to an existing folder and return the names of the files."""
     field, n, prompt = loaded.modality.field, len(batch["seeds"]), request["prompt"]
     if field not in batch:
         raise UserError(f"{loaded.path} says that its data is {field}, and its sampler makes {', '.join(batch)}")
@@ -243,29 +247,35 @@ def _write(out: Path, loaded: Loaded, batch: Batch, request: Request, node: dict
     return f"{out}/{', '.join(written)}"
 
 
-def file_names(seeds: Tensor, labels: Tensor | None, original: Tensor | None = None) -> list[str]:
-    """seed_000007, with labels seed_000007_label_3, and seed_000007_original for items of the data."""
-    names = [f"seed_{seed:06d}" for seed in seeds.tolist()]
-    if labels is not None:
-        names = [f"{name}_label_{label}" for name, label in zip(names, labels.tolist(), strict=True)]
-    if original is not None:
-        names = [f"{name}_original" if one else name for name, one in zip(names, original.tolist(), strict=True)]
-    return names
+def file_names(seeds: Tensor, labels: Tensor | None) -> list[str]:
+    """Return the names seed_000007 or, with labels, seed_000007_label_3."""
+    if labels is None:
+        return [f"seed_{s:06d}" for s in seeds.tolist()]
+    return [f"seed_{s:06d}_label_{y}" for s, y in zip(seeds.tolist(), labels.tolist(), strict=True)]
 
 
 def _unused(run: Path) -> Path:
-    """The first of samples/0001, samples/0002, ... of a run, or beside a checkpoint of none, that is not there yet."""
+    """Return the first of samples/0001, samples/0002, ... below a run, or next to a checkpoint, that does not exist."""
     return next(path for i in range(1, 10**6) if not os.path.lexists(path := run / "samples" / f"{i:04d}"))
 
 
 @contextlib.contextmanager
 def bar() -> Iterator[OnStep]:
-    """An on_step that shows the sampler's steps, of whole batches where it replays a CUDA graph; see `genai.progress`."""
-    with progress.task("sampling", unit="steps") as task:
-        on_step = progress.follow(task)
+    """Return a context whose on_step draws a progress bar, or nothing if the output is not a terminal.
+
+    With a CUDA graph the bar advances by whole batches.
+    """
+    from rich.progress import Progress
+
+    with Progress(disable=not sys.stdout.isatty(), transient=True) as progress:
+        task = progress.add_task("sampling", total=None)
+
+        def on_step(i: int, n: int, state: Batch) -> None:
+            progress.update(task, completed=i + 1, total=n)
+
         on_step.counts_only = True  # type: ignore[attr-defined]
         yield on_step
 
 
 if __name__ == "__main__":
-    raise SystemExit("error: this module is no command: type genai sample, or python sample.py")
+    raise SystemExit("error: this module is not a command: type genai sample, or python sample.py")

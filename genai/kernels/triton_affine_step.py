@@ -22,7 +22,10 @@ _TWO_PI = tl.constexpr(6.283185307179586)
 
 @triton.jit
 def cos_sin(angle):
-    """(cos, sin) of angles in [0, 2 pi], to 2e-7. Triton's own keep a table in local memory for angles of any size."""
+    """Return (cos, sin) of angles in [0, 2 pi], to 2e-7.
+
+    Triton's own functions keep a table in local memory for angles of any size.
+    """
     quarter = tl.floor(angle * 0.6366197723675814 + 0.5)
     r = angle - quarter * _HALF_PI_1 - quarter * _HALF_PI_2 - quarter * _HALF_PI_3
     t = r * r
@@ -36,7 +39,7 @@ def cos_sin(angle):
 
 @triton.jit
 def uniforms(seed, block, row, stream):
-    """The four uniforms of each block of four elements, in the layout of `genai.core.rng`."""
+    """Return the four uniforms of each block of four elements, in the layout of `genai.core.rng`."""
     low, high = (block & 0xFFFFFFFF).to(tl.uint32), (block >> 32).to(tl.uint32)
     zero = low * 0
     w0, w1, w2, w3 = tl.philox(seed, low, high, zero + row.to(tl.uint32), zero + stream)
@@ -46,7 +49,7 @@ def uniforms(seed, block, row, stream):
 
 @triton.jit
 def normals(seed, block, row, stream: tl.constexpr):
-    """Standard normals of the elements of consecutive blocks of four, (4 * len(block),)."""
+    """Return standard normals of the elements of consecutive blocks of four, (4 * len(block),)."""
     u0, v0, u1, v1 = uniforms(seed, block, row, stream)
     r0, r1 = tl.sqrt(-2 * tl.log(tl.maximum(u0, 1e-7))), tl.sqrt(-2 * tl.log(tl.maximum(u1, 1e-7)))
     c0, s0 = cos_sin(v0 * _TWO_PI)
@@ -57,7 +60,7 @@ def normals(seed, block, row, stream: tl.constexpr):
 
 @triton.jit
 def first_element(sample, n):
-    """Offset of a sample's first element; int64, for a batch may hold more than 2^31 elements."""
+    """Return the offset of a sample's first element; int64, since a batch may hold more than 2^31 elements."""
     return sample.to(tl.int64) * n
 
 
@@ -97,8 +100,11 @@ def affine_step_kernel(
     INPAINT: tl.constexpr,
     KEEP: tl.constexpr,
 ):
-    """One program makes BLOCK elements of one sample, and a sample takes `chunks` programs. A sample has
-    n_vectors * VECTOR elements, so that Triton sees what divides their number and moves VECTOR of them at once."""
+    """Compute BLOCK elements of one sample per program; a sample takes `chunks` programs.
+
+    A sample has n_vectors * VECTOR elements, so that Triton knows what divides their number and moves VECTOR of them at
+    once.
+    """
     n = n_vectors * VECTOR
     sample, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     inside = chunk.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -133,7 +139,7 @@ def affine_step_kernel(
 
 
 def vector(n: int, itemsize: int) -> int:
-    """How many elements of a sample of n are moved at once: 16 bytes of them where that divides n, else one."""
+    """Return how many elements of a sample of n are moved at once: 16 bytes of them if that divides n, else one."""
     return 16 // itemsize if n * itemsize % 16 == 0 else 1
 
 
@@ -160,7 +166,7 @@ def launch(
     noisy: bool,
     keep_x0: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `affine_step.reference`; tensors are float32, float16 or bfloat16, and contiguous."""
+    """Compute `affine_step.reference`; tensors are float32, float16 or bfloat16, and contiguous."""
     y, x0 = torch.empty_like(x), torch.empty_like(x) if keep_x0 else x.new_empty(0)
     if x.numel() == 0:
         return y, x0

@@ -26,7 +26,8 @@ _SIZES = ["outer", "inner_vectors", "o_blocks", "i_blocks", "per_group", "groups
 
 @triton.jit
 def place(outer, inner, o_blocks, i_blocks, OUTER: tl.constexpr, INNER: tl.constexpr):
-    """A program's tile of a sample, whose elements lie as (outer, inner): sample, blocks, indices, offsets, which exist."""
+    """Return a program's tile of a sample with elements (outer, inner): sample, blocks, indices, offsets, and a
+    mask."""
     pid = tl.program_id(0)
     i_block, o_block, sample = pid % i_blocks, pid // i_blocks % o_blocks, pid // (i_blocks * o_blocks)
     o, i = o_block * OUTER + tl.arange(0, OUTER), i_block * INNER + tl.arange(0, INNER)
@@ -36,13 +37,13 @@ def place(outer, inner, o_blocks, i_blocks, OUTER: tl.constexpr, INNER: tl.const
 
 @triton.jit
 def over_tile(v, LAST: tl.constexpr):
-    """A vector over a tile's channels, to be used with the tile."""
+    """Broadcast a vector over channels to a tile."""
     return v[None, :] if LAST else v[:, None]
 
 
 @triton.jit
 def store_partial(PARTIAL, a, b, sample, chunk, chunks, c, channels):
-    """Two numbers of each channel in a chunk of the pixels, to PARTIAL (B, chunks, 2, channels)."""
+    """Store two numbers per channel in a chunk of the pixels to PARTIAL (B, chunks, 2, channels)."""
     at = PARTIAL + (sample.to(tl.int64) * chunks + chunk) * 2 * channels + c
     tl.store(at, a, c < channels)
     tl.store(at + channels, b, c < channels)
@@ -50,7 +51,7 @@ def store_partial(PARTIAL, a, b, sample, chunk, chunks, c, channels):
 
 @triton.jit
 def factors(WEIGHT, BIAS, SCALE_SHIFT, sample, c, channels, inside, SCALED: tl.constexpr):
-    """Of each channel: weight, bias, 1 + scale, shift."""
+    """Load weight, bias, 1 + scale and shift of each channel."""
     weight, bias = tl.load(WEIGHT + c, inside, 0).to(tl.float32), tl.load(BIAS + c, inside, 0).to(tl.float32)
     factor, shift = 1.0 + weight * 0, weight * 0
     if SCALED:
@@ -73,7 +74,7 @@ def moments_kernel(
     INNER: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """Mean and sum of squared deviations of each channel in a tile."""
+    """Compute mean and sum of squared deviations of each channel in a tile."""
     inner = inner_vectors * VECTOR
     sample, o_block, i_block, o, i, at, valid = place(outer, inner, o_blocks, i_blocks, OUTER, INNER)
     x = tl.load(X + at, valid, 0).to(tl.float32)
@@ -100,7 +101,7 @@ def statistics_kernel(
     CHUNKS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Mean and 1 / standard deviation of one group of one sample, from those of its channels in chunks of pixels."""
+    """Merge the moments of channels and chunks to mean and 1 / standard deviation of one group of one sample."""
     sample, group = tl.program_id(0) // groups, tl.program_id(0) % groups
     channels, d = groups * per_group, tl.arange(0, CHANNELS)
     FIRST = PARTIAL + sample.to(tl.int64) * chunks * 2 * channels + group * per_group
@@ -147,7 +148,7 @@ def normalize_kernel(
     SCALED: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """y = v or v sigmoid(v), v = (xhat weight + bias) (1 + scale) + shift, of a tile."""
+    """Compute y = v or v sigmoid(v), v = (xhat weight + bias) (1 + scale) + shift, of a tile."""
     inner = inner_vectors * VECTOR
     sample, _, _, o, i, at, valid = place(outer, inner, o_blocks, i_blocks, OUTER, INNER)
     c, channels = (i, inner) if LAST else (o, outer)
@@ -164,7 +165,7 @@ def normalize_kernel(
 
 @triton.jit
 def inner_gradient(x, dy, mean, rstd, weight, bias, factor, shift, LAST: tl.constexpr, SILU: tl.constexpr):
-    """xhat, and the gradient dv of what SiLU is applied to."""
+    """Return xhat, and the gradient dv of SiLU's input."""
     xhat = (x - over_tile(mean, LAST)) * over_tile(rstd, LAST)
     if SILU:
         v = xhat * over_tile(weight * factor, LAST) + over_tile(bias * factor + shift, LAST)
@@ -196,7 +197,7 @@ def gradient_sums_kernel(
     SCALED: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """Sums of dv and dv xhat of each channel in a tile."""
+    """Compute the sums of dv and dv xhat of each channel in a tile."""
     inner = inner_vectors * VECTOR
     sample, o_block, i_block, o, i, at, valid = place(outer, inner, o_blocks, i_blocks, OUTER, INNER)
     if LAST:
@@ -230,7 +231,7 @@ def gradient_statistics_kernel(
     CHANNELS: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """Of one group of one sample: the gradients of weight, bias, scale and shift, and the means of dxhat and dxhat xhat."""
+    """Compute a group's gradients of weight, bias, scale and shift, and the means of dxhat and dxhat xhat."""
     sample, group = tl.program_id(0) // groups, tl.program_id(0) % groups
     channels, d = groups * per_group, tl.arange(0, CHANNELS)
     FIRST = PARTIAL + sample.to(tl.int64) * chunks * 2 * channels + group * per_group
@@ -280,7 +281,7 @@ def gradient_kernel(
     SCALED: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """dx = (dxhat - mean(dxhat) - xhat mean(dxhat xhat)) / std of a tile, dxhat = dv weight (1 + scale)."""
+    """Compute dx = (dxhat - mean(dxhat) - xhat mean(dxhat xhat)) / std of a tile, dxhat = dv weight (1 + scale)."""
     inner = inner_vectors * VECTOR
     sample, _, _, o, i, at, valid = place(outer, inner, o_blocks, i_blocks, OUTER, INNER)
     c, channels = (i, inner) if LAST else (o, outer)
@@ -297,7 +298,7 @@ def gradient_kernel(
 
 
 class Plan(NamedTuple):
-    """How a tensor (B, channels, pixels) is cut into tiles; `last`: its channels lie next to each other."""
+    """The tiling of a tensor (B, channels, pixels); `last` is True if its channels are contiguous."""
 
     last: bool
     outer: int
@@ -311,7 +312,7 @@ class Plan(NamedTuple):
 
     @property
     def chunk(self) -> int:
-        """Pixels of a tile."""
+        """The number of pixels of a tile."""
         return self.OUTER if self.last else self.INNER
 
     @property
@@ -326,20 +327,21 @@ def plan(channels: int, pixels: int, last: bool) -> Plan:
 
 
 def merging(chunks: int, per_group: int) -> dict[str, int]:
-    """Tile of the kernels that merge what tiles found."""
+    """Return the tile of the kernels that merge partial results."""
     CHANNELS = triton.next_power_of_2(per_group)
     return {"CHUNKS": min(triton.next_power_of_2(chunks), max(1024 // CHANNELS, 1)), "CHANNELS": CHANNELS}
 
 
 def in_layout(x: Tensor) -> tuple[Tensor, bool]:
-    """x itself where it is contiguous or channels-last, else a contiguous copy; and whether it is channels-last."""
+    """Return x, or a contiguous copy unless it is contiguous or channels-last; and True if it is channels-last."""
     last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     (x,) = aligned(x if last else x.contiguous())
     return x, last
 
 
 class FusedNorm(torch.autograd.Function):
-    """`norm.reference` of tensors on a GPU: x (B, C, ...), weight and bias (C,), scale_shift (B, 2C) or None."""
+    """The function `norm.reference` for tensors on a GPU: x (B, C, ...), weight and bias (C,), scale_shift (B, 2C)
+    or None."""
 
     @staticmethod
     def forward(

@@ -67,9 +67,9 @@ class LPIPS(KeepPrecision):
         if net not in NETS:
             raise UserError(f"model.perceptual.net={net} must be one of {', '.join(NETS)}")
         self.net = net
-        self.held: list[nn.Module] = []  # in a list, so that nn.Module does not register it
+        self.loaded: list[nn.Module] = []  # in a list, so that nn.Module does not register it
         if not stored.is_building():
-            self.held.append(self.load())
+            self.loaded.append(self.load())
 
     def load(self) -> nn.Module:
         """Load the published network. Raises UserError if the package or the weights are missing."""
@@ -91,12 +91,12 @@ class LPIPS(KeepPrecision):
         """Return the distance of x and y (B, 1 or 3, H, W), (B,)."""
         if x.shape[1] == 1:
             x, y = x.expand(-1, 3, -1, -1), y.expand(-1, 3, -1, -1)
-        if not self.held:
-            self.held.append(self.load().to(x.device))
-        return self.held[0](x, y).flatten()
+        if not self.loaded:
+            self.loaded.append(self.load().to(x.device))
+        return self.loaded[0](x, y).flatten()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "LPIPS":
-        for net in self.held:
+        for net in self.loaded:
             net._apply(lambda t: keep_precision(t, fn(t)), recurse)
         return super()._apply(fn, recurse)
 
