@@ -215,7 +215,7 @@ def run(cfg: Any) -> Path:
             loaded, cfg.n, cfg.seed, sampler=node, batch_size=cfg.batch_size, on_step=on_step, **request, **kwargs
         )
     home = checkpoint.folder_of(loaded.path)
-    out = Path(cfg.out) if cfg.out is not None else _unused(home)
+    out = Path(cfg.out) if cfg.out is not None else _free_folder(home)
     with files.check_writable(out, "name another folder with out="):
         files.make_folder(out, None if cfg.out is not None else home)
         written = _write(out, loaded, batch, request, node)
@@ -254,7 +254,7 @@ def file_names(seeds: Tensor, labels: Tensor | None) -> list[str]:
     return [f"seed_{s:06d}_label_{y}" for s, y in zip(seeds.tolist(), labels.tolist(), strict=True)]
 
 
-def _unused(run: Path) -> Path:
+def _free_folder(run: Path) -> Path:
     """Return the first of samples/0001, samples/0002, ... below a run, or next to a checkpoint, that does not exist."""
     return next(path for i in range(1, 10**6) if not os.path.lexists(path := run / "samples" / f"{i:04d}"))
 

@@ -117,7 +117,7 @@ class _Reader:
         if order in self.records and self.archive.read(order).decode() != sys.byteorder:
             raise UnsafeArchive("its numbers are stored in another byte order than this machine's")
         program = self.archive.read(f"{self.root}data.pkl")
-        return _bounded(self.run(program), len(program))
+        return _check_nesting(self.run(program), len(program))
 
     def run(self, program: bytes) -> Any:
         """Carry out the pickle. Raises UnsafeArchive at the first thing in it that is more than data."""
@@ -157,25 +157,25 @@ class _Reader:
                 stack[-n:] = [tuple(stack[-n:])]
             elif name in ("SETITEM", "SETITEMS"):
                 items = since_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-                _plain(stack[-1], dict)
+                _check_type(stack[-1], dict)
                 for key, value in zip(items[::2], items[1::2], strict=True):
                     if type(key) not in (str, int):  # a tuple of tuples may take for ever to hash
                         raise UnsafeArchive(f"a dict has a key that is a {type(key).__name__}")
                     stack[-1][key] = value
             elif name in ("APPEND", "APPENDS"):
                 items = since_mark() if name == "APPENDS" else [stack.pop()]
-                _plain(stack[-1], list)
+                _check_type(stack[-1], list)
                 stack[-1].extend(items)
             elif name == "GLOBAL":
-                stack.append(_allowed(argument))
+                stack.append(_resolve_name(argument))
             elif name == "BINPERSID":
-                stack.append(self.storage(*_plain(stack.pop(), tuple)))
+                stack.append(self.storage(*_check_type(stack.pop(), tuple)))
             elif name == "REDUCE":
-                arguments, function = _plain(stack.pop(), tuple), stack.pop()
+                arguments, function = _check_type(stack.pop(), tuple), stack.pop()
                 stack.append(self.call(function, arguments))
             elif name == "BUILD":  # of the attributes of an OrderedDict, versions of modules, nothing is kept
                 stack.pop()
-                _plain(stack[-1], dict)
+                _check_type(stack[-1], dict)
             elif name == "STOP":
                 return stack.pop()
             elif name != "PROTO":
@@ -219,13 +219,13 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def _plain(value: Any, kind: type) -> Any:
+def _check_type(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise UnsafeArchive(f"its pickle treats a {type(value).__name__} as a {kind.__name__}")
     return value
 
 
-def _allowed(name: str) -> Name:
+def _resolve_name(name: str) -> Name:
     storages = [f"torch {kind}Storage" for kind in DTYPES]
     if name not in (ORDERED_DICT.name, REBUILD.name, *storages):
         raise UnsafeArchive(f"it names {name.replace(' ', '.')}")
@@ -234,7 +234,10 @@ def _allowed(name: str) -> Name:
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
     """Return a tensor over a storage. Raises UnsafeArchive if it would have more numbers than that."""
-    numbers, sizes = _plain(storage, Storage).numbers, (offset, *_plain(shape, tuple), *_plain(strides, tuple))
+    numbers, sizes = (
+        _check_type(storage, Storage).numbers,
+        (offset, *_check_type(shape, tuple), *_check_type(strides, tuple)),
+    )
     if any(type(n) is not int or not 0 <= n < 2**62 for n in sizes) or len(shape) != len(strides):
         raise UnsafeArchive("a tensor has a size that is none")
     count, last = 1, offset
@@ -245,7 +248,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
     return torch.empty(0, dtype=numbers.dtype).set_(numbers.untyped_storage(), offset, shape, strides)
 
 
-def _bounded(value: Any, limit: int) -> Any:
+def _check_nesting(value: Any, limit: int) -> Any:
     """Return the value. Raises UnsafeArchive if it is nested too deep, or as a tree is larger than the bytes that
     spell it."""
     seen, waiting = 0, [(value, 0)]

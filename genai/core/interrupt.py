@@ -66,7 +66,7 @@ def _leave(number: int, frame: FrameType | None = None) -> None:
 
 def _raise(number: int, frame: FrameType | None) -> None:
     global _received
-    if _received is not None or _importing(frame):
+    if _received is not None or _is_importing(frame):
         _leave(number)
     _received = number
     if number == signal.SIGINT:
@@ -74,7 +74,7 @@ def _raise(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def _importing(frame: FrameType | None) -> bool:
+def _is_importing(frame: FrameType | None) -> bool:
     while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
         frame = frame.f_back
     return frame is not None

@@ -1,6 +1,7 @@
-"""Stored configs: MOVED maps targets of older files to those of today, and a flag is set while objects are built from one.
+"""Stored configs: MOVED maps the targets of older files to those of today, and a flag is set while objects are built
+from a file.
 
-Such an object reads what is there: it downloads nothing, and writes nothing where the file chooses.
+An object built from a file only reads what exists: it downloads nothing, and writes nothing where the file says.
 """
 
 import contextlib
@@ -16,26 +17,29 @@ PRETRAINED = "genai.checkpoint.pretrained"
 DIFFUSION = "genai.models.diffusion"
 
 
-def solved(solver: str, own: Node, **meant: Any) -> Callable[[Node], Node]:
-    """A value of MOVED for a sampler of diffusion that is a solver of the one sampler now, with the keys `own` of it;
-    keys that an older file lacks are what they meant then."""
+def solver_node(solver: str, own: Node, **meant: Any) -> Callable[[Node], Node]:
+    """Return a value of MOVED for a diffusion sampler of its own that is now a solver of the one sampler.
+
+    `own` holds the solver's keys with their old defaults; other keys that an older file lacks get the defaults of then,
+    `meant`.
+    """
     levels = {"rho": 7.0, "shift": 1.0, "sigma_min": None, "sigma_max": None}
     target = {"_target_": f"{DIFFUSION}.sampling.tables.{solver}", "_partial_": True}
 
     def move(node: Node) -> Node:
         rest = {key: value for key, value in node.items() if key not in own}
-        told = {**target, **{key: node.get(key, value) for key, value in own.items()}}
-        return {**meant, **levels, **rest, "_target_": f"{DIFFUSION}.sampling.samplers.sample", "solver": told}
+        options = {**target, **{key: node.get(key, value) for key, value in own.items()}}
+        return {**meant, **levels, **rest, "_target_": f"{DIFFUSION}.sampling.samplers.sample", "solver": options}
 
     return move
 
 
 MOVED: dict[str, str | Callable[[Node], Node]] = {
-    f"{DIFFUSION}.samplers.ddim": solved("ddim", {"eta": 0.0}, steps=50, spacing="trailing"),
-    f"{DIFFUSION}.samplers.ddpm": solved("ddpm", {"variance": "small"}, steps=None, spacing="trailing"),
-    f"{DIFFUSION}.samplers.heun": solved("heun", {"space": "sigma"}, steps=20, spacing="karras"),
-    f"{DIFFUSION}.samplers.midpoint": solved("midpoint", {"space": "flow"}, steps=20, spacing="trailing"),
-    f"{DIFFUSION}.samplers.dpmpp_2m": solved("dpmpp_2m", {"eta": 0.0}, steps=20, spacing="log_snr"),
+    f"{DIFFUSION}.samplers.ddim": solver_node("ddim", {"eta": 0.0}, steps=50, spacing="trailing"),
+    f"{DIFFUSION}.samplers.ddpm": solver_node("ddpm", {"variance": "small"}, steps=None, spacing="trailing"),
+    f"{DIFFUSION}.samplers.heun": solver_node("heun", {"space": "sigma"}, steps=20, spacing="karras"),
+    f"{DIFFUSION}.samplers.midpoint": solver_node("midpoint", {"space": "flow"}, steps=20, spacing="trailing"),
+    f"{DIFFUSION}.samplers.dpmpp_2m": solver_node("dpmpp_2m", {"eta": 0.0}, steps=20, spacing="log_snr"),
     **{f"{DIFFUSION}.{name}": f"{DIFFUSION}.process.{name}" for name in ("paths", "schedules", "weightings")},
     **{f"{DIFFUSION}.{name}": f"{DIFFUSION}.nets.{name}" for name in ("dit", "levels", "mlp", "unet")},
     **{f"{DIFFUSION}.{name}": f"{DIFFUSION}.sampling.{name}" for name in ("samplers", "tables")},
@@ -48,7 +52,7 @@ MOVED: dict[str, str | Callable[[Node], Node]] = {
     "genai.extractors": "genai.evaluation.features",
     "genai.evaluation.features.judge": "genai.evaluation.features.classifier",
 }
-"""Old `_target_` -> its name today or, where its keys change too, a function from the old node to the new, as `solved`
+"""Old `_target_` -> its name today or, where its keys change too, a function from the old node to the new, as `solver_node`
 makes one; old module -> its name today, for every target in it that has no row of its own. A row stays for ever."""
 
 
@@ -61,28 +65,33 @@ RENAMED_OVERRIDES = {
 """Overrides of the command line, and of files of sweeps, under names of before -> as they are written today."""
 
 
-def moved(target: str) -> str | Callable[[Node], Node] | None:
-    """What MOVED says of a target, None if nothing."""
+def new_target(target: str) -> str | Callable[[Node], Node] | None:
+    """Return the entry of MOVED for a target, None if there is none."""
     module, _, name = target.rpartition(".")
     found = MOVED.get(module)
     return MOVED.get(target, f"{found}.{name}" if isinstance(found, str) else None)
 
 
 def up_to_date(node: Any) -> Any:
-    """A stored config, or a part of one, with every node as MOVED says, those within it first; it is not changed itself."""
+    """Return a stored config, or a part of one, with every node translated by MOVED, inner nodes first; it is not
+    changed."""
     if isinstance(node, list):
         return [up_to_date(value) for value in node]
     if not isinstance(node, dict):
         return node
     node, passed = {key: up_to_date(value) for key, value in node.items()}, set()
-    while type(target := node.get("_target_")) is str and target not in passed and (move := moved(target)) is not None:
+    while (
+        type(target := node.get("_target_")) is str
+        and target not in passed
+        and (move := new_target(target)) is not None
+    ):
         passed.add(target)  # whose keys alone may have changed
         node = move(node) if callable(move) else {**node, "_target_": move}
     return _named_first_stage(node) if "codec" in node and "model" in node else node
 
 
 def _named_first_stage(config: Node) -> Node:
-    """A run's config whose latent space says itself where its first stage is from; up to format 2 `codec` alone said so."""
+    """Return a run's config with the first stage named in its latent space; up to format 2 only `codec` named it."""
     codec, model = config["codec"], config["model"]
     latent = model.get("latent") if isinstance(model, dict) else None
     if not (isinstance(codec, dict) and isinstance(model, dict) and isinstance(latent, dict)):
@@ -100,7 +109,7 @@ _building = ContextVar("building what a file says", default=False)
 
 @contextlib.contextmanager
 def building() -> Iterator[None]:
-    """Until its end, `is_building` is true."""
+    """Return a context in which `is_building` is true."""
     token = _building.set(True)
     try:
         yield
@@ -109,5 +118,5 @@ def building() -> Iterator[None]:
 
 
 def is_building() -> bool:
-    """Whether the one who calls is being built because a file says so, and not because the user typed it."""
+    """Return True if the caller is being built from a file, and not from what the user typed."""
     return _building.get()

@@ -143,7 +143,7 @@ def vector(n: int, itemsize: int) -> int:
     return 16 // itemsize if n * itemsize % 16 == 0 else 1
 
 
-def aligned(*tensors: Tensor | None) -> list:
+def align(*tensors: Tensor | None) -> list:
     """The tensors, copied where their first element is not at a multiple of 16 bytes.
 
     Triton compiles anew for such an address, also while a graph is captured, which must not happen then.
@@ -175,7 +175,7 @@ def launch(
     w, p, q, a, b, c, d, s, alpha, sigma = map(float, k)  # for a whole number would be compiled in
     with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be that of x
         affine_step_kernel[(len(x) * chunks,)](
-            *aligned(x, out, out_uncond, x0_prev, x_base, known, mask),
+            *align(x, out, out_uncond, x0_prev, x_base, known, mask),
             seeds,
             y,
             x0,

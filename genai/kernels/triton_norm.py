@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from genai.kernels.triton_affine_step import aligned, vector
+from genai.kernels.triton_affine_step import align, vector
 
 TILE = 4096  # elements a program
 WARPS = 4
@@ -326,7 +326,7 @@ def plan(channels: int, pixels: int, last: bool) -> Plan:
     return Plan(last, outer, inner, min(triton.next_power_of_2(outer), TILE // INNER), INNER)
 
 
-def merging(chunks: int, per_group: int) -> dict[str, int]:
+def merge_tile(chunks: int, per_group: int) -> dict[str, int]:
     """Return the tile of the kernels that merge partial results."""
     CHANNELS = triton.next_power_of_2(per_group)
     return {"CHUNKS": min(triton.next_power_of_2(chunks), max(1024 // CHANNELS, 1)), "CHANNELS": CHANNELS}
@@ -335,7 +335,7 @@ def merging(chunks: int, per_group: int) -> dict[str, int]:
 def in_layout(x: Tensor) -> tuple[Tensor, bool]:
     """Return x, or a contiguous copy unless it is contiguous or channels-last; and True if it is channels-last."""
     last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    (x,) = aligned(x if last else x.contiguous())
+    (x,) = align(x if last else x.contiguous())
     return x, last
 
 
@@ -370,7 +370,7 @@ class FusedNorm(torch.autograd.Function):
                 C // groups,
                 eps,
                 CHUNK=p.chunk,
-                **merging(p.chunks, C // groups),
+                **merge_tile(p.chunks, C // groups),
             )
             normalize_kernel[programs](
                 x,
@@ -396,7 +396,7 @@ class FusedNorm(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, scale_shift, mean, rstd = ctx.saved_tensors
         p, groups = ctx.plan, ctx.groups
-        (dy,) = aligned(dy.contiguous(memory_format=torch.channels_last if p.last else torch.contiguous_format))
+        (dy,) = align(dy.contiguous(memory_format=torch.channels_last if p.last else torch.contiguous_format))
         (B, C), pixels = x.shape[:2], x[0, 0].numel()
         dx = torch.empty_like(x)
         partial = x.new_empty(B, p.chunks, 2, C, dtype=torch.float32)
@@ -420,7 +420,7 @@ class FusedNorm(torch.autograd.Function):
                 groups,
                 C // groups,
                 SCALED=scale_shift is not None,
-                **merging(p.chunks, C // groups),
+                **merge_tile(p.chunks, C // groups),
             )
             gradient_kernel[programs](x, dy, dx, *known, mean, rstd, means, *sizes, **tile)
         dweight, dbias = dparameters.sum(0)

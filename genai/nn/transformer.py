@@ -123,20 +123,23 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(y))
 
     def drop(self, x: Tensor) -> Tensor:
+        """Apply dropout to a branch's output (B, T, width)."""
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
 class Transformer(nn.Module):
-    """Embeddings (B, T, width) -> states (B, T, width).
+    """A stack of blocks from embeddings (B, T, width) to states (B, T, width).
 
     Args:
-        width: of the residual stream.
-        layers: blocks.
-        attention, mlp, norm, position: called with `width` each time one is needed.
-        shift: likewise, before attention and MLP; None for none.
-        dropout: of what each block adds, and of the embeddings.
-        gradient_checkpointing: compute activations twice instead of keeping them.
-        cross: called likewise, between attention and MLP, for attention to a context; None for none.
+        width: width of the residual stream.
+        layers: number of blocks.
+        attention, mlp, norm, position: constructors, called with `width` for each instance.
+        shift: constructor of the token shift before attention and MLP; None for none.
+        dropout: dropout probability of the embeddings and of each block's branches.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        cross: constructor of cross-attention to a context, between attention and MLP; None for none.
+
+    Raises UserError for layers or dropout out of range, and for positions that do not fit head_dim.
     """
 
     def __init__(
@@ -157,13 +160,13 @@ class Transformer(nn.Module):
         number(dropout, "dropout", 0, 1)
         self.width, self.dropout, self.gradient_checkpointing = width, dropout, gradient_checkpointing
         self.position = position(width)
-        self.positions: int | None = self.position.length  # type: ignore[assignment]  # None: any
+        self.positions: int | None = self.position.length  # type: ignore[assignment]  # None: no limit
         blocks = [Block(width, attention, mlp, norm, shift, dropout, cross) for _ in range(layers)]
         self.shifts = shift is not None
         self.kv_heads, self.head_dim = blocks[0].attention.kv_heads, blocks[0].attention.head_dim
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm(width)
-        self.position(torch.arange(1), self.head_dim)  # what cannot be says so here
+        self.position(torch.arange(1), self.head_dim)  # fails early on an invalid head_dim
 
     def forward(
         self,
@@ -172,8 +175,12 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,
         context: Context | Sequence[ContextKeyValues] | None = None,
     ) -> Tensor:
-        """With a cache, x are the positions after those it has seen, and it sees them; without, `mask` (B or 1, 1, T or 1,
-        T) may be an attention mask. What blocks with `cross` attend to is `context`, or what `project` made of it."""
+        """Map x (B, T, width) to the same shape.
+
+        With a cache, x continues the positions read before and attends to them. Without, `mask`, bool (B or 1, 1, T,
+        T), limits attention; None leaves it to the attention itself. `context` is a Context, or what `project` made of
+        it.
+        """
         if cache is None:
             positions = Positions(*self.position(torch.arange(x.shape[1], device=x.device), self.head_dim))._replace(
                 mask=mask
@@ -192,7 +199,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def project(self, context: Context) -> list[ContextKeyValues]:
-        """Every block's keys and values of a context, for many calls with it."""
+        """Return every block's keys and values of a context, to be reused by many calls."""
         return [block.cross.project(context) for block in self.blocks]  # type: ignore[union-attr,operator]
 
 

@@ -147,7 +147,7 @@ def build(name, dtype, capability, channels, last):
     kernel, p = getattr(module, name), module.plan(channels, 256, last)
     size = vector(p.inner, {"fp32": 4, "bf16": 2}[dtype])
     constants = {"VECTOR": size, "OUTER": p.OUTER, "INNER": p.INNER, "LAST": last, "SCALED": True, "SILU": True}
-    constants |= {"CHUNK": p.chunk, **module.merging(p.chunks, 4)}
+    constants |= {"CHUNK": p.chunk, **module.merge_tile(p.chunks, 4)}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     signature, aligned = {}, {}
     for i, argument in enumerate(kernel.arg_names):

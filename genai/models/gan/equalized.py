@@ -45,7 +45,7 @@ class EqualizedLinear(nn.Module):
 
 
 class EqualizedConv(nn.Module):
-    """The same for a convolution of maps (B, C, H, W)."""
+    """A convolution of maps (B, C, H, W) with the same scaling of weights and biases."""
 
     def __init__(
         self,

@@ -72,7 +72,7 @@ class VAE(nn.Module):
 
     @property
     def objective(self) -> str | None:
-        """Why the model's likelihood is not the best it could have; None if it is trained for likelihood."""
+        """The reason why the model's likelihood is not the best it could have; None if it is trained for likelihood."""
         other = {
             name: getattr(self, name) for name, plain in (("beta", 1), ("free_bits", 0)) if getattr(self, name) != plain
         }
