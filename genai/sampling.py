@@ -56,6 +56,7 @@ def sample(
         sampler: a config node; None is the sampler that the checkpoint was trained with.
         batch_size: samples drawn at once.
         on_step: called as on_step(step so far, steps of all batches, state).
+        progress: show a progress bar, or lines if there is no terminal.
         image: image to start from, a file, a folder, or (m, C, H, W) in [-1, 1]; fewer than n repeat.
         mask: the part of the image to fill in: a file whose white is filled and whose black is kept, or 1 and 0 in (1
             or C, H, W).
@@ -247,11 +248,14 @@ def _write(out: Path, loaded: Loaded, batch: Batch, request: Request, node: dict
     return f"{out}/{', '.join(written)}"
 
 
-def file_names(seeds: Tensor, labels: Tensor | None) -> list[str]:
-    """Return the names seed_000007 or, with labels, seed_000007_label_3."""
-    if labels is None:
-        return [f"seed_{s:06d}" for s in seeds.tolist()]
-    return [f"seed_{s:06d}_label_{y}" for s, y in zip(seeds.tolist(), labels.tolist(), strict=True)]
+def file_names(seeds: Tensor, labels: Tensor | None, original: Tensor | None = None) -> list[str]:
+    """Return the names seed_000007, with labels seed_000007_label_3, and seed_000007_original for items of the data."""
+    names = [f"seed_{seed:06d}" for seed in seeds.tolist()]
+    if labels is not None:
+        names = [f"{name}_label_{label}" for name, label in zip(names, labels.tolist(), strict=True)]
+    if original is not None:
+        names = [f"{name}_original" if one else name for name, one in zip(names, original.tolist(), strict=True)]
+    return names
 
 
 def _free_folder(run: Path) -> Path:
@@ -261,18 +265,9 @@ def _free_folder(run: Path) -> Path:
 
 @contextlib.contextmanager
 def bar() -> Iterator[OnStep]:
-    """Return a context whose on_step draws a progress bar, or nothing if the output is not a terminal.
-
-    With a CUDA graph the bar advances by whole batches.
-    """
-    from rich.progress import Progress
-
-    with Progress(disable=not sys.stdout.isatty(), transient=True) as progress:
-        task = progress.add_task("sampling", total=None)
-
-        def on_step(i: int, n: int, state: Batch) -> None:
-            progress.update(task, completed=i + 1, total=n)
-
+    """Return a context whose on_step shows the steps, of whole batches with a CUDA graph; see `genai.progress`."""
+    with progress.task("sampling", unit="steps") as task:
+        on_step = progress.follow(task)
         on_step.counts_only = True  # type: ignore[attr-defined]
         yield on_step
 

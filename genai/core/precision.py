@@ -25,7 +25,8 @@ MATMUL_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d,
 
 
 def precision_of(name: object, device: str | torch.device, key: str = "precision") -> str:
-    """Return the precision that `name` means on a device. Raises UserError for an unknown name."""
+    """Return the precision that `name`, in any spelling, means on a device. Raises UserError for an unknown name."""
+    name = canonical(key, name)
     if not isinstance(name, str) or name not in PRECISIONS:
         raise UserError(f"{key}={name} must be one of {', '.join(PRECISIONS)}")
     if name != "auto":

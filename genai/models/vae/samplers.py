@@ -42,7 +42,7 @@ def reconstruct(
     split: str = "val",
     columns: int = 10,
 ) -> Batch:
-    """Show rows of items, and below each row their reconstructions."""
+    """Show rows of items, and below each row their reconstructions; `original`, bool (B,), marks the items."""
     row, column = _cells(seeds, columns)
     x = load_items(items, split, row // 2 * columns + column).to(_device(model))
     original = (row % 2 == 0).to(x.device)

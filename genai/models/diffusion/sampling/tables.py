@@ -212,7 +212,7 @@ def _coordinate(marginal: Marginal, space: Space) -> tuple[float, float]:
 def _check_space(marginals: Sequence[Marginal], space: Space) -> None:
     """Raise UserError for an unknown space, or for sigma / alpha where a point is pure noise (alpha = 0)."""
     if space not in ("sigma", "flow"):
-        raise UserError(f"sampler.solver.space={space!r} is none of sigma, flow")
+        raise UserError(f"sampler.solver.space={space!r} must be one of sigma, flow")
     if not all(_coordinate(marginal, space)[1] for marginal in marginals):
         raise UserError(
             "sampler.solver.space=sigma cannot start from pure noise (alpha = 0): use sampler.solver.space=flow"
