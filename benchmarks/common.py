@@ -149,8 +149,13 @@ def kept(path: Path, rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> li
 
 
 def report(
-    name: str, args: argparse.Namespace, device: torch.device, rows: list[dict[str, Any]], by: Sequence[str] = (), **facts: Any
-) -> None:  # fmt: skip
+    name: str,
+    args: argparse.Namespace,
+    device: torch.device,
+    rows: list[dict[str, Any]],
+    by: Sequence[str] = (),
+    **facts: Any,
+) -> None:
     """Print the rows as a table and write the record results/<name>_<cpu or cuda>.json, or the file that benchmarks.gpu asks for.
 
     A run with --toy writes no record of its own. Where a package or a part is left out, the rows that the old record has of it

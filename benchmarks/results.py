@@ -178,12 +178,14 @@ def models() -> str:
     for entry in recipes().values():
         if entry.get("readme", True):
             command = re.sub(r" codec\.ckpt=\S+", "", train_command(entry))
-            rows.append({
-                "model": entry["model"],
-                "command": f"`{command}`",
-                "result": sentence(entry, HEADLINES[entry["section"]]),
-                "time": duration(entry["runs"][0]["figures"]["seconds"]["value"]),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "model": entry["model"],
+                    "command": f"`{command}`",
+                    "result": sentence(entry, HEADLINES[entry["section"]]),
+                    "time": duration(entry["runs"][0]["figures"]["seconds"]["value"]),
+                }
+            )
     return table(rows)
 
 
@@ -193,12 +195,11 @@ def cards() -> str:
     for name in ("ddpm_digits", "gan_digits", "vae_digits", "gpt_digits"):
         entry = recipes()[name]
         figures = entry["runs"][0]["figures"]
-        rows.append({
-            "run": f"`{train_command(entry)}`",
-            "Fréchet distance": measured("frechet", figures["frechet"]),
-            **{key: measured(key, figures[key]) for key in ("precision", "recall")},
-            "bits/dim": measured("bits_per_dim", figures["bits_per_dim"]) if "bits_per_dim" in figures else "",
-        })  # fmt: skip
+        row = {"run": f"`{train_command(entry)}`"}
+        row |= {FIGURES[key][3]: measured(key, figures[key]) for key in ("frechet", "precision", "recall")}
+        rows.append(
+            row | {"bits/dim": measured("bits_per_dim", figures["bits_per_dim"]) if "bits_per_dim" in figures else ""}
+        )
     return table(rows)
 
 
