@@ -65,6 +65,7 @@ def main() -> None:
     loaded, data = genai.load(args.run), Digits("image", [1, 8, 8], 10, 17, 64, 0)
     extractor = classifier(data, None, "cpu")
     real = FeatureSet(extractor, ()).add(training_data(data, ["train", "val"]).x).moments
+    diffusion: Any = loaded.model
     rows: dict[str, dict[int, float]] = {}
     calls: dict[str, int] = {}
     distances: dict[str, float] = {}  # by table: two names may be one solver on the same levels
@@ -75,7 +76,7 @@ def main() -> None:
         calls[path.stem] = 2 if any(word in path.stem for word in ("heun", "midpoint")) else 1
         try:
             for steps in args.steps:
-                table = repr(table_of(loaded.model.path, node, steps))
+                table = repr(table_of(diffusion.path, node, steps))
                 if table not in distances:
                     images = genai.sample(loaded, n=args.n, sampler={**node, "steps": steps})["image"]
                     fake = FeatureSet(extractor, ()).add(data.modality.quantize(images, data.levels)).moments
