@@ -64,14 +64,20 @@ def train() -> None:
     """Train a model: `python train.py`, `genai train`."""
     interrupt.exit_on_signal()
     from genai import sweeps
-    from genai.cli import main
+    from genai.cli import fail, main
+    from genai.core.errors import UserError
+
+    dry = "--dry-run" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--dry-run"]
 
     def task(cfg: Any) -> None:
-        from genai.train.run import run
+        from genai.train.run import dry_run, run
 
         sweeps.refuse_alone(cfg)
-        run(cfg)
+        (dry_run if dry else run)(cfg)
 
+    if dry and {"-m", "--multirun"} & {*sys.argv}:
+        fail(UserError("--dry-run is for one run: leave -m out"))
     sweeps.register()
     main(task, "train", sweeps.prepare)
 

@@ -89,15 +89,15 @@ class Samples(Between):
     def on_train_start(self, trainer: L.Trainer, pl_module: LitModel) -> None:
         self.try_out(pl_module)
 
-    def try_out(self, lit: LitModel) -> None:
-        """One network call for one sample, so that a sampler that cannot run says so now and not after hours."""
+    def try_out(self, lit: LitModel, n: int = 1) -> None:
+        """One network call for n samples, so that a sampler that cannot run says so now and not after hours."""
 
         def enough(i: int, n: int, state: Batch) -> None:
             raise _Enough
 
         check_sampler(self.sampler, lit.model)
         with contextlib.suppress(_Enough):
-            self.sample(lit, 1, enough)
+            self.sample(lit, n, enough)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
         if due(trainer, self.every_steps):

@@ -34,6 +34,7 @@ from genai.modalities.stored import difference, nodes_of
 from genai.ranges import check as ranges
 from genai.train import codec, trackers
 from genai.train.callbacks import Cards, File, Progress, Samples, Stop
+from genai.train.dry_run import Measure, report, summarise
 from genai.train.lit import LitModel
 from genai.train.lock import ELSEWHERE, lock_run
 from genai.train.optim import idle_from
@@ -80,8 +81,22 @@ def run(cfg: DictConfig, command: bool = True) -> Path:
         return _run(cfg, ranks, held)
 
 
-def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
-    """See `run`; the run directory is `held` by the first rank as soon as there is one."""
+def dry_run(cfg: DictConfig) -> None:
+    """Print what `run(cfg)` would train, with the memory and time of a step measured on a few steps; writes nothing.
+
+    Raises UserError for what `run` would refuse, and for resume=.
+    """
+    if cfg.resume is not None:
+        raise UserError("--dry-run measures a new run: leave resume= out, or --dry-run")
+    ranks = launched(os.environ, at_least(cfg.trainer.devices, 1, "trainer.devices"))
+    with _quiet(), contextlib.ExitStack() as held:
+        cfg.trainer.devices = 1
+        _run(cfg, Ranks(), held, ranks.world)
+
+
+def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack, dry: int = 0) -> Path:
+    """See `run`; the run directory is `held` by the first rank as soon as there is one. `dry` is the number of ranks that a dry
+    run stands for."""
     trust = trusted_packages(cfg.trust)
     build = (
         build_typed if cfg.resume is None else functools.partial(build_stored, trust=trust, kinds=(MODELS, DATA, RUN))
@@ -136,7 +151,7 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     model = (
         precision.cast_for_inference(model, hardware["precision"]) if hardware["precision"] == "bf16-true" else model
     )
-    record = Record(folder, writes=ranks.first)
+    record = Record(folder, writes=ranks.first and not dry)
     lit = _lit(cfg, config, build, model, data, record, resumed[0] if resumed else None)
     callbacks = [build(node) for node in config["callbacks"].values() if node is not None]
     for callback in callbacks:  # before anything is written; on its device it is tried once more
@@ -148,7 +163,7 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
     tracker = trackers.none
     if config["logger"] is not None:  # before anything is written
         tracker = trackers.checked(build({**config["logger"], "_partial_": True}))
-    if cfg.get("codec") is not None and cfg.codec.cache is not None:
+    if cfg.get("codec") is not None and cfg.codec.cache is not None and not dry:
         if resumed is not None:
             checkpoint.load_weights(model, resumed[0]["model"], resumed[1])
         codec.precompute(model, data, cfg)
@@ -156,14 +171,18 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
         for net in model.nets().values():
             net.compile()
     ranks.start(device.type == "cuda")
-    stop = Stop()
-    trainer = L.Trainer(
-        **{**hardware, "precision": hardware["precision"].replace("bf16-true", "32-true")},  # the model is in it already
+    trainer_of = functools.partial(
+        L.Trainer, **{**hardware, "precision": hardware["precision"].replace("bf16-true", "32-true")},  # the model is in it
         max_steps=cfg.max_steps, max_epochs=-1, logger=False, default_root_dir=folder,
-        callbacks=[*callbacks, Progress(), stop], plugins=[File(config, nodes_of(*known), train_split, resumed), ranks],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
         limit_val_batches=0, use_distributed_sampler=False, profiler=Unprofiled(),
     )  # fmt: skip
+    if dry:
+        measure = Measure(callbacks)
+        print(report(trainer_of(callbacks=[measure], plugins=[ranks]), lit, measure, dry))
+        return folder
+    stop, file = Stop(), File(config, nodes_of(*known), train_split, resumed)
+    trainer = trainer_of(callbacks=[*callbacks, Progress(), stop], plugins=[file, ranks])
     if ranks.first:
         if resumed is None and cfg.resume is None:
             held.enter_context(lock_run(folder))
@@ -174,6 +193,7 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack) -> Path:
         with progress.task("starting the tracker"):
             record.tracker = tracker(folder, cfg.name, {**config, "parameters": parameters})
         where = f"{trainer.strategy.root_device}" + (f", {ranks.world} ranks" if ranks.world > 1 else "")
+        print(summarise(lit, cfg.max_steps, ranks.world))
         started = f" that {ranks.launcher} started" if ranks.launcher else ""
         print(f"{folder}: {parameters:,} parameters, {cfg.max_steps} steps on {where}{started}")
     failed = True

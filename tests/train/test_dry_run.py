@@ -1,0 +1,103 @@
+"""--dry-run: what would run, measured, and nothing written; the same summary opens a run."""
+
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+import genai
+from genai.checkpoint.build import build_typed
+from genai.core import metrics_csv
+from genai.core.errors import UserError
+from genai.train.dry_run import layers, tabulate
+from genai.train.run import dry_run
+from tests.test_configs import CASES, config_of
+
+TINY = ["debug=true", "sampler.steps=2", "callbacks.samples.n=2"]
+
+
+def measured(text):
+    """(GiB, seconds a step) that a dry run printed."""
+    return tuple(float(re.search(rf"^{name} +([\d.e-]+) ", text, re.MULTILINE)[1]) for name in ("memory", "time"))
+
+
+def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+    dry_run(genai.compose([*TINY, "logger=wandb", "run_dir=here"]))
+    text = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is handler
+    parameters = re.search(r"model +DDPM, ([\d,]+) parameters", text)[1]
+    assert re.search(rf"^net +UNet +\(2, 1, 8, 8\) +{parameters}$", text, re.MULTILINE)
+    assert re.search(r"^  down +3 x Stage +\(2, 64, 4, 4\) +[\d,]+$", text, re.MULTILINE)
+    assert re.search(r"^data +image \(1, 8, 8\), 10 classes: 1,293 train, 144 val, 360 test items$", text, re.MULTILINE)
+    assert "optimiser  AdamW, lr 0.00" in text
+    assert "5 steps of 8 items" in text
+    gib, seconds = measured(text)
+    assert gib > 0.1 and seconds > 0
+    genai.train([*TINY, "logger=none", "run_dir=here"])
+    opening = capsys.readouterr().out
+    for line in text.splitlines():
+        if line.startswith(("model ", "data ", "optimiser ", "training ")):
+            assert line in opening.splitlines()
+
+
+def test_a_dry_run_refuses_what_a_run_refuses(tmp_path, monkeypatch, refused, command):
+    with pytest.raises(UserError, match="measures a new run"):
+        cfg = genai.compose(TINY)
+        cfg.resume = "x"
+        dry_run(cfg)
+    assert "--dry-run is for one run" in refused("train.py", "--dry-run", "-m", "seed=0,1")
+    assert "did you mean max_steps?" in refused("train.py", "--dry-run", "max_step=3")
+
+
+def test_both_networks_of_a_gan_are_in_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cfg = genai.compose(["model=dcgan", "data=digits", "debug=true", "logger=none"])
+    dry_run(cfg)
+    text = capsys.readouterr().out
+    assert re.search(r"^generator +\w+ +\(2, 1, 8, 8\)", text, re.MULTILINE)
+    assert re.search(r"^discriminator +\w+ +\(2", text, re.MULTILINE)
+    rates = cfg.optim.lr, cfg.discriminator_optim.lr
+    assert re.search(r"^optimiser  \w+, lr {:g} and \w+, lr {:g}$".format(*rates), text, re.MULTILINE), text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("model=")])
+def test_every_model_has_a_table_of_layers(case):
+    model = build_typed(config_of(case)["model"])
+    rows = layers(model, {})
+    assert rows and len(tabulate(rows).splitlines()) == len(rows) + 1
+    shown = sum(count for name, _, _, count in rows if not name.startswith(" "))
+    assert shown + sum(p.numel() for p in model.parameters(recurse=False)) >= sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=ddpm", "data=digits"],
+        ["model=gpt_nano", "data=python_docs"],
+        ["model=dcgan", "data=digits"],
+    ],
+    ids=lambda overrides: overrides[0].removeprefix("model="),
+)
+def test_memory_and_time_of_a_dry_run_are_those_of_the_run(overrides, tmp_path, command):
+    """Each in a process of its own, for the peak of the resident set is of a process; again where another process disturbed."""
+    given = [*overrides, "logger=none", "max_steps=60", "log_every_steps=10", "callbacks.samples.n=16"]
+    for attempt in range(3):
+        done = command("train.py", "--dry-run", *given, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        gib, seconds = measured(done.stdout)
+        run_dir = tmp_path / f"run{attempt}"
+        assert command("train.py", *given, f"run_dir={run_dir}", cwd=tmp_path).returncode == 0
+        rows = [*metrics_csv.rows(Path(run_dir) / "metrics.csv")]
+        rates = sorted(row.value for row in rows if row.name == "perf/steps_per_second")
+        peak = max(row.value for row in rows if row.name == "perf/peak_memory_bytes") / 2**30
+        ratios = gib / peak, seconds * rates[len(rates) // 2]
+        print(overrides, "memory", gib, peak, "seconds a step", seconds, 1 / rates[len(rates) // 2])
+        if all(1 / 1.3 < ratio < 1.3 for ratio in ratios):
+            return
+    raise AssertionError(f"dry run over run: memory {ratios[0]:.2f}, time {ratios[1]:.2f}")
