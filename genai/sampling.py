@@ -162,6 +162,8 @@ def resolve_images(image: Any, mask: Any, n: int, loaded: Loaded) -> Batch:
         images = image if isinstance(image, Tensor) else read(Path(image), shape, "image")
         found["image"] = images.repeat(-(-n // len(images)), *[1] * (images.ndim - 1))[:n]
     if mask is not None:
+        if not isinstance(mask, Tensor) and Path(mask).is_dir():
+            raise UserError(f"mask must be one image, got the folder {mask}: name a file in it with mask=")
         white = mask if isinstance(mask, Tensor) else (read(Path(mask), [1, *shape[1:]], "mask")[:1] + 1) / 2
         found["mask"] = (1 - white).expand(n, *white.shape[-len(shape) :])
     return found

@@ -427,6 +427,7 @@ def test_wrong_calls_from_python(runs):
         "must be a whole number, at least 1 and at most": lambda: genai.sample(loaded, n=10**30),
         "steps=1.5 must be": lambda: genai.sample(loaded, n=1, steps=1.5),
         "has no step;": lambda: genai.sample(loaded, n=1, step=1),
+        "mask must be one image, got the folder": lambda: genai.sample(loaded, n=1, mask=runs),
         "sampler='ddim' must be a config node": lambda: genai.sample(loaded, n=1, sampler="ddim"),
     }
     for message, call in calls.items():

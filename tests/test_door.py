@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError
 
 import genai
+import genai.train.run  # packages change warnings and hooks when they are imported
 from genai.cli import composed
 from genai.core.errors import UserError
 from tests.conftest import ROOT, python
@@ -95,6 +96,8 @@ def test_what_stops_training_is_an_exception(tmp_path):
         genai.train(cfg)
     with pytest.raises(UserError, match=r"trainer\.devices=2 starts processes, which a call from Python cannot"):
         genai.train(["trainer.devices=2", "trainer.accelerator=cpu"])
+    with pytest.raises(UserError, match="makes a model of a checkpoint: choose another optim"):
+        genai.train(["optim._target_=genai.checkpoint.pretrained", *TINY, "logger=none", f"run_dir={tmp_path / 'x'}"])
     with pytest.raises(UserError, match="not a config of training"):
         genai.train(genai.compose(config="evaluate"))
     assert state_of_the_process() == before

@@ -26,6 +26,7 @@ from genai.cli.door import compose
 from genai.core import files, precision, rng
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Preparable
+from genai.core.stored import PRETRAINED
 from genai.data.base import Data, random_subset
 from genai.data.fingerprint import split_checksum
 from genai.data.stream import batches
@@ -224,6 +225,13 @@ def _lit(
     resumed: dict | None,
 ) -> LitModel:  # fmt: skip
     """The loop with its optimisers, which say now what they refuse."""
+    for key in ("optim", "discriminator_optim", "ema"):
+        if (config.get(key) or {}).get(
+            "_target_"
+        ) == PRETRAINED:  # it would take the model for the name of a checkpoint
+            raise UserError(
+                f"{key}._target_={PRETRAINED} makes a model of a checkpoint: choose another {key}._target_="
+            )
     optim, ema = build(config["optim"]), build(config["ema"])
     loop = build({**config["loop"], "_partial_": True})
     if not (isinstance(loop.func, type) and issubclass(loop.func, L.LightningModule)):
