@@ -1,1 +1,1 @@
-"""Finished runs side by side; see `runs` for what is read of them and when they may be ranked, `page` for the report."""
+"""Compare finished runs: `runs` reads them and decides which may be ranked, `page` makes the report."""

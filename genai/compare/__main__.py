@@ -1,4 +1,4 @@
-"""`python -m genai.compare runs/a runs/b`: a table, a CSV and one HTML file that needs no other."""
+"""Run `python -m genai.compare runs/a runs/b`: prints a table, and writes a CSV file and a self-contained HTML page."""
 
 from genai.core import interrupt
 
@@ -26,8 +26,10 @@ ELSEWHERE = "name another folder with --out"
 
 
 def compare(folders: Sequence[Path], out: Path, unranked: bool = False) -> list[dict[str, Any]]:
-    """Write report.html and report.csv to `out`; returns the table's rows, best first. Raises UserError for no runs, or cards
-    that cannot be ranked."""
+    """Write report.html and report.csv to `out`; returns the rows of the table, best first.
+
+    Raises UserError without runs, or unless `unranked` for cards of different protocols.
+    """
     files.check_folder(out, "--out")
     runs = read_all(folders)
     if not runs:
@@ -43,7 +45,10 @@ def compare(folders: Sequence[Path], out: Path, unranked: bool = False) -> list[
 
 
 def expand_folders(names: Sequence[str]) -> list[Path]:
-    """Run directories: those named, and all below a folder that is none itself."""
+    """Return the run directories among `names`, and those below each folder that is not a run itself.
+
+    Raises UserError for a name that holds no run.
+    """
     found: list[Path] = []
     if "" in names:
         raise UserError("a name of a run directory is empty: leave it out")
@@ -58,7 +63,7 @@ def expand_folders(names: Sequence[str]) -> list[Path]:
 def main() -> None:
     """Run the command with sys.argv."""
     prog = sys.argv[0] if sys.argv[0].startswith("genai ") else "python -m genai.compare"
-    parser = argparse.ArgumentParser(prog=prog, description="Finished runs side by side.")
+    parser = argparse.ArgumentParser(prog=prog, description="Compare finished runs.")
     parser.error = lambda message: fail(UserError(f"{message} (--help lists all)"))  # type: ignore[method-assign]
     parser.add_argument("runs", nargs="+", help="run directories, or folders of them")
     parser.add_argument("--out", default="runs/compare", help="where report.html and report.csv go")

@@ -1,6 +1,6 @@
-"""The page that compares runs: one HTML file, pictures and curves inside, that names nothing outside itself.
+"""The report that compares runs: one HTML file with all pictures and curves inside, and no links to other files.
 
-Everything a run says goes through the template page.html, which escapes it: a run may come from somebody else.
+All content of runs passes through the template page.html, which escapes it: a run may come from somebody else.
 """
 
 import base64
@@ -12,13 +12,15 @@ from typing import Any
 from genai.compare.runs import MARKS, Run, cell, columns, differences, flat, format_value, mark, same_model_class, table
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933", "#882255")
-CHARTS = 24  # curves shown, those that most runs have
-CHARACTERS = 1500  # of a text shown
+CHARTS = 24  # number of charts, of the curves that most runs have
+CHARACTERS = 1500  # of a text sample
 
 
 def chart(name: str, runs: Sequence[Run]) -> dict[str, Any] | None:
-    """One curve of every run that has it, in the coordinates of the page's SVG; on a logarithmic axis where values span more than
-    a factor of 30. None if no value is finite."""
+    """Return the data of one chart, a curve for each run, in the coordinates of the page's SVG; None if no value is finite.
+
+    The axis is logarithmic where positive values span more than a factor of 30.
+    """
     curves = [(k, run.curves[name]) for k, run in enumerate(runs) if name in run.curves]
     points = [(k, [(s, v) for s, v in curve if math.isfinite(v)]) for k, curve in curves]
     points = [(k, curve) for k, curve in points if curve]
@@ -48,7 +50,7 @@ def chart(name: str, runs: Sequence[Run]) -> dict[str, Any] | None:
 
 
 def tick(value: float) -> str:
-    """Three digits, and a letter for thousands."""
+    """Format a number with three digits, and k, M or G for thousands."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
@@ -56,7 +58,7 @@ def tick(value: float) -> str:
 
 
 def metric_cards(metric: str, runs: Sequence[Run]) -> dict[str, Any]:
-    """The cards of one metric on one scale: runs with their intervals, what real data score, and the baselines."""
+    """Return the data of one metric's chart: runs with their intervals, the floor of real data, and the baselines."""
     found = [(k, run, run.cards[metric]) for k, run in enumerate(runs) if metric in run.cards]
     floor = found[0][2].get("floor")
     plain = {} if floor is None else {"real data": floor}
@@ -102,21 +104,23 @@ def metric_cards(metric: str, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def notes(card: Mapping[str, Any]) -> list[str]:
-    """The remarks of a card: why it does not tell whether a model memorises, why a likelihood is poor."""
+    """Return a card's remarks: why memorisation could not be decided, and why a likelihood is poor."""
     unknown = [f"whether it memorises: {card['memorised_reason']}"] if "memorised_reason" in card else []
     return unknown + ([str(card["why"])] if "why" in card else [])
 
 
 def read_base64(path: Path) -> str:
+    """Read a file as base64, to embed it in the page."""
     return base64.b64encode(path.read_bytes()).decode()
 
 
 def read_beginning(path: Path) -> str:
+    """Read the first CHARACTERS of a text file."""
     return path.read_text(encoding="utf-8", errors="replace")[:CHARACTERS]
 
 
 def report(runs: Sequence[Run]) -> str:
-    """One HTML page that names nothing outside itself."""
+    """Render the HTML page for runs."""
     from jinja2 import Environment, FileSystemLoader
 
     rows = table(runs)

@@ -1,7 +1,7 @@
-"""What finished runs say of themselves, and what may be ranked.
+"""Read finished runs, and decide which of them may be ranked.
 
-A run brings its config.yaml, metrics.csv, newest grid and cards (`cards/*.json`). What was measured by different protocols is not
-ranked.
+A run is read from its config.yaml, metrics.csv, newest grid of samples and cards (`cards/*.json`). Cards with different protocols
+are not ranked.
 """
 
 import json
@@ -20,13 +20,20 @@ from genai.core.errors import UserError
 Curve = list[tuple[int, float]]
 BEATS = " beats baseline"
 MARKS = "\u2713 better than every trivial baseline, \u2717 not"
-DATA = "data_checksum"  # of a protocol, what tells two data sets of one class apart
-IGNORED_KEYS = ("run_dir", "name", "resume", "logger", "sampler", "callbacks")  # differ without telling models apart
+DATA = "data_checksum"  # field of a protocol that distinguishes data sets of the same class
+IGNORED_KEYS = (
+    "run_dir",
+    "name",
+    "resume",
+    "logger",
+    "sampler",
+    "callbacks",
+)  # differ between runs without describing the model
 
 
 @dataclass
 class Run:
-    """What a run directory says of itself."""
+    """The content of a run directory that is compared."""
 
     folder: Path
     config: dict[str, Any]
@@ -35,7 +42,7 @@ class Run:
     texts: Path | None = None
     nearest: Path | None = None
     cards: dict[str, dict[str, Any]] = field(default_factory=dict)
-    label: str = ""  # what a table calls it
+    label: str = ""  # its name in tables
 
     @property
     def name(self) -> str:
@@ -46,7 +53,7 @@ class Run:
 
 
 def read_all(folders: Sequence[Path]) -> list[Run]:
-    """Runs, each called by the part of its path that the others do not share. Raises UserError if a folder holds none."""
+    """Read runs; the label of each is the part of its path that they do not share. Raises UserError if a folder is not a run."""
     runs = [read(folder) for folder in progress.track(folders, "reading runs", len(folders))]
     common = os.path.commonpath([folder.resolve().parent for folder in folders]) if folders else ""
     for run in runs:
@@ -55,7 +62,7 @@ def read_all(folders: Sequence[Path]) -> list[Run]:
 
 
 def read(folder: Path) -> Run:
-    """Raises UserError if the folder holds no run."""
+    """Read one run; damaged cards are left out with a warning. Raises UserError if the folder is not a run."""
 
     from genai.cli import stored_config
 
@@ -81,7 +88,7 @@ def read(folder: Path) -> Run:
 
 
 def up_to_date(card: dict[str, Any]) -> dict[str, Any]:
-    """A card whose protocol is in the words of today, so that it is ranked with those of before."""
+    """Rename what an older card's protocol calls differently, so that it can be ranked with newer ones."""
     extractor = card["protocol"].get("extractor")
     if isinstance(extractor, dict) and extractor.get("kind") == "Judge":
         extractor["kind"] = "Classifier"
@@ -89,13 +96,13 @@ def up_to_date(card: dict[str, Any]) -> dict[str, Any]:
 
 
 def newest(folder: Path, pattern: str) -> Path | None:
-    """The last by name of a run's own files of that pattern, not of what its symbolic links lead to."""
+    """Return the last file by name that matches a pattern in a run, without files that symbolic links outside lead to."""
     home = folder.resolve()
     return max((path for path in folder.glob(pattern) if path.resolve().is_relative_to(home)), default=None)
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
-    """Config keys whose value is not that of the first run in every other, with all values; `-` where a run has no such key."""
+    """Return (key, values) of the config keys whose values differ between runs; "-" where a run does not have the key."""
     configs = [flat({k: v for k, v in run.config.items() if k not in IGNORED_KEYS}) for run in runs]
     names = dict.fromkeys(key for config in configs for key in config)
     rows = [(key, [config.get(key, "-") for config in configs]) for key in names]
@@ -103,7 +110,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
 
 
 def check_protocols(runs: Sequence[Run]) -> None:
-    """Raise UserError that names the first field in which cards of one metric were measured differently."""
+    """Raise UserError that names the first field in which the protocols of a metric's cards differ."""
     for metric in dict.fromkeys(name for run in runs for name in run.cards):
         having = [run for run in runs if metric in run.cards]
         first = flat(having[0].cards[metric]["protocol"])
@@ -125,7 +132,7 @@ def check_protocols(runs: Sequence[Run]) -> None:
 
 
 def rank_runs(runs: Sequence[Run]) -> list[Run]:
-    """Best first by the first metric that all have a card of, else by val/loss where all have one of one model class."""
+    """Sort runs, best first: by the first metric of which all have a card, else by val/loss if all models are of one class."""
     for metric, card in runs[0].cards.items():
         if all(metric in run.cards for run in runs):
             return sorted(runs, key=lambda run: run.cards[metric]["value"], reverse=card["better"] == "higher")
@@ -135,12 +142,12 @@ def rank_runs(runs: Sequence[Run]) -> list[Run]:
 
 
 def same_model_class(runs: Sequence[Run]) -> bool:
-    """Whether all models are of one class, so that their losses compare."""
+    """Tell whether all models are of one class, so that their losses are comparable."""
     return len({run.config["model"]["_target_"] for run in runs}) == 1
 
 
 def table(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row a run: its model and data, its last step, its losses where all models are of one class, its speed, its cards."""
+    """Return a row for each run: model, data, last step, losses if all models are of one class, speed, and cards."""
     metrics = dict.fromkeys(name for run in runs for name in run.cards)
     rows = []
     for run in runs:
@@ -163,25 +170,27 @@ def table(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def memorisation_text(card: Mapping[str, Any]) -> bool | str:
-    """A card's verdict on whether samples are copies of training images, as text."""
+    """Return whether a card says that samples are copies of training images, or "too few to tell"."""
     return "too few to tell" if card["memorised"] is None else card["memorised"]
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of a table to be looked at, where a metric's cell also says whether it beats its baselines."""
+    """Return the columns to display; the cell of a metric includes whether it beats its baselines."""
     return [name for name in rows[0] if not name.endswith(BEATS)]
 
 
 def cell(row: Mapping[str, Any], name: str) -> str:
+    """Format one cell of the table."""
     return format_value(row[name]) + mark(row.get(f"{name}{BEATS}"))
 
 
 def mark(beats: bool | None) -> str:
-    """See MARKS; nothing where there was no baseline."""
+    """Return the mark for beating the baselines, see MARKS; empty without baselines."""
     return "" if beats is None else " \u2713" if beats else " \u2717"
 
 
-def format_value(value: Any) -> str:
+def format_value(value: object) -> str:
+    """Format a value for display, floats with four digits."""
     if value is None:
         return "-"
     if isinstance(value, bool):

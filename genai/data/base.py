@@ -1,4 +1,4 @@
-"""What every data set is: named splits that answer "these indices, please", and the facts a model is built from."""
+"""The interface of data sets: named splits that return batches by index, and the facts that a model is built from."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -18,10 +18,10 @@ from genai.modalities.stored import modality_of_field
 
 
 class Split(Protocol):
-    """One split: `len(split)` items, any of them as a Batch. Without draws an item is always the same.
+    """A split of a data set: `len(split)` items, returned in batches by index.
 
-    `augments` says whether it uses draws. A method `fingerprint(quick) -> str` may say what it holds faster than by reading
-    all items, see `genai.data.fingerprint`.
+    `augments` tells whether it uses random draws. A method `fingerprint(quick) -> str` is optional; it gives a checksum of the
+    content faster than reading all items would, see `genai.data.fingerprint`.
     """
 
     augments: bool
@@ -29,25 +29,28 @@ class Split(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, index: Tensor, draws: Tensor | None) -> Batch:
-        """Items `index` int64 (B,); draws (B, 4) uniform in [0, 1] are all the randomness augmentation may use."""
+        """Return the items `index`, int64 (B,), each tensor with B in front.
+
+        `draws` (B, 4), uniform in [0, 1], are the only randomness of augmentation; with None an item is always the same.
+        """
         ...
 
 
 class Data:
-    """A data set: the facts a model is built from, splits, and loading numbers.
+    """A data set: its splits, the facts that a model is built from, and the settings of its loader.
 
     Args:
-        field: name of the main tensor in a Batch.
-        shape, classes, levels: as the config states them; None takes what the data has.
-        batch_size: samples of one micro-batch on one device.
-        num_workers: loader processes; any number gives the same stream.
-        splits: of the names train, val and test; the first items of val and test must stand for all of them.
-        found_shape: of one sample.
-        class_names: of each label, None if there are no labels.
-        found_levels: grey levels of the data, None if continuous.
-        modality: of its items; None: that of their field's name, an image or a vector.
+        field: name of the main tensor in a batch.
+        shape, classes, levels: as in the config; None takes the data's own.
+        batch_size: samples in a micro-batch on one device.
+        num_workers: loader processes; any number gives the same stream of batches.
+        splits: by name, of train, val and test. Items of val and test must be in random order, as often only the first are used.
+        found_shape: shape of one sample, as the data has it.
+        class_names: name of each label, None without labels.
+        found_levels: number of grey levels (or ids) of the data, None if it is continuous.
+        modality: of the items; None for an image where field is "image", else a vector.
 
-    Raises UserError where the config states what the data does not have.
+    Raises UserError where shape, classes or levels differ from the data's own.
     """
 
     def __init__(
@@ -74,12 +77,12 @@ class Data:
         self.classes = None if class_names is None else len(class_names)
         self.modality = modality or modality_of_field(field)
         self.conditions: dict[str, Modality] = {}
-        """What a model can be told of an item, by name; the first says most."""
+        """The conditions that a model can be given, by name; the most informative first."""
         if self.class_names is not None:
             self.conditions["label"] = Label(len(self.class_names), self.class_names)
         self.batch_size, self.num_workers, self.splits = batch_size, num_workers, splits
-        stated = {"shape": None if shape is None else list(shape), "classes": classes, "levels": levels}
-        for key, value in stated.items():
+        configured = {"shape": None if shape is None else list(shape), "classes": classes, "levels": levels}
+        for key, value in configured.items():
             if value is not None and value != getattr(self, key):
                 raise UserError(
                     f"data.{key}={value}, but this data has {getattr(self, key)}: correct data.{key} or set it to null"
@@ -87,37 +90,40 @@ class Data:
 
     @property
     def values(self) -> int | None:
-        """How many values each number of a sample may have, None if it is continuous."""
+        """Number of values that each element of a sample can take, None if it is continuous."""
         return self.levels
 
     def items(self, split: str, index: Tensor) -> Tensor:
-        """The field of items int64 (B,) of a split, beginning again at its end. Raises UserError for a split it lacks."""
+        """Return the main tensor (B, *shape) of items `index`, int64 (B,), of a split; indices past its end begin again.
+
+        Raises UserError for a split that the data set does not have.
+        """
         if split not in self.splits:
             raise UserError(f"sampler.split={split} must be one of {', '.join(self.splits)}")
         part = self.splits[split]
         return part.batch(index % len(part), None)[self.field]
 
     def cond(self, n: int) -> Batch | None:
-        """Conditions for n samples that show what a model has learned: the classes in turn; None where there are none."""
+        """Return conditions for n preview samples, the classes in turn; None for data without conditions."""
         return {k: v for m in (self.modality, *self.conditions.values()) for k, v in m.condition({}, n).items()} or None
 
     def describe_cond(self, n: int) -> list[str]:
-        """What `cond(n)` asks for, in words: a class name or a caption each; nothing where nothing is asked for."""
+        """Return the class name or caption of each of the conditions `cond(n)`; an empty list without conditions."""
         cond = self.cond(n) or {}
-        shown = next((modality.preview(cond) for name, modality in self.conditions.items() if name in cond), [])
-        return shown if isinstance(shown, list) else []
+        names = next((modality.preview(cond) for name, modality in self.conditions.items() if name in cond), [])
+        return names if isinstance(names, list) else []
 
     def show(self, batch: Batch, columns: int | None = None) -> Picture | Texts:
-        """Samples that were asked for by `cond` as a person sees them, `columns` a row where that is one picture."""
+        """Return samples that were made for `cond` for display, with `columns` in a row of a picture."""
         cond = self.cond(len(next(iter(batch.values())))) or {}
-        told = {name: value for name, value in cond.items() if name in self.conditions}
-        return self.modality.preview({**told, **batch}, columns)
+        asked = {name: value for name, value in cond.items() if name in self.conditions}
+        return self.modality.preview({**asked, **batch}, columns)
 
 
 class Arrays:
-    """A split held in memory: uint8 images (N, C, H, W) or float vectors (N, D), labels (N,) or None.
+    """A split in memory: uint8 images (N, C, H, W) or float vectors (N, D), with labels (N,) or None.
 
-    `flip` mirrors images left to right with probability 1/2 where draws are given.
+    With `flip`, training images are mirrored left to right with probability 1/2.
     """
 
     def __init__(self, field: str, values: np.ndarray, labels: np.ndarray | None, flip: bool = False):
@@ -141,7 +147,7 @@ class Arrays:
 
 
 class Subset:
-    """Items `index` int64 (N,) of a split, in that order."""
+    """The items `index`, int64 (N,), of a split, in that order."""
 
     def __init__(self, split: Split, index: Tensor):
         self.split, self.index, self.augments = split, index, split.augments
@@ -154,30 +160,33 @@ class Subset:
 
 
 def random_order(split: Split) -> Subset:
-    """All items of a split in a fixed random order, so that any first of them stand for all, even of one sorted by class."""
+    """Return a split in a fixed random order, so that its first items are a random sample even if it is sorted by class."""
     return Subset(split, torch.from_numpy(np.random.default_rng(0).permutation(len(split))))
 
 
 def random_subset(split: Split, n: int) -> Split:
-    """The first n items of a `random_order`; where there are no more, all as they come."""
+    """Return a fixed random subset of n items; the split itself where it has at most n."""
     return split if n >= len(split) else Subset(split, random_order(split).index[:n])
 
 
 def first_items(data: Data, name: str, n: int) -> Split:
-    """n items of a named split: the first of validation and test, which are in no order, `some` of training, which may be."""
+    """Return n items of a named split: the first ones of val and test, which are in random order, a random subset of train.
+
+    The training split may be sorted by class.
+    """
     split = data.splits[name]
     return random_subset(split, n) if name == "train" else Subset(split, torch.arange(min(n, len(split))))
 
 
 def split_indices(n: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Indices 0, ..., n-1 in a fixed random order, cut into the kept and the last `fraction` of them."""
+    """Split the indices 0, ..., n - 1, in a fixed random order, into the rest and the last `fraction` of them."""
     order = np.random.default_rng(0).permutation(n)
     keep = n - max(round(n * fraction), 1)
     return order[:keep], order[keep:]
 
 
 def synthetic_batch(shape: Sequence[int], field: str, classes: int | None, n: int) -> Batch:
-    """A synthetic batch of n samples of the declared shapes, the same every time, for tests and dry runs."""
+    """Return a synthetic batch of n samples of the given shape, always the same, for tests and dry runs."""
     values = rng.uniform(rng.seed_range(0, n), shape)
     batch = {field: (values > 0.5).long() if field == "tokens" else values * 2 - 1}
     if classes is not None:

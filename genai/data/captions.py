@@ -1,4 +1,4 @@
-"""Images with captions: sentences made of class names, or a file of them beside the images."""
+"""Images with captions: sentences made from class names, or a file of captions in the folder of images."""
 
 import json
 import posixpath
@@ -16,17 +16,19 @@ from genai.modalities.caption import Caption, encode
 
 
 class Captioned(Data):
-    """Data whose batches also have `caption`, int64 (B, length): the bytes of a text, then `PAD`. In training one of an
-    item's captions at random, else its first.
+    """A data set whose batches also have `caption`, int64 (B, length): the bytes of a caption, then `PAD`.
+
+    In training one of an item's captions is chosen at random, else it is the first.
 
     Args:
-        images: the data.
-        root: where they are; its config refers to it, so that data.root= means here what it means everywhere.
+        images: the data set of images.
+        root: its folder; the config of `images` refers to it, so that data.root= works here as it does everywhere.
         templates: sentences in which {} becomes the class name.
-        names: of the classes in sentences, None for the data's own.
-        file: instead, JSON lines `{"file_name": "a/b.png", "text": "..."}` in the root of an image folder (or zip), any
-            number of lines for each image.
-        length: bytes of the longest caption.
+        names: class names to use in the sentences; None for the data's own.
+        file: instead of templates, a file of JSON lines `{"file_name": "a/b.png", "text": "..."}` in the image folder or zip,
+            any number of lines for each image.
+        length: of the longest caption, in bytes.
+        field, shape, classes, levels, batch_size, num_workers: see `Data`.
 
     Raises UserError if an image has no caption, or one that is too long.
     """
@@ -76,19 +78,19 @@ class Captioned(Data):
             found_levels=images.levels,
         )
         self.conditions = {"caption": Caption(length), **self.conditions}
-        self.shown = splits["val"]
+        self.preview_split = splits["val"]
 
     def cond(self, n: int) -> Batch:
-        """Captions of the classes in turn with their labels, or of the first validation images."""
-        if self.shown.by_label:
+        """Return n captions with labels: of the classes in turn, or of the first validation images."""
+        if self.preview_split.by_label:
             label = super().cond(n) or {}
-            return {"caption": self.shown.captions[self.shown.first[label["label"]]].long(), **label}
-        batch = self.shown.batch(torch.arange(n) % len(self.shown), None)
+            return {"caption": self.preview_split.captions[self.preview_split.first[label["label"]]].long(), **label}
+        batch = self.preview_split.batch(torch.arange(n) % len(self.preview_split), None)
         return {name: batch[name] for name in ("caption", "label") if name in batch}
 
 
 class CaptionedSplit:
-    """A split and the captions of each of its items, or `by_label` of each of its classes."""
+    """A split with the captions of each item, or with `by_label` of each class."""
 
     def __init__(self, split: Split, captions: Sequence[Sequence[str]], length: int, by_label: bool = True):
         self.split = self.without_captions = split
@@ -102,7 +104,7 @@ class CaptionedSplit:
         return len(self.split)
 
     def batch(self, index: Tensor, draws: Tensor | None) -> Batch:
-        """Items `index` (B,); the last of the draws (B, 4) chooses the caption."""
+        """Return the items `index` (B,) with captions; the last of the draws (B, 4) chooses among an item's captions."""
         batch = self.split.batch(index, draws)
         if isinstance(self.split, Images):
             index = self.split.replace_damaged(index)
@@ -115,7 +117,7 @@ class CaptionedSplit:
 
 
 def captions_by_class(templates: Sequence[str], names: Sequence[str] | None) -> list[list[str]]:
-    """Every template with every class name. Raises UserError if there are no classes, or no place for one."""
+    """Return the sentences of each class: every template with its name. Raises UserError without classes or without a {}."""
     if names is None:
         raise UserError("data.templates need class names, and this data has no classes: give captions with data.file")
     wrong = [t for t in templates if "{}" not in t]
@@ -125,7 +127,7 @@ def captions_by_class(templates: Sequence[str], names: Sequence[str] | None) -> 
 
 
 def captions_from_file(split: Split, file: str) -> list[list[str]]:
-    """Captions of each item of a split of image files. Raises UserError that counts and names those without."""
+    """Read the captions of each item of a split of image files. Raises UserError that names the items without captions."""
     if not isinstance(split, Images):
         raise UserError(f"data.file={file} gives captions to image files: use it with data.images of an image folder")
     root = split.files.root

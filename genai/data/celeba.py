@@ -1,4 +1,4 @@
-"""CelebA, faces of celebrities, through torchvision."""
+"""CelebA, faces of celebrities (Liu et al. 2015), through torchvision."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,13 @@ from genai.data.images import download
 
 
 class CelebA(Data):
-    """202,599 aligned faces below `root`/celeba in their official splits, cropped in the middle and resized; no labels.
+    """CelebA: 202,599 aligned faces below `root`/celeba in the official splits, center-cropped and resized; no labels.
 
-    Downloaded if absent, for which torchvision needs the package gdown. `size` is [H, W].
+    They are downloaded if absent, for which torchvision needs the package gdown.
+
+    Args:
+        size: [H, W].
+        flip: mirror training images left to right with probability 1/2.
     """
 
     def __init__(
@@ -29,10 +33,12 @@ class CelebA(Data):
         num_workers: int = 0,
     ):
         check_size(size)
-        looked = f"{root}/celeba/list_eval_partition.txt and {root}/celeba/img_align_celeba"
+        expected = f"{root}/celeba/list_eval_partition.txt and {root}/celeba/img_align_celeba"
         splits: dict[str, Split] = {}
         for name, theirs in (("train", "train"), ("val", "valid"), ("test", "test")):
-            part = download("CelebA", root, looked, lambda module, may, s=theirs: module.CelebA(root, s, download=may))
+            part = download(
+                "CelebA", root, expected, lambda module, may, s=theirs: module.CelebA(root, s, download=may)
+            )
             files = Files(f"{root}/celeba/img_align_celeba")
             splits[name] = Images(
                 field, files, np.array(part.filename), None, [3, *size], "center", flip and name == "train"

@@ -1,4 +1,4 @@
-"""The files below a folder or in a zip of it, each once."""
+"""List and read the files below a folder, or in a zip of it."""
 
 import os
 import posixpath
@@ -11,37 +11,38 @@ from typing import IO
 from genai.core.errors import UserError
 from genai.data.fingerprint import checksum, files_checksum
 
-UNPACKED_BYTES, RATIO = 2**25, 100  # of a zip's member that unpacks to over 100 times its size: no file of images does
+UNPACKED_BYTES, RATIO = 2**25, 100  # a member of a zip beyond both, unpacked size and ratio, is refused as a zip bomb
 LITTER_FOLDERS = ("__MACOSX", "@eaDir")
 
 Stamp = tuple[int, ...]
-"""What changes when a file does: its size, then the times of its modification and change, or a zip's CRC-32."""
+"""Size, modification time and change time of a file, or size and CRC-32 in a zip: it differs if the file has changed."""
 
 
 class Files:
     """The files below a folder, or inside a zip of it, by their relative path.
 
     Args:
-        version: 2 takes each real file once, however many links lead to it, and understands a zip's names as Windows and tar
-            write them; 1 is what runs from before did.
+        root: folder or zip.
+        version: 2 takes each real file once, however many links lead to it, and understands names in a zip as Windows and tar
+            write them; 1 is the behaviour of older runs.
     """
 
     def __init__(self, root: str | Path, version: int = 1):
         self.root, self.version = Path(root), version
         self.zips: dict[int, tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]] = {}
         self.stamps: dict[str, Stamp] = {}
-        self.ignored: Counter[str] = Counter()  # by what it is, since `names`
+        self.ignored: Counter[str] = Counter()  # number of files by reason, filled by `names`
         self.skipped: dict[str, str] = {}  # name -> why it cannot be used
-        self.total = 0  # files that should be images, since a `Scan`
+        self.total = 0  # number of files that should be images, set by `Scan`
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "zips": {}}  # by process, for two cannot share one file position
+        return {**self.__dict__, "zips": {}}  # each process opens its own: they would share one file position
 
     def names(self) -> list[str]:
-        """Sorted, without hidden ones. Raises UserError if there is no such folder or zip."""
+        """List the files, sorted, without hidden ones. Raises UserError if the root is neither a folder nor a zip."""
         self.ignored.clear()
         if self.root.is_dir():
-            self.stamps = self._once() if self.version > 1 else self._below()
+            self.stamps = self._unique_files() if self.version > 1 else self._all_paths()
         elif zipfile.is_zipfile(self.root):
             self.stamps = {name: (info.file_size, info.CRC) for name, info in self._zip()[1].items()}
         else:
@@ -51,37 +52,38 @@ class Files:
         return sorted(name for name in self.stamps if not self._ignore(name))
 
     def open(self, name: str) -> IO[bytes]:
-        """Raises UserError for a zip's member that unpacks to far more than images do."""
+        """Open a file for reading. Raises UserError for a member of a zip that unpacks to far more than images do."""
         if self.root.is_dir():
             return (self.root / name).open("rb")
         archive, infos = self._zip()
         info = infos[name]
         if info.file_size > max(UNPACKED_BYTES, RATIO * info.compress_size):
             raise UserError(
-                f"{self.root / name} unpacks from {info.compress_size:,} to {info.file_size:,} bytes, as no image does: take it "
-                "out of the zip, or change data.root"
+                f"{self.root / name} unpacks from {info.compress_size:,} to {info.file_size:,} bytes, which no image does: take "
+                "it out of the zip, or change data.root"
             )
         return archive.open(info)
 
     def read(self, name: str) -> bytes:
+        """Read a file. Raises UserError as `open` does."""
         with self.open(name) as file:
             return file.read()
 
-    def skip(self, name: str, why: str, of: int) -> None:
-        """Count a file that cannot be used. Raises as `check` does."""
+    def skip(self, name: str, why: str, total: int) -> None:
+        """Record a file that cannot be used. Raises UserError as `check` does."""
         self.skipped[name] = why
-        self.check(of)
+        self.check(total)
 
-    def check(self, of: int) -> None:
-        """Raises UserError if more than one, and more than 1 %, of `of` files cannot be used."""
-        if len(self.skipped) > max(1, of // 100):
+    def check(self, total: int) -> None:
+        """Raise UserError if more than one file, and more than 1 % of `total`, cannot be used."""
+        if len(self.skipped) > max(1, total // 100):
             raise UserError(
-                f"{len(self.skipped)} of the {of} files in data.root={str(self.root)!r} cannot be used, which is more than "
-                f"1 %: {describe_skipped(self.skipped)}: mend or remove them, or change data.root"
+                f"{len(self.skipped)} of the {total} files in data.root={str(self.root)!r} cannot be used, which is more than "
+                f"1 %: {describe_skipped(self.skipped)}: repair or remove them, or change data.root"
             )
 
     def fingerprint(self, names: Sequence[str], quick: bool) -> str:
-        """Checksum of files in order: of their contents, or if `quick` of their names, without folders, and sizes."""
+        """Return a checksum of files in order: of their contents, or if `quick` of their names, without folders, and sizes."""
         if self.root.is_dir() and not quick:
             return files_checksum(self.root, names)
         if self.root.is_dir():
@@ -90,6 +92,7 @@ class Files:
         return checksum([(n.rpartition("/")[2], i.file_size) if quick else (i.file_size, i.CRC) for n, i in infos])
 
     def _ignore(self, name: str) -> bool:
+        """Tell whether a file is hidden or belongs to the operating system, and count it if so."""
         parts = name.split("/")
         if any(part.startswith((".", "__MACOSX")) for part in parts):
             self.ignored["hidden"] += 1
@@ -99,13 +102,17 @@ class Files:
             return True
         return False
 
-    def _below(self) -> dict[str, Stamp]:
-        """Every path to a file, through links too."""
+    def _all_paths(self) -> dict[str, Stamp]:
+        """Return every path to a file, also through links, with its stamp."""
         walk = [(Path(at).relative_to(self.root), names) for at, _, names in os.walk(self.root, followlinks=True)]
         return {(at / name).as_posix(): _stamp(self.root / at / name) for at, names in walk for name in names}
 
-    def _once(self) -> dict[str, Stamp]:
-        """One path to each real file, of several one without links; what is above the root, or no file, is left out."""
+    def _unique_files(self) -> dict[str, Stamp]:
+        """Return one path to each real file with its stamp, a path without links where there are several.
+
+        Links to a folder above the root and what is not a regular file are left out. Folders are walked before links, so that
+        a file's own path is found first.
+        """
         top = os.path.realpath(self.root)
         folders, links, seen, found = [("", top)], [], set(), {}
         linked: list[tuple[str, str]] = []
@@ -138,7 +145,7 @@ class Files:
         return {name: _stamp(path) for path, name in found.items()}
 
     def _zip(self) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
-        """The zip, and its files by name."""
+        """Open the zip, once in each process; returns it and its files by name."""
         pid = os.getpid()
         if pid not in self.zips:
             archive = zipfile.ZipFile(self.root)
@@ -151,7 +158,7 @@ class Files:
 
 
 def _stamp(path: str | Path) -> Stamp:
-    """Empty if there is no such file."""
+    """Return the stamp of a file, empty if there is no such file."""
     try:
         found = os.stat(path)
         return found.st_size, found.st_mtime_ns, found.st_ctime_ns
@@ -160,7 +167,7 @@ def _stamp(path: str | Path) -> Stamp:
 
 
 def describe_skipped(skipped: dict[str, str]) -> str:
-    """What is wrong with files: each reason once, with how many files and the first of them."""
+    """Describe skipped files: each of the five most frequent reasons, with its first file and the number of others."""
     parts = []
     for why, count in Counter(skipped.values()).most_common(5):
         first = next(name for name, other in skipped.items() if other == why)

@@ -1,4 +1,4 @@
-"""Checksums of data sets, by which a thing made from data is found again, or refused when the data have changed."""
+"""Checksums of data sets: keys of caches, and the check that a resumed run has the data it was started with."""
 
 import contextlib
 import hashlib
@@ -21,13 +21,15 @@ from genai.core.files import write_text
 if TYPE_CHECKING:
     from genai.data.base import Data, Split
 
-RACY_NS = 2_000_000_000  # a file that changed so lately may change again within one tick of its file system's clock
+RACY_NS = 2_000_000_000  # a file this new may change again within one tick of its file system's clock
 CHUNK_BYTES = 2**20
 
 
 def checksum(*parts: Any, quick: bool = False) -> str:
-    """Checksum of parts in their order, 16 hexadecimal digits: of tensors' and arrays' types, shapes and bytes (by CRC-32 if
-    `quick`, at a fifth of the time), and of plain values as JSON."""
+    """Return a checksum of parts, in order, as 16 hexadecimal digits.
+
+    Tensors and arrays count with type, shape and bytes (by CRC-32 if `quick`, in a fifth of the time), plain values as JSON.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         if isinstance(part, Tensor):
@@ -41,13 +43,14 @@ def checksum(*parts: Any, quick: bool = False) -> str:
 
 
 def split_checksum(split: "Split", quick: bool = False) -> str:
-    """Checksum of every item of a split in order, as it is without augmentation: 16 hexadecimal digits that do not depend on
-    where the data lie or how they are batched.
+    """Return a checksum of all items of a split in order, without augmentation, as 16 hexadecimal digits.
 
-    A split may answer itself, by a method `fingerprint(quick)`; of any other every item is read, or if `quick` 256 of them.
-    `quick` is for what is asked at each start of a run: of image files it is their names and sizes. The whole of MNIST's
-    60,000 images takes 0.07 s, quick 0.02 s (one core of an Intel Xeon); image files are read once, at the speed of the disk,
-    and then only looked at for changes, 11 us each (there, from memory 41 us at first).
+    It does not depend on the folder of the data or on batches. A split with a method `fingerprint(quick)` is asked for it; of
+    any other all items are read, or if `quick` 256 of them. `quick` is for the check at each start of a run; for image files it
+    takes their names and sizes.
+
+    On one core of an Intel Xeon, MNIST's 60,000 images take 0.07 s, quick 0.02 s. Image files are read once, at the speed of
+    the disk; after that only their stamps are compared, 11 us each.
     """
     own = getattr(split, "fingerprint", None)
     if own is not None:
@@ -62,31 +65,31 @@ def split_checksum(split: "Split", quick: bool = False) -> str:
 
 
 def dataset_checksum(data: "Data", splits: Sequence[str], *more: Any) -> str:
-    """Checksum of some splits of images or tokens, without captions, and of plain values that decide what is made from them."""
+    """Return a checksum of some splits, without captions, and of further plain values."""
     items = {name: split_checksum(without_captions(data.splits[name])) for name in splits}
     return checksum(data.field, data.shape, data.levels, data.classes, items, *more)
 
 
 def without_captions(split: "Split") -> "Split":
-    """The split that a captioned one was made of; any other itself."""
+    """Return the split that a captioned one was made from; any other split unchanged."""
     return getattr(split, "without_captions", split)
 
 
 def files_checksum(root: Path, names: Sequence[str]) -> str:
-    """Checksum of the sizes and CRC-32s of files below a folder, in the order of `names`.
+    """Return a checksum of the sizes and CRC-32s of files below a folder, in the order of `names`.
 
-    They are read once: what was found is kept in $XDG_CACHE_HOME/genai or ~/.cache/genai for as long as no file's size, time
-    of modification or time of change differs, which no replaced file escapes.
+    They are read once; the result is cached in $XDG_CACHE_HOME/genai or ~/.cache/genai until a file's size, modification time
+    or change time differs (the last changes whenever a file is replaced).
     """
     stats = [os.stat(root / name) for name in names]
-    known = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in zip(names, stats, strict=True)]
-    path = cache_folder("fingerprints") / checksum(str(root.resolve()), known)
+    stamps = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in zip(names, stats, strict=True)]
+    path = cache_folder("fingerprints") / checksum(str(root.resolve()), stamps)
     try:
         return path.read_text()
     except OSError:
         found = checksum([(s.st_size, _crc32(root / name)) for name, s in zip(names, stats, strict=True)])
     if time.time_ns() - max((s.st_ctime_ns for s in stats), default=0) > RACY_NS:
-        with contextlib.suppress(UserError):  # where it cannot be kept it is computed again
+        with contextlib.suppress(UserError):  # without a writable cache it is computed again next time
             write_text(path, found)
     return found
 

@@ -1,4 +1,4 @@
-"""Image files in a folder, or in a zip of it, one subfolder per class; decoded when asked for."""
+"""Data sets of image files in a folder or zip, with one subfolder per class; images are decoded when they are needed."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from genai.core.protocols import Batch
 from genai.data.base import Data, Split
 from genai.data.files import Files, describe_skipped
 from genai.data.fingerprint import checksum
-from genai.data.scan import GREY, Facts, Scan, is_missing, reason
+from genai.data.scan import GREY_MODES, Facts, Scan, is_read_error, reason
 from genai.data.splits import arrange
 from genai.modalities.decode import DecodeOptions, decode_at_size
 from genai.modalities.image import from_uint8
@@ -22,24 +22,27 @@ CROPS = "center", "random", "none"
 
 
 class ImageFolder(Data):
-    """The images below `root`, sorted by name; subfolders are the classes, and without any there are no labels.
+    """The images below a folder, sorted by name; its subfolders are the classes, without any there are no labels.
 
-    Folders train, val and test, or of other usual names, are the splits. A split without a folder is 1/12 of the training
-    images, in proportion to the classes; test is cut first, then validation from what remains. Validation and test are in a
-    fixed random order, as only their first items may be looked at. What was found, and what was not used, is told on stderr.
+    Folders named train, val and test, or usual variants, are the splits (see `genai.data.splits`). A split without a folder is
+    1/12 of the training images, stratified by class: test is taken first, then validation from the rest. Validation and test are
+    in a fixed random order. A summary on stderr tells what was found and what was not used.
 
     Args:
-        root: folder or .zip; single folders on the way to the classes or splits are descended.
-        size: [H, W] that images are brought to; None requires all to be of one size and takes that.
+        root: folder or .zip; a folder that contains only one folder is replaced by that.
+        size: [H, W] to resize images to; None takes their own size, which must then be the same for all.
         channels: 1 or 3; None is 1 if all images are greyscale, else 3.
-        crop: center or random resize the largest part with the proportions of `size` (random in training only); none
-            resizes the whole, squeezed.
+        crop: center and random resize the largest crop with the aspect ratio of `size` (random in training only); none resizes
+            the whole image, whatever its aspect ratio.
         flip: mirror training images left to right with probability 1/2.
-        value_range: [black, white] of images of more than 8 bits; None takes the bits that their values use, see
+        value_range: [black, white] for images of more than 8 bits; None takes the range of their values, see
             `Scan.measure`.
-        background: a colour for transparent pixels, such as white or "#808080"; None takes the colour stored under them.
-        version: of the rules by which files become items. A config without it is of a run from before there was another: splits
-            by their own names alone, classes cut at random, the upper 8 of 16 bits, links followed everywhere, whole JPEGs.
+        background: a colour behind transparent pixels, such as white or "#808080"; None takes the colour stored under them.
+        version: of the rules above. Configs of older runs have none, which means 1: split folders only by exact name, random
+            instead of stratified splits, the upper 8 of 16 bits, links followed everywhere, JPEGs decoded at full size.
+        field, shape, classes, levels, batch_size, num_workers: see `Data`.
+
+    Raises UserError if there are no images, they cannot be brought to one size, or the folders are contradictory.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class ImageFolder(Data):
         between = value_limits(value_range, scan) if value_range is not None or version > 1 else None
         found = scan.found
         height, width = common_size(found) if size is None else size
-        channels = channels or (1 if all(f.mode in GREY for f in found.values()) else 3)
+        channels = channels or (1 if all(f.mode in GREY_MODES for f in found.values()) else 3)
         names = np.array([*found])
         labels, class_names, parts, notes = arrange(root, [*found], version)
         reading = DecodeOptions(channels, between, under, draft=version > 1)
@@ -104,14 +107,15 @@ class ImageFolder(Data):
         scan.keep()
 
     def cond(self, n: int) -> Batch | None:
-        """The classes in turn, without those that no training image shows; None without classes."""
+        """Return n labels, the classes in turn, without classes that have no training image; None without classes."""
         return None if self.classes is None else {"label": self.train_labels[torch.arange(n) % len(self.train_labels)]}
 
 
 class Images:
-    """A split of image files; `shape` is (C, H, W), labels int64 (N,) or None, `crop` and `flip` as in ImageFolder.
+    """A split of image files; `shape` is [C, H, W], labels int64 (N,) or None, `crop` and `flip` as in ImageFolder.
 
-    In the place of a file that turns out to be damaged stands the next one that is not, whoever asks and in whatever order.
+    A file that turns out to be damaged is replaced by the next readable one, so that batches do not depend on the order of
+    access.
     """
 
     def __init__(
@@ -136,7 +140,7 @@ class Images:
         return len(self.names)
 
     def batch(self, index: Tensor, draws: Tensor | None) -> Batch:
-        """Items `index` (B,); draws (B, 4): flip, horizontal and vertical place of the crop, one unused."""
+        """Return the items `index` (B,); draws (B, 4): flip, horizontal and vertical position of the crop, unused."""
         centre = [(0.5, 0.5)] * len(index)
         places = centre if draws is None or self.crop != "random" else draws[:, 1:3].tolist()
         arrays = [self.next_readable(i, *place) for i, place in zip(index.tolist(), places, strict=True)]
@@ -150,15 +154,15 @@ class Images:
         )
 
     def replace_damaged(self, index: Tensor) -> Tensor:
-        """The items that stand in the places `index` (B,) of those that a batch has found damaged."""
+        """Return the items `index` (B,) with each one known to be damaged replaced by the item that stands in for it."""
         if not self.damaged:
             return index
         return torch.tensor([self._after(i) for i in index.tolist()], dtype=torch.int64)
 
     def next_readable(self, i: int, u: float, v: float) -> np.ndarray:
-        """`pixels` of item i, or of the first after it that can be decoded.
+        """Decode item i, or the first one after it that can be decoded; returns uint8 (C, H, W).
 
-        Raises UserError if that is one damaged file too many, see `Files.check`, or if a file cannot be had at all.
+        Raises UserError if too many files are damaged, see `Files.check`, or if the system cannot read a file.
         """
         while True:
             name = str(self.names[i := self._after(i)])
@@ -166,19 +170,20 @@ class Images:
                 return self.pixels(name, u, v)
             except (UserError, MemoryError):
                 raise
-            except Exception as error:  # Pillow raises almost anything on a broken file
-                if is_missing(error) or len(self.damaged) + 1 == len(self):
+            except Exception as error:  # Pillow raises almost any exception on a broken file
+                if is_read_error(error) or len(self.damaged) + 1 == len(self):
                     raise UserError(
                         f"{self.files.root / name} {reason(error)}: bring it back or replace it, or change data.root"
                     ) from error
                 self.files.skip(name, reason(error), max(self.files.total, len(self)))
                 self.damaged.add(i)
                 print(
-                    f"skipped {self.files.root / name}: it {reason(error)}; the next image stands for it",
+                    f"skipped {self.files.root / name}: it {reason(error)}; the next image replaces it",
                     file=sys.stderr,
                 )
 
     def _after(self, i: int) -> int:
+        """Return the first item from i on that is not known to be damaged."""
         while i in self.damaged:
             i = (i + 1) % len(self)
         return i
@@ -191,7 +196,7 @@ class Images:
         return checksum(files, list(self.shape), self.crop, self.labels, *reading)
 
     def pixels(self, name: str, u: float, v: float) -> np.ndarray:
-        """uint8 (C, H, W) of one file, cropped at fraction u of the horizontal and v of the vertical leeway."""
+        """Decode one file to uint8 (C, H, W), cropped at fraction u of the horizontal and v of the vertical slack."""
         _, *size = self.shape
         crop = self.crop != "none"
         return decode_at_size(
@@ -200,7 +205,10 @@ class Images:
 
 
 def value_limits(value_range: Sequence[float] | None, scan: Scan) -> tuple[float, float] | None:
-    """The values of images of more than 8 bits that become black and white, None if there are no such images."""
+    """Return the values of images of more than 8 bits that become black and white; None without such images.
+
+    Raises UserError for a value_range that is not two ascending numbers, or without such images.
+    """
     if value_range is None:
         return scan.measure()
     if isinstance(value_range, str) or not isinstance(value_range, Sequence) or len(value_range) != 2:
@@ -216,7 +224,7 @@ def value_limits(value_range: Sequence[float] | None, scan: Scan) -> tuple[float
 
 
 def parse_colour(name: str) -> tuple[int, int, int]:
-    """RGB of a colour's name. Raises UserError if it is none."""
+    """Return the RGB values of a colour's name. Raises UserError for an unknown name."""
     from PIL import ImageColor
 
     try:
@@ -235,7 +243,7 @@ def describe_reading(
     background: str | None,
     splits: Mapping[str, Sequence[str]],
 ) -> list[str]:
-    """What a user should know of how images are read."""
+    """Describe how images are read, where the user may want to know or change it; returns sentences."""
     found, notes = scan.found, []
     if between is not None:
         deep = [facts for facts in found.values() if facts.deep]
@@ -252,7 +260,7 @@ def describe_reading(
     if copies := scan.copies(splits):
         notes.append(
             f"{len(copies)} are exact copies of images in another split, such as {copies[0][0]} of {copies[0][1]}: "
-            "figures of held-out images will flatter"
+            "metrics on held-out images will be too good"
         )
     return notes
 
@@ -260,19 +268,19 @@ def describe_reading(
 def print_summary(
     scan: Scan, parts: Mapping[str, np.ndarray], class_names: Sequence[str] | None, notes: Sequence[str]
 ) -> None:
-    """Tell on stderr what was found, and what is not used."""
+    """Print to stderr what was found and what is not used."""
     files, of = scan.files, "" if class_names is None else f" of {len(class_names)} classes"
     counts = ", ".join(f"{len(parts[key])} {key}" for key in ("train", "val", "test"))
     lines = [f"{files.root}: {len(scan.found)} images{of} ({counts})", *notes]
     if files.skipped:
         lines.append(f"skipped {len(files.skipped)} of {files.total} files: {describe_skipped(files.skipped)}")
     if files.ignored:
-        lines.append("left alone: " + ", ".join(f"{n} {what}" for what, n in sorted(files.ignored.items())))
+        lines.append("ignored: " + ", ".join(f"{n} {what}" for what, n in sorted(files.ignored.items())))
     print("\n  ".join(lines), file=sys.stderr)
 
 
 def check_size(size: Sequence[int] | None) -> None:
-    """Raises UserError unless size is None or two whole numbers."""
+    """Raise UserError unless `size` is None or two whole numbers."""
     if size is None:
         return
     if isinstance(size, str) or not isinstance(size, Sequence) or len(size) != 2:
@@ -282,7 +290,7 @@ def check_size(size: Sequence[int] | None) -> None:
 
 
 def common_size(found: Mapping[str, Facts]) -> tuple[int, int]:
-    """(H, W) of all images. Raises UserError that names the first one that deviates from the first."""
+    """Return (H, W) of all images. Raises UserError that names the first image of another size."""
     (first, facts), *others = found.items()
     for name, other in others:
         if (other.height, other.width) != (facts.height, facts.width):

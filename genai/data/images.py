@@ -1,4 +1,4 @@
-"""Image data sets that ship with scikit-learn or that torchvision downloads."""
+"""Image data sets that come with scikit-learn (digits) or are downloaded by torchvision (MNIST, Fashion-MNIST, CIFAR-10)."""
 
 import gzip
 import os
@@ -21,9 +21,9 @@ CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog",
 
 
 class Digits(Data):
-    """scikit-learn's 1,797 handwritten digits, 8x8 on 17 grey levels.
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels on 17 grey levels.
 
-    Train and validation are the first 1,293 and the next 144 of a fixed permutation, test the other 360.
+    In a fixed permutation, training has the first 1,293, validation the next 144 and test the other 360.
     """
 
     def __init__(
@@ -52,8 +52,10 @@ class Digits(Data):
 def array_splits(
     field: str, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], flip: bool
 ) -> dict[str, Split]:
-    """Splits of (images, labels) pairs: test as it is published, val the last 1/12 of the training images in a fixed random
-    order, train the others."""
+    """Build splits from (images, labels) pairs: the published test split, and validation from 1/12 of the training images.
+
+    Validation is a fixed random choice. `flip` mirrors training images left to right with probability 1/2.
+    """
     images, labels = train
     kept, val = split_indices(len(images), 1 / 12)
     return {
@@ -64,7 +66,7 @@ def array_splits(
 
 
 class MNIST(Data):
-    """MNIST or one of its drop-in kin: idx files below `root`/<name>/raw, gzipped or not, downloaded if absent."""
+    """MNIST (LeCun et al. 1998), from idx files below `root`/<name>/raw, gzipped or not; they are downloaded if absent."""
 
     name, names = "MNIST", DIGITS
 
@@ -81,8 +83,8 @@ class MNIST(Data):
     ):
         raw = Path(root) / self.name / "raw"
         if not all(_idx_file(raw, f"{part}-{kind}") for part in ("train", "t10k") for kind in _IDX_KINDS):
-            looked = f"{raw}/train-images-idx3-ubyte[.gz] and its three companions"
-            download(self.name, root, looked, lambda module, may: getattr(module, self.name)(root, download=may))
+            expected = f"{raw}/train-images-idx3-ubyte[.gz] and its three companions"
+            download(self.name, root, expected, lambda module, may: getattr(module, self.name)(root, download=may))
         train, test = ([_read_idx(raw, f"{part}-{kind}") for kind in _IDX_KINDS] for part in ("train", "t10k"))
         splits = array_splits(field, (train[0][:, None], train[1]), (test[0][:, None], test[1]), flip)
         super().__init__(
@@ -119,9 +121,9 @@ class CIFAR10(Data):
         num_workers: int = 0,
         flip: bool = True,
     ):
-        looked = f"{Path(root) / 'cifar-10-batches-py'}/data_batch_1, ..."
+        expected = f"{Path(root) / 'cifar-10-batches-py'}/data_batch_1, ..."
         train, test = (
-            download("CIFAR10", root, looked, lambda module, may, t=t: module.CIFAR10(root, t, download=may))
+            download("CIFAR10", root, expected, lambda module, may, t=t: module.CIFAR10(root, t, download=may))
             for t in (True, False)
         )
         pairs = [(part.data.transpose(0, 3, 1, 2), np.array(part.targets)) for part in (train, test)]
@@ -139,11 +141,11 @@ class CIFAR10(Data):
         )
 
 
-def download(name: str, root: str, looked: str, fetch: Callable[[Any, bool], Any]) -> Any:
+def download(name: str, root: str, expected: str, fetch: Callable[[Any, bool], Any]) -> Any:
     """`fetch(torchvision.datasets, whether it may download)`; what goes wrong becomes one sentence, and no empty folder stays
     behind.
 
-    `looked` says which files were looked for.
+    `expected` says which files were expected for.
     """
     from torchvision import datasets
 
@@ -157,13 +159,13 @@ def download(name: str, root: str, looked: str, fetch: Callable[[Any, bool], Any
                 path.rmdir()
         if stored.is_building():
             raise UserError(
-                f"{name} is not in data.root={root!r} (looked for {looked}), and nothing is downloaded because a checkpoint "
+                f"{name} is not in data.root={root!r} (looked for {expected}), and nothing is downloaded because a checkpoint "
                 "says so: set root= (data.root= on resume) to the folder that holds it; python train.py with that data= "
                 "downloads it"
             ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise UserError(
-            f"{name} is not in data.root={root!r} (looked for {looked}) and could not be downloaded ({reason}): set "
+            f"{name} is not in data.root={root!r} (looked for {expected}) and could not be downloaded ({reason}): set "
             "data.root to the folder that holds it"
         ) from error
 

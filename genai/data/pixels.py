@@ -1,4 +1,4 @@
-"""Images as sequences of their grey levels, for models of token ids."""
+"""Images as sequences of grey levels, for autoregressive models of token ids."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,14 +13,17 @@ from genai.modalities import pixels as modalities
 
 
 class Pixels(Data):
-    """Images row by row, the channels of a pixel one after the other: tokens int64 (B, 1 + H W C).
+    """Images as tokens, row by row with the channels of a pixel together: int64 (B, 1 + H W C), the first id constant.
 
-    A model that predicts each token from those before it, the first one given, has the images' exact likelihood.
+    A model that predicts each token from those before it has the exact likelihood of the images.
 
     Args:
-        images: the data, on grey levels.
-        shape: [H W C], how many tokens follow the first.
-        levels: ids, one more than the images have grey levels.
+        images: a data set of images with grey levels.
+        shape: [H W C], the number of tokens after the first.
+        levels: number of ids, one more than the images have grey levels.
+        field, classes, batch_size, num_workers: see `Data`.
+
+    Raises UserError for images without grey levels.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class Pixels(Data):
 
 
 class PixelSplit:
-    """A split of images as tokens; labels are left out."""
+    """A split of images as tokens, without labels."""
 
     def __init__(self, split: Split, field: str, pixels: modalities.Pixels):
         self.split, self.field, self.pixels, self.augments = split, field, pixels, split.augments
@@ -74,5 +77,5 @@ class PixelSplit:
 
 
 def underlying_images(data: Data, node: Any) -> tuple[Data, Any]:
-    """Images that come as tokens, and their config, as images; other data as they are."""
+    """Return (data, config) as images where `data` are images as tokens; other data unchanged."""
     return (data.images, node["images"]) if isinstance(data, Pixels) else (data, node)

@@ -1,4 +1,4 @@
-"""What the files of a folder of images hold, as far as that is cheap to say; kept from one start to the next."""
+"""Read the headers of a folder of image files once, and cache what they say from one start to the next."""
 
 import contextlib
 import dataclasses
@@ -22,24 +22,35 @@ from genai.data.files import Files, Stamp, describe_skipped
 from genai.data.fingerprint import checksum
 from genai.modalities import decode
 
-TEXTS = (".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html")
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html")
 LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "readme", "license")
-READ_WHOLE = 2**18  # bytes of a file that is read at once, for its end and its checksum too
-MANY = ("TIFF", "GIF", "PNG", "WEBP", "AVIF")  # formats whose further pages or frames are pictures of their own
-GREY = "1", "L", "LA", "La", "I", "I;16", "I;16B", "F"  # Pillow's modes without colour
-ENDS = {
+SMALL_BYTES = 2**18  # files up to this size are read whole, which gives their end and checksum too
+MULTI_PAGE = ("TIFF", "GIF", "PNG", "WEBP", "AVIF")  # formats whose further pages or frames are separate images
+GREY_MODES = "1", "L", "LA", "La", "I", "I;16", "I;16B", "F"  # Pillow's modes without colour
+END_MARKERS = {
     "JPEG": b"\xff\xd9",
     "MPO": b"\xff\xd9",
     "PNG": b"IEND\xaeB`\x82",
     "GIF": b";",
-}  # a file without it may be cut short
-FORMAT = 1  # of a kept scan
+}  # a file that does not end with its format's marker may be cut short
+UNREAD = "cannot be read"  # begins the problem of a file that the system did not read
+FORMAT = 1  # version of the cached scan
 
 
 @dataclasses.dataclass
 class Facts:
-    """What a scan says of a file: `problem`, or of an image its upright size, Pillow's mode, whether it has more than 8 bits
-    and transparency, its pages, and where they were asked for a checksum and its extreme values."""
+    """The facts of one file.
+
+    Attributes:
+        problem: why the file cannot be used, empty for an image.
+        height, width: of the upright image, in pixels.
+        mode: Pillow's mode.
+        deep: whether it has more than 8 bits per channel.
+        transparent: whether it has transparent pixels, or may have.
+        pages: number of pages or frames.
+        checksum: of the file, empty where it was not computed yet.
+        low, high: least and largest value of a deep image, if `measured`.
+    """
 
     problem: str = ""
     height: int = 0
@@ -57,8 +68,8 @@ class Facts:
 class Scan:
     """The facts of all images among some files.
 
-    They are kept in $XDG_CACHE_HOME/genai or ~/.cache/genai, each for as long as its file's stamp stays, so that a header
-    is read once and then only looked at for changes, at a fraction of the time (`benchmarks.folder`).
+    They are cached in $XDG_CACHE_HOME/genai or ~/.cache/genai, each until its file's stamp changes, so that a header is read
+    only once (see `benchmarks.folder` for the time that saves).
 
     Raises UserError if there are no images, or if more than one file, and more than 1 %, cannot be used.
     """
@@ -69,19 +80,19 @@ class Scan:
         self.files, version = files, files.version
         names = [name for name in files.names() if not self._is_litter(name)]
         self.path = cache_folder("scans") / f"{checksum(str(files.root.resolve()), FORMAT, version, __version__)}.json"
-        kept, self.changed = _kept(self.path), False
+        cached, self.changed = _read_cache(self.path), False
         self.found: dict[str, Facts] = {}
         self.problems: dict[str, Facts] = {}
         files.total = len(names)
         for name in progress.track(names, f"scanning {files.root}", len(names), "files"):
-            stamp, facts = kept.get(name, ((), None))
+            stamp, facts = cached.get(name, ((), None))
             if facts is None or stamp != files.stamps[name]:
                 facts, self.changed = self._facts(name), True
             self.found[name] = facts
         self.drop()
 
     def drop(self) -> None:
-        """Leave out, and count, what has a problem. Raises UserError if that is too much, or all."""
+        """Move files with a problem to `problems`. Raises UserError if there are too many, or no images are left."""
         self.problems |= {name: facts for name, facts in self.found.items() if facts.problem}
         self.found = {name: facts for name, facts in self.found.items() if not facts.problem}
         self.files.skipped |= {name: facts.problem for name, facts in self.problems.items()}
@@ -93,11 +104,10 @@ class Scan:
         self.files.check(self.files.total)
 
     def measure(self) -> tuple[float, float] | None:
-        """The range of values of images of more than 8 bits, None if there are none: from 0 to the largest number of as many
-        bits as the values take, to 1 for fractions; from the least to the largest value where some are negative, or
-        fractions over 1.
+        """Return the range of values (black, white) of images of more than 8 bits, None without such images.
 
-        What cannot be decoded is left out and counted.
+        It begins at 0 and ends at 2^bits - 1 for as many bits as the largest value needs, at 1 for fractions. It is the least
+        and the largest value where some are negative, or fractions above 1. Images that cannot be decoded are dropped.
         """
         deep = {name: facts for name, facts in self.found.items() if facts.deep}
         for name, facts in progress.track(deep.items(), "measuring values of", len(deep), "images"):
@@ -110,7 +120,7 @@ class Scan:
                         facts.low, facts.high = decode.extremes(image)
                 except (UserError, MemoryError):
                     raise
-                except Exception as error:  # Pillow raises almost anything on a broken file
+                except Exception as error:  # Pillow raises almost any exception on a broken file
                     facts.problem = reason(error)
         self.drop()
         deep = [facts for facts in deep.values() if not facts.problem]
@@ -122,7 +132,10 @@ class Scan:
         return 0, 2 ** int(high).bit_length() - 1 if high > 1 else 1
 
     def copies(self, splits: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
-        """Files of a split with the same bytes as one of another split, each with the first of these; by size, then checksum."""
+        """Return (file, file of another split) pairs with the same bytes, one for each file that has such a copy.
+
+        Only files of equal size are read for their checksums.
+        """
         where = {name: key for key, names in splits.items() for name in names}
         sizes: dict[int, list[str]] = {}
         for name in where:
@@ -139,35 +152,40 @@ class Scan:
         return found
 
     def keep(self) -> None:
-        """Write what was found to where the next scan looks for it, where that can be done."""
+        """Write the facts to the cache, if it can be written."""
         if not self.changed:
             return
         stamps, now = self.files.stamps, time.time_ns()
-        facts = {**self.problems, **self.found}
+        # A file that could not be read is not kept: it may be readable next time, with the same stamp.
+        facts = {
+            name: one for name, one in {**self.problems, **self.found}.items() if not one.problem.startswith(UNREAD)
+        }
         settled = {
             name: [stamps[name], dataclasses.astuple(one)]
             for name, one in facts.items()
             if stamps[name] and now - max(stamps[name][1:]) > fingerprint.RACY_NS
         }
         if settled:
-            with contextlib.suppress(UserError):
+            with contextlib.suppress(UserError):  # without a writable cache the headers are read again next time
                 write_text(self.path, json.dumps(settled))
 
     def _is_litter(self, name: str) -> bool:
+        """Tell whether a file is not meant to be an image, and count it if so."""
         if self.files.version == 1:
             return name.endswith(".jsonl")  # captions
         base = posixpath.basename(name).lower()
-        what = "texts" if base.endswith(TEXTS) else "of the system" if base in LITTER else None
+        what = "texts" if base.endswith(TEXT_SUFFIXES) else "of the system" if base in LITTER else None
         if what:
             self.files.ignored[what] += 1
         return what is not None
 
     def _facts(self, name: str) -> Facts:
+        """Return the facts of a file; whatever its decoder raises becomes the `problem`, which `drop` reports."""
         try:
             return self._read(name)
         except (UserError, MemoryError):
             raise
-        except Exception as error:  # as in `measure`
+        except Exception as error:  # Pillow raises almost any exception on a broken file
             return Facts(problem=reason(error))
 
     def _read(self, name: str) -> Facts:
@@ -176,7 +194,7 @@ class Scan:
             return Facts(problem="is empty")
         with files.open(name) as file:
             digest = ""
-            if size <= READ_WHOLE:
+            if size <= SMALL_BYTES:
                 content = file.read()
                 file, digest = BytesIO(content), _digest(content)
             with decode.open_image(file, files.root / name, size, large=files.version > 1) as image:
@@ -188,13 +206,13 @@ class Scan:
                     deep=decode.is_deep(image),
                     transparent=decode.is_transparent(image),
                     checksum=digest,
-                    pages=image.n_frames if image.format in MANY and getattr(image, "is_animated", False) else 1,
+                    pages=image.n_frames if image.format in MULTI_PAGE and getattr(image, "is_animated", False) else 1,
                 )
-                end = ENDS.get(image.format or "")
+                end = END_MARKERS.get(image.format or "")
                 if files.version > 1 and end and not _ends(file, end) and (digest or files.root.is_dir()):
                     image.seek(0)
                     image.draft(None, (1, 1))
-                    image.load()  # which says whether the file is cut short
+                    image.load()  # fails if the file is cut short
         return facts
 
     def _checksum(self, name: str) -> str:
@@ -211,7 +229,7 @@ def _digest(content: bytes) -> str:
 
 
 def _ends(file: IO[bytes], end: bytes) -> bool:
-    """Whether a file ends as its format does, give or take a few zeros."""
+    """Tell whether a file ends with its format's marker, apart from trailing zeros."""
     at = file.tell()
     file.seek(max(file.seek(0, os.SEEK_END) - 64, 0))
     tail = file.read()
@@ -219,8 +237,8 @@ def _ends(file: IO[bytes], end: bytes) -> bool:
     return tail.rstrip(b"\0").endswith(end)
 
 
-def _kept(path: Path) -> dict[str, tuple[Stamp, Facts]]:
-    """What a scan kept; nothing where there is none yet, or the file is damaged."""
+def _read_cache(path: Path) -> dict[str, tuple[Stamp, Facts]]:
+    """Read the cached facts by file; an empty dict where there are none yet, or the cache is damaged."""
     kinds = [type(value) for value in dataclasses.astuple(Facts())]
     found: dict[str, tuple[Stamp, Facts]] = {}
     try:
@@ -237,19 +255,19 @@ def _kept(path: Path) -> dict[str, tuple[Stamp, Facts]]:
 
 
 def reason(error: BaseException) -> str:
-    """What is wrong with a file, as the end of a sentence that begins with its name."""
+    """Describe what is wrong with a file, as the end of a sentence that begins with its name."""
     from PIL import UnidentifiedImageError
 
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, UnidentifiedImageError):
         return "is not an image that Pillow reads"
     if isinstance(error, OSError) and error.errno:
-        return f"cannot be read ({os.strerror(error.errno)})"
+        return f"{UNREAD} ({os.strerror(error.errno)})"
     if any(word in text.lower() for word in ("truncated", "unexpected end")) or isinstance(error, EOFError):
         return "is cut short"
     return text if text.startswith("has ") else f"is damaged ({text})"
 
 
-def is_missing(error: BaseException) -> bool:
-    """Whether it is the system that did not hand a file over, which another try may mend, and not what is in it."""
+def is_read_error(error: BaseException) -> bool:
+    """Tell whether the system could not read a file, which may work at another time, rather than its content being damaged."""
     return isinstance(error, OSError) and error.errno is not None and error.errno != errno.EINVAL

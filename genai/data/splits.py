@@ -1,7 +1,7 @@
-"""Which files of a folder are of which class and split."""
+"""Derive classes and splits from the folders of image files."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +20,14 @@ NAMES = {key: re.compile(f"({BEFORE})?({words})({AFTER})?((19|20)[0-9][0-9])?") 
 
 
 class Arrangement(NamedTuple):
-    """Labels int64 (N,) and class names, both None where there are less than two classes; the items of each split; and what of
-    that a user should know."""
+    """The classes and splits of a list of files.
+
+    Attributes:
+        labels: int64 (N,), None where there are fewer than two classes.
+        class_names: name of each label, or None.
+        parts: the items of each split, as indices.
+        notes: sentences for the user on how folders were understood.
+    """
 
     labels: np.ndarray | None
     class_names: list[str] | None
@@ -30,32 +36,33 @@ class Arrangement(NamedTuple):
 
 
 def split_of(folder: str) -> str | None:
-    """The split that a folder's name stands for: train, Training, test_images or val2017."""
+    """Return the split that a folder's name means, such as train, Training, test_images or val2017; None for other names."""
     plain = re.sub(r"[\W_]+", "", folder.lower())
     return next((key for key, name in NAMES.items() if name.fullmatch(plain)), None)
 
 
 def arrange(root: str, names: Sequence[str], version: int) -> Arrangement:
-    """Read classes and splits off the paths of images below `root`.
+    """Derive classes and splits from the paths of images below `root`.
 
-    A folder that is alone is descended. Then the folders of splits, below the classes too where all have them; then those of
-    the classes. A split without a folder is 1/12 of the training images, test cut first, then validation from what remains,
-    in proportion to the classes. Version 1 knows the splits by their own names alone, and cuts without regard to classes.
+    A folder that contains only one folder is skipped. Then come the folders of splits, which may also be inside the folders of
+    classes if all of them have some, and the folders of classes. A split without a folder is 1/12 of the training images,
+    stratified by class: test is taken first, then validation from the rest. Version 1 knows the splits by exact name only, and
+    does not stratify.
 
-    Raises UserError if the folders make no sense.
+    Raises UserError if the folders are contradictory.
     """
-    spell = _exactly if version == 1 else split_of
+    split_name = _exact_name if version == 1 else split_of
     paths = [name.split("/") for name in names]
-    while len({p[0] for p in paths}) == 1 and len(paths[0]) > 1 and not _begins(paths, spell):
+    while len({p[0] for p in paths}) == 1 and len(paths[0]) > 1 and not _has_splits(paths, split_name):
         paths = [p[1:] for p in paths]
-    folders = _swapped(paths) if version > 1 and not _begins(paths, spell) else None
-    if version > 1 and folders is None and not _begins(paths, spell):
+    folders = _splits_first(paths) if version > 1 and not _has_splits(paths, split_name) else None
+    if version > 1 and folders is None and not _has_splits(paths, split_name):
         _check_domains(root, paths)
     paths = folders or paths
     notes: list[str] = []
     parts = {"train": np.arange(len(paths))}
-    if _begins(paths, spell):
-        kinds = {p[0]: spell(p[0]) if len(p) > 1 else None for p in paths}
+    if _has_splits(paths, split_name):
+        kinds = {p[0]: split_name(p[0]) if len(p) > 1 else None for p in paths}
         _check_splits(root, names, paths, kinds)
         parts = {key: np.array([i for i, p in enumerate(paths) if kinds[p[0]] == key], int) for key in SPLITS}
         if any(kind != folder for folder, kind in kinds.items()) or folders:
@@ -74,24 +81,24 @@ def arrange(root: str, names: Sequence[str], version: int) -> Arrangement:
     return Arrangement(labels, class_names, parts, notes)
 
 
-def _exactly(folder: str) -> str | None:
+def _exact_name(folder: str) -> str | None:
     return folder if folder in SPLITS else None
 
 
-def _begins(paths: Sequence[Sequence[str]], spell: Any) -> bool:
-    """Whether paths begin with folders of splits: one of training, or one named as plainly."""
+def _has_splits(paths: Sequence[Sequence[str]], split_name: Callable[[str], str | None]) -> bool:
+    """Tell whether the first folders are splits: one of them is training, or has the plain name of a split."""
     found = {p[0] for p in paths if len(p) > 1}
-    return any(spell(folder) == "train" or (folder.lower() in SPLITS and spell(folder)) for folder in found)
+    return any(split_name(folder) == "train" or (folder.lower() in SPLITS and split_name(folder)) for folder in found)
 
 
-def _swapped(paths: Sequence[Sequence[str]]) -> list[list[str]] | None:
-    """Paths of class, split, ... with the split first; None if they are not all like that, training among them."""
+def _splits_first(paths: Sequence[Sequence[str]]) -> list[list[str]] | None:
+    """Turn paths <class>/<split>/... into <split>/<class>/...; None unless all are like that, with training among them."""
     kinds = {split_of(p[1]) if len(p) > 2 else None for p in paths}
     return None if None in kinds or "train" not in kinds else [[p[1], p[0], *p[2:]] for p in paths]
 
 
 def _check_domains(root: str, paths: Sequence[Sequence[str]]) -> None:
-    """Raise UserError for folders like trainA and testA, which are classes by their place and splits by their names."""
+    """Raise UserError for folders like trainA and testA, which are classes by their position but splits by their names."""
     alike: dict[str, dict[str, str]] = {}
     for folder in sorted({p[0] for p in paths if len(p) > 1}):
         for key, words in WORDS.items():
@@ -108,11 +115,11 @@ def _check_domains(root: str, paths: Sequence[Sequence[str]]) -> None:
 def _check_splits(
     root: str, names: Sequence[str], paths: Sequence[Sequence[str]], kinds: Mapping[str, str | None]
 ) -> None:
-    """Raise UserError unless the first folders are one each of the splits, training among them, and nothing else."""
+    """Raise UserError unless the first folders are splits, each once, with training among them, and nothing else."""
     splits = sorted(folder for folder, kind in kinds.items() if kind)
-    beside = [name for name, p in zip(names, paths, strict=True) if kinds[p[0]] is None]
-    if beside or "train" not in kinds.values():
-        found = f"also {beside[0]}" if beside else "no train"
+    others = [name for name, p in zip(names, paths, strict=True) if kinds[p[0]] is None]
+    if others or "train" not in kinds.values():
+        found = f"also {others[0]}" if others else "no train"
         raise UserError(
             f"data.root={root!r} has folders named {', '.join(splits)}, but {found}: there must be train, and every image "
             "must be in one of train, val and test; rename the folder if it is a class"
@@ -129,7 +136,10 @@ def _check_splits(
 def _classes(
     root: str, names: Sequence[str], paths: Sequence[Sequence[str]], parts: Mapping[str, np.ndarray]
 ) -> tuple[np.ndarray | None, list[str] | None]:
-    """Labels and class names by the first folders; those of training are all there are."""
+    """Return labels and class names by the first folders; None, None for fewer than two classes.
+
+    Raises UserError for an image whose class has no training images.
+    """
     folders: Any = np.array([p[0] if len(p) > 1 else "" for p in paths])
     class_names = np.unique(folders[parts["train"]]).tolist()
     for items in parts.values():
@@ -147,7 +157,10 @@ def _classes(
 
 
 def cut_splits(root: str, parts: dict[str, np.ndarray], labels: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Items of train, val and test; what is missing is cut from train, what is there is put in a fixed random order."""
+    """Complete the splits: a missing one is taken from train, a given val or test is put into a fixed random order.
+
+    Raises UserError if there are too few images.
+    """
     parts = {key: items for key, items in parts.items() if len(items)}
     for key in ("test", "val"):
         if key in parts:
@@ -164,10 +177,10 @@ def cut_splits(root: str, parts: dict[str, np.ndarray], labels: np.ndarray | Non
 
 
 def stratified_indices(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of labels (N,), cut into the kept and `fraction` of them, each class in proportion: every k-th one of a list
-    sorted by class and in a fixed random order within each; its first item stays, as long as there are others to take.
+    """Split the indices of labels (N,) into the rest and `fraction` of them, with equal shares of each class.
 
-    The second part is in a fixed random order.
+    The indices are sorted by class, in a fixed random order within each, and every k-th is taken; the first of each class is
+    taken only if there are no others. The second part is returned in a fixed random order.
     """
     n = len(labels)
     order = np.random.default_rng(0).permutation(n)

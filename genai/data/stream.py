@@ -1,4 +1,7 @@
-"""An endless stream of steps, a pure function of (seed, position), whatever the number of workers and ranks."""
+"""The endless stream of training batches: a pure function of seed and position, for any number of workers and ranks.
+
+A run is therefore resumed exactly from its step alone.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -10,18 +13,18 @@ from genai.core.errors import UserError
 from genai.core.protocols import Batch
 from genai.data.base import Data, Split
 
-ORDER, AUGMENT = 1, 2  # what a seed is mixed for
-DRAWN_AT_ONCE = 4096  # one by one, Philox in eager torch takes half a millisecond a step
+ORDER, AUGMENT = 1, 2  # purposes that the seed is mixed with
+DRAW_CHUNK = 4096  # positions drawn at once: one by one, Philox in eager torch takes half a millisecond a step
 
 
 class Table:
-    """Position -> its row, of pages `page(k)` of n rows each, which are made one at a time."""
+    """An endless table of rows in pages of n, where `page(k)` computes page k; only one page is kept."""
 
     def __init__(self, n: int, page: Callable[[int], torch.Tensor]):
         self.n, self.page, self.k = n, page, -1
 
     def rows(self, positions: torch.Tensor) -> torch.Tensor:
-        """Of ascending positions int64 (B,): (B, ...)."""
+        """Return the rows (B, ...) at ascending positions, int64 (B,)."""
         parts = []
         for k in range(int(positions[0]) // self.n, int(positions[-1]) // self.n + 1):
             if k != self.k:
@@ -31,7 +34,7 @@ class Table:
 
 
 class Stream(IterableDataset):
-    """Yields one step at a time, from step `start`: a list of `accumulate` micro-batches for this rank.
+    """Yield one training step at a time, from step `start` on: a list of `accumulate` micro-batches for this rank.
 
     Micro-batch m of step s on rank r of W holds positions ((s A + m) W + r) B, ..., + B - 1. Augmentation of the item
     at a position draws from Philox with that position as its counter.
@@ -44,31 +47,32 @@ class Stream(IterableDataset):
     def __iter__(self) -> Iterator[list[Batch]]:
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        items, draws = Table(len(self.split), self.order), Table(DRAWN_AT_ONCE, self.draw)
-        step = self.start + first  # the loader takes whole steps from its workers in turn
+        items, draws = Table(len(self.split), self.order), Table(DRAW_CHUNK, self.draw)
+        step = self.start + first  # the loader takes one step from each worker in turn
         while True:
             yield [self.micro_batch(items, draws, step * self.accumulate + m) for m in range(self.accumulate)]
             step += stride
 
     def order(self, epoch: int) -> torch.Tensor:
-        """Each pass over the items is a fresh permutation."""
+        """Return the permutation of the items in one epoch, int64 (N,)."""
         generator = torch.Generator().manual_seed(rng.mix(self.seed, ORDER, epoch))
         return torch.randperm(len(self.split), generator=generator)
 
     def draw(self, k: int) -> torch.Tensor:
-        """Four numbers in [0, 1) of each position of page k."""
+        """Return the draws (DRAW_CHUNK, 4) in [0, 1) of the positions on page k."""
         key = torch.tensor([rng.mix(self.seed, AUGMENT)])
-        at = torch.arange(k * DRAWN_AT_ONCE, (k + 1) * DRAWN_AT_ONCE)
-        return (rng.words(key, at, 0, rng.MODEL)[0] / 2**32).clamp_max(1 - 2**-24)  # which rounding may take to 1
+        at = torch.arange(k * DRAW_CHUNK, (k + 1) * DRAW_CHUNK)
+        return (rng.words(key, at, 0, rng.MODEL)[0] / 2**32).clamp_max(1 - 2**-24)  # rounding to float32 may give 1
 
     def micro_batch(self, items: Table, draws: Table, m: int) -> Batch:
+        """Return micro-batch m of this rank, counted from the start of training."""
         first = (m * self.world + self.rank) * self.batch_size
         at = torch.arange(first, first + self.batch_size)
         return self.split.batch(items.rows(at), draws.rows(at) if self.split.augments else None)
 
 
 class Loader(DataLoader):
-    """A DataLoader in which a worker's UserError stays the one sentence it was, without the worker's traceback."""
+    """A DataLoader that passes on a worker's UserError as one sentence, without the worker's traceback."""
 
     def __iter__(self):
         try:
@@ -78,7 +82,7 @@ class Loader(DataLoader):
 
 
 def train_loader(data: Data, accumulate: int, seed: int, start: int, rank: int = 0, world: int = 1) -> DataLoader:
-    """The training stream of `data` from step `start`; one item is one step."""
+    """Build the loader of the training stream from step `start`; it yields one step at a time, see `Stream`."""
     stream = Stream(data.splits["train"], data.batch_size, accumulate, seed, start, rank, world)
     workers = data.num_workers
     return Loader(
@@ -91,7 +95,7 @@ def train_loader(data: Data, accumulate: int, seed: int, start: int, rank: int =
 
 
 def batches(split: Split, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-    """The first `limit` items of a split (default all) in order, without augmentation; the last batch may be short."""
+    """Yield the first `limit` items of a split (default all) in batches, in order, without augmentation."""
     n = len(split) if limit is None else min(limit, len(split))
     for first in range(0, n, batch_size):
         yield split.batch(torch.arange(first, min(first + batch_size, n)), None)

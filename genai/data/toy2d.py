@@ -1,4 +1,4 @@
-"""Points in the plane, drawn from shapes on which a two-dimensional model can be seen to work."""
+"""Two-dimensional toy distributions, on which a model's samples can be inspected by eye."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,27 +9,27 @@ from genai.data.base import Arrays, Data
 
 
 def moons(n: int, generator: np.random.Generator) -> np.ndarray:
-    """Two interleaved half circles."""
+    """Draw n points (n, 2) of two interleaved half circles."""
     angle, side = generator.uniform(0, np.pi, n), generator.integers(0, 2, n)
     x = np.stack([np.cos(angle) * (1 - 2 * side) + side - 0.5, np.sin(angle) * (1 - 2 * side) + side * 0.5 - 0.25], 1)
     return 1.5 * x + generator.normal(0, 0.1, (n, 2))
 
 
 def swiss_roll(n: int, generator: np.random.Generator) -> np.ndarray:
-    """A spiral of one and a half turns."""
+    """Draw n points (n, 2) of a spiral of one and a half turns."""
     angle = 1.5 * np.pi * (1 + 2 * np.sqrt(generator.uniform(0, 1, n)))
     return angle[:, None] / 5 * np.stack([np.cos(angle), np.sin(angle)], 1) + generator.normal(0, 0.1, (n, 2))
 
 
 def checkerboard(n: int, generator: np.random.Generator) -> np.ndarray:
-    """The dark squares of a 4x4 board on [-2, 2]^2."""
+    """Draw n points (n, 2) of the dark squares of a 4x4 board on [-2, 2]^2."""
     x, row = generator.uniform(-2, 2, n), generator.integers(0, 2, n)
     y = generator.uniform(0, 1, n) + 2 * row - 2 + np.floor(x) % 2
     return np.stack([x, y], 1)
 
 
 def eight_gaussians(n: int, generator: np.random.Generator) -> np.ndarray:
-    """Eight narrow Gaussians on a circle of radius 2."""
+    """Draw n points (n, 2) of eight narrow Gaussians on a circle of radius 2."""
     angle = generator.integers(0, 8, n) * np.pi / 4
     return 2 * np.stack([np.cos(angle), np.sin(angle)], 1) + generator.normal(0, 0.15, (n, 2))
 
@@ -43,7 +43,10 @@ SHAPES: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
 
 
 class Toy2D(Data):
-    """`n` points of one of the SHAPES, and a tenth as many each for validation and test; no labels."""
+    """`n` training points of one of SHAPES, and a tenth as many for validation and test each; no labels.
+
+    Raises UserError for a distribution that is not in SHAPES.
+    """
 
     def __init__(
         self,

@@ -61,8 +61,8 @@ def run(cfg: Any) -> dict[str, Any]:
 def measure(loaded: Loaded, cfg: Any, metrics: Entries | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the facts of the pass over the split and the cards of `metrics`, by the settings of conf/evaluate.yaml.
 
-    The facts are also written beside the checkpoint, and the cards to the run's `cards/`. Raises UserError for what cannot be
-    measured.
+    The facts are also written next to the checkpoint, and the cards to `cards/` of the run. Raises UserError for a metric that
+    cannot be computed.
     """
     method: Any = None if cfg.get("likelihood") is None else OmegaConf.to_container(cfg.likelihood)
     extractor = build_typed(OmegaConf.to_container(cfg.extractor))

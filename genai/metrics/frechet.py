@@ -1,7 +1,7 @@
-"""Fréchet distance of two sets of features, each known by its mean and covariance (Heusel et al. 2017, equation 6).
+"""Fréchet distance of two sets of features, from mean and covariance of each (Heusel et al. 2017, equation 6).
 
-What makes figures comparable is not here but with the caller: the same features, the same number of samples (the
-distance has a bias that falls with n), and samples on the grey levels and of the size that the data have.
+The caller must make figures comparable: the same features, the same number of samples (the distance has a bias that falls with
+n), and samples on the grey levels and at the size of the data.
 """
 
 import math
@@ -20,48 +20,49 @@ def _empty() -> Tensor:
 
 @dataclass
 class Moments:
-    """Mean (D,) and covariance (D, D) in float64 of vectors that come in batches, in memory that does not grow.
+    """Mean (D,) and covariance (D, D) in float64 of vectors that come in batches, in constant memory.
 
-    Batches are joined by their means and centred sums of squares (Chan et al. 1979), which does not cancel as sums of
-    raw squares do; two of these join the same way, for sets that were counted apart.
+    Batches are merged by their means and centred sums of squares (Chan et al. 1979), which avoids the cancellation of sums of
+    raw squares. Two objects are merged the same way.
     """
 
     n: int = 0
     mean: Tensor = field(default_factory=_empty)
-    scatter: Tensor = field(default_factory=_empty)  # sum of outer products of what is left without the mean
+    scatter: Tensor = field(default_factory=_empty)  # (D, D), sum of outer products of deviations from the mean
 
     def add(self, features: Array) -> "Moments":
-        """Count features (B, D) in; returns itself. Raises UserError for another D, or numbers that are not finite."""
+        """Add features (B, D); returns itself. Raises UserError for another D, or numbers that are not finite."""
         x = rows(features).double()
         mean = x.mean(0)
         return self.merge(Moments(len(x), mean, (x - mean).T @ (x - mean)))
 
     def merge(self, other: "Moments") -> "Moments":
-        """Count in what another has counted, which stays as it is; returns itself. Raises UserError for another D."""
+        """Add the vectors of `other`, which is unchanged; returns itself. Raises UserError for another D."""
         if not other.n:
             return self
         if not self.n:
             self.n, self.mean, self.scatter = other.n, other.mean, other.scatter
             return self
         _same_size(self, other)
-        total, apart = self.n + other.n, other.mean - self.mean
-        self.scatter = self.scatter + other.scatter + torch.outer(apart, apart) * (self.n * other.n / total)
-        self.mean = self.mean + apart * (other.n / total)
+        total, shift = self.n + other.n, other.mean - self.mean
+        self.scatter = self.scatter + other.scatter + torch.outer(shift, shift) * (self.n * other.n / total)
+        self.mean = self.mean + shift * (other.n / total)
         self.n = total
         return self
 
     def covariance(self) -> Tensor:
-        """(D, D), divided by n - 1. Raises UserError for fewer than two vectors; with n <= D of them it is singular."""
+        """Return the unbiased covariance (D, D); it is singular for n <= D. Raises UserError for fewer than two vectors."""
         if self.n < 2:
             raise UserError(f"a covariance needs at least 2 samples, and {self.n} were added")
         return self.scatter / (self.n - 1)
 
 
 def frechet(a: Moments, b: Moments) -> float:
-    """|m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)): squared 2-Wasserstein distance of Gaussians (Dowson & Landau 1982).
+    """Compute |m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)), the squared 2-Wasserstein distance of Gaussians (Dowson & Landau 1982).
 
     The eigenvalues of A B are the squared singular values of A^(1/2) B^(1/2), so their roots add up to its nuclear
-    norm: real by construction, and free of the root of a rounding error that singular covariances bring otherwise.
+    norm. That is real by construction, and avoids the roots of rounding errors that singular covariances cause.
+
     Raises UserError for fewer than two samples, sets of different D, or a result that is not finite.
     """
     A, B = a.covariance(), b.covariance()
@@ -77,11 +78,11 @@ def frechet(a: Moments, b: Moments) -> float:
 
 def _same_size(a: Moments, b: Moments) -> None:
     if a.mean.shape != b.mean.shape:
-        raise UserError(f"features of {len(a.mean)} and of {len(b.mean)} numbers cannot be compared")
+        raise UserError(f"features of dimension {len(a.mean)} and {len(b.mean)} cannot be compared")
 
 
 def _root(matrix: Tensor) -> Tensor:
-    """Symmetric root of a covariance (D, D); eigenvalues within rounding of 0 are 0."""
+    """Return the symmetric root of a covariance (D, D); eigenvalues within rounding of 0 count as 0."""
     values, vectors = torch.linalg.eigh(matrix)
     least = len(values) * torch.finfo(values.dtype).eps * values[-1]
     return vectors * values.where(values > least, 0.0).sqrt() @ vectors.T

@@ -1,4 +1,4 @@
-"""Inception score (Salimans et al. 2016, section 4) of a classifier's answers, whichever classifier that is."""
+"""Inception score (Salimans et al. 2016, section 4) of the class probabilities of any classifier."""
 
 from typing import NamedTuple
 
@@ -9,17 +9,18 @@ from genai.metrics.rows import Array, rows
 
 
 class InceptionScore(NamedTuple):
-    """Mean and standard deviation over the splits, the latter 0 for one split."""
+    """Mean and standard deviation of the score over splits; the latter is 0 for one split."""
 
     mean: float
     std: float
 
 
 def inception_score(probabilities: Array, splits: int = 10, seed: int = 0) -> InceptionScore:
-    """exp of the mean of KL(p(y|x) || p(y)) over samples, from class probabilities (N, K); p(y) is that of the split.
+    """Compute exp of the mean of KL(p(y|x) || p(y)) from class probabilities (N, K), with p(y) of each split.
 
-    Between 1 and K. Samples are shuffled by `seed` before they are split, so that samples made class by class do not
-    leave a split with one class only. Compare only figures of one N and number of splits: fewer in a split score lower.
+    The score is between 1 and K. Samples are shuffled by `seed` before they are split, as they are often sorted by class.
+    Compare only scores with equal N and `splits`: smaller splits score lower.
+
     Raises UserError if a row is not a distribution or there are fewer samples than splits.
     """
     p = rows(probabilities, "probabilities").double()

@@ -1,8 +1,7 @@
-"""How far a figure can be trusted: its spread over seeds of generation, and the interval of a mean over samples.
+"""Uncertainty of figures: the spread over seeds of generation, and the bootstrap interval of a mean.
 
-These are different doubts. Seeds say what another set of samples from the same model would give; the bootstrap, for
-figures that are means over independent samples, what another set of items would. Neither says what another training
-would.
+The spread over seeds estimates what another set of samples of the same model would give; the bootstrap, for means over
+independent items, what another set of items would. Neither covers the variation between trainings.
 """
 
 import math
@@ -16,6 +15,8 @@ from genai.metrics.rows import Array
 
 
 class Spread(NamedTuple):
+    """Mean, least and greatest of n values."""
+
     mean: float
     min: float
     max: float
@@ -23,13 +24,15 @@ class Spread(NamedTuple):
 
 
 class Interval(NamedTuple):
+    """A mean with the ends of its interval."""
+
     mean: float
     low: float
     high: float
 
 
 def over_seeds(values: Iterable[float]) -> Spread:
-    """Mean, least and greatest of one figure from several seeds. Raises UserError for none or one not finite."""
+    """Summarise a figure over several seeds. Raises UserError without values, or for one that is not finite."""
     found = [float(value) for value in values]
     if not found or not all(map(math.isfinite, found)):
         raise UserError(f"{found} must be finite numbers, one for each seed")
@@ -37,9 +40,9 @@ def over_seeds(values: Iterable[float]) -> Spread:
 
 
 def bootstrap(values: Array, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
-    """The mean of per-sample values (N,) and its percentile interval (Efron 1979); the same for the same seed, always.
+    """Compute the mean of values (N,) with its bootstrap percentile interval (Efron 1979), deterministic by `seed`.
 
-    Not for a Fréchet distance, which is no mean over samples: drawing samples twice biases it. Raises UserError for
+    It is not valid for a Fréchet distance, which is not a mean over samples: repeated samples bias it. Raises UserError for
     fewer than two values, one that is not finite, or a level not between 0 and 1.
     """
     x = torch.as_tensor(values).double().flatten().cpu()

@@ -1,7 +1,7 @@
-"""The one ruler of likelihoods: nats of whole samples of discrete data to figures that compare across families.
+"""Comparable likelihoods: -ln p of whole samples of discrete data, converted to units that all model families share.
 
-A figure belongs here only if it is -ln of a probability that sums to 1 over all values the data can take, or an upper bound
-of that. Densities, reconstruction errors and losses with other weights are none, whatever their unit.
+Only -ln p of a probability that sums to 1 over all values of the data, or an upper bound of it, may be converted here. Densities,
+reconstruction errors and losses with other weights are not likelihoods of the data, whatever their unit.
 """
 
 import math
@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 def per_dimension(nats: Tensor, dimensions: int, levels: int | None) -> dict[str, Any]:
-    """Bits per dimension, mean over samples with its standard error, of nats (N,); `levels` values for each dimension."""
+    """Convert nats (N,) to bits per dimension: the mean over samples with its standard error.
+
+    `levels` is the number of values of each dimension, which is reported with it.
+    """
     bits = nats / (dimensions * math.log(2))
     return {
         "bits_per_dim": round(bits.mean().item(), 4),
@@ -22,8 +25,7 @@ def per_dimension(nats: Tensor, dimensions: int, levels: int | None) -> dict[str
 
 
 def per_token(nats: Tensor, tokens: int, characters: float) -> dict[str, Any]:
-    """Of a text of so many tokens and characters, nats (N,) in all: per token, and in bits per character, which compare
-    across tokenizers."""
+    """Convert nats (N,) of a text to nats per token, and to bits per character, which are comparable across tokenizers."""
     each = nats.sum().item() / tokens
     return {
         "nats_per_token": round(each, 4),
@@ -34,6 +36,6 @@ def per_token(nats: Tensor, tokens: int, characters: float) -> dict[str, Any]:
 
 
 def perplexity(counts: Tensor) -> float:
-    """e to the entropy of how often each of K codes occurs, counts (K,): how many equally likely ones that is worth."""
+    """Compute the perplexity exp(entropy) of code counts (K,): the number of equally likely codes with that entropy."""
     p = counts.double() / counts.sum()
     return math.exp(-p.xlogy(p).sum().item())

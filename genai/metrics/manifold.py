@@ -1,6 +1,7 @@
-"""Fidelity and diversity apart, by balls around features that reach to a near neighbour of the same set.
+"""Precision, recall, density and coverage: fidelity and diversity of samples, from k-nearest-neighbour balls of features.
 
-A ball holds its own edge, so that copies count also where the data hold an item more than k times.
+The ball of an item reaches to its k-th neighbour in the same set and includes its surface, so that copies count as inside even
+where the data contain an item more than k times.
 """
 
 from typing import NamedTuple
@@ -15,17 +16,21 @@ NAMES = ("real features", "fake features")
 
 
 class PrecisionRecall(NamedTuple):
+    """Share of fakes inside the real manifold, and of reals inside the fake one."""
+
     precision: float
     recall: float
 
 
 class DensityCoverage(NamedTuple):
+    """Average number of real balls around a fake, over k, and share of real balls with a fake inside."""
+
     density: float
     coverage: float
 
 
 def squared_radii(x: Tensor, k: int) -> Tensor:
-    """Squared distance (N,) of each of x (N, D) to its k-th nearest other one, in float64."""
+    """Return the squared distance (N,) of each of x (N, D) to its k-th nearest neighbour, in float64."""
     found = []
     for start, squared in squared_distances(x, x):
         row = torch.arange(len(squared), device=x.device)
@@ -35,9 +40,10 @@ def squared_radii(x: Tensor, k: int) -> Tensor:
 
 
 def precision_recall(real: Array, fake: Array, k: int = 3) -> PrecisionRecall:
-    """Share of fakes in some real one's ball, and of reals in some fake one's (Kynkäänniemi et al. 2019, eq. 1 and 2).
+    """Compute precision and recall of features (N, D) (Kynkäänniemi et al. 2019, eq. 1 and 2).
 
-    From features (N, D) of as many real as fake items: with unequal numbers the balls of the two sets differ in size.
+    Both sets must have equal N, as the size of the balls depends on it.
+
     Raises UserError for unequal numbers, sets of different D, or not more than k items.
     """
     x, y = pair(real, fake, NAMES, least=at_least(k, 1, "k") + 1)
@@ -52,11 +58,12 @@ def precision_recall(real: Array, fake: Array, k: int = 3) -> PrecisionRecall:
 
 
 def density_coverage(real: Array, fake: Array, k: int = 5) -> DensityCoverage:
-    """Real balls that hold a fake one, over k, on average; share of them that hold any (Naeem et al. 2020, section 3).
+    """Compute density and coverage of features (N, D) and (M, D) (Naeem et al. 2020, section 3).
 
-    Only the reals have balls, so that an outlier among the fakes covers nothing. Density is 1 in expectation if the
-    distributions are the same, and not bounded by it; coverage is then near 1 - 2^-k for many of both, 0.97 at
-    k = 5. Raises UserError for sets of different D or not more than k items.
+    Only the real items have balls, so that outliers among the fakes cover nothing. For equal distributions density is 1 in
+    expectation (it is not bounded by 1), and coverage near 1 - 2^-k for large N and M, 0.97 at k = 5.
+
+    Raises UserError for sets of different D or not more than k items.
     """
     x, y = pair(real, fake, NAMES, least=at_least(k, 1, "k") + 1)
     radii, inside, covered = squared_radii(x, k), 0, 0

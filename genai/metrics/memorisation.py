@@ -1,7 +1,7 @@
-"""Whether samples are new: how near they lie to the training items, beside how near items do that were held out.
+"""Memorisation: distances of samples to the training items, compared with those of held-out items.
 
-A model that learned the distribution makes samples that lie from the training set as held-out items do. One that gives
-training items back has a perfect Fréchet distance and is found only here. Pixels or features will do; choose what a
+Samples of a model that has learned the distribution are as far from the training set as held-out items. A model that returns
+training items has a perfect Fréchet distance, and is found only by this test. It works on pixels or on features; choose what a
 copy should be invariant to.
 """
 
@@ -17,15 +17,15 @@ from torch import Tensor
 from genai.metrics.rows import Array, pair, squared_distances
 
 RATIO, QUANTILE, SHARE = 0.5, 0.01, 0.05
-ALARM = 0.01  # how often at most an honest model is called a memoriser, by each of two tests
+ALARM = 0.01  # false-positive rate of each of the two tests
 
 
 @dataclass(frozen=True)
 class Memorisation:
-    """What `memorisation` found: of N samples and M held-out items, each with its nearest training item."""
+    """The result of `memorisation` for N samples and M held-out items."""
 
-    distances: Tensor  # (N,) of samples
-    nearest: Tensor  # (N,) indices of their training items
+    distances: Tensor  # (N,) of samples to their nearest training items
+    nearest: Tensor  # (N,) indices of these training items
     held_out: Tensor  # (M,) distances of held-out items
     copies: int  # samples that equal a training item
     ratio: float  # of the median distance of samples to that of held-out items
@@ -33,14 +33,13 @@ class Memorisation:
 
     @property
     def flagged(self) -> bool | None:
-        """Whether this is more than generalisation explains: ratio below 0.5, or more than 5 % of samples too close; None where
-        there are too few items to tell.
+        """Whether the model memorises: `ratio` below 0.5 or `close` above 5 %; None where there are too few items to decide.
 
-        The first finds a model that gives training items back, blurred or not; the second one that does so now and
-        then. Samples of the data's own distribution have a ratio near 1 and `close` near 1 %, but of few held-out items the 1 %
-        quantile and the median are uncertain. So what is found must also be rarer than once in 100 such models, whatever the
-        distribution of distances, see `limits`: with 20 held-out items 29 % of samples must be too close, with 200, and as many
-        samples, 5.5 %. The answer is None where nothing is found and a share of 5 % could not have been told from chance.
+        The ratio finds models that mostly return training items, exact or blurred; `close` those that do so occasionally.
+        Samples of the true distribution have a ratio near 1 and `close` near 1 %, but with few held-out items the 1 % quantile
+        and the median are uncertain. A finding must therefore also be significant at 1 %, for any distribution of distances,
+        see `limits`: with 20 held-out items 29 % of samples must be too close; with 200, and as many samples, 5.5 %. The result
+        is None if nothing is found and 5 % of copies would not have been significant.
         """
         n = len(self.distances)
         needed, rank = limits(n, len(self.held_out))
@@ -52,21 +51,24 @@ class Memorisation:
 
     @property
     def reason(self) -> str | None:
-        """Why `flagged` is None, in words."""
+        """Explanation of a `flagged` that is None, else None."""
         if self.flagged is not None:
             return None
         few = f"{len(self.distances)} samples and {len(self.held_out)} held-out items"
         return f"too few to tell: {few} cannot tell {SHARE:.0%} of copies from chance"
 
     def closest(self, count: int) -> list[tuple[int, int]]:
-        """The `count` pairs (sample, training item) that lie nearest, to be looked at, nearest first."""
+        """Return the `count` nearest pairs (sample, training item) as indices, nearest first."""
         order = self.distances.argsort(stable=True)[:count].tolist()
         return [(i, int(self.nearest[i])) for i in order]
 
 
 def tails(n: int, m: int, rank: int) -> Tensor:
-    """Probability that of n samples more than 0, ..., n lie below the rank-th smallest of m held-out numbers, all n + m drawn
-    from one continuous distribution, whichever: beta-binomial with parameters rank and m + 1 - rank; float64 (n + 1,)."""
+    """Compute P(more than k of n samples lie below the rank-th smallest of m held-out numbers) for k = 0, ..., n, (n + 1,).
+
+    All n + m numbers are drawn from one continuous distribution. The count is then beta-binomial with parameters rank and
+    m + 1 - rank, whatever the distribution.
+    """
     x, a, b = torch.arange(n + 1, dtype=torch.float64), rank, m + 1 - rank
     inner = torch.lgamma(x + a) + torch.lgamma(n - x + b) - torch.lgamma(x + 1) - torch.lgamma(n - x + 1)
     outer = math.lgamma(n + 1) + math.lgamma(m + 1) - math.lgamma(n + m + 1) - math.lgamma(a) - math.lgamma(b)
@@ -76,19 +78,21 @@ def tails(n: int, m: int, rank: int) -> Tensor:
 
 @functools.cache
 def limits(n: int, m: int) -> tuple[int, int]:
-    """Of n samples and m held-out items: how many samples at most lie below the 1 % quantile, and the highest rank of a held-out
-    distance that half of the samples lie below (0: none), each but for one honest model in 100."""
-    quantile = min(math.floor((m - 1) * QUANTILE) + 2, m)  # the rank of a distance that is no smaller
+    """Return the critical values of the two tests for n samples and m held-out items, at the false-positive rate ALARM.
+
+    They are the largest number of samples that may lie below the 1 % quantile of held-out distances, and the highest rank of
+    a held-out distance such that it is significant if half of the samples lie below it (0 if there is none).
+    """
+    quantile = min(math.floor((m - 1) * QUANTILE) + 2, m)  # rank of a distance that is at least the quantile
     needed = int((tails(n, m, quantile) > ALARM).sum())
     rank = bisect.bisect_right(range(1, m + 1), ALARM, key=lambda k: tails(n, m, k)[math.ceil(n / 2) - 1].item())
     return needed, rank
 
 
 def nearest_neighbours(x: Array, train: Array | Iterable[Array]) -> tuple[Tensor, Tensor]:
-    """Euclidean distance (N,) in float64 of items x (N, ...) to the nearest of train (M, ...), and its index (N,).
+    """Return the Euclidean distance (N,) in float64 of items x (N, ...) to the nearest of train (M, ...), and its index (N,).
 
-    `train` may come in parts, one after the other, in memory that does not grow with their number. Raises UserError for items of
-    different sizes.
+    `train` may be an iterable of parts, of which one at a time is in memory. Raises UserError for items of different sizes.
     """
     distance, index, first = (
         torch.full((len(x),), torch.inf, dtype=torch.float64),
@@ -111,10 +115,13 @@ def nearest_neighbours(x: Array, train: Array | Iterable[Array]) -> tuple[Tensor
 
 
 def memorisation(samples: Array, train: Array | Iterable[Array], held_out: Array) -> Memorisation:
-    """Compare samples (N, ...) with held-out items (M, ...) by their distances to the training items, whole or in parts.
+    """Compare samples (N, ...) with held-out items (M, ...) by their distances to the training items.
 
-    Held-out items are from the data's own distribution and in no way in `train`. The ratio is 1 where both medians are
-    0. Raises UserError for items of different sizes.
+    Args:
+        train: all training items, or an iterable of parts.
+        held_out: items of the data's distribution that are not in `train`.
+
+    Raises UserError for items of different sizes. The ratio is 1 if both medians are 0.
     """
     both = torch.cat(pair(samples, held_out, ("samples", "held-out items")))
     distances, nearest = nearest_neighbours(both, train)

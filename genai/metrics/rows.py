@@ -1,4 +1,4 @@
-"""Sets of vectors, checked, and the distances between two of them without a matrix of all pairs."""
+"""Checks of sets of vectors, and distances between two sets without the matrix of all pairs."""
 
 from collections.abc import Iterator
 
@@ -9,25 +9,25 @@ from torch import Tensor
 from genai.core.errors import UserError
 
 Array = Tensor | np.ndarray
-BLOCK = 1024  # vectors of the second set that are taken to float64 at a time
-ELEMENTS = 2_000_000  # distances held at a time, 8 bytes each
+BLOCK = 1024  # vectors of the second set converted to float64 at a time
+ELEMENTS = 2_000_000  # distances in memory at a time, 8 bytes each
 
 
 def rows(x: Array, name: str = "features") -> Tensor:
-    """x (N, ...) as a tensor (N, D) of the type it had.
+    """Return x (N, ...) as a tensor (N, D) of the same type.
 
-    Raises UserError if it is not a set of vectors, is empty, or holds a number that is not finite.
+    Raises UserError if x is not a set of vectors, is empty, or has a number that is not finite.
     """
     x = torch.as_tensor(x)
     if x.ndim < 2 or not x.numel() or x.is_complex():
         raise UserError(f"{name} of shape {tuple(x.shape)} must be real numbers, one item a row: (N, D) with N, D > 0")
     if not x.isfinite().all():
-        raise UserError(f"{name} hold numbers that are not finite: look at what they were computed from")
+        raise UserError(f"{name} have values that are not finite: check the samples they were computed from")
     return x.flatten(1)
 
 
 def pair(a: Array, b: Array, names: tuple[str, str], least: int = 1) -> tuple[Tensor, Tensor]:
-    """Two sets (N, D), (M, D) of the same kind of vector, at least so many in each. Raises UserError otherwise."""
+    """Return two sets as (N, D) and (M, D). Raises UserError for different D or fewer than `least` items in a set."""
     x, y = rows(a, names[0]), rows(b, names[1])
     if x.shape[1] != y.shape[1]:
         raise UserError(f"{names[0]} have {x.shape[1]} numbers each and {names[1]} {y.shape[1]}: they must be the same")
@@ -37,11 +37,11 @@ def pair(a: Array, b: Array, names: tuple[str, str], least: int = 1) -> tuple[Te
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Of x (N, D) to y (M, D): pairs of the first row's index and squared distances (n, M) in float64, n rows each.
+    """Yield (index of the first row, squared distances (n, M) in float64) of blocks of n rows of x (N, D) to y (M, D).
 
-    |x|^2 + |y|^2 - 2 x.y loses what is small beside |x|^2, so what is less than 1e-13 of the sum is given as 0: vectors
-    that float32 could hardly tell apart. Between multiples of a power of two, such as the digits' grey levels, all are
-    exact.
+    |x|^2 + |y|^2 - 2 x.y is inexact where it is small compared to |x|^2: values below 1e-13 of the sum are set to 0, which are
+    vectors that float32 can hardly distinguish. For multiples of a power of two, such as grey levels of digits, all distances
+    are exact.
     """
     y_norms = torch.cat([part.double().square().sum(1) for part in y.split(BLOCK)])
     step = max(1, min(BLOCK, ELEMENTS // len(y)))

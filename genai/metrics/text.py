@@ -1,4 +1,4 @@
-"""Of generated text: how much of it is new to itself, and how much stands word for word in the training text."""
+"""Metrics of generated text: its diversity, and the longest string copied from the training text."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from genai.core.errors import UserError, at_least
 
 
 class Copy(NamedTuple):
-    """text[start : start + length] == train[source : source + length]; length 0 if they share nothing."""
+    """A common string: text[start : start + length] == train[source : source + length]; length is 0 if there is none."""
 
     length: int
     start: int
@@ -17,10 +17,10 @@ class Copy(NamedTuple):
 
 
 def distinct(texts: Iterable[Sequence[Hashable]], n: int) -> float:
-    """Different n-grams over all n-grams of all texts together, distinct-n (Li et al. 2016, section 5.3).
+    """Compute distinct-n: the share of different n-grams among those of all texts (Li et al. 2016, section 5.3).
 
-    A string is a sequence of characters; give `text.split()` for words, or token ids. It falls with the length of the
-    text: compare only figures of one length. Raises UserError if no text has n items.
+    Items are characters for a string, words for `text.split()`, or token ids. The value falls with the length of the text:
+    compare only texts of one length. Raises UserError if no text has n items.
     """
     at_least(n, 1, "n")
     grams = [tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1)]
@@ -30,37 +30,38 @@ def distinct(texts: Iterable[Sequence[Hashable]], n: int) -> float:
 
 
 def longest_copy(text: str | Sequence[int], train: str | Sequence[int]) -> Copy:
-    """The longest stretch of `text` that stands in `train`, both strings or both token ids >= 0; of several, the first.
+    """Find the longest common substring of `text` and `train`, both strings or both token ids; the first if there are several.
 
-    Exact, without hashes: stretches of 1, 2, 4, ... items are numbered by the numbers of their halves, as far as the
-    texts share any (Karp, Miller & Rosenberg 1972); one of a length between is the pair of two that overlap, and a
-    search by halves finds the longest. Time grows with the texts' length times the logarithm of the copy's. Raises
-    UserError for negative token ids.
+    It is exact, without hashing: substrings of 1, 2, 4, ... items are numbered by the numbers of their halves (Karp, Miller &
+    Rosenberg 1972), those of a length between by two overlapping ones, and binary search finds the greatest length. The time is
+    proportional to the length of the texts times the logarithm of the copy's length.
+
+    Raises UserError for negative token ids.
     """
     ours, theirs = _items(text), _items(train)
-    names, size = [_numbered(ours, theirs)], 1
-    while _shared(*names[-1]) and 2 * size <= len(ours):
-        names.append(_numbered(*_paired(names[-1], size)))
+    names, size = [_number(ours, theirs)], 1
+    while _have_common(*names[-1]) and 2 * size <= len(ours):
+        names.append(_number(*_pair_keys(names[-1], size)))
         size *= 2
-    if not _shared(*names[-1]):
+    if not _have_common(*names[-1]):
         names.pop()
     if not names:
         return Copy(0, 0, 0)
     half, low = names[-1], 2 ** (len(names) - 1)
-    best, high = _place(*half), min(2 * low, len(ours) + 1, len(theirs) + 1)  # low is shared, high is not
-    size = low  # of what `half` numbers
+    best, high = _first_common(*half), min(2 * low, len(ours) + 1, len(theirs) + 1)  # low is shared, high is not
+    size = low  # length of the substrings that `half` numbers
     while high - low > 1:
         middle = (low + high) // 2
-        pairs = _numbered(*_paired(half, middle - size))
-        if _shared(*pairs):
-            low, best = middle, _place(*pairs)
+        pairs = _number(*_pair_keys(half, middle - size))
+        if _have_common(*pairs):
+            low, best = middle, _first_common(*pairs)
         else:
             high = middle
     return Copy(low, *best)
 
 
 def _items(text: str | Sequence[int]) -> np.ndarray:
-    """One number >= 0 for each character or token, int64 (N,)."""
+    """Convert characters or token ids to numbers >= 0, int64 (N,)."""
     if isinstance(text, str):
         return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int64)
     found = np.asarray(text, np.int64).reshape(-1)
@@ -69,8 +70,8 @@ def _items(text: str | Sequence[int]) -> np.ndarray:
     return found
 
 
-def _numbered(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keys to small numbers, the same number for the same key; -1 for a key that is -1 or not among ours."""
+def _number(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Map keys to consecutive numbers, equal for equal keys; -1 for a key that is -1 or not in `ours`."""
     keys = np.unique(ours[ours >= 0])
     found = []
     for given in (ours, theirs):
@@ -83,20 +84,21 @@ def _numbered(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndar
     return found[0], found[1]
 
 
-def _paired(names: tuple[np.ndarray, np.ndarray], shift: int) -> tuple[np.ndarray, np.ndarray]:
-    """Keys of longer stretches: the pair of numbers of two that start `shift` apart, or -1 where one has none."""
-    count = len(names[0])  # more than any number
+def _pair_keys(names: tuple[np.ndarray, np.ndarray], shift: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return keys of longer substrings: pairs of numbers `shift` positions apart, or -1 where one of them is -1."""
+    count = len(names[0])  # exceeds every number
     left = [n[: max(0, len(n) - shift)] for n in names]
     right = [n[shift:] for n in names]
     keys = [np.where((a >= 0) & (b >= 0), a * count + b, -1) for a, b in zip(left, right, strict=True)]
     return keys[0], keys[1]
 
 
-def _shared(ours: np.ndarray, theirs: np.ndarray) -> bool:
+def _have_common(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    """Tell whether a number of `ours` occurs in `theirs`."""
     return bool((theirs >= 0).any())
 
 
-def _place(ours: np.ndarray, theirs: np.ndarray) -> tuple[int, int]:
-    """Where the first shared number stands in both."""
+def _first_common(ours: np.ndarray, theirs: np.ndarray) -> tuple[int, int]:
+    """Return the positions of the first common number in both."""
     start = int(np.flatnonzero(np.isin(ours, theirs[theirs >= 0]))[0])
     return start, int(np.flatnonzero(theirs == ours[start])[0])

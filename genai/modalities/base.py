@@ -1,4 +1,7 @@
-"""What every modality is: the only place that knows one kind of data, for sampling, evaluation, trackers and pages alike."""
+"""The interface of modalities, one for each kind of data: image, vector, text, label, caption.
+
+Sampling, evaluation and trackers know nothing of a kind of data but what its modality defines.
+"""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -15,68 +18,74 @@ from genai.core.protocols import Batch, OnStep
 from genai.core.rng import RNG_VERSION
 
 Picture = Tensor
-"""uint8 (C, H, W), C 1 or 3."""
+"""A picture for display, uint8 (C, H, W) with C 1 or 3."""
 
 Texts = list[str]
-"""One string for each sample."""
+"""Samples as text for display, one string each."""
 
 Request = Mapping[str, Any]
-"""What was typed, by key: `label`, `prompt`, `negative_prompt`, `stop`; None, or no such key, where nothing was."""
+"""What a user asks samples for, by key: `label`, `prompt`, `negative_prompt`, `stop`; None or absent where nothing is asked."""
 
-MAX_SHOWN = 400  # samples of one picture in a file
+MAX_SHOWN = 400  # samples in one picture
 
 
 class Modality:
-    """One kind of data, as what a model makes or as a condition that it is told; a subclass says what is different.
+    """A kind of data, as the output of a model or as one of its conditions; subclasses override what differs.
 
-    A class of a user's own package may be one: `state` and the arguments of its constructor are then plain values.
+    A subclass may be in a package of your own; its `state` and constructor arguments must then be plain values.
     """
 
     field: str
-    """The name of its tensor in a Batch."""
+    """Name of its tensor in a batch."""
     keys: tuple[str, ...] = ()
-    """Of a Request, those that `condition` reads."""
+    """Keys of a request that `condition` uses."""
     meaning = "modality"
-    """What two data sets must share for weights of one to mean the same on the other, in words."""
+    """What two data sets must have in common for a model of one to work on the other, in words for an error."""
     likelihoods: tuple[str, ...] = ("bits_per_dim",)
-    """The metrics that a likelihood is given in."""
+    """Names of the metrics that report a likelihood."""
     comparison: str | None = "samples"
-    """How sets of samples are measured: "samples", by features; "texts", by their words; None, not at all."""
+    """Kind of metrics for sets of samples: "samples" (by features), "texts" (by words) or None."""
     windowed = False
-    """Whether an item is a window of one long sequence, cut as long as a run chooses, with a likelihood for each token."""
+    """Whether items are windows of one long sequence, so that a likelihood is per token."""
 
     def __init__(self, field: str | None = None):
         if field is not None and not isinstance(field, str):
-            raise UserError(f"field={field!r} of a modality must be the name of a tensor")
+            raise UserError(f"field={field!r} of a modality must be a string, the name of a tensor")
         self.field = self.field if field is None else field
 
     def state(self) -> dict[str, Any]:
-        """Plain values that `from_state` makes it of again."""
+        """Return plain values from which `from_state` restores the modality."""
         return {"field": self.field}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Modality":
-        """The inverse of `state`. Raises UserError for a state that describes none: it may come from anybody's file."""
+        """Restore a modality from its `state`. Raises UserError for an invalid one, as it may come from anybody's file."""
         return cls(**state)
 
     def condition(self, request: Request, n: int) -> Batch:
-        """What n samples are told by a request; by one that says nothing, what shows best what a model has learned.
+        """Return the conditions of n samples, tensors with n in front; for an empty request a default for previews.
 
-        Raises UserError for what cannot be asked for.
+        Raises UserError for a request that cannot be met.
         """
         return {}
 
     def decode(self, batch: Batch) -> Batch:
-        """Further tensors of samples, in which a person knows them again."""
+        """Return further tensors of samples that people can look at, such as the images of tokens."""
         return {}
 
     def preview(self, batch: Batch, columns: int | None = None) -> Picture | Texts:
-        """Samples as trackers and pages show them, `columns` a row where that is one picture."""
+        """Return samples for display: one picture with `columns` samples in a row, or one string for each."""
         return [" ".join(f"{v:.4g}" for v in row) for row in batch[self.field].flatten(1).tolist()]
 
     def write(self, folder: Path, batch: Batch, names: list[str], request: Request, columns: int | None) -> list[str]:
-        """Write samples with their `seeds` and, if they have any, `label`s; returns the names of the files that hold all of
-        them. `names` are for files of single samples."""
+        """Write samples with their `seeds` and `label`s to a folder; returns the names of the files with all of them.
+
+        Args:
+            batch: the samples, `seeds` (N,), and optionally `label` (N,) and `frames` (N, K, ...).
+            names: of the files of single samples, without suffix.
+            request: that the samples were made for.
+            columns: samples in a row of a picture, None for about a square.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         first = {name: value[:MAX_SHOWN] for name, value in batch.items()}
         shown = save(self.preview(first, columns), folder / "grid")
@@ -90,8 +99,10 @@ class Modality:
         ]
 
     def write_frames(self, folder: Path, frames: Tensor, columns: int | None = None) -> list[str]:
-        """Write the states (N, K, ...) of samples from noise to data, as path.gif, which moves, and as path.png, a row for each
-        sample, or of the first sample as path.txt where a modality shows texts; returns the names of the files."""
+        """Write the K states (N, K, ...) of samples from noise to data; returns the names of the files.
+
+        They are the animation path.gif and path.png, a row for each sample; for a modality of texts path.txt, of one sample.
+        """
         shown: list[Any] = [self.preview({self.field: states[:MAX_SHOWN]}, columns) for states in frames.unbind(1)]
         if isinstance(shown[0], list):
             return [save([texts[0] for texts in shown], folder / "path").name]
@@ -102,38 +113,38 @@ class Modality:
         return ["path.gif", save(self.strip(frames[:, few]), folder / "path").name]
 
     def strip(self, frames: Tensor) -> Picture:
-        """States (N, K, ...) of samples as one picture, a row for each of the first."""
+        """Return the states (N, K, ...) of the first samples as one picture, a row for each."""
         return self.preview({self.field: frames[:10].flatten(0, 1)}, frames.shape[1])  # type: ignore[return-value]
 
     def read(self, path: Path, shape: Sequence[int], key: str) -> Tensor:
-        """The samples (N, *shape) of a file, or of a folder by name.
+        """Read samples (N, *shape) from a file, or from the files of a folder sorted by name.
 
-        Raises UserError, which names `key`, where none can be read, and of samples that have no such files.
+        Raises UserError that names the config key `key` if none can be read, or the modality has no such files.
         """
         raise UserError(f"{key}= is for a model of images, and samples of this one are {list(shape)}: leave {key}= out")
 
     def note(self, folder: Path, names: list[str], request: Request) -> None:
-        """Write what samples of another modality, files of these names, were told."""
+        """Write the conditions of samples of another modality, whose files have these names."""
 
     def watch(self, request: Request) -> contextlib.AbstractContextManager[OnStep] | None:
-        """Shows the first sample while it is made; None where a progress bar says as much."""
+        """Return a context whose callback displays the first sample while it is generated; None for a progress bar instead."""
         return None
 
     def to_file(self, x: Tensor) -> Tensor:
-        """Samples as files keep them."""
+        """Return samples as they are stored in files."""
         return x
 
     def quantize(self, x: Tensor, levels: int | None) -> Tensor:
-        """Samples on the levels of their data, as features see both."""
+        """Round samples to the grey levels of the data, as real data are before features are compared."""
         return x
 
     def features(self, x: Tensor) -> Tensor | None:
-        """Samples (N, ...) to features (N, D) that sets of them are compared in; None: an evaluation's extractor has them."""
+        """Return features (N, D) of samples (N, ...); None leaves them to an evaluation's extractor."""
         return x.flatten(1)
 
 
 def save(shown: Picture | Texts, path: Path, within: Path | None = None) -> Path:
-    """Write a picture as .png, texts as .txt, and return the path; `within` as for `core.files.write`."""
+    """Write a picture as .png or texts as .txt; returns the path. `within` is as for `core.files.write`."""
     if isinstance(shown, list):
         path = path.with_suffix(".txt")
         whole = "\n\n".join(f"--- {i}\n{text}" for i, text in enumerate(shown)) + "\n"
@@ -145,7 +156,7 @@ def save(shown: Picture | Texts, path: Path, within: Path | None = None) -> Path
 
 
 def to_pil(picture: Picture) -> Any:
-    """A PIL image."""
+    """Convert a picture to a PIL image."""
     from PIL import Image
 
     array = picture.permute(1, 2, 0).numpy()
@@ -153,8 +164,8 @@ def to_pil(picture: Picture) -> Any:
 
 
 def repeat_strings(given: Any, n: int, key: str) -> list[str]:
-    """One string, or a list of them again and again, n in all. Raises UserError for none."""
+    """Return n strings: one string n times, or a list cyclically. Raises UserError for an empty list."""
     texts = [str(t) for t in (given if isinstance(given, list | tuple) else [given])]
     if not texts:
-        raise UserError(f"{key}=[] is empty: leave it out, or give a text")
+        raise UserError(f"{key}=[] is empty: leave it out, or give a string")
     return (texts * -(-n // len(texts)))[:n]

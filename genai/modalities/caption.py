@@ -1,4 +1,4 @@
-"""A caption: a sentence that a model is told, as bytes."""
+"""Captions as conditions of a model, as bytes of UTF-8."""
 
 import json
 from collections.abc import Sequence
@@ -12,30 +12,30 @@ from genai.core.errors import UserError, at_least
 from genai.core.protocols import PAD, Batch
 from genai.modalities.base import Modality, Request, Texts, repeat_strings
 
-LONGEST = 2**20  # bytes of one
+MAX_LENGTH = 2**20  # bytes of a caption
 
 
 class Caption(Modality):
-    """The bytes of a text, int64 (B, length), then `PAD`.
+    """A caption: its bytes, int64 (B, length), then `PAD`.
 
     Args:
-        length: bytes of the longest.
+        length: bytes of the longest caption.
     """
 
     field, keys, meaning, comparison = "caption", ("prompt", "negative_prompt"), "caption's length", None
 
     def __init__(self, length: int):
-        if at_least(length, 1, "length of a caption") > LONGEST:
-            raise UserError(f"length={length} bytes of a caption are more than {LONGEST}")
+        if at_least(length, 1, "length of a caption") > MAX_LENGTH:
+            raise UserError(f"length={length} bytes of a caption are more than {MAX_LENGTH}")
         self.length = length
 
     def state(self) -> dict[str, Any]:
         return {"length": self.length}
 
     def condition(self, request: Request, n: int) -> Batch:
-        """The prompts, and as `negative` what guidance leads away from; nothing where no prompt was given.
+        """Return `caption`, the prompts, and `negative`, those that guidance leads away from; empty without a prompt.
 
-        Raises UserError for one that is too long, and for a negative prompt alone.
+        Raises UserError for a prompt that is too long, and for a negative prompt without a prompt.
         """
         prompt, negative = (request.get(key) for key in self.keys)
         if negative is not None and prompt is None:
@@ -53,7 +53,7 @@ class Caption(Modality):
         return [bytes(i for i in row if i != PAD).decode(errors="replace") for row in batch["caption"].tolist()]
 
     def note(self, folder: Path, names: list[str], request: Request) -> None:
-        """captions.jsonl of images, as `data.captions.Captioned` reads it."""
+        """Write the prompts of images to captions.jsonl, which `data.captions.Captioned` reads."""
         if request.get("prompt") is not None:
             texts = repeat_strings(request["prompt"], len(names), "prompt")
             pairs = zip(names, texts, strict=True)
@@ -62,7 +62,7 @@ class Caption(Modality):
 
 
 def encode(texts: Sequence[str], length: int, key: str) -> Tensor:
-    """The bytes of texts, int64 (B, length), then `PAD`. Raises UserError for one that is longer."""
+    """Encode texts as bytes, int64 (B, length), then `PAD`. Raises UserError for a longer text."""
     rows = torch.full((len(texts), length), PAD)
     for row, text in zip(rows, texts, strict=True):
         data = text.encode(errors="surrogatepass")

@@ -1,4 +1,4 @@
-"""The bytes of an image file to upright 8-bit pixels, with no more work and memory than the wanted size needs."""
+"""Decode image files to upright 8-bit pixels, with no more work and memory than the wanted size needs."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,20 +10,21 @@ import numpy as np
 
 from genai.core.errors import UserError
 
-# Of an image whose pixels' bytes are over 200 times its file's: no picture compresses so.
-FLAT_PIXELS, FLAT = 10_000_000, 200
+# A large image that unpacks to over 200 times its file is refused as a decompression bomb: no photograph compresses so well.
+BOMB_PIXELS, BOMB_RATIO = 10_000_000, 200
 MAX_PIXELS = 2**28  # pixels of one image that are decoded, 0.8 GB in RGB
-ORIENTATION = 0x0112  # the EXIF tag that says how the camera was held; 5 to 8 swap height and width
-GAP = 2.0  # times the wanted size a JPEG is decoded to at least, so that the filter after it decides the pixels
+ORIENTATION = 0x0112  # EXIF tag of the camera's orientation; values 5 to 8 swap height and width
+GAP = 2.0  # a JPEG is decoded to at least this times the wanted size, so that the resize filter determines the pixels
 
 
 class DecodeOptions(NamedTuple):
-    """How a file becomes pixels of 8 bits.
+    """How an image file is converted to 8-bit pixels.
 
-    channels: 1 or 3.
-    value_range: values that become black and white where a file has more than 8 bits; None takes the upper 8 of 16 bits.
-    background: RGB that transparent pixels lie on; None takes the colour that is stored under them.
-    draft: decode a JPEG at 1/2, 1/4 or 1/8 of its size where that is enough, ten times as fast.
+    Attributes:
+        channels: 1 or 3.
+        value_range: values that become black and white in files of more than 8 bits; None takes the upper 8 of 16 bits.
+        background: RGB colour behind transparent pixels; None takes the colour that is stored under them.
+        draft: decode a JPEG at 1/2, 1/4 or 1/8 of its size where that is enough, ten times as fast.
     """
 
     channels: int
@@ -34,14 +35,14 @@ class DecodeOptions(NamedTuple):
 
 @contextlib.contextmanager
 def open_image(file: IO[bytes], where: Path | str, size: int, large: bool = True) -> Iterator[Any]:
-    """Open an image file of `size` bytes with Pillow, its pixels not decoded yet; `large` lifts Pillow's own limit.
+    """Open an image file of `size` bytes with Pillow, without decoding its pixels; `large` lifts Pillow's own size limit.
 
-    Raises UserError for one that would unpack to far more than pictures do, ValueError for one of over `MAX_PIXELS` pixels.
+    Raises UserError for a decompression bomb, ValueError for an image of more than `MAX_PIXELS` pixels.
     """
     from PIL import Image
 
     limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None if large else limit  # a scan of a poster is no attack: see check_pixels
+    Image.MAX_IMAGE_PIXELS = None if large else limit  # large scans are legitimate; check_pixels refuses bombs
     try:
         image = Image.open(file)
     finally:
@@ -52,41 +53,41 @@ def open_image(file: IO[bytes], where: Path | str, size: int, large: bool = True
 
 
 def check_pixels(image: Any, where: Path | str, size: int) -> None:
-    """Raises as `open_image` does."""
+    """Raise the errors of `open_image` for an image of too many pixels."""
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
         raise ValueError(f"has {image.width} x {image.height} pixels, and at most {MAX_PIXELS:,} are decoded")
-    if pixels > FLAT_PIXELS and pixels * len(image.getbands()) > FLAT * size:
+    if pixels > BOMB_PIXELS and pixels * len(image.getbands()) > BOMB_RATIO * size:
         raise UserError(
-            f"{where} has {image.width} x {image.height} pixels in a file of {size:,} bytes, as no picture does: "
+            f"{where} has {image.width} x {image.height} pixels in a file of {size:,} bytes, which no photograph has: "
             "delete or replace it, or change data.root"
         )
 
 
 def is_sideways(image: Any) -> bool:
-    """Whether EXIF says that height and width change places."""
+    """Tell whether the EXIF orientation swaps height and width."""
     return "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= 5
 
 
 def is_deep(image: Any) -> bool:
-    """Whether a file's values have more than 8 bits."""
+    """Tell whether an image has more than 8 bits per channel."""
     return image.mode.startswith(("I", "F")) or is_deep_colour(image)
 
 
 def is_deep_colour(image: Any) -> bool:
-    """Whether a file not yet decoded has 16 bits for each of several channels, of which Pillow reads the upper 8."""
+    """Tell whether an image has several channels of 16 bits, of which Pillow reads the upper 8; call it before decoding."""
     return len(image.getbands()) > 1 and any(";16" in str(tile[3]) for tile in getattr(image, "tile", []))
 
 
 def is_transparent(image: Any) -> bool:
-    """Whether a file says which of its pixels are transparent."""
+    """Tell whether an image has an alpha channel or a transparent colour."""
     return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or (
         "transparency" in image.info and image.mode in ("1", "L", "P", "RGB")
     )
 
 
 def extremes(image: Any) -> tuple[float, float]:
-    """The least and the largest finite value of an image of more than 8 bits, as its file states them."""
+    """Return the least and the largest finite value of an image of more than 8 bits, in the units of its file."""
     unit = 257 if is_deep_colour(image) else 1
     x = np.asarray(image.convert("RGB") if unit > 1 else image)
     x = x[np.isfinite(x)] if x.dtype.kind == "f" else x
@@ -96,10 +97,12 @@ def extremes(image: Any) -> tuple[float, float]:
 def decode(
     content: bytes, where: Path | str, reading: DecodeOptions, size: tuple[int, int], crop: bool
 ) -> tuple[Any, tuple[int, int]]:
-    """An upright Pillow image, L for 1 channel, RGB for 3, from the bytes of a file, for the largest part with the proportions
-    of `size` (H, W), or without `crop` all of it, to be resized to that; and how large (W, H) the file says it is.
+    """Decode an image file's bytes; returns an upright Pillow image (L or RGB) and the image's full size (W, H).
 
-    Raises UserError for what no picture is, and whatever Pillow raises on a damaged file.
+    The image is meant to be resized to `size` (H, W), as a whole or as its largest crop of that aspect ratio; a JPEG may be
+    decoded at a fraction of its full size for that.
+
+    Raises UserError for a decompression bomb, and any error of Pillow for a damaged file.
     """
     from PIL import Image, ImageOps
 
@@ -108,10 +111,10 @@ def decode(
         if reading.draft:
             box = crop_box(w, h, size[1] / size[0], 0, 0) if crop else (0, 0, w, h)
             _reduce(image, reading.channels, min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]))
-        deep_colour, transparent = is_deep_colour(image), is_transparent(image)  # which decoding forgets
+        deep_colour, transparent = is_deep_colour(image), is_transparent(image)  # decoding loses this information
         if "exif" in image.info:
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):  # which Pillow would clip
+        if image.mode.startswith(("I", "F")):  # Pillow would clip these values to 8 bits
             image = Image.fromarray(_eight_bits(np.asarray(image), reading.value_range))
         elif deep_colour and reading.value_range is not None:
             table = _eight_bits(257 * np.arange(256), reading.value_range).tolist()
@@ -130,14 +133,17 @@ def decode_at_size(
     u: float = 0.5,
     v: float = 0.5,
 ) -> np.ndarray:
-    """uint8 (C, H, W) of the bytes of a file at `size` (H, W), cropped at fraction u of the horizontal and v of the vertical
-    leeway, or without `crop` squeezed. Raises as `decode` does."""
+    """Decode an image file's bytes to uint8 (C, H, W) of `size` (H, W).
+
+    The crop is at fraction u of the horizontal and v of the vertical slack; without `crop` the whole image is resized. Raises
+    the errors of `decode`.
+    """
     from PIL import Image
 
     height, width = size
     image, (w, h) = decode(content, where, reading, size, crop)
     box = None
-    if crop:  # of the image as large as its file says, on what was decoded
+    if crop:  # in the coordinates of the decoded image, which may be a fraction of the full size
         left, top, right, bottom = crop_box(w, h, width / height, u, v)
         x, y = image.width / w, image.height / h
         box = left * x, top * y, right * x, bottom * y
@@ -146,7 +152,7 @@ def decode_at_size(
 
 
 def _eight_bits(x: np.ndarray, value_range: tuple[float, float] | None) -> np.ndarray:
-    """uint8 of values in a range, rounded and clipped; without one the upper 8 of 16 bits."""
+    """Convert values in a range to uint8, rounded and clipped; without a range take the upper 8 of 16 bits."""
     if value_range is None:
         if x.dtype.kind == "f":
             raise ValueError("its pixels are floating point numbers, and data.value_range is not set")
@@ -157,7 +163,7 @@ def _eight_bits(x: np.ndarray, value_range: tuple[float, float] | None) -> np.nd
 
 
 def _composite(image: Any, background: tuple[int, int, int]) -> Any:
-    """An image with transparency over one colour, in RGB."""
+    """Lay an image with transparency on a colour; returns RGB."""
     from PIL import Image
 
     image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
@@ -167,13 +173,13 @@ def _composite(image: Any, background: tuple[int, int, int]) -> Any:
 
 
 def _reduce(image: Any, channels: int, scale: float) -> None:
-    """Let a JPEG that will be made `scale` times smaller be decoded at the smallest of its sizes that leaves a gap to that."""
+    """Make Pillow decode a JPEG, to be reduced by `scale`, at the smallest of its sizes that is GAP times the wanted one."""
     if scale >= 2 * GAP:
         image.draft("L" if channels == 1 else None, (int(image.width * GAP / scale), int(image.height * GAP / scale)))
 
 
 def crop_box(w: int, h: int, ratio: float, u: float, v: float) -> tuple[int, int, int, int]:
-    """The largest box (left, top, right, bottom) of width / height = ratio in w x h, at fractions u, v of its leeway."""
+    """Return the largest box (left, top, right, bottom) of width / height = `ratio` in w x h, at fractions u, v of its slack."""
     cw, ch = max(min(w, round(h * ratio)), 1), max(min(h, round(w / ratio)), 1)
     left, top = min(int(u * (w - cw + 1)), w - cw), min(int(v * (h - ch + 1)), h - ch)
     return left, top, left + cw, top + ch

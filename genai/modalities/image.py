@@ -1,4 +1,4 @@
-"""Images, and the edge between files and tensors: the only place where the value range changes."""
+"""Images: tensors in [-1, 1], converted from and to uint8 only here."""
 
 import math
 from collections.abc import Sequence
@@ -20,8 +20,10 @@ class Image(Modality):
     field = "image"
 
     def preview(self, batch: Batch, columns: int | None = None) -> Picture:
-        """Samples in a grid; with labels that come in turn a class has columns of its own, and rows of a batch's `original`,
-        bool (B,), are marked as such."""
+        """Return samples in a grid, with columns for each class if the labels are periodic.
+
+        Rows of items of the data, which `original`, bool (B,), of the batch names, are marked as such.
+        """
         images, original = batch[self.field], batch.get("original")
         if columns is None and original is not None:
             columns = int(original.long().argmin()) or None  # as long as the first row of originals
@@ -30,26 +32,26 @@ class Image(Modality):
         return grid(images, columns, original=original)
 
     def write(self, folder: Path, batch: Batch, names: list[str], request: Request, columns: int | None) -> list[str]:
-        """grid.png, samples.npz (uint8) and a PNG for each image."""
+        """Write grid.png, samples.npz (uint8) and a PNG for each image."""
         written = super().write(folder, batch, names, request, columns)
         for image, name in zip(to_uint8(batch[self.field]).cpu(), names, strict=True):
             to_pil(image).save(folder / f"{name}.png")
         return written
 
     def read(self, path: Path, shape: Sequence[int], key: str) -> Tensor:
-        """Images in [-1, 1], cropped in the middle."""
+        """Read images as (N, C, H, W) in [-1, 1], center-cropped to the shape [C, H, W]."""
         if len(shape) != 3 or shape[0] not in (1, 3):
             return super().read(path, shape, key)
         files = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".") if path.is_dir() else [path]
         if path.exists() and not (path.is_dir() or path.is_file()):  # a device or a pipe may have no end
             raise UserError(f"{key}={path} is not a file: name an image, or a folder of them")
         if not files:
-            raise UserError(f"{key}={path} holds no file: name an image, or a folder of them")
+            raise UserError(f"{key}={path} contains no file: name an image, or a folder of them")
         found = []
         for file in files:
             try:
                 found.append(decode_at_size(file.read_bytes(), file, DecodeOptions(shape[0]), (shape[1], shape[2])))
-            except (OSError, ValueError, SyntaxError) as error:  # the last is Pillow's of a broken PNG
+            except (OSError, ValueError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
                 why = getattr(error, "strerror", None) or " ".join(str(error).split()).partition(" <_io.")[0]
                 raise UserError(f"{key}={file} cannot be read as an image ({why}): name another") from error
         return from_uint8(torch.from_numpy(np.stack(found)))
@@ -65,23 +67,23 @@ class Image(Modality):
 
 
 def from_uint8(x: Tensor) -> Tensor:
-    """uint8 in [0, 255] -> float32 in [-1, 1]."""
+    """Convert uint8 in [0, 255] to float32 in [-1, 1]."""
     return x.float() / 127.5 - 1
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """float in [-1, 1] -> uint8 in [0, 255], rounded, clipped."""
+    """Convert floats in [-1, 1] to uint8 in [0, 255], rounded and clipped."""
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def quantize(x: Tensor, levels: int | None) -> Tensor:
-    """Images in [-1, 1] on the data's grey levels, 256 where it says none."""
+    """Round images in [-1, 1] to `levels` grey levels, 256 if None."""
     half = ((levels or 256) - 1) / 2
     return ((x.clamp(-1, 1) + 1) * half).round() / half - 1
 
 
 def period(labels: Tensor | None) -> int:
-    """After how many samples labels (N,) that come in turn begin again; 1 where they do not, or after more than 20."""
+    """Return the period of labels (N,), at most 20; 1 if they are not periodic."""
     count = 0 if labels is None else len(labels.unique())
     if labels is None or not 1 < count <= 20:
         return 1
@@ -89,7 +91,7 @@ def period(labels: Tensor | None) -> int:
 
 
 def near_square(n: int, height: int, width: int, multiple: int = 1) -> int:
-    """The columns of a grid of n images that is about a square, a multiple of `multiple` where that leaves two rows or more."""
+    """Return the number of columns of a nearly square grid of n images, a multiple of `multiple` if that leaves two rows."""
     columns = math.sqrt(n * height / width)
     if multiple >= n:
         multiple = 1
@@ -97,11 +99,11 @@ def near_square(n: int, height: int, width: int, multiple: int = 1) -> int:
 
 
 def grid(images: Tensor, columns: int | None = None, min_side: int = 320, original: Tensor | None = None) -> Picture:
-    """Images (N, C, H, W) in [-1, 1] -> one uint8 picture (C, H', W'), enlarged so that small images can be seen.
+    """Arrange images (N, C, H, W) in [-1, 1] in one picture, uint8 (C, H', W'), enlarged to about `min_side` pixels.
 
     Args:
-        columns: images a row; None makes the picture about a square.
-        original: bool (N,), which of them are items of the data; names beside the rows say so.
+        columns: images in a row; None makes the picture nearly square.
+        original: bool (N,), which images are items of the data; their rows are labelled so.
     """
     n, c, h, w = images.shape
     columns = columns or near_square(n, h, w)

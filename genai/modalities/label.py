@@ -1,4 +1,4 @@
-"""A label: the index or the name of a class."""
+"""Class labels, given by index or name."""
 
 import re
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ class Label(Modality):
     """The class of a sample, int64 (B,).
 
     Args:
-        classes: how many.
-        names: of each, None where they have none.
+        classes: number of classes.
+        names: of the classes, None if they have none.
     """
 
     field, keys, meaning, comparison = "label", ("label",), "list of classes", None
@@ -33,7 +33,10 @@ class Label(Modality):
         return {"classes": self.classes, "names": self.names}
 
     def condition(self, request: Request, n: int) -> Batch:
-        """Indices (n,) of the labels asked for, shorter lists again and again; all classes in turn where there are none."""
+        """Return `label`, int64 (n,): the labels asked for, cyclically, or all classes in turn.
+
+        Raises UserError for an unknown class.
+        """
         label = request.get("label")
         if label is None:
             return {"label": torch.arange(n) % self.classes}
@@ -44,7 +47,7 @@ class Label(Modality):
         return {"label": indices.repeat(-(-n // len(indices)))[:n]}
 
     def index(self, value: Any) -> int:
-        """Of a class by its name or its number. Raises UserError for one that there is not."""
+        """Return the index of a class given by name or index. Raises UserError for an unknown one."""
         if self.names and not isinstance(value, bool) and str(value) in self.names:
             return self.names.index(str(value))
         if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
@@ -57,5 +60,5 @@ class Label(Modality):
         )
 
     def preview(self, batch: Batch, columns: int | None = None) -> Texts:
-        """The name of each label."""
+        """Return the class name of each label."""
         return [self.names[i] if self.names else str(i) for i in batch["label"].tolist()]

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of modalities, as plain values, and what older ones that kept none mean."""
+"""Modalities in checkpoints: as plain values, and derived from the config for old checkpoints that have none."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,22 +16,22 @@ Node = dict[str, Any]
 
 
 def node_of(modality: Modality) -> Node:
-    """Target and state of a modality."""
+    """Return a modality as {"_target_": ..., "state": ...}."""
     return _node(type(modality), modality.state())
 
 
 def nodes_of(output: Modality, conditions: Mapping[str, Modality]) -> Node:
-    """`modalities` of a checkpoint: of what a model makes, and of each condition that it is told."""
+    """Return the entry `modalities` of a checkpoint: of the model's output, and of each of its conditions by name."""
     return {"output": node_of(output), "conditions": {name: node_of(m) for name, m in conditions.items()}}
 
 
 def modality_of_field(field: str) -> Modality:
-    """Of data that do not say: images under their usual name, else numbers."""
+    """Return the modality of data that define none: an image if the field is "image", else a vector."""
     return (Image if field == "image" else Vector)(field)
 
 
 def legacy_nodes(assets: Node, config: Node, null: Batch) -> Node:
-    """`modalities` of a checkpoint that kept none: what its `assets`, its config and its model's null conditions meant."""
+    """Return the entry `modalities` for a checkpoint of format 1 or 2, from its `assets`, config and null conditions."""
     conditions: dict[str, Modality] = {}
     if "caption" in null:
         conditions["caption"] = Caption(len(null["caption"]))
@@ -47,8 +47,8 @@ def legacy_nodes(assets: Node, config: Node, null: Batch) -> Node:
 
 def difference(stored: Node, output: Modality, conditions: Mapping[str, Modality]) -> str | None:
     """What meant something else in `modalities` of a checkpoint, in words: the first that both know with another state."""
-    told = ((node, conditions[name]) for name, node in stored["conditions"].items() if name in conditions)
-    pairs = (stored["output"], output), *told
+    shared = ((node, conditions[name]) for name, node in stored["conditions"].items() if name in conditions)
+    pairs = (stored["output"], output), *shared
     return next((modality.meaning for node, modality in pairs if node["state"] != modality.state()), None)
 
 

@@ -1,4 +1,4 @@
-"""Text: what a model of token ids is told to go on with, and what it writes."""
+"""Text as token ids: the prompts of a language model, and its output."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from genai.modalities.tokenizers import Tokenizer
 
 
 class Text(Modality):
-    """The token ids of texts, int64 (B, T), each up to its `length` (B,) where there is one."""
+    """Texts as token ids, int64 (B, T), each of `length` (B,) tokens if a batch has that."""
 
     field, keys, meaning = "tokens", ("prompt", "stop"), "vocabulary"
     comparison, windowed, likelihoods = "texts", True, ("nats_per_token", "bits_per_character")
@@ -38,17 +38,19 @@ class Text(Modality):
         return cls(tokenizers.from_state(state["tokenizer"]))
 
     def condition(self, request: Request, n: int) -> Batch:
-        """The prompts, a text's beginning where there are none, as `prompts` says; by `stop`, a text of one token, the id
-        that ends a sample."""
+        """Return the conditions of n samples, see `encode_prompts`; `stop`, one token, overrides the id that ends a sample.
+
+        Raises UserError for a stop that is not one token, and for characters that the tokenizer does not have.
+        """
         prompt, stop = (request.get(key) for key in self.keys)
         cond = encode_prompts(self.tokenizer, repeat_strings("" if prompt is None else prompt, n, "prompt"))
         if stop is not None:
             if not isinstance(stop, str | int | float):
-                raise UserError(f"stop={stop} must be one text of one token")
+                raise UserError(f"stop={stop} must be a string of one token")
             ids = self.tokenizer.encode(str(stop))
             if len(ids) != 1:
                 raise UserError(
-                    f"stop={stop!r} is {len(ids)} tokens of this model's tokenizer: give a text that is one"
+                    f"stop={stop!r} is {len(ids)} tokens of this model's tokenizer: give a string that is one"
                 )
             cond["stop"] = torch.full((n,), int(ids[0]))
         return cond
@@ -59,7 +61,7 @@ class Text(Modality):
         return [self.tokenizer.decode(row[:n]) for row, n in zip(rows.tolist(), lengths, strict=True)]
 
     def write(self, folder: Path, batch: Batch, names: list[str], request: Request, columns: int | None) -> list[str]:
-        """samples.txt to read, and samples.jsonl: seed, prompt, text, its ln p by the model and that of each token."""
+        """Write samples.txt to read, and samples.jsonl with seed, prompt, text, ids and ln p of the text and of each token."""
         folder.mkdir(parents=True, exist_ok=True)
         given = self.condition({"prompt": request.get("prompt")}, len(batch["seeds"]))
         begun = [row[pad:] for row, pad in zip(given["tokens"].tolist(), given["pad"].tolist(), strict=True)]
@@ -84,7 +86,7 @@ class Text(Modality):
 
     @contextlib.contextmanager
     def watch(self, request: Request) -> Iterator[OnStep]:
-        """Prints the first text while it is written, up to where it stops."""
+        """Print the first text while it is generated, up to its end."""
         prompt = request.get("prompt")
         given, shown = self.condition(request, 1), ""
         first = prompt[0] if isinstance(prompt, list | tuple) and prompt else prompt
@@ -94,13 +96,13 @@ class Text(Modality):
         def on_step(i: int, n: int, state: Batch) -> None:
             nonlocal shown, width
             tokens = state["tokens"][0].tolist()
-            if len(tokens) <= width:  # another text
+            if len(tokens) <= width:  # a further batch: only the first text is printed
                 width = sys.maxsize
                 return
             width = len(tokens)
             ends = [k for k, token in enumerate(tokens) if token == end]
             written = start + self.tokenizer.decode(tokens[: ends[0]] if ends else tokens)
-            written = written.rstrip("\ufffd")  # half a character
+            written = written.rstrip("\ufffd")  # a character whose last bytes are not there yet
             if len(written) > len(shown):
                 print(written[len(shown) :], end="", flush=True)
                 shown = written
@@ -110,11 +112,13 @@ class Text(Modality):
 
 
 def encode_prompts(tokenizer: Tokenizer, given: Sequence[str]) -> Batch:
-    """Conditions of a text sampler: tokens int64 (B, T), prompts of different length padded on the left, `pad` (B,)
-    how much, `lead` (B,) how many ids before the prompt's own begin a text, and, where documents end, `stop` (B,), the id that
-    ends a sample.
+    """Encode prompts as the conditions of a text sampler.
 
-    A text begins with the end of the document before; without ends, an empty prompt with a line break, or else the first id.
+    Returns `tokens` int64 (B, T), padded on the left to one length; `pad` (B,), the amount of padding; `lead` (B,), the number
+    of ids in front of the prompt itself; and `stop` (B,), the id that ends a sample, if the tokenizer has an end of document.
+
+    A text begins after the end of a document; without one an empty prompt begins with a line break, or else with id 0. Raises
+    UserError for characters that the tokenizer does not have.
     """
     own = [torch.from_numpy(tokenizer.encode(text).astype(np.int64)) for text in given]
     rows = [torch.cat([_lead(tokenizer, text), row]) for text, row in zip(given, own, strict=True)]
@@ -128,6 +132,7 @@ def encode_prompts(tokenizer: Tokenizer, given: Sequence[str]) -> Batch:
 
 
 def _lead(tokenizer: Tokenizer, text: str) -> Tensor:
+    """Return the ids in front of a prompt, int64 (0,) or (1,)."""
     start = [] if tokenizer.end is None else [tokenizer.end]
     if not text and not start:
         try:

@@ -1,6 +1,6 @@
-"""Tokenizers: text to ids and back. A checkpoint keeps one as plain values, so that sampling needs no other file.
+"""Tokenizers: text to ids and back. A checkpoint holds its tokenizer as plain values, so that sampling needs no other file.
 
-Ids run from 0; with `end` the last one ends a document and stands before the first.
+Ids run from 0; with `end` the last id is the end of a document, which is also in front of the first.
 """
 
 import itertools
@@ -14,31 +14,33 @@ import numpy as np
 from genai.core import stored
 from genai.core.errors import UserError
 
-SAMPLE_BYTES = 64 * 2**20  # of text, at most, that a vocabulary of merges is learned from
-LEARNED_WORD_BYTES = 1024  # each merge goes through every word it occurs in, and a text without spaces is one word
+SAMPLE_BYTES = 64 * 2**20  # of text at most that BPE learns its merges from
+MAX_WORD_BYTES = (
+    1024  # longer words are split while learning: each merge rescans its words, and text without spaces is one word
+)
 
 
 class Tokenizer(Protocol):
-    """`encode` and `decode` are inverse on every text the tokenizer can spell."""
+    """The interface of tokenizers: `decode` inverts `encode` on every text that can be encoded."""
 
     vocab_size: int
     end: int | None
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids (T,). Raises UserError that names a character it lacks."""
+        """Encode a text as ids (T,). Raises UserError that names a character without an id."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; ends of documents are left out, bytes that are no UTF-8 become U+FFFD."""
+        """Decode ids; ends of documents are left out, bytes that are not UTF-8 become U+FFFD."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """A config node of plain values that builds it again."""
+        """Return a config node of plain values that restores the tokenizer."""
         ...
 
 
 class Byte:
-    """The 256 bytes of UTF-8: any text of any script, nothing to learn."""
+    """The 256 bytes of UTF-8: encodes any text, without learning."""
 
     STATE_TYPES: ClassVar[dict[str, type]] = {}
 
@@ -56,7 +58,10 @@ class Byte:
 
 
 class Char:
-    """One id for each character of `chars`, a string without repeats in the order of code points."""
+    """One id for each character of `chars`, which must be in ascending order of code points.
+
+    Raises UserError for other `chars`.
+    """
 
     STATE_TYPES: ClassVar[dict[str, type]] = {"chars": str}
 
@@ -68,7 +73,7 @@ class Char:
 
     @classmethod
     def learn(cls, chunks: Iterable[str], end: bool = False) -> "Char":
-        """Of all characters that occur."""
+        """Build the tokenizer of all characters that occur in chunks of text."""
         seen: set[str] = set()
         for chunk in chunks:
             seen.update(chunk)
@@ -82,7 +87,7 @@ class Char:
             char = chr(codes[wrong.argmax()])
             raise UserError(
                 f"the character {char!r} (U+{ord(char):04X}) is not among the {len(self.chars)} that this tokenizer "
-                "learned: leave it out, or train with data.tokenizer=byte, which lacks none"
+                "learned: leave it out, or train with data.tokenizer=byte, which has no unknown characters"
             )
         return ids
 
@@ -94,9 +99,9 @@ class Char:
 
 
 class BPE:
-    """Byte-level byte-pair encoding of the `tokenizers` library, whose JSON `spec` is all of it (Sennrich et al., 2016).
+    """Byte-level byte-pair encoding (Sennrich et al. 2016) by the `tokenizers` library, restored from its JSON `spec`.
 
-    Raises UserError for a spec of another kind of tokenizer.
+    Raises UserError for the spec of another kind of tokenizer.
     """
 
     STATE_TYPES: ClassVar[dict[str, type]] = {"spec": str}
@@ -111,21 +116,21 @@ class BPE:
             self.spec, self.bpe = spec, _library().Tokenizer.from_str(spec)
         except UserError:
             raise
-        except Exception as error:  # the library has no kind of its own
+        except Exception as error:  # the library raises plain Exception
             raise UserError(f"the spec of a tokenizer cannot be read: {error}") from error
         self.words = self.bpe.get_vocab_size()
         self.vocab_size, self.end = self.words + end, self.words if end else None
 
     @classmethod
     def learn(cls, chunks: Iterable[str], vocab_size: int, end: bool = False) -> "BPE":
-        """Merges of the most frequent pairs until there are vocab_size ids, the end included; see `subsample`.
+        """Learn merges of the most frequent pairs until there are `vocab_size` ids, including the end of document.
 
-        Longer words than LEARNED_WORD_BYTES count in parts, so that the time grows as the text does; they are encoded whole.
+        Words longer than MAX_WORD_BYTES are learned from in parts, so that the time is linear in the text.
         """
         library = _library()
         bpe = library.Tokenizer(library.models.BPE())
         words = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        parts = library.pre_tokenizers.Split(library.Regex(f".{{1,{LEARNED_WORD_BYTES}}}"), "isolated")
+        parts = library.pre_tokenizers.Split(library.Regex(f".{{1,{MAX_WORD_BYTES}}}"), "isolated")
         bpe.pre_tokenizer = library.pre_tokenizers.Sequence([words, parts])
         bpe.decoder = library.decoders.ByteLevel()
         trainer = library.trainers.BpeTrainer(
@@ -142,7 +147,9 @@ class BPE:
         try:
             return np.array(self.bpe.encode(text).ids, dtype=np.int64)
         except (TypeError, UnicodeEncodeError):
-            raise UserError(f"{text!r} holds bytes that are no UTF-8, which bpe cannot read") from None
+            raise UserError(
+                f"{text!r} contains bytes that are not UTF-8, which data.tokenizer=bpe cannot encode"
+            ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.bpe.decode([i for i in ids if i < self.words], skip_special_tokens=False)
@@ -152,9 +159,9 @@ class BPE:
 
 
 def from_state(node: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `state()` described; nothing but one of this project's is built.
+    """Restore a tokenizer from its `state()`; only those of this project are built.
 
-    Raises UserError if there is none of that description.
+    Raises UserError for any other description.
     """
     if not isinstance(node, dict):
         raise UserError(f"a tokenizer is described by a dict with a _target_, not by a {type(node).__name__}")
@@ -169,7 +176,10 @@ def from_state(node: dict[str, Any]) -> Tokenizer:
 
 
 def learn(kind: str, chunks: Iterator[str], size_bytes: int, vocab_size: int | None, end: bool) -> Tokenizer:
-    """The tokenizer `kind`, byte, char or bpe, learned from the pieces of a text of about size_bytes."""
+    """Build the tokenizer `kind` (byte, char or bpe), learned from chunks of a text of about `size_bytes`.
+
+    Raises UserError for an invalid kind or vocab_size.
+    """
     if kind == "bpe":
         least = 256 + end
         if not isinstance(vocab_size, int) or vocab_size < least:
@@ -185,7 +195,7 @@ def learn(kind: str, chunks: Iterator[str], size_bytes: int, vocab_size: int | N
 
 
 def subsample(chunks: Iterator[str], size_bytes: int, seed: int = 0) -> Iterator[str]:
-    """The pieces, or a random part of them of about SAMPLE_BYTES, said aloud."""
+    """Yield the chunks of a text, or a random subset of about SAMPLE_BYTES, which is then reported."""
     if size_bytes <= SAMPLE_BYTES:
         yield from chunks
         return

@@ -1,5 +1,7 @@
-"""Every value of a config is in its range, and keys keep what they must between them, before torch is imported and before
-anything is written. What lies in a node whose `_target_` is not of this project is its author's business."""
+"""Check that every value of a config is in its range, and that related keys are consistent.
+
+This is done before torch is imported and before anything is written. Nodes with a `_target_` of another package are not checked.
+"""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +17,7 @@ from genai.ranges.table import RANGES, TARGET, TIES
 
 
 def matches(pattern: Sequence[str], key: Sequence[str]) -> bool:
-    """Whether a key's parts are of a pattern, in which * is one part and ** any number of them."""
+    """Tell whether a key's parts match a pattern, in which * stands for one part and ** for any number of them."""
     if not pattern or not key:
         return not pattern and not key
     if pattern[0] == "**":
@@ -27,7 +29,7 @@ Rows = dict[str, list[tuple[int, list[str], Any]]]
 
 
 def index_by_last_part(table: Mapping[str, Any]) -> Rows:
-    """The rows of a table of patterns, with their place in it, under the last part of each."""
+    """Index the rows of a table of patterns, with their positions, by the last part of each pattern."""
     found: Rows = {}
     for place, (pattern, said) in enumerate(table.items()):
         parts = pattern.split(".")
@@ -36,7 +38,7 @@ def index_by_last_part(table: Mapping[str, Any]) -> Rows:
 
 
 def first_match(rows: Rows, *names: str) -> Any:
-    """What the first pattern says that matches a key by its first name, else by the next; None if none does."""
+    """Return the row of the first pattern that matches a key under its first name, else under the next; None if none does."""
     for key in (name.split(".") for name in names):
         for _, pattern, said in sorted((*rows.get(key[-1], ()), *rows.get("*", ())), key=lambda row: row[0]):
             if matches(pattern, key):
@@ -46,7 +48,7 @@ def first_match(rows: Rows, *names: str) -> Any:
 
 @functools.cache
 def range_of(*names: str) -> Any:
-    """The row of RANGES for a key under any of its names; None for one that nothing is said of."""
+    """Return the range of a key from RANGES, by any of its names; None if the table does not have it."""
     return first_match(ROWS, *names)
 
 
@@ -55,8 +57,14 @@ ROWS = index_by_last_part(RANGES)
 
 @dataclass(frozen=True)
 class Leaf:
-    """One key of a config: as a person writes it, the names it is looked up by, its value, and whether that is taken from
-    another key."""
+    """One key of a config.
+
+    Attributes:
+        key: dotted, as on the command line.
+        names: under which the table may have it.
+        value: of the key.
+        interpolated: whether the value is taken from another key.
+    """
 
     key: str
     names: tuple[str, ...]
@@ -65,7 +73,7 @@ class Leaf:
 
 
 def leaves(cfg: DictConfig, script: str) -> Iterator[Leaf]:
-    """Every key of a config of which something can be said: not below a node that is built from somebody else's package."""
+    """Yield every key of a config, except below nodes with a `_target_` of another package."""
     raw: Any = OmegaConf.to_container(cfg, resolve=False)
 
     def walk(node: dict[Any, Any], path: str, pattern: str, owner: str) -> Iterator[Leaf]:
@@ -82,7 +90,7 @@ def leaves(cfg: DictConfig, script: str) -> Iterator[Leaf]:
                     continue
                 if OmegaConf.is_list(found):
                     found = OmegaConf.to_container(found)
-                waits = found is None and not key.startswith("data.")  # for what the data will say
+                waits = found is None and not key.startswith("data.")  # filled in once the data are built
                 if not waits and not OmegaConf.is_config(found):
                     yield Leaf(key, names, found, interpolated=True)
                 continue
@@ -98,11 +106,11 @@ def leaves(cfg: DictConfig, script: str) -> Iterator[Leaf]:
 
 
 def check(cfg: DictConfig, script: str, given: Iterable[Any] = (), before: Iterable[str] = ()) -> None:
-    """Raise UserError for the first value of the config of `script` that is out of its range, or breaks a rule.
+    """Raise UserError for the first value of the config of `script` that is out of its range or breaks a rule.
 
     Args:
-        given: the command line's overrides; of a run that is resumed they alone are checked, for it goes on as it began.
-        before: the keys that there were without them; an added one must be read by something.
+        given: the overrides of the command line; for a resumed run only these are checked.
+        before: the keys of the config without them; a key that they add must be used by something.
     """
     given = list(given)
     typed = {o.key_or_group for o in given}
@@ -121,15 +129,14 @@ def check(cfg: DictConfig, script: str, given: Iterable[Any] = (), before: Itera
 
 
 def sentence(range_: Range, value: Any) -> str:
-    """What follows "key=value"."""
+    """Return the part of the error after "key=value"."""
     if isinstance(range_, Choice) and range_.values != (True, False):
         return f"must be one of {', '.join(map(format_value, range_.values))}{', null' if range_.null else ''}"
     return f"must be {range_}"
 
 
 def is_read(cfg: DictConfig, key: str) -> bool:
-    """Whether a key that is added has a reader: a constructor, a table of baselines, the callbacks, or a value that refers to
-    it."""
+    """Tell whether an added key is used: by a constructor, a table of baselines, the callbacks, or an interpolation."""
     head, *rest = key.split(".")[:-1] or [""]
     paths = [".".join([head, *rest[:i]]) for i in range(len(rest) + 1)]
     if any(OmegaConf.is_dict(node := OmegaConf.select(cfg, path)) and "_target_" in node for path in paths if path):
@@ -139,17 +146,20 @@ def is_read(cfg: DictConfig, key: str) -> bool:
     )
 
 
-# What keys must keep between them
+# Rules between keys
 
 
-def _schedule(cfg: DictConfig, typed: set[str]) -> None:
-    """A learning rate warms up, then decays. A run shorter than the warm-up its config came with stays in it, as ever."""
+def _check_schedule(cfg: DictConfig, typed: set[str]) -> None:
+    """Check that the warm-up of a learning rate ends before its decay.
+
+    A run that is shorter than the default warm-up of its config is allowed: it ends during the warm-up.
+    """
     for name in ("optim", "discriminator_optim"):
         node = cfg.get(name)
         if not OmegaConf.is_dict(node) or not {"warmup_steps", "decay_steps", "lr", "lr_min"} <= set(node):
             continue
-        stated = not OmegaConf.is_interpolation(node, "decay_steps") or f"{name}.warmup_steps" in typed
-        if stated and node.decay_steps is not None and node.decay_steps <= node.warmup_steps:
+        explicit = not OmegaConf.is_interpolation(node, "decay_steps") or f"{name}.warmup_steps" in typed
+        if explicit and node.decay_steps is not None and node.decay_steps <= node.warmup_steps:
             raise UserError(
                 f"{name}.warmup_steps={node.warmup_steps} must be below {name}.decay_steps={node.decay_steps} steps: the rate "
                 "first rises, then falls (decay_steps=null: never)"
@@ -160,13 +170,14 @@ def _schedule(cfg: DictConfig, typed: set[str]) -> None:
             )
 
 
-def _average(cfg: DictConfig, typed: set[str]) -> None:
+def _check_ema(cfg: DictConfig, typed: set[str]) -> None:
+    """Check that an average of weights moves at all."""
     if OmegaConf.select(cfg, "ema.decay") == 1 and cfg.ema.get("power", 1) is None and cfg.ema.get("ramp") is None:
         raise UserError("ema.decay=1 with ema.power=null never moves from the first weights: give ema.decay below 1")
 
 
-def _ends(cfg: DictConfig, typed: set[str]) -> None:
-    """Pairs of which one must be the smaller."""
+def _check_order(cfg: DictConfig, typed: set[str]) -> None:
+    """Check pairs of keys of which the first must be smaller."""
     for low, high in (
         ("model.schedule.log_snr_min", "model.schedule.log_snr_max"),
         ("model.sigma_min", "model.sigma_max"),
@@ -192,9 +203,9 @@ TIED = index_by_last_part(TIES)
 
 
 def check_agreement(cfg: DictConfig) -> None:
-    """Raise UserError for a fact of the data, or of the model, that one of its parts was told otherwise.
+    """Raise UserError for a part of the model that is configured for another shape, number of classes or the like than the data.
 
-    What the data has yet to say is null in `data` and passes; run once more when it has. A model may leave classes out.
+    Facts that are null in `data` are not checked; call this again when the data are built. A model may ignore classes.
     """
     for leaf in leaves(cfg, "train"):
         if not leaf.key.startswith(("model.", "codec.")):
@@ -211,9 +222,9 @@ def check_agreement(cfg: DictConfig) -> None:
             )
 
 
-def _parts(cfg: DictConfig, typed: set[str]) -> None:
+def _check_parts(cfg: DictConfig, typed: set[str]) -> None:
     if OmegaConf.is_dict(cfg.get("model")) and OmegaConf.is_dict(cfg.get("data")):
         check_agreement(cfg)
 
 
-RULES: tuple[Callable[[DictConfig, set[str]], None], ...] = (_schedule, _average, _ends, _parts)
+RULES: tuple[Callable[[DictConfig, set[str]], None], ...] = (_check_schedule, _check_ema, _check_order, _check_parts)

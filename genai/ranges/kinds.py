@@ -1,4 +1,4 @@
-"""What a config's value may be: each kind holds a value or not, and completes the sentence "key=value must be ..."."""
+"""Kinds of ranges: each tells whether it holds a value, and its string completes the sentence "key=value must be ..."."""
 
 import math
 import re
@@ -9,17 +9,19 @@ from genai.core.errors import SEED
 
 
 class Range(Protocol):
-    """What a key's value may be."""
+    """The interface of ranges."""
 
-    def holds(self, value: Any) -> bool: ...
+    def holds(self, value: Any) -> bool:
+        """Tell whether a value is allowed."""
+        ...
 
     def __str__(self) -> str:
-        """What completes the sentence "key=value must be ..."."""
+        """Complete the sentence "key=value must be ..."."""
         ...
 
 
 def format_value(value: Any) -> str:
-    """A value as the command line writes it."""
+    """Format a value as on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
@@ -29,7 +31,7 @@ def format_value(value: Any) -> str:
 
 
 def limit(value: float) -> str:
-    """A bound as a person reads it."""
+    """Format a bound for reading."""
     if value == SEED:
         return "2^63 - 1"
     power = round(math.log10(value)) if value >= 1e6 else 0
@@ -38,7 +40,7 @@ def limit(value: float) -> str:
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number from low (or above it) to high (or below it), `whole` or not, of a unit."""
+    """A finite number from low to high; `above` and `below` exclude the ends, `whole` allows integers only."""
 
     low: float
     high: float
@@ -67,7 +69,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a few words, numbers, or true and false."""
+    """One of a few words, numbers or booleans."""
 
     values: tuple[Any, ...]
     null: bool = False
@@ -83,7 +85,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Text:
-    """A text that is not empty, of a pattern where one is given; `what` names it."""
+    """A string that matches a pattern, by default any that is not blank; `what` describes it."""
 
     what: str
     match: str = r"(?s).*\S.*"
@@ -98,7 +100,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Many:
-    """A list of so many values that are each in a range, or, where that is allowed, one of them alone."""
+    """A list of `least` to `most` values in a range, or with `alone` also a single one."""
 
     each: Any
     least: int = 1
@@ -122,7 +124,7 @@ class Many:
 
 @dataclass(frozen=True)
 class Node:
-    """A node that something is built from."""
+    """A config node with a `_target_`."""
 
     null: bool = False
 
@@ -134,7 +136,7 @@ class Node:
 
 
 class Named:
-    """A name, or a name with the node that it stands for."""
+    """A name, or {name: node}."""
 
     def holds(self, value: Any) -> bool:
         if isinstance(value, dict):
@@ -146,7 +148,7 @@ class Named:
 
 
 class Group:
-    """Keys that stay together: each is set by its own name."""
+    """A group of keys, which are set one by one."""
 
     def holds(self, value: Any) -> bool:
         return isinstance(value, dict)
@@ -156,7 +158,7 @@ class Group:
 
 
 class Row:
-    """A baseline by name, with what differs from its file."""
+    """A baseline by name, with the keys that differ from its file."""
 
     def holds(self, value: Any) -> bool:
         return isinstance(value, dict) and "baseline" in value
@@ -166,7 +168,7 @@ class Row:
 
 
 class Free:
-    """One value that a reader checks where it knows more, or a list of them; not an empty list."""
+    """Any value but a dict, or a non-empty list of such values; the code that uses it checks more."""
 
     def holds(self, value: Any) -> bool:
         if isinstance(value, list):

@@ -1,8 +1,8 @@
-"""`RANGES`, the one table: a key's pattern -> what its value may be.
+"""The ranges of all config keys: `RANGES` maps patterns of keys to ranges, `TIES` names keys that must have equal values.
 
-A pattern is a dotted key in which `*` stands for one part and `**` for any number of them, or `Class:argument` for an
-argument of one class, or function, wherever it is wired in, or `script:key` for one script; those go before. Else the first
-that matches decides. `TIES`: what a network is built for is what it will be given.
+A pattern is a dotted key in which `*` stands for one part and `**` for any number of them; or `Class:argument` for an argument
+of a class or function wherever it is used; or `script:key` for a key of one script. The latter two take precedence; else the
+first pattern that matches applies.
 """
 
 import functools
@@ -30,7 +30,7 @@ FLAG = Choice((True, False))
 PATH = Text("a path", null=True)
 DIGEST = Text("64 hexadecimal digits", "[0-9a-f]{64}", null=True)
 WEIGHTS = Choice(("ema", "raw"))
-WORD = Text("a text")
+WORD = Text("a string")
 SPLIT = Choice(("train", "val", "test"))
 BATCH = whole(1, 10**7, "items in memory at once")
 DEVICE = Text("auto, cpu, cuda or one of several such as cuda:1", r"auto|cpu|cuda(:\d+)?")
@@ -38,6 +38,7 @@ TARGET = Text("the dotted name of a class or function, such as my_lab.models.Net
 
 
 def nullable(range_: Number) -> Number:
+    """Return a range that also allows null."""
     return Number(**{**vars(range_), "null": True})
 
 
@@ -75,13 +76,13 @@ RANGES: dict[str, Any] = {
     "ema.power": Number(0, 100, null=True, above=True),
     "ema.ramp": Number(0, 1, "of the updates so far", null=True, above=True),
     "logger": Node(),
-    "logger.project": Text("a text of 1 to 128 characters, none of / \\ # ? % :", r"(?=.*\S)[^/\\#?%:]{1,128}"),
+    "logger.project": Text("a string of 1 to 128 characters, none of / \\ # ? % :", r"(?=.*\S)[^/\\#?%:]{1,128}"),
     **{
-        f"logger.{key}": Text("a text of 1 to 128 characters", r"(?=.*\S).{1,128}", null=True)
+        f"logger.{key}": Text("a string of 1 to 128 characters", r"(?=.*\S).{1,128}", null=True)
         for key in ("name", "group")
     },
-    **{f"logger.{key}": Text("a text", null=True) for key in ("entity", "notes")},
-    "logger.tags": Many(Text("a text of 1 to 64 characters", r"(?=.*\S).{1,64}"), 0, null=True),
+    **{f"logger.{key}": Text("a string", null=True) for key in ("entity", "notes")},
+    "logger.tags": Many(Text("a string of 1 to 64 characters", r"(?=.*\S).{1,64}"), 0, null=True),
     "logger.artifacts": FLAG,
     "logger.timeout_seconds": Number(0, 600, "seconds", above=True),
     # optimisers

@@ -1,9 +1,9 @@
 """Sweeps: many runs by one command, `python train.py -m seed=0,1,2` or `-m sweep=<a file of conf/sweep>`.
 
-A job is a whole `train.py` in a process of its own, started through Hydra's launcher (one after the other, joblib, submitit),
-so that nothing one job breaks reaches the next. `runs/sweeps/<name>-<hash of the command>/` holds the runs, their logs and
-`journal.jsonl`; the same command finds that folder again, leaves finished jobs alone, resumes those that were stopped, and
-tries failed ones once more.
+Each job is a `train.py` in a process of its own, started through Hydra's launcher (one after the other, joblib, submitit), so
+that a failure in one job does not affect the others. `runs/sweeps/<name>-<hash of the command>/` contains the runs, their logs
+and `journal.jsonl`. The same command finds that folder again: it skips finished jobs, resumes stopped ones, and starts failed
+ones once more.
 """
 
 import re
@@ -31,7 +31,7 @@ RUNS = Path("runs/sweeps")
 
 
 def prepare(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
-    """As `cli.resumed`; with sweep=, complete that node: all other keys belong to the jobs and are checked with each."""
+    """Prepare a config as `cli.resumed` does; with sweep= complete that node, as all other keys are checked with each job."""
     if "sweep" not in cfg and not any(o.key_or_group.startswith("sweep.") for o in overrides):
         return resumed(cfg, overrides)
     given: Any = OmegaConf.to_container(cfg.sweep) if "sweep" in cfg else {}
@@ -50,9 +50,9 @@ def refuse_alone(cfg: DictConfig) -> None:
 
 
 def register() -> None:
-    """Make the sweeper known to Hydra, which takes plugins only by names below `hydra_plugins`: conf/hydra/sweeper.
+    """Register the sweeper with Hydra, which accepts plugins only under names below `hydra_plugins`: conf/hydra/sweeper.
 
-    With -m Hydra sees its own overrides alone. All others are of the jobs, whose config, not this one, must have their keys.
+    With -m only Hydra's own overrides are left for Hydra. All others belong to the jobs, whose config may have other keys.
     """
     Plugins.instance().class_name_to_class["hydra_plugins.genai.JournalSweeper"] = JournalSweeper
     args = arguments()
@@ -68,7 +68,7 @@ def train_command() -> list[str]:
 
 
 class JournalSweeper(Sweeper):
-    """Hydra's sweeper of train.py; its launcher is Hydra's own choice, hydra/launcher=."""
+    """Hydra's sweeper for train.py; the launcher is chosen by hydra/launcher=."""
 
     given: Sequence[str] = ()  # the command line's overrides, without Hydra's own
 
@@ -83,7 +83,7 @@ class JournalSweeper(Sweeper):
             fail(error)
 
     def run(self, given: list[str]) -> None:
-        """All jobs and the summary. Raises UserError if the command is wrong or a job failed."""
+        """Run all jobs and write the summary. Raises UserError if the command is wrong or a job failed."""
         cfg = composed("train", given, prepare, sweep=True, config_dir=self.config_dir)
         chosen: Any = OmegaConf.to_container(cfg.sweep) if "sweep" in cfg else {"name": cfg.name}
         settings = Settings(**chosen)
@@ -115,16 +115,16 @@ class JournalSweeper(Sweeper):
                 raise UserError(f"this sweep is running already, in {folder}") from error
 
     def check(self, overrides: Sequence[str]) -> None:
-        """Raise UserError for a key, a choice or a type that does not exist, or a job whose metric does not compare."""
+        """Raise UserError for an invalid override, or a job whose metric is not comparable with the others'."""
         self.comparison.add(composed("train", overrides, resumed, config_dir=self.config_dir))
 
     def launch(self, folder: Path, metric: str | None, jobs: Sequence[Job]) -> None:
-        """Run jobs through Hydra's launcher; what became of them stands in the journal."""
+        """Run jobs through Hydra's launcher; their outcomes are in the journal."""
         own = ["--config-dir", str(Path(self.config_dir).absolute())] if self.config_dir else []
         command = [*train_command(), *own]
         runner = Runner(folder, command, metric, {job.key: job for job in jobs}, self.total, self.began)
         launcher = Plugins.instance().instantiate_launcher(self.context, runner, self.options)
         try:
             launcher.launch([[f"run_dir={folder / job.key}"] for job in jobs], initial_job_idx=0)
-        except Exception as error:  # a node or a worker that is gone takes no other job's result along
+        except Exception as error:  # a lost node or worker must not lose the results of other jobs
             print(f"the launcher failed: {type(error).__name__}: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Whether a sweep's metric means the same in all of its jobs."""
+"""Check that a sweep's metric is comparable between all of its jobs."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,17 +9,16 @@ from omegaconf import DictConfig, OmegaConf
 from genai.cli import conf_dir
 from genai.core.errors import UserError
 
-DATA = "batch_size", "num_workers"  # what of the data changes no figure's meaning
+DATA = "batch_size", "num_workers"  # keys of the data that do not change what a metric means
 MODEL = "net", "encoder", "decoder", "generator", "discriminator", "latents", "guidance", "clip", "importance_samples"
 
 
 class Comparison:
-    """The jobs of one sweep, whose metric must compare: a loss is in the units that its model, and what it weights, give it, and
-    every figure is of the data.
+    """The check of one sweep: a loss is comparable only for the same model class and loss settings, any metric for the same data.
 
     Args:
-        metric: what jobs are ranked by; None: they are not.
-        axes: the keys swept over, to name one.
+        metric: that jobs are ranked by; None if they are not ranked.
+        axes: the keys that are swept over, for the error.
     """
 
     def __init__(self, metric: str | None, axes: Iterable[str]):
@@ -27,13 +26,13 @@ class Comparison:
         self.first: dict[str, Any] | None = None
 
     def add(self, cfg: DictConfig) -> None:
-        """One more job's config. Raises UserError if the metric does not compare with the first one's, or is never measured."""
+        """Check a job's config against the first one's. Raises UserError if the metric is not comparable, or never computed."""
         if self.metric is None or self.metric.startswith("perf/"):
             return
         cards = cfg.get("callbacks") and cfg.callbacks.get("cards")
         if self.metric.startswith("card/") and not (cards and cards.get("every_steps")):
             raise UserError(
-                f"sweep.metric={self.metric} is measured by callbacks.cards, which is off: add callbacks.cards.every_steps= and "
+                f"sweep.metric={self.metric} is computed by callbacks.cards, which is off: add callbacks.cards.every_steps= and "
                 f"callbacks.cards.metrics=[{self.metric.removeprefix('card/')}]"
             )
         found = self.meaning(cfg)
@@ -44,7 +43,7 @@ class Comparison:
                 raise UserError(self.sentence(axis, key, found.get(key)))
 
     def meaning(self, cfg: DictConfig) -> dict[str, Any]:
-        """Dotted key -> value of all that decides what a job's metric means."""
+        """Return the settings that determine what a job's metric means, by dotted key."""
         whole: Any = OmegaConf.to_container(cfg, resolve=True)
         flat = dict(leaves("data", whole.get("data")))
         if not has_own_units(str(self.metric)):
@@ -54,7 +53,8 @@ class Comparison:
         dropped = [f"data.{key}" for key in DATA] + [f"model.{key}" for key in MODEL]
         return {key: value for key, value in flat.items() if not f"{key}.".startswith(tuple(f"{d}." for d in dropped))}
 
-    def sentence(self, axis: str, key: str, value: Any) -> str:
+    def sentence(self, axis: str, key: str, value: object) -> str:
+        """Return the error for a metric that is not comparable over an axis."""
         because = "" if axis == key else f" ({key} becomes {value})"
         if has_own_units(str(self.metric)):
             return (
@@ -69,14 +69,14 @@ class Comparison:
 
 
 def has_own_units(metric: str) -> bool:
-    """Whether a metric has units of its own, whatever the model: a card's, or one of its name on the validation data."""
+    """Tell whether a metric's units do not depend on the model: those of conf/metrics.yaml, on cards or validation data."""
     if metric.startswith("card/") or metric.rpartition("/")[2].startswith("loss"):
         return metric.startswith("card/")
     return metric.rpartition("/")[2] in OmegaConf.load(Path(conf_dir()) / "metrics.yaml")
 
 
 def leaves(prefix: str, node: Any) -> Iterable[tuple[str, Any]]:
-    """(dotted key, value) of everything below a node; a list is a value."""
+    """Yield (dotted key, value) of all leaves of a node; a list counts as a value."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield from leaves(f"{prefix}.{key}", value)

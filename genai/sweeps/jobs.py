@@ -1,4 +1,4 @@
-"""One job of a sweep: its lock, its process, its line in the journal."""
+"""Run the jobs of a sweep: locks, processes and the journal."""
 
 import contextlib
 import fcntl
@@ -22,7 +22,7 @@ from genai.core import metrics_csv
 from genai.core.errors import UserError
 from genai.progress import duration
 
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # a run that saved and left, see callbacks.Stop
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a run that saved and stopped, see callbacks.Stop
 
 
 STAMP = "%Y-%m-%dT%H:%M:%S"
@@ -30,7 +30,13 @@ STAMP = "%Y-%m-%dT%H:%M:%S"
 
 @dataclass
 class Job:
-    """One run of a sweep: its folder's name, its overrides, and those of them that tell it from the others."""
+    """One run of a sweep.
+
+    Attributes:
+        key: name of its folder.
+        overrides: all of its command line.
+        values: of the swept keys.
+    """
 
     key: str
     overrides: list[str]
@@ -39,7 +45,7 @@ class Job:
 
 @dataclass
 class Runner:
-    """What a launcher calls for each job, here or in another process: it never raises for what a job does wrong."""
+    """The function that a launcher calls for each job, here or in another process; the failure of a job does not raise."""
 
     folder: Path
     command: list[str]
@@ -74,7 +80,7 @@ class Runner:
             raise SystemExit(code)
 
     def describe_sweep(self) -> str:
-        """How many jobs are done, and how long the others take at that rate."""
+        """Return the number of finished jobs and the time left for the others, for the report."""
         began = time.strftime(STAMP, time.localtime(self.began))
         records = journal(self.folder).values()
         done = sum(record["status"] in ("finished", "failed") and record["time"] >= began for record in records)
@@ -84,7 +90,7 @@ class Runner:
         return f"; {done} of {self.total} jobs done" + (f", {duration(left)} left" if done < self.total else "")
 
     def train(self, job: Job, log: Any) -> int:
-        """The exit code of the run, new or resumed; its tracker's run is of the sweep's group."""
+        """Run a job, or resume it; returns the exit code. W&B groups the runs of a sweep."""
         run_dir = self.folder / job.key
         if (run_dir / "config.yaml").is_file():
             arguments = [f"resume={run_dir}", *(o for o in job.overrides if o.startswith("trust="))]
@@ -107,12 +113,12 @@ class Runner:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         return process.wait(timeout=1)
                     shown.note = last_line(Path(log.name))
-        except KeyboardInterrupt:  # the job has the signal too, and saves
+        except KeyboardInterrupt:  # the job gets the signal too, and saves
             process.wait()
             return STOPPED[0]
 
     def outcome(self, job: Job, code: int) -> tuple[str, str | None]:
-        """(status, reason) of a run that ended with this exit code."""
+        """Return (status, reason) of a run that ended with an exit code."""
         if code in STOPPED:
             return "stopped", f"signal {code - 128}"
         if code < 0:
@@ -125,13 +131,14 @@ class Runner:
         return ("finished", None) if value is None or math.isfinite(value) else ("failed", f"{self.metric} is {value}")
 
     def describe_result(self, job: Job) -> str:
+        """Return a job's metric for the report."""
         if self.metric is None:
             return "not ranked"
         return f"{self.metric} {last_values(self.folder / job.key).get(self.metric)}"
 
 
 def stop_with_parent() -> None:
-    """In a new process on Linux: SIGTERM, at which a run saves, when the process that started it dies."""
+    """Make Linux send this process SIGTERM, at which a run saves, when its parent dies."""
     import ctypes
 
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -139,7 +146,10 @@ def stop_with_parent() -> None:
 
 @contextlib.contextmanager
 def hold_lock(file: Any, waiting: str | None) -> Iterator[None]:
-    """Hold a file's lock, which its processes cannot leave behind. Raises BlockingIOError if held and not waited for."""
+    """Hold the lock of an open file, which the system releases with its last process.
+
+    If another process holds it, `waiting` is printed and waited for; raises BlockingIOError if `waiting` is None.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -154,7 +164,7 @@ def hold_lock(file: Any, waiting: str | None) -> Iterator[None]:
 
 
 def last_line(log: Path) -> str:
-    """The last whole line of a job's log, which says how far it is."""
+    """Return the last line of a job's log, which shows its progress."""
     with log.open("rb") as file:
         file.seek(max(file.seek(0, os.SEEK_END) - 500, 0))
         lines = file.read().decode(errors="replace").splitlines()
@@ -162,7 +172,7 @@ def last_line(log: Path) -> str:
 
 
 def note(folder: Path, job: Job, status: str, **more: Any) -> None:
-    """Append a line to the journal, in one write, and see it to the disk."""
+    """Append a line to the journal in one write, and flush it to the disk."""
     record = {
         "job": job.key,
         "status": status,
@@ -176,7 +186,7 @@ def note(folder: Path, job: Job, status: str, **more: Any) -> None:
 
 
 def journal(folder: Path) -> dict[str, dict[str, Any]]:
-    """The last record of every job; a torn line counts as not written."""
+    """Read the last record of every job; an incomplete line is skipped."""
     records: dict[str, dict[str, Any]] = {}
     if (path := folder / "journal.jsonl").exists():
         for line in path.read_text(errors="replace").splitlines():
@@ -187,7 +197,7 @@ def journal(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def is_complete(run_dir: Path) -> bool:
-    """Whether a run reached its last step: one may end when nobody is left to note it."""
+    """Tell whether a run has reached its last step; it may have ended after its sweep was killed."""
     if not (run_dir / "checkpoints" / "last.ckpt").exists():
         return False
     from genai import checkpoint
@@ -195,10 +205,10 @@ def is_complete(run_dir: Path) -> bool:
     try:
         found = checkpoint.newest(run_dir)
     except UserError:
-        return False  # the job says why
+        return False  # the resumed job reports the error
     return found is not None and found[0]["step"] >= found[0]["config"]["max_steps"]
 
 
 def last_values(run_dir: Path) -> dict[str, float]:
-    """The last value of every metric of a run."""
+    """Return the last value of every metric of a run."""
     return {row.name: row.value for row in metrics_csv.rows(run_dir / "metrics.csv")}

@@ -1,4 +1,4 @@
-"""What a sweep runs: every combination, or what Optuna asks for."""
+"""The searches of a sweep: all combinations, or Optuna's trials."""
 
 import hashlib
 import importlib
@@ -23,7 +23,7 @@ Launch = Callable[[Sequence[Job]], None]
 
 @dataclass
 class Settings:
-    """A file of `conf/sweep`, checked."""
+    """The settings of a sweep, as in the files of conf/sweep. Raises UserError for invalid ones."""
 
     name: str
     search: str = "basic"
@@ -55,7 +55,7 @@ class Settings:
 
 
 def literal(value: Any) -> str:
-    """A value as Hydra's command line writes it."""
+    """Format a value for Hydra's command line."""
     if isinstance(value, list):
         return f"[{','.join(map(literal, value))}]"
     if isinstance(value, str):
@@ -64,26 +64,27 @@ def literal(value: Any) -> str:
 
 
 def clean(text: str, length: int = 60) -> str:
-    """What of a text may stand in a folder's name and needs no quotes on a command line."""
+    """Replace characters of a text that a folder's name should not have or that need quotes in a shell."""
     return re.sub(r"[^\w.]+", "-", text).strip("-.")[:length]
 
 
 def name_value(value: str) -> str:
-    """A value in a folder's name, where no sign is lost: 1e+30 is 1e30, -1 is minus1."""
+    """Format a value for a folder's name without losing its sign: 1e+30 is 1e30, -1 is minus1."""
     return re.sub(r"(?<![\w.])-(?=[\d.])", "minus", value.replace("e+", "e"))
 
 
 def digest(*parts: Any) -> str:
+    """Return the first 8 digits of the SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def fixed_overrides(parsed: Sequence[Override]) -> dict[str, str]:
-    """key -> override; a later one wins."""
+    """Return the overrides by key; a later one replaces an earlier one."""
     return {o.get_key_element(): f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in parsed}
 
 
 class Basic:
-    """Every combination of the axes. Raises UserError if a job's config cannot be composed."""
+    """The search over all combinations of the axes. Raises UserError if a job's config cannot be composed."""
 
     def __init__(self, settings: Settings, parsed: Sequence[Override], check: Check):
         try:
@@ -102,9 +103,9 @@ class Basic:
         self.identity, self.total = digest(combinations), len(self.jobs)
 
     def run(self, folder: Path, launch: Launch) -> list[str]:
-        """Launch what has not finished; returns what has not finished now."""
+        """Launch the jobs that are not finished; returns the keys of those that are not finished afterwards."""
         records = journal(folder)
-        for job in self.jobs:  # one noted under a name of before signs were spelled keeps it
+        for job in self.jobs:  # a job in the journal keeps its name, which older versions formed without signs
             job.key = next((key for key in records if key.rpartition("_")[2] == job.key.rpartition("_")[2]), job.key)
         left = [job for job in self.jobs if records.get(job.key, {}).get("status") != "finished"]
         print(f"{folder}: {len(self.jobs)} jobs, {len(self.jobs) - len(left)} of them finished before", flush=True)
@@ -117,7 +118,7 @@ class Basic:
 
 
 class Optuna:
-    """Optuna's TPE; its study lies in the sweep's folder, so that the same command goes on with it."""
+    """The search by Optuna's TPE sampler; its study is in the sweep's folder, so that the same command continues it."""
 
     def __init__(self, settings: Settings, parsed: Sequence[Override], check: Check):
         try:
@@ -156,7 +157,7 @@ class Optuna:
             raise UserError(f"sweep.over.{key}={axis} is not a range: {error}") from error
 
     def run(self, folder: Path, launch: Launch) -> list[str]:
-        """Trials until `trials` of them have finished or failed now, those that were stopped first; returns the failed."""
+        """Run trials until `trials` have finished or failed, stopped ones first; returns the keys of the failed ones."""
         states, failed = self.optuna.trial.TrialState, []
         study = self.study(folder)
         while (left := self.settings.trials - len(failed) - len(study.get_trials(states=(states.COMPLETE,)))) > 0:
@@ -184,7 +185,7 @@ class Optuna:
         return study
 
     def ask(self, study: Any, n: int) -> dict[int, Job]:
-        """Up to n trials, stopped ones first. What is asked for follows from the seed and the trials so far."""
+        """Return up to n trials by number, stopped ones first; new ones depend only on the seed and the trials so far."""
         states = self.optuna.trial.TrialState
         trials = study.get_trials()
         asked = {
@@ -192,7 +193,7 @@ class Optuna:
         }
         for trial in trials:
             if trial.state == states.RUNNING and trial.number not in asked:
-                study.tell(trial.number, state=states.FAIL)  # killed while it was being asked for
+                study.tell(trial.number, state=states.FAIL)  # the sweep was killed while this trial was made
         study.sampler = self.optuna.samplers.TPESampler(seed=self.settings.seed + len(trials))
         for _ in range(n - len(asked)):
             trial = study.ask(self.space)
@@ -205,7 +206,7 @@ class Optuna:
 
 
 def metric_value(run_dir: Path, metric: str) -> float:
-    """A finished run's last value of a metric. Raises UserError if it has none of that name."""
+    """Return a finished run's last value of a metric. Raises UserError if the run does not have it."""
     values = last_values(run_dir)
     if metric not in values:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The end of a sweep: summary.csv, the same as a table, and summary.png."""
+"""The summary of a sweep: a table on the terminal and in summary.csv, and a plot in summary.png."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from genai.sweeps.search import Settings, metric_value
 
 
 def summarise(folder: Path, settings: Settings, unfinished: Sequence[str]) -> None:
-    """Write and print the summary. Raises UserError that names what did not finish, or a metric that no run has."""
+    """Write and print the summary. Raises UserError that names unfinished jobs, or a metric that no run has."""
     rows = rank_jobs(folder, settings)
     if not rows:
         return
@@ -30,8 +30,7 @@ def summarise(folder: Path, settings: Settings, unfinished: Sequence[str]) -> No
 
 
 def rank_jobs(folder: Path, settings: Settings) -> list[dict[str, Any]]:
-    """A row a job, best first, or as they ran if there is no metric: its name and status, what it was given, what it reached,
-    why it failed."""
+    """Return a row for each job with status, swept values, metric and reason of failure; best first if there is a metric."""
     metric, sign = settings.metric, 1 if settings.direction == "minimize" else -1
     rows = []
     for key, record in journal(folder).items():
@@ -58,7 +57,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def plot(folder: Path, metric: str, rows: Sequence[dict[str, Any]]) -> str:
-    """The metric against every axis, to summary.png; returns what to say of it."""
+    """Plot the metric against every axis to summary.png; returns the end of the sentence that reports it."""
     rows = [row for row in rows if row[metric] is not None]
     axes = [key for key in (rows[0] if rows else ()) if key not in ("job", "status", metric, "reason")]
     if not axes:
@@ -81,7 +80,7 @@ def plot(folder: Path, metric: str, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def number(text: str) -> Any:
-    """The number a text is, or the text."""
+    """Convert a text to a number if it is one."""
     try:
         return float(text)
     except ValueError:

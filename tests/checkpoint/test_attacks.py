@@ -316,7 +316,7 @@ def test_functions_of_data_and_training_that_do_things_are_not_admitted():
     [
         ("genai.data.toy2d.Toy2D", (build.MODELS,)),
         ("genai.data.text.text_file", (build.MODELS,)),
-        ("genai.data.text.prepare", (build.MODELS, build.DATA)),
+        ("genai.data.token_files.prepare", (build.MODELS, build.DATA)),
         ("genai.modalities.base.save", (build.MODELS, build.DATA)),
         ("genai.modalities.image.Image", (build.MODELS, build.DATA, build.RUN)),
         ("genai.data.images.download", (build.MODELS, build.DATA)),

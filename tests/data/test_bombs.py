@@ -62,7 +62,7 @@ def test_an_image_of_too_many_pixels_is_refused(tmp_path, zipped):
     sentence = refused_cheaply(
         tmp_path, f"ImageFolder(root={str(root)!r}, size=[8, 8], channels=3, crop='center', flip=False, **facts)"
     )
-    assert re.search(r"png has 13000 x 13000 pixels in a file of [\d,]+ bytes, as no picture does", sentence)
+    assert re.search(r"png has 13000 x 13000 pixels in a file of [\d,]+ bytes, which no photograph has", sentence)
 
 
 def test_a_zip_member_that_unpacks_to_gigabytes_is_refused(tmp_path):
@@ -76,7 +76,7 @@ def test_a_zip_member_that_unpacks_to_gigabytes_is_refused(tmp_path):
         tmp_path,
         f"ImageFolder(root={str(tmp_path / 'x.zip')!r}, size=[8, 8], channels=3, crop='center', flip=False, **facts)",
     )
-    assert "a.bmp unpacks from" in sentence and "bytes, as no image does" in sentence
+    assert "a.bmp unpacks from" in sentence and "bytes, which no image does" in sentence
 
 
 def test_a_packed_data_set_that_unpacks_to_gigabytes_is_refused(tmp_path):

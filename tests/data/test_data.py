@@ -18,7 +18,7 @@ from genai.data import images, toy2d
 from genai.data.base import Arrays, Data, split_indices
 from genai.data.celeba import CelebA
 from genai.data.image_folder import ImageFolder
-from genai.data.stream import AUGMENT, DRAWN_AT_ONCE, Stream, Table, batches, train_loader
+from genai.data.stream import AUGMENT, DRAW_CHUNK, Stream, Table, batches, train_loader
 from genai.modalities.decode import crop_box
 from genai.modalities.image import Image, from_uint8, grid, near_square, period, to_uint8
 from genai.modalities.vector import Vector, density
@@ -113,10 +113,10 @@ def test_augmentation_is_a_function_of_seed_and_position():
     small = torch.cat([b["image"] for step in take(indexed(batch_size=2, flip=True), 40) for b in step])
     large = torch.cat([b["image"] for step in take(indexed(batch_size=20, flip=True), 4) for b in step])
     assert torch.equal(small, large)
-    stream, far = Stream(range(50), 8, 1, 3, 0, 0, 1), torch.arange(DRAWN_AT_ONCE - 3, DRAWN_AT_ONCE + 5)
+    stream, far = Stream(range(50), 8, 1, 3, 0, 0, 1), torch.arange(DRAW_CHUNK - 3, DRAW_CHUNK + 5)
     key = torch.tensor([rng.mix(3, AUGMENT)])
     expected = rng.words(key, far, 0, rng.MODEL)[0] / 2**32
-    assert torch.equal(Table(DRAWN_AT_ONCE, stream.draw).rows(far), expected)
+    assert torch.equal(Table(DRAW_CHUNK, stream.draw).rows(far), expected)
     flipped = (small[:, 0, 0, 0] % 1 == 0).double().mean().item()
     assert 0.3 < flipped < 0.7
 
@@ -145,8 +145,10 @@ def test_bytes_survive_the_round_trip():
     assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
 
 
-@pytest.mark.parametrize("n, classes, columns", [(16, 1, 4), (100, 10, 10), (200, 10, 10), (400, 10, 20), (7, 10, 3),
-                                                 (30, 4, 4), (64, 30, 8), (100, 3, 9)])  # fmt: skip
+@pytest.mark.parametrize(
+    "n, classes, columns",
+    [(16, 1, 4), (100, 10, 10), (200, 10, 10), (400, 10, 20), (7, 10, 3), (30, 4, 4), (64, 30, 8), (100, 3, 9)],
+)
 def test_grids_are_near_a_square_with_a_class_a_column(n, classes, columns):
     labels = torch.arange(n) % classes
     assert near_square(n, 8, 8, period(labels)) == columns

@@ -1,5 +1,6 @@
 """Image folders as people have them: what is in them is found once, read as what it is, split soundly, and said."""
 
+import errno
 import shutil
 import zipfile
 
@@ -169,7 +170,7 @@ def test_damaged_files_are_found_by_the_scan_and_skipped_by_their_names(tmp_path
     (tmp_path / "dog" / "a.doc").write_bytes(b"words")
     with pytest.raises(
         UserError,
-        match=r"4 of the 303 files .* more than 1 %: .*dog/a\.doc is not an image that Pillow reads.*mend or remove",
+        match=r"4 of the 303 files .* more than 1 %: .*dog/a\.doc is not an image that Pillow reads.*repair or remove",
     ):
         data_of(tmp_path, size=[8, 8])
 
@@ -245,7 +246,7 @@ def test_litter_and_hidden_files_are_left_alone_and_counted(tmp_path, capsys):
     data = data_of(tmp_path / "x")
     assert sum(lengths(data).values()) == 60 and data.class_names == ["cat", "dog"]
     printed = capsys.readouterr().err
-    assert "skipped" not in printed and "left alone: 4 hidden, 3 of the system, 3 texts" in printed
+    assert "skipped" not in printed and "ignored: 4 hidden, 3 of the system, 3 texts" in printed
     assert len(printed.splitlines()) == 2
     shutil.make_archive(str(tmp_path / "x"), "zip", tmp_path, "x")
     assert sum(lengths(data_of(tmp_path / "x.zip")).values()) == 60
@@ -286,7 +287,7 @@ def test_each_real_file_is_taken_once_whatever_links_say(tmp_path, capsys):
         f"{i:03d}.png" for i in range(1, 40, 2)
     ]
     printed = capsys.readouterr().err
-    assert "left alone: 3 links to what is here already" in printed
+    assert "ignored: 3 links to what is here already" in printed
     assert "data/dog/itself cannot be read (Too many levels of symbolic links)" in printed
     photos(tmp_path / "elsewhere", n=12, first=500)
     linked = tmp_path / "linked"
@@ -525,6 +526,23 @@ def test_headers_are_read_once_and_again_where_a_file_has_changed(tmp_path, sett
     shutil.rmtree(cache_folder("scans"))
     cache_folder("scans").write_text("no folder")
     assert scanned() == first == scanned()
+
+
+def test_a_file_that_could_not_be_read_once_is_read_again(tmp_path, settled, monkeypatch, capsys):
+    """A disk that fails for a moment changes no stamp, and must not cost an image for ever."""
+    root, opened = photos(tmp_path / "x"), decode.open_image
+    unread = min(path for path in root.rglob("*") if path.is_file())
+
+    def fail(file, where, *more, **how):
+        if str(where) == str(unread):
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(file, where, *more, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "open_image", fail)
+        fewer = all_names(data_of(root))
+    assert "cannot be read (Input/output error)" in capsys.readouterr().err
+    assert len(all_names(data_of(root))) == len(fewer) + 1 == 24
 
 
 def test_what_has_just_changed_is_not_kept(tmp_path, monkeypatch):

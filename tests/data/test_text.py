@@ -17,7 +17,7 @@ import torch
 import genai
 from genai.cli import composed, quoted, with_sampler
 from genai.core.errors import UserError
-from genai.data import text
+from genai.data import text, text_sources, token_files
 from genai.data.stream import batches, train_loader
 from genai.evaluation.run import run as evaluate
 from genai.modalities import tokenizers
@@ -205,7 +205,7 @@ def test_a_folder_is_its_files_each_a_document(tmp_path):
 @pytest.mark.parametrize("content", ["日本語", "aé", "x"])
 def test_a_cut_in_the_last_character_moves_to_the_end(tmp_path, content):
     (tmp_path / "a.txt").write_text(content)
-    source = text.Files([tmp_path / "a.txt"], documents=True)
+    source = text_sources.TextFiles([tmp_path / "a.txt"], documents=True)
     for k in range(1, 12):
         parts = [piece for a, b in ((0, k / 12), (k / 12, 1)) for piece, _ in source.pieces(a, b)]
         assert "".join(parts) == content
@@ -213,8 +213,8 @@ def test_a_cut_in_the_last_character_moves_to_the_end(tmp_path, content):
 
 def test_pieces_are_cut_where_nothing_breaks(make, monkeypatch):
     whole = make(PROSE, tokenizer="bpe", vocab_size=280)
-    monkeypatch.setattr(text, "PIECE_BYTES", 37)
-    pieces = text.Files([whole.splits["train"].path.parents[2] / "text.txt"], False)
+    monkeypatch.setattr(text_sources, "PIECE_BYTES", 37)
+    pieces = text_sources.TextFiles([whole.splits["train"].path.parents[2] / "text.txt"], False)
     assert "".join(piece for piece, _ in pieces.pieces(0, 1)) == PROSE
     assert "".join(p for a, b in ((0, 0.313), (0.313, 0.77), (0.77, 1)) for p, _ in pieces.pieces(a, b)) == PROSE
 
@@ -226,7 +226,7 @@ def test_a_cut_inside_a_character_of_any_length_moves(tmp_path):
         content = "".join(draw.choices("😀🎉🦀👍" if i < 40 else chat, k=draw.randrange(100, 200)))
         (tmp_path / "a.txt").write_text(content)
         cuts = [0.0, *sorted(draw.random() for _ in range(4)), 1.0]
-        source = text.Files([tmp_path / "a.txt"], documents=False)
+        source = text_sources.TextFiles([tmp_path / "a.txt"], documents=False)
         parts = ["".join(piece for piece, _ in source.pieces(*ends)) for ends in itertools.pairwise(cuts)]
         assert "".join(parts) == content
         for part, last in zip(itertools.accumulate(parts), cuts[1:], strict=True):
@@ -236,8 +236,8 @@ def test_a_cut_inside_a_character_of_any_length_moves(tmp_path):
 def test_a_file_that_shrinks_while_it_is_read_ends_in_a_sentence(tmp_path, monkeypatch):
     path = tmp_path / "log.txt"
     path.write_text("line\n" * 1000)
-    source = text.Files([path], documents=False)
-    monkeypatch.setattr(text, "PIECE_BYTES", 1000)
+    source = text_sources.TextFiles([path], documents=False)
+    monkeypatch.setattr(text_sources, "PIECE_BYTES", 1000)
     pieces = source.pieces(0, 1)
     next(pieces)
     path.write_text("line\n" * 300)
@@ -261,7 +261,7 @@ def test_a_damaged_preparation_is_made_anew(make, damage, capsys):
         os.truncate(path if damage == "emptied" else folder / "meta.json", 0)
     again = make(PROSE, tokenizer="char").splits["train"]
     assert again.path.read_bytes() == whole and again.path.parent == folder
-    assert "is damaged: its text is prepared anew" in capsys.readouterr().err
+    assert "is damaged: its text is prepared again" in capsys.readouterr().err
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 
@@ -275,8 +275,8 @@ def test_a_preparation_of_before_its_size_was_noted_is_used_as_it_is(make, capsy
 
 
 def draw_after_a_cut(path, answers):
-    split = text.Windows(path, "uint8", 0, 16, 0, False)
-    fresh, last = text.Windows(path, "uint8", 0, 16, 0, False), torch.tensor([len(split) - 1])
+    split = token_files.Windows(path, "uint8", 0, 16, 0, False)
+    fresh, last = token_files.Windows(path, "uint8", 0, 16, 0, False), torch.tensor([len(split) - 1])
     split.batch(last, None)
     os.truncate(path, 5000)
     for part in (split, fresh):  # mapped before, and after
@@ -402,8 +402,8 @@ def test_a_learned_vocabulary_is_drawn_from_part_of_a_large_text(monkeypatch, ca
 
 def prepare_now(path, cache, start, answers):
     start.wait()
-    source = text.Files([path], False)
-    answers.put(str(text.prepare(source, "char", None, {"train": 0.9, "val": 0.1}, cache)))
+    source = text_sources.TextFiles([path], False)
+    answers.put(str(token_files.prepare(source, "char", None, {"train": 0.9, "val": 0.1}, cache)))
 
 
 def test_two_runs_may_prepare_at_once_and_the_text_is_prepared_once(tmp_path):
@@ -421,11 +421,13 @@ def test_two_runs_may_prepare_at_once_and_the_text_is_prepared_once(tmp_path):
     (folder,) = folders
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [folder.rpartition("/")[2]]
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")}
-    source = text.Files([path], False)
-    again = text.prepare(source, "char", None, {"train": 0.9, "val": 0.1}, tmp_path / "cache")
+    source = text_sources.TextFiles([path], False)
+    again = token_files.prepare(source, "char", None, {"train": 0.9, "val": 0.1}, tmp_path / "cache")
     assert str(again) == folder and before == {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")}
     path.write_text(PROSE * 50 + "!")
-    changed = text.prepare(text.Files([path], False), "char", None, {"train": 0.9, "val": 0.1}, tmp_path / "cache")
+    changed = token_files.prepare(
+        text_sources.TextFiles([path], False), "char", None, {"train": 0.9, "val": 0.1}, tmp_path / "cache"
+    )
     assert str(changed) != folder
 
 

@@ -288,7 +288,7 @@ def test_pixels_as_tokens_have_the_baselines_of_images(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_judge_recognises_digits_it_has_not_seen(digits):
+def test_the_classifier_recognises_digits_it_has_not_seen(digits):
     assert classifier.load_or_train(digits).accuracy(digits, "test") > 0.96
 
 

@@ -43,7 +43,7 @@ def evaluate(*given):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A GAN and a flow of digits, and a judge that has hardly learned."""
+    """A GAN and a flow of digits, and a classifier that has hardly learned."""
     root, patch = tmp_path_factory.mktemp("cards"), pytest.MonkeyPatch()
     patch.setattr(classifier, "STEPS", 60)
     patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
@@ -83,7 +83,7 @@ def test_samples_are_those_of_one_call_whatever_the_batches(runs):
 
 
 def test_a_card_is_measured_as_its_parts_are(runs):
-    """Fréchet distance and accuracy by hand, from the samples, the judge and the split."""
+    """Fréchet distance and accuracy by hand, from the samples, the classifier and the split."""
     loaded = genai.load(runs[0])
     data = build_typed(loaded.config["data"])
     extractor = extractors.classifier(data, loaded.config["data"], "cpu")
@@ -128,7 +128,7 @@ def test_a_likelihood_below_trivial_models_says_why(runs):
 
 
 def test_to_beat_a_baseline_is_to_beat_it_at_the_worse_end():
-    """A copier need not be beaten: nothing it gives is its own."""
+    """Training copies need not be beaten: nothing it gives is its own."""
 
     def beats(metric, low, high, **baselines):
         others = {TrainingCopy.what if name == "copies" else name: figure for name, figure in baselines.items()}
@@ -168,7 +168,7 @@ def test_text_is_measured_against_what_was_learned(tmp_path, monkeypatch):
         evaluate(f"ckpt={folder}", "metrics=[recall]", "split=val")
 
 
-def test_a_judge_is_trained_once_and_the_same_way(runs, monkeypatch, waits, tmp_path):
+def test_a_classifier_is_trained_once_and_the_same_way(runs, monkeypatch, waits, tmp_path):
     loaded = genai.load(runs[0])
     data = build_typed(loaded.config["data"])
     first = classifier.load_or_train(data)
@@ -429,7 +429,7 @@ def test_a_memoriser_is_flagged(runs, monkeypatch):
 
 @pytest.mark.slow
 def test_the_default_run_is_no_memoriser_and_beats_its_baselines(tmp_path):
-    """Three minutes: what `python train.py` trains, against a Gaussian mixture for each class, by the judge."""
+    """Three minutes: what `python train.py` trains, against a Gaussian mixture for each class, by the classifier."""
     folder = train(composed("train", ["logger=none", f"run_dir={tmp_path / 'run'}"], resumed))
     (card,) = evaluate(f"ckpt={folder}", "metrics=[frechet]", "repeats=2")["cards"]
     assert not card["memorised"] and card["copies"] == 0 and 0.8 < card["distance_ratio"] < 1.3

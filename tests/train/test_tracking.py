@@ -319,12 +319,12 @@ WRONG_LOGGER = {
     "logger.tags=first": "logger.tags=first must be a list",
     "logger.tags=[1]": "logger.tags=[1] must be a list",
     "logger.tags=['']": "must be a list",
-    "logger.entity=''": "logger.entity= must be a text",
-    "logger.project=null": "logger.project=null must be a text",
-    "logger.project=a/b": "logger.project=a/b must be a text of 1 to 128 characters, none of / ",
+    "logger.entity=''": "logger.entity= must be a string",
+    "logger.project=null": "logger.project=null must be a string",
+    "logger.project=a/b": "logger.project=a/b must be a string of 1 to 128 characters, none of / ",
     "logger.artifacts=3": "logger.artifacts=3 ",
     "logger.timeout_seconds=0": "logger.timeout_seconds=0 must be a number of seconds, greater than 0",
-    f"logger.name={'n' * 129}": "must be a text of 1 to 128 characters",
+    f"logger.name={'n' * 129}": "must be a string of 1 to 128 characters",
 }
 
 

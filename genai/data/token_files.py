@@ -1,0 +1,188 @@
+"""Token ids of a text in files: prepared once, memory-mapped, cut into windows."""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sys
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genai import progress
+from genai.core import stored
+from genai.core.cache import cache_folder
+from genai.core.errors import UserError
+from genai.core.protocols import Batch
+from genai.data.fingerprint import checksum, files_checksum
+from genai.modalities.tokenizers import Tokenizer, learn
+
+if TYPE_CHECKING:
+    from genai.data.text_sources import Piece, Source
+
+FORMAT = 1  # version of the prepared files
+
+
+def prepare(
+    source: "Source", tokenizer: str, vocab_size: int | None, shares: dict[str, float], cache: Path | None
+) -> Path:
+    """Return the folder with a text's token ids, `<split>.bin` for each split and `meta.json`; it is made if absent.
+
+    The folder's name is a hash of the text and of everything that determines the ids. It is written under a temporary name and
+    then renamed, so that two runs that prepare the same text at once both find a complete one.
+
+    Args:
+        source: the text.
+        tokenizer: byte, char or bpe.
+        vocab_size: number of ids, for bpe.
+        shares: fraction of the text of each split, by name.
+        cache: folder to look in and write to; None for the user's cache. If a checkpoint file, not the user, chose the folder,
+            only reading there is allowed, and the user's cache is written.
+
+    Raises UserError if the cache cannot be written.
+    """
+    identity = (FORMAT, source.kind, source.documents, tokenizer, vocab_size, shares)
+    digest = hashlib.sha256(repr(identity).encode())
+    source.fingerprint(digest)
+    name, own = digest.hexdigest()[:24], cache_folder("text")
+    if cache is not None and _is_complete(cache / name):
+        return cache / name
+    cache = own if cache is None or stored.is_building() else cache
+    folder = cache / name
+    if _is_complete(folder):
+        return folder
+    if folder.exists():
+        print(f"{folder} is damaged: its text is prepared again", file=sys.stderr)
+    temporary, damaged = (cache / f".{folder.name}.{os.getpid()}.{kind}" for kind in ("tmp", "damaged"))
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        learn_from = 1.0 if tokenizer == "char" else shares["train"]
+        pieces = (text for text, _ in source.pieces(0.0, learn_from))
+        with progress.task(f"learning the tokenizer {tokenizer}, once"):
+            ids = learn(tokenizer, pieces, source.size_bytes, vocab_size, source.documents)
+        dtype = smallest_dtype(ids.vocab_size)
+        meta: dict[str, Any] = {"tokenizer": ids.state(), "dtype": dtype, "characters": {}, "bytes": {}}
+        with progress.task("encoding the text, once:", source.size_bytes >> 20, "MiB") as task:
+            for name, (first, last) in bounds(shares).items():
+                path = temporary / f"{name}.bin"
+                meta["characters"][name] = _write(path, source.pieces(first, last), ids, dtype, task)
+                meta["bytes"][name] = path.stat().st_size
+        (temporary / "meta.json").write_text(json.dumps(meta))
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not _is_complete(folder):
+                folder.rename(damaged)
+                temporary.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"data.cache={str(cache)!r} cannot be written ({error.strerror}): name another folder"
+        ) from error
+    finally:
+        for left in (temporary, damaged):
+            shutil.rmtree(left, ignore_errors=True)
+    return folder
+
+
+def bounds(shares: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """Return (first, last) of each split, as fractions of the text."""
+    lasts = [round(last, 9) for last in itertools.accumulate(shares.values(), lambda a, b: round(a + b, 9))]
+    lasts[-1] = 1.0
+    return dict(zip(shares, itertools.pairwise([0.0, *lasts]), strict=True))
+
+
+def _is_complete(folder: Path) -> bool:
+    """Tell whether a folder holds a prepared text, with each file as long as when it was written.
+
+    Older folders do not note the lengths; theirs must be whole numbers of ids.
+    """
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        sizes = {name: (folder / f"{name}.bin").stat().st_size for name in meta["characters"]}
+        whole = all(size % np.dtype(meta["dtype"]).itemsize == 0 for size in sizes.values())
+        return whole and sizes == meta.get("bytes", sizes)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+
+
+def _write(path: Path, pieces: "Iterator[Piece]", tokenizer: Tokenizer, dtype: str, task: progress.Task) -> int:
+    """Write the token ids of pieces to a file; returns their number of characters. `task` counts MiB."""
+    characters, size_bytes, done = 0, 0, task.done
+    with path.open("wb") as file:
+        for text, ends in pieces:
+            file.write(tokenizer.encode(text).astype(dtype).tobytes())
+            if ends and tokenizer.end is not None:
+                file.write(np.array([tokenizer.end], dtype).tobytes())
+            characters += len(text)
+            size_bytes += len(text.encode(errors="surrogatepass"))
+            task.done = done + (size_bytes >> 20)
+    return characters
+
+
+def smallest_dtype(vocab_size: int) -> str:
+    """Return the name of the smallest unsigned integer type that holds ids below `vocab_size`."""
+    return "uint8" if vocab_size <= 2**8 else "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+class Windows:
+    """A split of windows of `length` + 1 tokens, of which a model predicts all but the first.
+
+    In evaluation (without draws) every token but the first of the stream is a target exactly once, as marked in `mask`:
+    consecutive windows share `overlap` tokens, which are context only in the later one. In training each window is moved by a
+    random offset of up to its length.
+
+    A batch has tokens int64 (B, length + 1) and, without draws, mask bool (B, length + 1).
+    """
+
+    def __init__(self, path: Path, dtype: str, characters: int, length: int, overlap: int, augments: bool):
+        self.path, self.dtype, self.characters, self.augments = path, np.dtype(dtype), characters, augments
+        self.length, self.overlap = length, 0 if augments else overlap
+        self.file = self.map = None
+        self.tokens = path.stat().st_size // self.dtype.itemsize
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "file": None, "map": None}  # each process opens the file itself
+
+    def __len__(self) -> int:
+        return max(-(-(self.tokens - 1 - self.overlap) // (self.length - self.overlap)), 1)
+
+    def batch(self, index: Tensor, draws: Tensor | None) -> Batch:
+        starts, stride = (
+            self.tokens - self.length,
+            self.length - self.overlap,
+        )  # of windows: first positions, distance
+        if self.augments and draws is not None:
+            first = (index * self.length + (draws[:, 0] * self.length).long()) % starts
+        else:
+            first = (index * stride).clamp_max(starts - 1)
+        at = first[:, None] + torch.arange(self.length + 1)
+        batch = {"tokens": torch.from_numpy(self._memory_map()[at.numpy()].astype(np.int64))}
+        if draws is None:
+            fresh = index * stride + self.overlap * (index > 0)  # the last token that was a target in an earlier window
+            batch["mask"] = at > fresh[:, None]
+        return batch
+
+    def _memory_map(self) -> np.ndarray:
+        """Return the memory-mapped tokens (T,).
+
+        Raises UserError if the file has become shorter: reading a mapped page past its end would kill the process.
+        """
+        if self.file is None:
+            self.file = self.path.open("rb")
+            weakref.finalize(self, self.file.close)
+        if os.fstat(self.file.fileno()).st_size < self.tokens * self.dtype.itemsize:
+            raise UserError(f"{self.path} was cut short while it was in use: start again, and it is prepared again")
+        if self.map is None:
+            self.map = np.memmap(self.file, self.dtype, "r")
+        return self.map
+
+    def fingerprint(self, quick: bool) -> str:
+        """Return a checksum of the tokens, whatever the windows; if `quick` of the folder's name, which is a hash of the text."""
+        folder, name = self.path.parent, self.path.name
+        return checksum(self.dtype.str, folder.name if quick else files_checksum(folder, [name]), name)
