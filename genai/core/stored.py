@@ -61,6 +61,9 @@ RENAMED_OVERRIDES = {
     "baseline=copier": "baseline=training_copy",
     "judge=network": "features=classifier",
     "judge=null": "features=null",
+    "sampler=flow_euler": "sampler=ddim",
+    "sampler=flow_heun": "sampler=heun",
+    "sampler=flow_midpoint": "sampler=midpoint",
 }
 """Overrides of the command line, and of files of sweeps, under names of before -> as they are written today."""
 

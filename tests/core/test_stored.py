@@ -10,7 +10,7 @@ from genai.core.stored import up_to_date as node_up_to_date
 
 @pytest.mark.parametrize("before", RENAMED_OVERRIDES)
 def test_overrides_under_old_names_are_those_of_today(before):
-    script = "evaluate" if before.startswith("extractor") else "baselines"
+    script = {"extractor": "evaluate", "sampler": "sample"}.get(before.partition("=")[0], "baselines")
     assert composed(script, [before]) == composed(script, [RENAMED_OVERRIDES[before]])
 
 
