@@ -18,7 +18,7 @@ from genai.core.errors import UserError
 
 
 class Origin(NamedTuple):
-    """Where a module's weights come from; the module keeps it as its attribute `pretrained_from`."""
+    """The origin of a module's weights; the module keeps it as its attribute `pretrained_from`."""
 
     sha256: str | None
     weights: str

@@ -21,7 +21,7 @@ CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog",
 
 
 class Digits(Data):
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels on 17 grey levels.
+    """The 1,797 handwritten digits of scikit-learn, 8x8 pixels on 17 grey levels.
 
     In a fixed permutation, training has the first 1,293, validation the next 144 and test the other 360.
     """
@@ -142,10 +142,15 @@ class CIFAR10(Data):
 
 
 def download(name: str, root: str, expected: str, fetch: Callable[[Any, bool], Any]) -> Any:
-    """`fetch(torchvision.datasets, whether it may download)`; what goes wrong becomes one sentence, and no empty folder stays
-    behind.
+    """Load a data set through torchvision, which downloads it if it is absent; returns what `fetch` returns.
 
-    `expected` says which files were expected for.
+    Args:
+        name: of the data set, for errors.
+        root: folder of the data.
+        expected: files that were looked for, for errors.
+        fetch: called with torchvision.datasets and whether it may download.
+
+    Raises UserError if the data are neither there nor can be downloaded; folders made for the download are removed then.
     """
     from torchvision import datasets
 

@@ -206,7 +206,9 @@ class Scan:
                     deep=decode.is_deep(image),
                     transparent=decode.is_transparent(image),
                     checksum=digest,
-                    pages=image.n_frames if image.format in MULTI_PAGE and getattr(image, "is_animated", False) else 1,
+                    pages=getattr(image, "n_frames", 1)
+                    if image.format in MULTI_PAGE and getattr(image, "is_animated", False)
+                    else 1,
                 )
                 end = END_MARKERS.get(image.format or "")
                 if files.version > 1 and end and not _ends(file, end) and (digest or files.root.is_dir()):

@@ -43,7 +43,7 @@ SHAPES: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
 
 
 class Toy2D(Data):
-    """`n` training points of one of SHAPES, and a tenth as many for validation and test each; no labels.
+    """A data set of `n` training points of one of SHAPES, and a tenth as many for validation and test each; no labels.
 
     Raises UserError for a distribution that is not in SHAPES.
     """

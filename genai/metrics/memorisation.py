@@ -33,7 +33,7 @@ class Memorisation:
 
     @property
     def flagged(self) -> bool | None:
-        """Whether the model memorises: `ratio` below 0.5 or `close` above 5 %; None where there are too few items to decide.
+        """True if the model memorises: `ratio` below 0.5 or `close` above 5 %; None where there are too few items to decide.
 
         The ratio finds models that mostly return training items, exact or blurred; `close` those that do so occasionally.
         Samples of the true distribution have a ratio near 1 and `close` near 1 %, but with few held-out items the 1 % quantile

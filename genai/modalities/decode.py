@@ -4,11 +4,14 @@ import contextlib
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from genai.core.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # A large image that unpacks to over 200 times its file is refused as a decompression bomb: no photograph compresses so well.
 BOMB_PIXELS, BOMB_RATIO = 10_000_000, 200
@@ -18,7 +21,7 @@ GAP = 2.0  # a JPEG is decoded to at least this times the wanted size, so that t
 
 
 class DecodeOptions(NamedTuple):
-    """How an image file is converted to 8-bit pixels.
+    """The settings by which an image file is converted to 8-bit pixels.
 
     Attributes:
         channels: 1 or 3.
@@ -34,7 +37,7 @@ class DecodeOptions(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_image(file: IO[bytes], where: Path | str, size: int, large: bool = True) -> Iterator[Any]:
+def open_image(file: IO[bytes], where: Path | str, size: int, large: bool = True) -> Iterator["Image"]:
     """Open an image file of `size` bytes with Pillow, without decoding its pixels; `large` lifts Pillow's own size limit.
 
     Raises UserError for a decompression bomb, ValueError for an image of more than `MAX_PIXELS` pixels.
@@ -52,7 +55,7 @@ def open_image(file: IO[bytes], where: Path | str, size: int, large: bool = True
         yield image
 
 
-def check_pixels(image: Any, where: Path | str, size: int) -> None:
+def check_pixels(image: "Image", where: Path | str, size: int) -> None:
     """Raise the errors of `open_image` for an image of too many pixels."""
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
@@ -64,29 +67,29 @@ def check_pixels(image: Any, where: Path | str, size: int) -> None:
         )
 
 
-def is_sideways(image: Any) -> bool:
+def is_sideways(image: "Image") -> bool:
     """Tell whether the EXIF orientation swaps height and width."""
     return "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= 5
 
 
-def is_deep(image: Any) -> bool:
+def is_deep(image: "Image") -> bool:
     """Tell whether an image has more than 8 bits per channel."""
     return image.mode.startswith(("I", "F")) or is_deep_colour(image)
 
 
-def is_deep_colour(image: Any) -> bool:
+def is_deep_colour(image: "Image") -> bool:
     """Tell whether an image has several channels of 16 bits, of which Pillow reads the upper 8; call it before decoding."""
     return len(image.getbands()) > 1 and any(";16" in str(tile[3]) for tile in getattr(image, "tile", []))
 
 
-def is_transparent(image: Any) -> bool:
+def is_transparent(image: "Image") -> bool:
     """Tell whether an image has an alpha channel or a transparent colour."""
     return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or (
         "transparency" in image.info and image.mode in ("1", "L", "P", "RGB")
     )
 
 
-def extremes(image: Any) -> tuple[float, float]:
+def extremes(image: "Image") -> tuple[float, float]:
     """Return the least and the largest finite value of an image of more than 8 bits, in the units of its file."""
     unit = 257 if is_deep_colour(image) else 1
     x = np.asarray(image.convert("RGB") if unit > 1 else image)
@@ -96,7 +99,7 @@ def extremes(image: Any) -> tuple[float, float]:
 
 def decode(
     content: bytes, where: Path | str, reading: DecodeOptions, size: tuple[int, int], crop: bool
-) -> tuple[Any, tuple[int, int]]:
+) -> tuple["Image", tuple[int, int]]:
     """Decode an image file's bytes; returns an upright Pillow image (L or RGB) and the image's full size (W, H).
 
     The image is meant to be resized to `size` (H, W), as a whole or as its largest crop of that aspect ratio; a JPEG may be
@@ -162,7 +165,7 @@ def _eight_bits(x: np.ndarray, value_range: tuple[float, float] | None) -> np.nd
     return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
 
-def _composite(image: Any, background: tuple[int, int, int]) -> Any:
+def _composite(image: "Image", background: tuple[int, int, int]) -> "Image":
     """Lay an image with transparency on a colour; returns RGB."""
     from PIL import Image
 
@@ -172,7 +175,7 @@ def _composite(image: Any, background: tuple[int, int, int]) -> Any:
     return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image).convert("RGB")
 
 
-def _reduce(image: Any, channels: int, scale: float) -> None:
+def _reduce(image: "Image", channels: int, scale: float) -> None:
     """Make Pillow decode a JPEG, to be reduced by `scale`, at the smallest of its sizes that is GAP times the wanted one."""
     if scale >= 2 * GAP:
         image.draft("L" if channels == 1 else None, (int(image.width * GAP / scale), int(image.height * GAP / scale)))

@@ -46,7 +46,10 @@ def legacy_nodes(assets: Node, config: Node, null: Batch) -> Node:
 
 
 def difference(stored: Node, output: Modality, conditions: Mapping[str, Modality]) -> str | None:
-    """What meant something else in `modalities` of a checkpoint, in words: the first that both know with another state."""
+    """Return what differs between `modalities` of a checkpoint and those of a data set, in words; None if nothing does.
+
+    Only conditions that both have are compared.
+    """
     shared = ((node, conditions[name]) for name, node in stored["conditions"].items() if name in conditions)
     pairs = (stored["output"], output), *shared
     return next((modality.meaning for node, modality in pairs if node["state"] != modality.state()), None)
