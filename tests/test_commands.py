@@ -69,8 +69,8 @@ TRAIN = {
     "trainer.accelerator=tpu": "one of auto, cpu, gpu",
     "trainer.devices=0": "trainer.devices=0",
     "trainer.precision=16-mixed": "one of auto, 32-true",
-    "trainer.precision=16": "fp16 is not supported in training",
-    "trainer.precision=fp16": "fp16 is not supported in training",
+    "trainer.precision=16": "fp16 training needs loss scaling, which is not supported",
+    "trainer.precision=fp16": "fp16 training needs loss scaling, which is not supported",
     "resume=nowhere": "there is no nowhere/config.yaml",
     "init_from=nowhere.ckpt": "no checkpoint nowhere.ckpt",
     "init_from=nowhere/": "no checkpoint nowhere",
@@ -217,7 +217,7 @@ def test_wrong_data(refused, tmp_path):
             "data=mnist",
             "data.root=missing",
         ): "data.root='missing' (looked for missing/MNIST/raw/train-images-idx3-ubyte",
-        ("data=toy2d", "model=ddpm_mlp", "data.distribution=moon"): "none of moons",
+        ("data=toy2d", "model=ddpm_mlp", "data.distribution=moon"): "one of moons",
         ("data=toy2d",): "a U-Net takes images of shape [C, H, W], got [2]",
     }
     for arguments, message in cases.items():
