@@ -4,6 +4,7 @@ A package and a function of one name are one attribute of `genai`, so this modul
 """
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -29,5 +30,8 @@ class Train(ModuleType):
 
         return train(cfg)
 
+
+# Lightning imports tqdm, whose bars are not used here, and tqdm warns in a notebook that lacks their widget.
+warnings.filterwarnings("ignore", ".*IProgress not found.*")
 
 sys.modules[__name__].__class__ = Train

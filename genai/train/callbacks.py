@@ -1,4 +1,4 @@
-"""What happens between steps, in this order: evaluate, sample, save, show, stop."""
+"""Callbacks between training steps, in this order: evaluate, sample, save, show progress, stop."""
 
 import contextlib
 import re
@@ -29,31 +29,31 @@ Kind = TypeVar("Kind", bound=L.Callback)
 
 
 class Between(L.Callback):
-    """A callback that does nothing within a step: Lightning passes over a hook that is None."""
+    """Base of callbacks that do nothing within a step: Lightning skips a hook that is None."""
 
     on_train_batch_start = on_before_zero_grad = on_before_backward = on_after_backward = None  # type: ignore[assignment]
     on_before_optimizer_step = None  # type: ignore[assignment]
 
 
 def callbacks(trainer: L.Trainer, kind: type[Kind]) -> list[Kind]:
-    """The trainer's callbacks of one kind."""
+    """Return the trainer's callbacks of one class."""
     return [c for c in trainer.callbacks if isinstance(c, kind)]  # type: ignore[attr-defined]
 
 
-def due(trainer: L.Trainer, every_steps: int | None) -> bool:
-    """Whether a step that ends now is a multiple of every_steps, or the last one."""
+def is_due(trainer: L.Trainer, every_steps: int | None) -> bool:
+    """Return True if the step that has just ended is a multiple of every_steps, or the last one."""
     step = trainer.global_step
     return step == trainer.max_steps or (every_steps is not None and step % every_steps == 0)
 
 
 def wait_for_first(trainer: L.Trainer, what: str) -> None:
-    """Let the other ranks wait for rank zero, which has done something alone, without a collective's limit of time."""
+    """Make the other ranks wait for rank zero, which works alone, without the time-out of a collective."""
     environment = getattr(trainer.strategy, "cluster_environment", None)
     if isinstance(environment, Ranks):
         environment.wait_for_first(f"{what} of step {trainer.global_step}")
 
 
-def _every(every_steps: int | None, key: str) -> int | None:
+def _check_interval(every_steps: int | None, key: str) -> int | None:
     return None if every_steps is None else at_least(every_steps, 1, f"callbacks.{key}")
 
 
@@ -62,7 +62,7 @@ class Evaluate(Between):
     `every_steps`: `val/loss`, its quartiles by noise level, and `ema/distance` from the live weights."""
 
     def __init__(self, every_steps: int | None, n: int | None = None):
-        self.every_steps, self.n = _every(every_steps, "evaluate.every_steps"), n
+        self.every_steps, self.n = _check_interval(every_steps, "evaluate.every_steps"), n
         self.loss, self.step = float("inf"), -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitModel) -> None:
@@ -70,7 +70,7 @@ class Evaluate(Between):
             self.evaluate(pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
-        if due(trainer, self.every_steps):
+        if is_due(trainer, self.every_steps):
             self.evaluate(pl_module)
 
     def evaluate(self, lit: LitModel) -> None:
@@ -81,16 +81,22 @@ class Evaluate(Between):
 
 
 class Samples(Between):
-    """Every `every_steps`, `n` samples of the averaged model as the data shows them: seeds `seed`, `seed` + 1, ..."""
+    """Samples the averaged model every `every_steps` steps: `n` samples with seeds `seed`, `seed` + 1, ..., shown as the data
+    shows its items."""
 
     def __init__(self, sampler: Sampler, every_steps: int | None, n: int = 100, seed: int = 0):
-        self.sampler, self.every_steps, self.n, self.seed = sampler, _every(every_steps, "samples.every_steps"), n, seed
+        self.sampler, self.every_steps, self.n, self.seed = (
+            sampler,
+            _check_interval(every_steps, "samples.every_steps"),
+            n,
+            seed,
+        )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitModel) -> None:
         self.try_out(pl_module)
 
     def try_out(self, lit: LitModel, n: int = 1) -> None:
-        """One network call for n samples, so that a sampler that cannot run says so now and not after hours."""
+        """Make one network call for n samples, so that a sampler that cannot run fails at the start and not after hours."""
 
         def enough(i: int, n: int, state: Batch) -> None:
             raise _Enough
@@ -100,7 +106,7 @@ class Samples(Between):
             self.sample(lit, n, enough)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
-        if due(trainer, self.every_steps):
+        if is_due(trainer, self.every_steps):
             if trainer.is_global_zero:
                 with progress.task("sampling", unit="steps") as task:
                     batch = self.sample(pl_module, self.n, progress.follow(task))
@@ -113,65 +119,72 @@ class Samples(Between):
             wait_for_first(trainer, "samples")
 
     def sample(self, lit: LitModel, n: int, on_step: OnStep = lambda *_: None) -> Batch:
-        """With an on_step always, because a sampler may keep memory for what nobody watches, and training needs it."""
+        """Return n samples of the averaged model.
+
+        There is always an on_step: without one a sampler may keep memory for CUDA graphs, which training needs.
+        """
         sampler = with_items(self.sampler, lit.data.items)
         return sampler(lit.ema.module, rng.seed_range(self.seed, n), lit.data.cond(n), on_step)
 
 
 class Cards(Between):
-    """Every `every_steps`, what `python evaluate.py` measures of the averaged model: see evaluation.metrics.Plan for the
-    other arguments."""
+    """Measures the averaged model every `every_steps` steps as `evaluate.py` does; for the other arguments see
+    evaluation.metrics.Plan."""
 
     def __init__(
         self, every_steps: int | None, metrics: Sequence[Any] | None, split: str, n: int | None, repeats: int,
         extractor: Callable[..., Extractor], baselines: bool = True,
     ):  # fmt: skip
-        self.every_steps = _every(every_steps, "cards.every_steps")
+        self.every_steps = _check_interval(every_steps, "cards.every_steps")
         self.plan = Plan(metrics, split, n, repeats, extractor=extractor, baselines=baselines)
 
     def try_out(self, lit: LitModel, config: dict, trust: Sequence[str]) -> None:
-        """Refuse now, and not after hours, what cannot be measured; `trust` names what the config's sampler may build from."""
+        """Raise UserError at the start, and not after hours, for what cannot be measured.
+
+        Args:
+            trust: packages that the config's sampler may be built from.
+        """
         self.trust = tuple(trust)
         if self.every_steps is not None:
             with torch.random.fork_rng(devices=[]):
-                check(self.loaded(lit, config), lit.data, self.plan)
+                check(self.averaged_model(lit, config), lit.data, self.plan)
 
-    def loaded(self, lit: LitModel, config: dict, step: int = 0) -> Loaded:
-        """The averaged model, as from a checkpoint."""
+    def averaged_model(self, lit: LitModel, config: dict, step: int = 0) -> Loaded:
+        """Return the averaged model as if it had been loaded from a checkpoint."""
         model, data, path = lit.ema.module, lit.data, lit.record.folder / "checkpoints" / "last.ckpt"
         conditions = checkpoint.model_conditions(model, config, data.conditions)
         return Loaded(model, config, data.modality, conditions, step, path, self.trust)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
-        if self.every_steps is not None and due(trainer, self.every_steps):
+        if self.every_steps is not None and is_due(trainer, self.every_steps):
             if trainer.is_global_zero:
                 self.evaluate(trainer, pl_module)
             wait_for_first(trainer, "cards")
 
     def evaluate(self, trainer: L.Trainer, lit: LitModel) -> None:
         file: Any = trainer.strategy.checkpoint_io
-        loaded = self.loaded(lit, file.config, trainer.global_step)
+        loaded = self.averaged_model(lit, file.config, trainer.global_step)
         lit.record.cards(trainer.global_step, evaluate(loaded, lit.data, self.plan)[1])
 
 
 class _Enough(Exception):
-    """Raised by on_step to leave a sampler early."""
+    """An on_step raises this to leave a sampler early."""
 
 
 class Save(Between):
-    """Writes `last.ckpt` every `every_steps` and at the end, keeping the one before as `previous.ckpt`; `best.ckpt` is
-    the one of these with the lowest val/loss, and every `keep_every_steps` one stays as `step_<k>.ckpt`.
+    """Writes `last.ckpt` every `every_steps` steps and at the end, and keeps the one before as `previous.ckpt`.
 
-    What is written when a run is stopped is `last.ckpt` alone: it would not be there had the run gone on.
+    `best.ckpt` is the one of these with the lowest val/loss, and each multiple of `keep_every_steps` stays as `step_<k>.ckpt`.
+    A run that is stopped writes `last.ckpt` alone, since an uninterrupted run would not have saved at that step.
     """
 
     def __init__(self, every_steps: int | None, keep_every_steps: int | None = None):
-        self.every_steps = _every(every_steps, "save.every_steps")
-        self.keep_every_steps = _every(keep_every_steps, "save.keep_every_steps")
+        self.every_steps = _check_interval(every_steps, "save.every_steps")
+        self.keep_every_steps = _check_interval(keep_every_steps, "save.keep_every_steps")
         self.best = float("inf")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
-        if due(trainer, self.every_steps):
+        if is_due(trainer, self.every_steps):
             step, names = trainer.global_step, []
             fresh = [c.loss for c in callbacks(trainer, Evaluate) if c.step == step]
             if min(fresh, default=float("inf")) < self.best:
@@ -182,9 +195,9 @@ class Save(Between):
             self.save(trainer, pl_module, names)
 
     def save(self, trainer: L.Trainer, lit: LitModel, names: Sequence[str] = ()) -> None:
-        """Write last.ckpt, under these names too.
+        """Write last.ckpt, and link it under these names too.
 
-        It becomes last.ckpt last: a run that dies before that goes on from the one before, and gives the names again.
+        The file is renamed to last.ckpt at the end: a run that dies before that resumes from the previous one, and links again.
         """
         folder = lit.record.folder / "checkpoints"
         fresh, last = folder / ".last.ckpt.fresh.tmp", folder / "last.ckpt"
@@ -209,7 +222,7 @@ class Save(Between):
 
 
 class Stop(Between):
-    """SIGTERM and SIGINT save after the current step and exit with 143 and 130, whichever ranks they reach; a second SIGINT
+    """Saves after the current step and exits with 143 or 130 on SIGTERM or SIGINT, whichever ranks they reach; a second SIGINT
     exits at once."""
 
     def __init__(self):
@@ -218,8 +231,8 @@ class Stop(Between):
         self.asked: tuple[torch.Tensor, Any] | None = None
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Leave signals as they were, except that ranks above zero stay deaf to those that come while they end."""
+    def handle_signals(self) -> Iterator[None]:
+        """Restore the signal handlers on leaving, except in ranks above zero, which ignore signals while they end."""
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
@@ -240,10 +253,10 @@ class Stop(Between):
             self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
-        number = self.signal if self.group is None else self.agreed()
+        number = self.signal if self.group is None else self.agree_on_signal()
         if number:
             for save in callbacks(trainer, Save):
-                if not due(trainer, save.every_steps):
+                if not is_due(trainer, save.every_steps):
                     save.save(trainer, pl_module)
             if trainer.is_global_zero:
                 again = f"python train.py resume={pl_module.record.folder}"
@@ -253,9 +266,11 @@ class Stop(Between):
                 )
             raise SystemExit(128 + number)
 
-    def agreed(self) -> int:
-        """The signal that any rank had heard by the step before, 0 if none: what is asked now is answered a step later, when
-        nobody has to wait for it."""
+    def agree_on_signal(self) -> int:
+        """Return the signal that any rank had received by the step before, 0 if none.
+
+        The question of this step is answered in the next one, when the asynchronous all-reduce has ended without a wait.
+        """
         number = 0
         if self.asked is not None:
             heard, work = self.asked
@@ -293,7 +308,7 @@ class Progress(Between):
             self.task.restart(self.logged_at, self.first)
             self.task.done = self.first
             self.task.note = self.losses(pl_module)
-            if self.validated(trainer):
+            if self.has_validated(trainer):
                 self.board.tick(at_once=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
@@ -310,7 +325,7 @@ class Progress(Between):
     def show(self, trainer: L.Trainer, lit: LitModel, task: progress.Task, step: int, now: float) -> None:
         """Update the task after a step. Losses are read from the device at most every 5 seconds."""
         task.done = step
-        validated = self.validated(trainer)
+        validated = self.has_validated(trainer)
         if step == self.first + 1 and step < trainer.max_steps:  # it compiles, and starts workers
             task.restart(now, step)
         if validated or step % lit.log_every_steps == 0 or now - self.looked_at > 5:
@@ -322,7 +337,7 @@ class Progress(Between):
         if validated or (step == trainer.max_steps and self.board.terminal):
             self.board.tick(at_once=True)
 
-    def validated(self, trainer: L.Trainer) -> bool:
+    def has_validated(self, trainer: L.Trainer) -> bool:
         return any(c.step == trainer.global_step for c in callbacks(trainer, Evaluate))
 
     def losses(self, lit: LitModel) -> str:
@@ -338,7 +353,7 @@ class Progress(Between):
 
 
 def peak_memory_bytes() -> int:
-    """Most memory held so far: on the GPU where there is one, else of this process."""
+    """Return the peak memory in bytes: allocated on the GPU if there is one, else resident in this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     import resource
@@ -347,13 +362,13 @@ def peak_memory_bytes() -> int:
 
 
 class File(CheckpointIO):
-    """Between Lightning's checkpoint dictionary and the project's file: what sampling needs on top, the rest below
-    `trainer`.
+    """Converts between Lightning's checkpoint dictionary and the project's file, where sampling's part is on top and the rest
+    below `trainer`.
 
     Args:
         modalities: see modalities.stored.nodes_of.
-        train_split: what tells whether a resumed run has the same training items.
-        found: (content, path) of what is resumed, so that it is not read twice.
+        train_split: number and checksum of the training items, which a resumed run must have again.
+        found: (content, path) of the checkpoint that is resumed, so that it is not read twice.
     """
 
     def __init__(

@@ -40,7 +40,7 @@ from genai.train.lit import LitModel
 from genai.train.lock import ELSEWHERE, lock_run
 from genai.train.optim import idle_from
 from genai.train.record import Record
-from genai.train.strategy import Ranks, launched
+from genai.train.strategy import Ranks, detect_ranks
 
 LOOKED_AT = 4096  # samples that a model may look at before its first step
 Known = tuple[Modality, dict[str, Modality]]
@@ -71,7 +71,7 @@ def run(cfg: DictConfig, command: bool = True) -> Path:
     this process is a command of its own, which more processes can be started from, as trainer.devices=2 needs.
     """
     at_least(cfg.trainer.devices, 1, "trainer.devices")
-    ranks = launched(os.environ, cfg.trainer.devices)
+    ranks = detect_ranks(os.environ, cfg.trainer.devices)
     if ranks.world > 1 and not ranks.launcher and not command:
         raise UserError(
             f"trainer.devices={cfg.trainer.devices} starts processes, which a call from Python cannot: use the command genai "
@@ -163,7 +163,7 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack, dry: int = 0
                 callback.try_out(lit, config, packages_of(config) if cfg.resume is None else trust)
     tracker = trackers.none
     if config["logger"] is not None:  # before anything is written
-        tracker = trackers.checked(build({**config["logger"], "_partial_": True}))
+        tracker = trackers.check(build({**config["logger"], "_partial_": True}))
     if cfg.get("codec") is not None and cfg.codec.cache is not None and not dry:
         if resumed is not None:
             checkpoint.load_weights(model, resumed[0]["model"], resumed[1])
@@ -201,7 +201,7 @@ def _run(cfg: DictConfig, ranks: Ranks, held: contextlib.ExitStack, dry: int = 0
     # a collective, which hangs if one rank gets SIGTERM
     trainer._signal_connector.register_signal_handlers = lambda: None
     try:
-        with stop.listening():
+        with stop.handle_signals():
             trainer.fit(lit, ckpt_path=resumed[1] if resumed else None)
         failed = False
     finally:

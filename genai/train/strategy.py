@@ -1,4 +1,4 @@
-"""Which rank this process is, by whatever launched it, and how ranks start, agree, wait for each other and end together."""
+"""The ranks of a distributed run: which one this process is, and how they start, agree, wait for each other and end."""
 
 import contextlib
 import os
@@ -56,7 +56,7 @@ class Ranks(ClusterEnvironment):
 
     @property
     def first(self) -> bool:
-        """Whether this is rank zero, the only one that writes."""
+        """True in rank zero, the only one that writes."""
         return self.rank == 0
 
     def __enter__(self) -> "Ranks":
@@ -85,7 +85,7 @@ class Ranks(ClusterEnvironment):
                 child.kill()
 
     def agree(self, decide: Callable[[], str]) -> str:
-        """What rank zero decides, for every rank; called before `start`."""
+        """Return in every rank the string that rank zero decides; to be called before `start`."""
         if not self.first:
             return self._get("decided", WAITING, "rank 0 did not choose the run directory")
         self.decided = decide()
@@ -94,9 +94,9 @@ class Ranks(ClusterEnvironment):
         return self.decided
 
     def start(self, gpu: bool) -> None:
-        """Start the ranks of this machine unless a launcher did; returns once every rank has come so far.
+        """Start the ranks of this machine unless a launcher did; returns when every rank is ready.
 
-        Raises UserError if one of them cannot.
+        Raises UserError if one of them fails before that.
         """
         if self.world == 1:
             return
@@ -116,7 +116,7 @@ class Ranks(ClusterEnvironment):
             threading.Thread(target=self._end_with_children, daemon=True).start()
 
     def wait_for_first(self, what: str) -> None:
-        """Let the other ranks wait here until rank zero is here too; `what` is a name used once."""
+        """Make the other ranks wait until rank zero calls this too; `what` is a name that is used once."""
         if self.first:
             self.store.set(what, "")
         else:
@@ -165,7 +165,7 @@ class Ranks(ClusterEnvironment):
         return store.port
 
     def _get(self, key: str, seconds: float, otherwise: str) -> str:
-        """A value of the store, once it is there. Raises UserError if a rank told of an error meanwhile.
+        """Wait for a value of the store and return it. Raises UserError if a rank reports an error meanwhile.
 
         In Python and not in the store, so that signals are heard meanwhile.
         """
@@ -176,23 +176,25 @@ class Ranks(ClusterEnvironment):
                 raise UserError(self.store.get("error").decode())
             if child is not None:
                 raise SystemExit(
-                    self._lost(f"rank {self.children.index(child) + 1} ended with code {child.returncode}")
+                    self._sentence_of_loss(f"rank {self.children.index(child) + 1} ended with code {child.returncode}")
                 )
             if time.monotonic() > deadline:
-                raise SystemExit(self._lost(f"{otherwise} within {seconds} s"))
+                raise SystemExit(self._sentence_of_loss(f"{otherwise} within {seconds} s"))
             time.sleep(pause)
             pause = min(0.2, 2 * pause)
         return self.store.get(key).decode()
 
     def _explain(self, caught: BaseException) -> None:
-        """Let one rank say what happened to any."""
+        """Report an error of any rank once, by rank zero."""
         error = caught
         try:
             if _is_loss(error):
                 time.sleep(0.5)  # the lost one may tell why
                 if not self.store.check(["error"]):
                     reason = re.sub(r"^\[[^]]*\] ?", "", str(error).strip()).split(". ")[0].splitlines()[0][:200]
-                    raise SystemExit(self._lost(f"another rank is gone or does not answer ({reason})")) from None
+                    raise SystemExit(
+                        self._sentence_of_loss(f"another rank is gone or does not answer ({reason})")
+                    ) from None
                 error = UserError(self.store.get("error").decode())
             if not isinstance(error, UserError):
                 return
@@ -206,11 +208,11 @@ class Ranks(ClusterEnvironment):
                 time.sleep(0.05)
         except torch.distributed.DistError:  # the store is gone too
             if _is_loss(error):
-                raise SystemExit(self._lost("rank 0 is gone")) from None
+                raise SystemExit(self._sentence_of_loss("rank 0 is gone")) from None
         if error is not caught:
             raise error from None
 
-    def _lost(self, what: str) -> str:
+    def _sentence_of_loss(self, what: str) -> str:
         return f"error: {what}: rank {self.rank} ends too, and what was saved last is kept: resume= goes on from there"
 
     def _end_with_launcher(self, launcher: int) -> None:
@@ -223,11 +225,15 @@ class Ranks(ClusterEnvironment):
         os._exit(1)
 
     def _end_with_children(self) -> None:
-        """End this process if one it started ended by an error, and this one, waiting for it perhaps, has not noticed."""
+        """End this process if one that it started fails and this one, perhaps waiting for it, does not notice."""
         while not self.ended.wait(0.5):
             for rank, child in enumerate(self.children, 1):
                 if child.poll() and not self.ended.wait(ENDING):
-                    print(self._lost(f"rank {rank} ended with code {child.returncode}"), file=sys.stderr, flush=True)
+                    print(
+                        self._sentence_of_loss(f"rank {rank} ended with code {child.returncode}"),
+                        file=sys.stderr,
+                        flush=True,
+                    )
                     for other in self.children:
                         other.kill()
                     os._exit(1)
@@ -245,7 +251,7 @@ class Ranks(ClusterEnvironment):
     @property
     def main_port(self) -> int:
         job = re.sub(r"\D", "", os.environ.get("SLURM_JOB_ID", ""))
-        return whole(os.environ, "MASTER_PORT", 15000 + int(job[-4:]) if job else 29500)
+        return integer_of(os.environ, "MASTER_PORT", 15000 + int(job[-4:]) if job else 29500)
 
     @staticmethod
     def detect() -> bool:
@@ -270,21 +276,21 @@ class Ranks(ClusterEnvironment):
         return self.rank // self.here
 
 
-def launched(env: Mapping[str, str], devices: int) -> Ranks:
-    """The ranks that a launcher says it started; without one, this process and devices - 1 to be started.
+def detect_ranks(env: Mapping[str, str], devices: int) -> Ranks:
+    """Return the ranks that a launcher started; without one, this process and devices - 1 that `start` will start.
 
     Raises UserError if the launcher's variables contradict each other or trainer.devices.
     """
     if all(name in env for name in TORCHRUN[:2]):
         launcher = "genai" if LAUNCHER in env else "torchrun"
-        found = _numbers(env, *TORCHRUN)
+        found = _ranks_of(env, *TORCHRUN)
     elif all(name in env for name in OPEN_MPI[:2]):
-        launcher, found = "mpirun", _numbers(env, *OPEN_MPI)
+        launcher, found = "mpirun", _ranks_of(env, *OPEN_MPI)
     elif (tasks := _slurm_tasks(env)) > 1:
-        nodes = whole(env, "SLURM_STEP_NUM_NODES", whole(env, "SLURM_NNODES", 1))
+        nodes = integer_of(env, "SLURM_STEP_NUM_NODES", integer_of(env, "SLURM_NNODES", 1))
         here = tasks // max(1, nodes)
-        rank = whole(env, "SLURM_PROCID", 0)
-        launcher, found = "srun", (rank, tasks, whole(env, "SLURM_LOCALID", rank % max(1, here)), here)
+        rank = integer_of(env, "SLURM_PROCID", 0)
+        launcher, found = "srun", (rank, tasks, integer_of(env, "SLURM_LOCALID", rank % max(1, here)), here)
     else:
         launcher, found = "", (0, 1, 0, 1)
     rank, world, local, here = found
@@ -305,28 +311,28 @@ def launched(env: Mapping[str, str], devices: int) -> Ranks:
     return Ranks(rank, world, local, here, launcher)
 
 
-def _numbers(env: Mapping[str, str], rank: str, world: str, local: str, here: str) -> tuple[int, int, int, int]:
-    """Rank, number of ranks, and the same on this machine; where only the first two are known, each has a machine."""
-    ranks = whole(env, world, 1)
-    on_this = whole(env, here, ranks if local in env else 1)
-    return whole(env, rank, 0), ranks, whole(env, local, 0), on_this
+def _ranks_of(env: Mapping[str, str], rank: str, world: str, local: str, here: str) -> tuple[int, int, int, int]:
+    """Return rank and number of ranks, and both on this machine; without the latter, each rank has a machine of its own."""
+    ranks = integer_of(env, world, 1)
+    on_this = integer_of(env, here, ranks if local in env else 1)
+    return integer_of(env, rank, 0), ranks, integer_of(env, local, 0), on_this
 
 
 def _slurm_tasks(env: Mapping[str, str]) -> int:
-    """How many processes srun started with this one; 1 if it did not, as in the shell of an allocation or a batch script."""
+    """Return how many processes srun started with this one; 1 in the shell of an allocation or a batch script."""
     if "SLURM_PROCID" not in env:
         return 1
     if "SLURM_STEP_NUM_TASKS" in env:
-        return whole(env, "SLURM_STEP_NUM_TASKS", 1)
+        return integer_of(env, "SLURM_STEP_NUM_TASKS", 1)
     if "SLURM_STEP_ID" not in env:
         script = "SLURM_TASK_PID" in env or ("SLURM_NTASKS_PER_NODE" not in env and env["SLURM_PROCID"] == "0")
         if script or env.get("SLURM_JOB_NAME") in ("bash", "interactive"):
             return 1
-    return whole(env, "SLURM_NTASKS", 1)
+    return integer_of(env, "SLURM_NTASKS", 1)
 
 
-def whole(env: Mapping[str, str], name: str, default: int) -> int:
-    """An environment variable as a whole number. Raises UserError if it is none."""
+def integer_of(env: Mapping[str, str], name: str, default: int) -> int:
+    """Return an environment variable as a whole number. Raises UserError if it is not one."""
     value = env.get(name, "").strip()
     if value and not value.isdecimal():
         raise UserError(f"the environment variable {name}={value} must be a whole number")
@@ -341,7 +347,7 @@ def _answers(host: str, port: int) -> bool:
 
 
 def _is_loss(error: BaseException) -> bool:
-    """Whether an error is what torch.distributed raises when a rank is gone or does not answer."""
+    """Return True for the errors that torch.distributed raises when a rank is gone or does not answer."""
     return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError)
         and re.search(r"gloo|nccl|by peer|pair closure|timed out", str(error), re.I) is not None

@@ -28,11 +28,14 @@ REACHED_SECONDS = 5.0  # for a first answer of the server
 
 
 def none(folder: Path, title: str, config: dict) -> None:
-    """No tracker; metrics.csv is written all the same."""
+    """Track nothing; metrics.csv is written all the same."""
 
 
 def tensorboard(folder: Path, title: str, config: dict) -> Logger:
-    """Event files below the run directory (`pip install tensorboard`)."""
+    """Write event files below the run directory.
+
+    Raises UserError without the package tensorboard.
+    """
     from lightning.pytorch.loggers import TensorBoardLogger
 
     try:
@@ -55,12 +58,12 @@ def wandb(
     artifacts: bool = False,
     timeout_seconds: float = 10,
 ) -> Logger | None:
-    """Weights & Biases: online where the machine is logged in and the server answers, offline otherwise.
+    """Track with Weights & Biases: online if the machine is logged in and the server answers, offline otherwise.
 
     The run's id lies in the directory's `wandb_id`, so that a resumed run goes on under the same id.
 
     Args:
-        title: what the run is called where `name` is None, beside the last part of its directory.
+        title: the run's name if `name` is None, followed by the last part of its directory.
         project, entity, group, tags, notes: as W&B's own; a group of None is that of WANDB_RUN_GROUP.
         artifacts: whether the last and the best checkpoint are uploaded at the end.
         timeout_seconds: for the server to accept the run.
@@ -68,13 +71,13 @@ def wandb(
     if os.environ.get("WANDB_MODE") == "disabled":
         return None
     shown = name or os.environ.get("WANDB_NAME") or (title if folder.name == title else f"{title} {folder.name}")
-    run = _started(
+    run = _start(
         folder, timeout_seconds, project=project, entity=entity, group=group, name=shown[:128], tags=tags, notes=notes,
         config=config,
     )  # fmt: skip
     if run is None:
         return None
-    with _said("the run's summary"):
+    with _report_errors("the run's summary"):
         run.define_metric("*", step_metric="trainer/global_step")
         if "parameters" in config:
             run.summary["parameters"] = config["parameters"]
@@ -82,7 +85,8 @@ def wandb(
 
 
 class WandB(WandbLogger):
-    """Lightning's logger with the best values so far in the run's summary, as best/<metric>, and checkpoints as artifacts."""
+    """Lightning's logger, which also keeps the best values so far in the run's summary, as best/<metric>, and uploads checkpoints
+    as artifacts."""
 
     def __init__(self, run: Any, folder: Path, artifacts: bool):
         super().__init__(experiment=run)
@@ -92,7 +96,7 @@ class WandB(WandbLogger):
             self.keep_best({row.name: row.value})
 
     def keep_best(self, metrics: Mapping[str, float]) -> None:
-        """Note in the summary the values that are better than all before them; nan is never."""
+        """Note in the summary the values that are better than all before them; nan never is."""
         for key, value in metrics.items():
             better = direction(self.folder, key.removeprefix("card/")) if key.startswith("card/") else None
             if key == "val/loss" or better is not None:
@@ -106,7 +110,7 @@ class WandB(WandbLogger):
         self.keep_best(metrics)
 
     def log_checkpoints(self) -> None:
-        """The last and the best checkpoint as artifacts of type model, where they were asked for."""
+        """Upload the last and the best checkpoint as artifacts of type model, if `artifacts` is true."""
         import wandb
 
         for which in ("last", "best") if self.artifacts else ():
@@ -117,9 +121,11 @@ class WandB(WandbLogger):
                 self.run.log_artifact(artifact)
 
 
-def checked(tracker: Any) -> Tracker:
-    """A tracker, built but not yet started. Raises UserError for a key that it does not have; values have their ranges in
-    genai/ranges."""
+def check(tracker: Any) -> Tracker:
+    """Return the tracker as a partial function that is not yet called.
+
+    Raises UserError for a key that it does not take; the ranges of values are in genai/ranges.
+    """
     partial = tracker if isinstance(tracker, functools.partial) else functools.partial(tracker)
     keywords: dict[str, Any] = partial.keywords
     known = [p.name for p in inspect.signature(partial.func).parameters.values()][3:]
@@ -130,10 +136,10 @@ def checked(tracker: Any) -> Tracker:
     return partial
 
 
-def _id(folder: Path) -> str:
-    """The id of a directory's W&B run, from its `wandb_id`; a fresh one, noted there, where it has none.
+def _run_id(folder: Path) -> str:
+    """Return the id of a directory's W&B run from its file `wandb_id`, which is made with a new id if there is none.
 
-    A run of before there was such a file goes on under the id that followed from its path.
+    A run that is older than this file keeps the id that followed from its path.
     """
     path = folder / "wandb_id"
     if path.is_file() and re.fullmatch(r"[\w-]{1,64}", found := path.read_text(errors="replace").strip()):
@@ -146,34 +152,34 @@ def _id(folder: Path) -> str:
     return fresh
 
 
-def _started(folder: Path, timeout_seconds: float, **arguments: Any) -> Any:
-    """The W&B run of a directory, online or offline; None if it cannot be. One line says which, and why; nothing is raised.
+def _start(folder: Path, timeout_seconds: float, **arguments: Any) -> Any:
+    """Start the W&B run of a directory, online or offline; None if neither works. Prints which, and why; raises nothing.
 
-    Whatever wandb raises meanwhile, about accounts, networks or homes, is part of that line.
+    Errors of wandb, about accounts, networks or home directories, become part of that line.
     """
     reason, run, said = "", None, io.StringIO()
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # of wandb's own telemetry, which may fail as well
-    with _homeless(folder):
+    with _own_home(folder):
         try:
             import wandb  # not redirected, as little as its start is: both put themselves between us and sys.stdout
 
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                 arguments |= {
                     "dir": folder,
-                    "id": _id(folder),
+                    "id": _run_id(folder),
                     "resume": "allow",
                     "settings": wandb.Settings(init_timeout=timeout_seconds, silent=True, console="wrap"),
                 }
-                reason = _offline_because(wandb)
+                reason = _reason_offline(wandb)
         except Exception as error:
-            reason = _short(error)
+            reason = _first_line(error)
         modes: list[Any] = ["offline"] if reason else ["online", "offline"]
         for mode in modes if "settings" in arguments else ():
             try:
                 run = wandb.init(mode=mode, **arguments)
                 break
             except Exception as error:
-                reason = _short(error)
+                reason = _first_line(error)
                 with contextlib.suppress(Exception):
                     wandb.teardown()  # or the service, where the run failed, has its id in use
     if run is None:
@@ -185,25 +191,25 @@ def _started(folder: Path, timeout_seconds: float, **arguments: Any) -> Any:
     return run
 
 
-def _short(error: Exception) -> str:
-    """An exception as part of a line."""
+def _first_line(error: Exception) -> str:
+    """Return the kind and the first line of an exception."""
     first = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first[:200]}"
 
 
 @contextlib.contextmanager
-def _said(what: str) -> Iterator[None]:
-    """Turn an exception of a tracker into a line of output."""
+def _report_errors(what: str) -> Iterator[None]:
+    """Print an exception of a tracker as one line instead of raising it."""
     try:
         yield
     except Exception as error:
-        print(f"wandb: {what} could not be logged ({_short(error)})")
+        print(f"wandb: {what} could not be logged ({_first_line(error)})")
 
 
 @contextlib.contextmanager
-def _homeless(folder: Path) -> Iterator[None]:
-    """Let wandb keep its own files below `folder` where the home directory cannot be written."""
-    if _writable(cache := os.environ.get("XDG_CACHE_HOME")):
+def _own_home(folder: Path) -> Iterator[None]:
+    """Make wandb keep its own files below `folder` if the home directory cannot be written."""
+    if _is_writable(cache := os.environ.get("XDG_CACHE_HOME")):
         yield
         return
     own = str((folder / "wandb").absolute())
@@ -218,8 +224,8 @@ def _homeless(folder: Path) -> Iterator[None]:
             os.environ["XDG_CACHE_HOME"] = cache
 
 
-def _writable(cache: str | None) -> bool:
-    """Whether the user's cache folder, `cache` or that of the home directory, can be written."""
+def _is_writable(cache: str | None) -> bool:
+    """Return True if the user's cache folder, `cache` or that of the home directory, can be written."""
     try:
         folder = Path(cache) if cache else Path.home() / ".cache"
         folder.mkdir(parents=True, exist_ok=True)
@@ -228,8 +234,8 @@ def _writable(cache: str | None) -> bool:
     return os.access(folder, os.W_OK)
 
 
-def _offline_because(wandb: Any) -> str:
-    """Why the server need not be tried, "" if it should be. Never prompts; takes REACHED_SECONDS at most."""
+def _reason_offline(wandb: Any) -> str:
+    """Return why a run must be offline, "" if it can be online. Never prompts; takes at most REACHED_SECONDS."""
     if (mode := os.environ.get("WANDB_MODE") or "online") != "online":
         return f"WANDB_MODE={mode}"
     settings = wandb.setup(
@@ -237,11 +243,11 @@ def _offline_because(wandb: Any) -> str:
     ).settings  # not silent, a login asks the server for the user's name
     if not wandb.login(prompt=False, verify=False):  # to verify would raise if the server does not answer
         return "not logged in, see wandb login"
-    return _unreachable(settings.base_url)
+    return _reason_unreachable(settings.base_url)
 
 
-def _unreachable(url: str) -> str:
-    """Why there is no HTTP server at a URL, "" if there is one, whatever it answers."""
+def _reason_unreachable(url: str) -> str:
+    """Return why no HTTP server answers at a URL, "" if one does, with any status."""
     import requests
 
     found = [f"{url} does not answer within {REACHED_SECONDS:g} s"]
@@ -261,37 +267,37 @@ def _unreachable(url: str) -> str:
 
 
 def finish(failed: bool, logger: Logger | None = None) -> None:
-    """Close the tracker's run, as crashed if it failed; of one that did not, checkpoints go along where asked for."""
+    """Close the tracker's run, as crashed if it failed; otherwise upload its checkpoints if they were asked for."""
     import sys
 
     if isinstance(logger, WandB) and not failed:
-        with _said("checkpoints"):
+        with _report_errors("checkpoints"):
             logger.log_checkpoints()
     if (module := sys.modules.get("wandb")) is not None and module.run is not None:
-        with _said("the run's end"), progress.task("finishing the tracker's run"):
+        with _report_errors("the run's end"), progress.task("finishing the tracker's run"):
             module.finish(exit_code=int(failed))
 
 
 def log_cards(folder: Path, found: Sequence[dict[str, Any]]) -> None:
-    """Cards as a table of the W&B run of a run directory, which is opened again for it."""
+    """Log cards as a table of the W&B run of a run directory, which is opened again for it."""
     config = stored_config(folder / "config.yaml")
     arguments = {key: value for key, value in config["logger"].items() if key != "_target_" and key != "_partial_"}
-    logger = checked(functools.partial(wandb, **arguments))(folder, config["name"], config)
+    logger = check(functools.partial(wandb, **arguments))(folder, config["name"], config)
     if isinstance(logger, WandB):
-        with _said("the table of cards"):
+        with _report_errors("the table of cards"):
             logger.log_table("cards", *table(list(found)))  # type: ignore[arg-type]
             logger.keep_best({f"card/{card['metric']}": card["value"] for card in found})
         finish(False)
 
 
 def log_comparison(rows: Sequence[Mapping[str, Any]], page: Path, project: str) -> None:
-    """The table of `genai.compare` and its page as one W&B run."""
-    checked(functools.partial(wandb, project=project))
-    run = _started(page.parent, 10, project=project, name="compare", job_type="compare")
+    """Log the table of `genai.compare` and its page as one W&B run."""
+    check(functools.partial(wandb, project=project))
+    run = _start(page.parent, 10, project=project, name="compare", job_type="compare")
     if run is not None:
         import wandb as module
 
-        with _said("the comparison"):
+        with _report_errors("the comparison"):
             run.log({"comparison": module.Table(list(rows[0]), [[row.get(name) for name in rows[0]] for row in rows])})
             run.log({"report": module.Html(page.read_text(encoding="utf-8"), inject=False)})
         finish(False)

@@ -16,7 +16,7 @@ from genai import checkpoint
 from genai.cli import composed, fail, resumed
 from genai.core.errors import UserError
 from genai.train import strategy
-from genai.train.strategy import Ranks, launched
+from genai.train.strategy import Ranks, detect_ranks
 from tests.conftest import ROOT, context
 from tests.train.test_resume import TINY, assert_equal, rows
 
@@ -178,7 +178,7 @@ STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES
     ],
 )
 def test_ranks_are_what_the_launcher_says(env, devices, found):
-    ranks = launched(env, devices)
+    ranks = detect_ranks(env, devices)
     assert (ranks.rank, ranks.world, ranks.local, ranks.here, ranks.launcher) == found
 
 
@@ -194,7 +194,7 @@ def test_ranks_are_what_the_launcher_says(env, devices, found):
 )
 def test_a_launcher_that_contradicts_itself_is_refused(env, devices, sentence):
     with pytest.raises(UserError, match=sentence):
-        launched(env, devices)
+        detect_ranks(env, devices)
 
 
 def test_the_address_of_the_first_node_and_the_port_follow_from_the_job(monkeypatch):

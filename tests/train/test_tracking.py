@@ -281,13 +281,13 @@ def test_whatever_wandb_raises_is_a_line(tmp_path, monkeypatch, capsys):
 def test_a_server_that_never_answers_costs_seconds(silent_server, refusing_server, monkeypatch):
     monkeypatch.setattr(trackers, "REACHED_SECONDS", 0.3)
     start = time.monotonic()
-    assert trackers._unreachable(silent_server) in (
+    assert trackers._reason_unreachable(silent_server) in (
         f"{silent_server} does not answer within 0.3 s",
         f"{silent_server} does not answer, ReadTimeout",
     )
     assert time.monotonic() - start < 10
-    assert trackers._unreachable(refusing_server) == ""
-    assert "does not answer" in trackers._unreachable("http://127.0.0.1:9")
+    assert trackers._reason_unreachable(refusing_server) == ""
+    assert "does not answer" in trackers._reason_unreachable("http://127.0.0.1:9")
 
 
 def test_a_tracker_that_fails_halfway_is_left_and_the_run_goes_on(tmp_path, capsys):
@@ -304,14 +304,14 @@ def test_a_tracker_that_fails_halfway_is_left_and_the_run_goes_on(tmp_path, caps
 
 def test_a_run_directory_has_one_id_and_a_new_one_another(tmp_path):
     folder = tmp_path / "run"
-    first = trackers._id(folder)
-    assert trackers._id(folder) == first == (folder / "wandb_id").read_text().strip()
+    first = trackers._run_id(folder)
+    assert trackers._run_id(folder) == first == (folder / "wandb_id").read_text().strip()
     shutil.rmtree(folder)
-    assert trackers._id(folder) != first
+    assert trackers._run_id(folder) != first
     old = tmp_path / "old"  # of before there was wandb_id
     (old / "checkpoints").mkdir(parents=True)
     (old / "checkpoints" / "last.ckpt").touch()
-    assert trackers._id(old) == hashlib.sha256(str(old.resolve()).encode()).hexdigest()[:16]
+    assert trackers._run_id(old) == hashlib.sha256(str(old.resolve()).encode()).hexdigest()[:16]
 
 
 WRONG_LOGGER = {
@@ -332,7 +332,7 @@ WRONG_LOGGER = {
 def test_wrong_keys_of_a_logger_are_sentences(override):
     with pytest.raises(UserError, match=re.escape(WRONG_LOGGER[override])):
         node = OmegaConf.to_container(composed("train", [override]).logger)
-        trackers.checked(build_typed({**node, "_partial_": True}))
+        trackers.check(build_typed({**node, "_partial_": True}))
 
 
 def test_a_wrong_logger_leaves_nothing_behind(refused):
