@@ -113,7 +113,7 @@ def _download(target: Path, url: str) -> None:
     existed = target.parent.exists()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=30) as answer:
+        with progress.task(f"downloading {url}"), urllib.request.urlopen(url, timeout=30) as answer:
             temporary.write_bytes(answer.read())
         temporary.replace(target)
     except (OSError, ValueError, http.client.HTTPException) as error:  # no address, no server, half a file
