@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from genai import progress
 from genai.core import stored
 from genai.core.errors import UserError, at_least, number
 from genai.data.base import Data, Split

@@ -89,7 +89,7 @@ def dry_run(cfg: DictConfig) -> None:
     """
     if cfg.resume is not None:
         raise UserError("--dry-run measures a new run: leave resume= out, or --dry-run")
-    ranks = launched(os.environ, at_least(cfg.trainer.devices, 1, "trainer.devices"))
+    ranks = detect_ranks(os.environ, at_least(cfg.trainer.devices, 1, "trainer.devices"))
     with _quiet(), contextlib.ExitStack() as held:
         cfg.trainer.devices = 1
         _run(cfg, Ranks(), held, ranks.world)
