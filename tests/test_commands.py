@@ -415,7 +415,7 @@ def test_wrong_calls_from_python(runs):
 
     loaded = genai.load(runs / "digits")
     calls = {
-        "device=gpu must be one of auto, cpu, cuda": lambda: genai.load(runs / "digits", device="gpu"),
+        "device=tpu must be one of auto, cpu, cuda": lambda: genai.load(runs / "digits", device="tpu"),
         "device=meta must be one of": lambda: genai.load(runs / "digits", device="meta"),
         "trust=5 is not a name of a Python package": lambda: genai.load(runs / "digits", trust=5),
         "weights=None must be one of ema, raw": lambda: genai.load(runs / "digits", weights=None),

@@ -247,7 +247,7 @@ REFUSED = {
     f"model.schedule._target_={S}.karas": f"model.schedule._target_={S}.karas cannot be found",
     f"model.schedule._target_={S}": f"model.schedule._target_={S} is not a class or function",
     "model.schedule._target_=3": "model.schedule._target_=3 must be the dotted name",
-    f"resume=runs/x model.schedule._target_={S}.karras": "resume=runs/x is not a run directory",
+    f"resume=runs/x model.schedule._target_={S}.karras": "resume=runs/x is neither a run directory nor",
 }  # fmt: skip
 
 

@@ -346,6 +346,9 @@ class Progress(Between):
         shown = sorted(name for name in found if re.fullmatch(r"(train|val)/(\w+_)?loss", name))
         return "  ".join(f"{name} {float(found[name]):.4f}" for name in shown)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: LitModel, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")  # which Lightning leaves out then
+
     def teardown(self, trainer: L.Trainer, pl_module: LitModel, stage: str) -> None:
         if self.task is not None:
             self.board.close(self.task)

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from genai.core import rng
-from genai.core.protocols import weighted
+from genai.core.protocols import batch_losses
 
 
 class Student(nn.Module):
@@ -43,7 +43,7 @@ class Student(nn.Module):
         x = batch[self.field]
         z, _ = self.teacher.posterior(x)
         assert self.teacher.training == (self.training and not self.teacher.pretrained_from.frozen)
-        return weighted((self.net(z) - x).square().mean(), {}, len(x))
+        return batch_losses((self.net(z) - x).square().mean(), {}, len(x))
 
 
 class Hidden(Student):

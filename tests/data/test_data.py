@@ -322,7 +322,7 @@ def test_truncated_images_are_named_when_they_are_read(tmp_path):
         path.write_bytes(path.read_bytes()[:400])
     for workers in (0, 2):
         data.num_workers = workers
-        with pytest.raises(UserError, match=r"\d\.png is cut short \(and 1 more\): mend or") as error:
+        with pytest.raises(UserError, match=r"\d\.png is cut short \(and 1 more\): repair or") as error:
             take(data, 30)
         assert "\n" not in str(error.value)
 

@@ -85,3 +85,15 @@ def test_a_real_run_has_a_line_every_thirty_seconds(tmp_path):
             process.terminate()
     assert process.wait(timeout=60) == 143
     assert len(times) >= 3 and max(b - a for a, b in itertools.pairwise(times)) <= 31
+
+
+def test_a_run_that_fails_says_no_more(tmp_path, monkeypatch):
+    """In a notebook the process lives on."""
+
+    def fail(*_):
+        raise OSError("no")
+
+    monkeypatch.setattr(LitModel, "finish_step", fail)
+    with pytest.raises(OSError, match="no"):
+        run(composed("train", ["model=ddpm", *NET, *SMALL, f"run_dir={tmp_path / 'run'}"], resumed))
+    assert progress.board.tasks == []

@@ -168,7 +168,7 @@ def test_a_lazy_regulariser_slows_its_player():
     assert group["lr_max"] == pytest.approx(0.016) and group["betas"] == pytest.approx((0.0, 0.99 ** (16 / 17)))
     with pytest.raises(UserError, match=r"optim.lazy_every=0"):
         adamw(nn.Linear(2, 2), lr=0.1, lazy_every=0)
-    with pytest.raises(UserError, match=r"optim=muon needs to know a model's layers"):
+    with pytest.raises(UserError, match=r"optim=muon needs a whole model"):
         muon([("w", nn.Parameter(torch.ones(2, 2)))], lr=0.1, adamw_lr=0.1)
 
 

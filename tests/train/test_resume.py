@@ -389,8 +389,8 @@ def test_a_truncated_last_checkpoint_is_named_and_the_previous_one_used(uninterr
     content, path = checkpoint.newest(tmp_path / "run")
     assert path.name == "previous.ckpt"
     assert content["step"] == 18
-    assert f"{last} is damaged, torn" in capsys.readouterr().out
-    with pytest.raises(UserError, match="is damaged, torn"):
+    assert f"{last} is damaged, cut off" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is damaged, cut off"):
         checkpoint.read(last)
 
 
@@ -564,7 +564,7 @@ def test_a_run_that_may_not_be_written_is_one_sentence(uninterrupted, disk):
     from genai import sampling
     from genai.evaluation.run import run as evaluate
 
-    with pytest.raises(UserError, match="run cannot be written, and what is measured is kept there"):
+    with pytest.raises(UserError, match="run cannot be written, and cards are kept there"):
         evaluate(composed("evaluate", [f"ckpt={disk / 'run'}", "n=4", "likelihood=probability_flow"]))
     with pytest.raises(UserError, match=r"out cannot be written: name another folder"):
         sampling.run(composed("sample", [f"ckpt={disk / 'run'}", "n=1", f"out={disk / 'out'}"], with_sampler))

@@ -18,11 +18,10 @@ from genai.models.gan import biggan
 from genai.nn.text_encoder import TextEncoder
 from tests.conftest import ROOT
 
-TABLE = next(line for line in (ROOT / "README.md").read_text().splitlines() if "python train.py data=mnist`" in line)
 DATA = {
-    name: node
-    for name in " ".join(re.findall("`([^`]+)`", TABLE.split("|")[2])).split()
-    if (node := OmegaConf.load(ROOT / f"conf/data/{name}.yaml")).field == "image"
+    path.stem: node
+    for path in sorted((ROOT / "conf/data").glob("*.yaml"))
+    if (node := OmegaConf.load(path)).field == "image"
 }
 NETS = ("UNet", "DiT", "biggan.Generator", "biggan.Discriminator")
 MODELS = sorted(
