@@ -23,13 +23,13 @@ CHOICES = ("tokenizer", "vocab_size", "shape"), ("size", "channels"), ("length",
 
 def with_architecture(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
     """With init_from=<run or checkpoint>, put that run's model, loop and sampler, and what its data chose of their shapes, into
-    cfg, unless model= or experiment= chose others; keys given on the command line go on top.
+    cfg, unless model=, model._target_= or experiment= chose others; keys given on the command line go on top.
 
     Raises UserError if there is no such run, it names what may not be built, or data= is missing where it had other data.
     """
     given = {o.key_or_group: o for o in overrides}
     source = given["init_from"].value() if "init_from" in given else None
-    if source is None or {"model", "experiment"} & given.keys():
+    if source is None or {"model", "model._target_", "experiment"} & given.keys():
         return overrides
     source = os.path.expanduser(str(source))
     if os.path.isdir(source) and (run := run_of(Path(source), "init_from")) is not None:
