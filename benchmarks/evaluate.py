@@ -20,7 +20,7 @@ from torch import nn
 from benchmarks.common import clock, left_out, parse, report, setup
 from genai.checkpoint import Loaded
 from genai.checkpoint.build import build_typed
-from genai.cli import composed
+from genai.cli import compose_config
 from genai.evaluation import features as extractors
 from genai.evaluation import samples
 from genai.evaluation.metrics import Plan, standard_metrics
@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args, device = arguments(), torch.device("cpu")
     setup()
-    node = OmegaConf.to_container(composed("train", ["data=mnist", f"data.root={args.root}"]).data, resolve=True)
+    node = OmegaConf.to_container(compose_config("train", ["data=mnist", f"data.root={args.root}"]).data, resolve=True)
     data = build_typed(node)
     extractors.classifier(data, node, "cpu")
     names = [name for name, metric in standard_metrics().items() if metric.kind == "samples"]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genai.checkpoint.build import build_typed
-from genai.cli import composed
+from genai.cli import compose_config
 from genai.models.autoregressive.gpt import GPT
 from genai.nn.transformer import scaled_init
 
@@ -17,7 +17,7 @@ VOCAB, LAYERS, HEADS, WIDTH = 65, 4, 4, 128
 
 def config(length: int, *overrides: str) -> dict[str, Any]:
     """The composed config of gpt_nano at this context."""
-    cfg = composed("train", ["model=gpt_nano", f"data.levels={VOCAB}", f"data.shape=[{length}]", *overrides])
+    cfg = compose_config("train", ["model=gpt_nano", f"data.levels={VOCAB}", f"data.shape=[{length}]", *overrides])
     return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
 
 

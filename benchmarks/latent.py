@@ -23,7 +23,7 @@ from torch import nn
 
 from benchmarks.common import interleave, parse, ratio, report, setup, spread
 from genai.checkpoint.build import build_typed
-from genai.cli import composed
+from genai.cli import compose_config
 from genai.core import rng
 from genai.core.protocols import Batch
 from genai.data.base import synthetic_batch
@@ -40,7 +40,7 @@ def built(cfg: Any, device: torch.device) -> tuple[nn.Module, torch.optim.Optimi
 
 def over(first_stage: str, *overrides: str) -> Any:
     """The config of diffusion in the latents of the autoencoder that the experiment `first_stage` trains."""
-    cfg, stage = composed("train", [*overrides]), composed("train", [f"experiment={first_stage}"])
+    cfg, stage = compose_config("train", [*overrides]), compose_config("train", [f"experiment={first_stage}"])
     cfg.codec.model, cfg.codec.shape = OmegaConf.to_container(stage.model, resolve=True), stage.model.latent_shape
     return cfg
 
@@ -111,12 +111,12 @@ def main() -> None:
     device = setup()
     given = ["model.classes=10", "model.net.text=null"]
     mnist = (
-        composed("train", ["experiment=ddpm_mnist"]),
+        compose_config("train", ["experiment=ddpm_mnist"]),
         over("autoencoder_mnist", "experiment=latent_mnist_text", *given),
     )
     net = [f"model.net.channels={args.channels}", "model.net.multipliers=[1,2,2]", "model.net.blocks=2", "data=cifar10"]
     cifar = (
-        composed("train", ["model=ddpm", *net, "model.net.attention_depths=[1]"]),
+        compose_config("train", ["model=ddpm", *net, "model.net.attention_depths=[1]"]),
         over("autoencoder_cifar10", "model=latent", *net, "model.net.attention_depths=[1]", *given),
     )
     rows = [*compare(*mnist, 32, args.rounds, device), *compare(*cifar, 16, args.rounds, device)]

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import lightning as L
 
 from benchmarks.common import clock, parse, ratio, report, setup, spread
-from genai.cli import composed
+from genai.cli import compose_config
 from genai.train.lit import LitModel
 from genai.train.run import run
 
@@ -82,7 +82,7 @@ def trained(turns: type[Turns], rounds: int, window: int, *overrides: str) -> di
         never = [f"callbacks.{name}.every_steps={FAR}" for name in ("evaluate", "samples", "save")]
         steps = f"max_steps={WARMUP + rounds * window + 1}"
         callback = f"+callbacks.turns={{_target_: {turns.__module__}.{turns.__qualname__}, window: {window}}}"
-        run(composed("train", [*overrides, *never, steps, f"run_dir={folder}", callback]))
+        run(compose_config("train", [*overrides, *never, steps, f"run_dir={folder}", callback]))
     return Turns.seconds
 
 

@@ -85,14 +85,14 @@ def train() -> None:
 def sample() -> None:
     """Sample from a checkpoint: `python sample.py`, `genai sample`."""
     interrupt.exit_on_signal()
-    from genai.cli import main, with_sampler
+    from genai.cli import main, prepare_sampling
 
     def task(cfg: Any) -> None:
         from genai.sampling import run
 
         run(cfg)
 
-    main(task, "sample", with_sampler)
+    main(task, "sample", prepare_sampling)
 
 
 def evaluate() -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import common, gpu, training
-from genai.cli import composed
+from genai.cli import compose_config
 
 PARTS = {name: part for call in gpu.CALLS.values() for name, part in call.items() if name != "tests"}
 
@@ -25,7 +25,7 @@ def test_the_arguments_of_every_part_are_understood(toy, monkeypatch):
 @pytest.mark.parametrize("toy", [False, True])
 def test_the_trainings_compose(toy, tmp_path):
     for experiment in training.RECIPES:
-        cfg = composed("train", training.overrides(experiment, "cifar.zip", "text.txt", toy, tmp_path))
+        cfg = compose_config("train", training.overrides(experiment, "cifar.zip", "text.txt", toy, tmp_path))
         assert "cifar.zip" in str(cfg.data) or cfg.data.path == "text.txt"
         assert (cfg.max_steps == 2) == toy
 

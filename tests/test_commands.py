@@ -18,12 +18,14 @@ from tests.conftest import ROOT
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A conditional and an unconditional run, trained in this process."""
-    from genai.cli import composed
+    from genai.cli import compose_config
     from genai.train.run import run
 
     folder = tmp_path_factory.mktemp("runs")
-    run(composed("train", [*DEBUG, f"run_dir={folder / 'digits'}"]))
-    run(composed("train", ["debug=true", "experiment=ddpm_toy2d", "sampler.steps=2", f"run_dir={folder / 'toy'}"]))
+    run(compose_config("train", [*DEBUG, f"run_dir={folder / 'digits'}"]))
+    run(
+        compose_config("train", ["debug=true", "experiment=ddpm_toy2d", "sampler.steps=2", f"run_dir={folder / 'toy'}"])
+    )
     return folder
 
 
@@ -225,12 +227,12 @@ def test_wrong_data(refused, tmp_path):
 
 
 def test_wrong_samplers_are_refused_before_the_first_step(refused, tmp_path):
-    from genai.cli import composed
+    from genai.cli import compose_config
     from genai.core.errors import UserError
     from genai.train.run import run
 
     with pytest.raises(UserError, match=r"sampler\.steps=500 must be between 1 and the model's T=10"):
-        run(composed("train", [*DEBUG, "sampler.steps=500", f"run_dir={tmp_path / 'run'}"]))
+        run(compose_config("train", [*DEBUG, "sampler.steps=500", f"run_dir={tmp_path / 'run'}"]))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -436,16 +438,16 @@ def test_wrong_calls_from_python(runs):
 
 
 def test_every_callback_can_be_turned_off(runs):
-    from genai.cli import composed
+    from genai.cli import compose_config
     from genai.train.run import run
 
     off = [f"callbacks.{name}=null" for name in ("evaluate", "samples", "save", "cards")]
-    folder = run(composed("train", [*DEBUG, *off, f"run_dir={runs / 'off'}"]))
+    folder = run(compose_config("train", [*DEBUG, *off, f"run_dir={runs / 'off'}"]))
     assert (folder / "metrics.csv").is_file() and not list(folder.glob("checkpoints/*.ckpt"))
 
 
 def test_a_training_that_diverges_says_so(runs):
-    from genai.cli import composed
+    from genai.cli import compose_config
     from genai.core.errors import UserError
     from genai.train.run import run
 
@@ -457,7 +459,7 @@ def test_a_training_that_diverges_says_so(runs):
         "callbacks.samples.every_steps=1",
     ]
     with pytest.raises(UserError) as stopped:
-        run(composed("train", [*DEBUG, *wild, f"run_dir={runs / 'wild'}"]))
+        run(compose_config("train", [*DEBUG, *wild, f"run_dir={runs / 'wild'}"]))
     assert "optim.lr" in str(stopped.value) and "checkpoint is broken" not in str(stopped.value)
 
 
@@ -477,7 +479,7 @@ def test_wrong_checkpoints(refused, runs, tmp_path):
 
 
 def test_an_image_is_changed_filled_in_and_inverted_from_the_command_line(runs, tmp_path, monkeypatch):
-    from genai.cli import composed, with_sampler
+    from genai.cli import compose_config, prepare_sampling
     from genai.sampling import run
 
     monkeypatch.chdir(tmp_path)
@@ -492,8 +494,8 @@ def test_an_image_is_changed_filled_in_and_inverted_from_the_command_line(runs, 
     Image.fromarray(white).save("lower.png")
 
     def sampled(*arguments):
-        cfg = composed(
-            "sample", [f"ckpt={runs / 'digits'}", "out=out", "n=3", "label=1", "image=in", *arguments], with_sampler
+        cfg = compose_config(
+            "sample", [f"ckpt={runs / 'digits'}", "out=out", "n=3", "label=1", "image=in", *arguments], prepare_sampling
         )
         return np.load(run(cfg) / "samples.npz")["samples"][:, 0]
 
@@ -534,7 +536,7 @@ REFUSED_IMAGES = {
 
 @pytest.mark.parametrize("arguments", REFUSED_IMAGES)
 def test_what_an_image_cannot_be_or_do_is_refused(runs, tmp_path, monkeypatch, arguments):
-    from genai.cli import composed, with_sampler
+    from genai.cli import compose_config, prepare_sampling
     from genai.core.errors import UserError
     from genai.sampling import run
 
@@ -542,7 +544,7 @@ def test_what_an_image_cannot_be_or_do_is_refused(runs, tmp_path, monkeypatch, a
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.png").write_text("no picture")
     with pytest.raises(UserError) as refusal:
-        run(composed("sample", [f"ckpt={runs / 'digits'}", "n=2", *arguments], with_sampler))
+        run(compose_config("sample", [f"ckpt={runs / 'digits'}", "n=2", *arguments], prepare_sampling))
     assert REFUSED_IMAGES[arguments] in str(refusal.value)
 
 

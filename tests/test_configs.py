@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import genai
 from genai.checkpoint.build import build_typed
-from genai.cli import composed
+from genai.cli import compose_config
 from genai.core.precision import cast_for_inference
 from genai.data.base import Data, synthetic_batch
 from genai.modalities.stored import nodes_of
@@ -53,7 +53,7 @@ def shrink(node):
 
 
 def config_of(case):
-    cfg = composed("train", [case, *CASES[case]])
+    cfg = compose_config("train", [case, *CASES[case]])
     cfg.data.shape = cfg.data.shape or [3, 8, 8]
     if cfg.data.field == "tokens":
         cfg.data.levels = cfg.data.levels or 11
@@ -188,7 +188,7 @@ def test_experiments_open_with_their_command(case):
 
 def test_the_nano_recipe_is_that_of_nanogpt():
     """karpathy/nanoGPT: README.md on a CPU, over config/train_shakespeare_char.py, over train.py and model.py."""
-    cfg = composed("train", ["experiment=gpt_shakespeare_cpu", "model=gpt_nano"])
+    cfg = compose_config("train", ["experiment=gpt_shakespeare_cpu", "model=gpt_nano"])
     cfg = OmegaConf.to_container(cfg, resolve=True)
     optim, net = cfg["optim"], cfg["model"]["net"]["transformer"]
     assert (cfg["max_steps"], cfg["data"]["batch_size"], cfg["data"]["shape"], cfg["clip_norm"]) == (
@@ -234,7 +234,7 @@ def test_what_an_experiment_says_holds(case):
                     assert composed_[key] == value, f"{path}.{key}"
 
     path = ROOT / "conf" / "experiment" / f"{case.removeprefix('experiment=')}.yaml"
-    check(OmegaConf.to_container(OmegaConf.load(path)), OmegaConf.to_container(composed("train", [case])), case)
+    check(OmegaConf.to_container(OmegaConf.load(path)), OmegaConf.to_container(compose_config("train", [case])), case)
 
 
 def test_examples_are_of_the_declared_shapes():

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from genai import checkpoint
 from genai.checkpoint.build import build_typed
-from genai.cli import composed
+from genai.cli import compose_config
 from genai.compare import runs
 from genai.core import archive, metrics_csv
 from genai.core.cache import cache_folder
@@ -72,7 +72,7 @@ def test_a_torn_journal_line_counts_as_not_written(tmp_path):
 def test_damaged_caches_are_made_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(classifier, "STEPS", 3)
-    node = OmegaConf.to_container(composed("train", ["data=digits"]).data, resolve=True)
+    node = OmegaConf.to_container(compose_config("train", ["data=digits"]).data, resolve=True)
     data = build_typed(node)
     first = classifier.load_or_train(data)
     (path,) = cache_folder("classifier").iterdir()

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from genai import checkpoint, sweeps
-from genai.cli import composed, resumed, with_sampler
+from genai.cli import compose_config, prepare_sampling, prepare_training
 from genai.core.errors import UserError
 from tests.conftest import ROOT, SHARED, python
 from tests.pages import DOCS, PAGES, anchors, blocks, links, name, shell_lines, write_files
@@ -67,13 +67,15 @@ def test_every_command_of_pages_and_configs_composes(line):
     elif script == "sample" and not any(a.startswith("sampler=") for a in arguments):
         for sampler in ("ddim", "generate", "gan"):
             with contextlib.suppress(UserError):
-                composed("sample", [*arguments, f"sampler={sampler}"], with_sampler)
+                compose_config("sample", [*arguments, f"sampler={sampler}"], prepare_sampling)
                 break
         else:
             pytest.fail("it fits no sampler")
     else:
-        prepare = {"train": sweeps.prepare if "sweep=" in line else resumed, "sample": with_sampler}.get(script)
-        composed(script, arguments, prepare, sweep=" -m " in line)
+        prepare = {"train": sweeps.prepare if "sweep=" in line else prepare_training, "sample": prepare_sampling}.get(
+            script
+        )
+        compose_config(script, arguments, prepare, sweep=" -m " in line)
 
 
 # Every page is run from top to bottom

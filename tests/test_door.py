@@ -16,7 +16,7 @@ from omegaconf.errors import ConfigAttributeError
 
 import genai
 import genai.train.run  # packages change warnings and hooks when they are imported
-from genai.cli import composed
+from genai.cli import compose_config
 from genai.core.errors import UserError
 from tests.conftest import ROOT, python
 
@@ -31,7 +31,7 @@ def trained(tmp_path_factory):
 
 def test_a_config_is_that_of_the_command_line_and_checked_alike(trained):
     cfg = genai.compose(["model=edm", "data.batch_size=32"])
-    assert cfg == composed("train", ["model=edm", "data.batch_size=32"])
+    assert cfg == compose_config("train", ["model=edm", "data.batch_size=32"])
     assert genai.compose([f"ckpt={trained}", "steps=3"], "sample").sampler.steps == 3
     assert genai.compose(config="evaluate").split == "test"
     cfg.data.batch_size = 16
@@ -131,7 +131,7 @@ def test_figures_from_python_are_those_of_the_command(tmp_path):
     toy = genai.train(["experiment=ddpm_toy2d", "debug=true", "sampler.steps=2", f"run_dir={tmp_path / 'toy'}"])
     loaded = genai.load(toy)
     figures = genai.evaluate(loaded, **settings)
-    theirs = run(composed("evaluate", [f"ckpt={toy}", *given]))
+    theirs = run(compose_config("evaluate", [f"ckpt={toy}", *given]))
     assert figures["cards"] == theirs["cards"]
     assert figures["frechet"] == theirs["cards"][0]["value"]
     own = genai.evaluate(loaded, **{**settings, "metrics": [{"mine": Frechet()}]})
@@ -153,7 +153,7 @@ def test_the_likelihood_from_python_is_that_of_the_command(tmp_path):
     from genai.evaluation.run import run
 
     figures = genai.evaluate(genai.load(run_dir, weights="raw"), n=20)
-    theirs = run(composed("evaluate", [f"ckpt={run_dir}", "n=20", "weights=raw"]))
+    theirs = run(compose_config("evaluate", [f"ckpt={run_dir}", "n=20", "weights=raw"]))
     clock = {key for key in theirs if "second" in key or "memory" in key}
     assert {key: figures[key] for key in theirs if key not in clock} == {
         key: value for key, value in theirs.items() if key not in clock

@@ -21,7 +21,7 @@ import genai
 from genai import cli, nodes, sampling
 from genai.checkpoint import Loaded
 from genai.checkpoint.build import build_stored
-from genai.cli import apply_all, composed, keys, new_keys, resumed
+from genai.cli import apply_all, compose_config, keys, new_keys, prepare_training
 from genai.core.errors import UserError
 from genai.modalities.image import Image
 from genai.ranges import check as ranges
@@ -236,7 +236,7 @@ REPLACED = [  # what is typed -> what becomes of a node
 
 @pytest.mark.parametrize(("typed", "path", "node"), REPLACED, ids=str)
 def test_a_changed_target_replaces_the_node(typed, path, node):
-    assert OmegaConf.to_container(OmegaConf.select(composed("train", typed), path)) == node
+    assert OmegaConf.to_container(OmegaConf.select(compose_config("train", typed), path)) == node
 
 
 REFUSED = {
@@ -254,7 +254,7 @@ REFUSED = {
 @pytest.mark.parametrize("typed", REFUSED)
 def test_what_a_part_lacks_or_does_not_take_is_one_sentence(typed):
     with pytest.raises(UserError) as refused:
-        composed("train", typed.split(), resumed)
+        compose_config("train", typed.split(), prepare_training)
     assert REFUSED[typed] in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -275,19 +275,19 @@ def test_files_that_change_a_target_replace_the_node_too(tmp_path):
         path = tmp_path / f"{name}.yaml"
         path.parent.mkdir()
         path.write_text(inspect.cleandoc(text))
-    tokens = composed("train", ["experiment=tokens"], config_dir=str(tmp_path))
+    tokens = compose_config("train", ["experiment=tokens"], config_dir=str(tmp_path))
     assert tokens.model.quantizer == {"_target_": f"{Q}.FiniteScalarQuantizer", "levels": [8, 5]}
-    tall = composed("train", ["model=tall", "model.schedule.sigma_max=9"], config_dir=str(tmp_path))
+    tall = compose_config("train", ["model=tall", "model.schedule.sigma_max=9"], config_dir=str(tmp_path))
     assert tall.model.schedule == {"_target_": f"{S}.karras", "steps": 200, "rho": 3, "sigma_max": 9}
-    loss = composed("train", ["experiment=dcgan_mnist"]).model.loss
+    loss = compose_config("train", ["experiment=dcgan_mnist"]).model.loss
     assert loss == {"_target_": "genai.losses.adversarial.Relativistic"}
 
 
 def test_the_config_that_is_printed_is_the_one_that_trains(monkeypatch, capsys):
     typed = ["model=vqvae", f"model.quantizer._target_={Q}.FiniteScalarQuantizer", "model.quantizer.levels=[5,5]"]
     monkeypatch.setattr("sys.argv", ["train.py", *typed, "--cfg", "job"])
-    cli.main(lambda cfg: pytest.fail("trained"), "train", resumed)
-    assert OmegaConf.create(capsys.readouterr().out) == composed("train", typed, resumed)
+    cli.main(lambda cfg: pytest.fail("trained"), "train", prepare_training)
+    assert OmegaConf.create(capsys.readouterr().out) == compose_config("train", typed, prepare_training)
 
 
 def test_a_sweep_takes_keys_of_a_changed_target():
@@ -297,10 +297,10 @@ def test_a_sweep_takes_keys_of_a_changed_target():
         "model.quantizer.levels=[8,5]",
         "seed=0,1",
     ]
-    assert composed("train", typed, sweep=True).model.quantizer.levels == [8, 5]
+    assert compose_config("train", typed, sweep=True).model.quantizer.levels == [8, 5]
     assert list(new_keys("train", typed, None)) == ["model.quantizer.levels=[8,5]"]
     job = ["model=vqvae", typed[1], "++model.quantizer.levels=[8,5]", "seed=1"]
-    assert composed("train", job).model.quantizer.levels == [8, 5]
+    assert compose_config("train", job).model.quantizer.levels == [8, 5]
 
 
 # Which models a sampler is for

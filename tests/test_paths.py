@@ -10,7 +10,7 @@ from PIL import Image
 
 import genai
 from genai import sampling
-from genai.cli import PATHS, composed, parsed_override, quoted, resumed, with_sampler
+from genai.cli import PATHS, compose_config, parse_override, prepare_sampling, prepare_training, quote_override
 from genai.sweeps.search import Basic, Settings, literal
 from genai.train.run import run
 from tests.conftest import ROOT
@@ -52,32 +52,34 @@ ODD = [
 
 def test_a_path_is_what_was_typed():
     for name in ODD:
-        once = quoted(f"run_dir={name}")
-        assert quoted(once) == once
-        assert OmegaConf.create({"run_dir": parsed_override(once).value()}).run_dir == name
+        once = quote_override(f"run_dir={name}")
+        assert quote_override(once) == once
+        assert OmegaConf.create({"run_dir": parse_override(once).value()}).run_dir == name
     for name in (ODD[0], ODD[-8], "it's [1], {a: b} \\", "照片 = фото"):
-        cfg = composed("train", ["data=image_folder", f"data.root={name}", f"run_dir={name}/x", f"++resume={name}"])
+        cfg = compose_config(
+            "train", ["data=image_folder", f"data.root={name}", f"run_dir={name}/x", f"++resume={name}"]
+        )
         assert (cfg.data.root, cfg.run_dir, cfg.resume) == (name, f"{name}/x", name)
-    assert composed("sample", [f"out=runs/{ODD[1]}/x"]).out == f"runs/{ODD[1]}/x"
+    assert compose_config("sample", [f"out=runs/{ODD[1]}/x"]).out == f"runs/{ODD[1]}/x"
 
 
 def test_quotes_of_ones_own_null_and_references_keep_their_meaning():
-    assert composed("train", ["run_dir='a, b'"]).run_dir == "a, b"
-    assert composed("train", ['run_dir="a, b"']).run_dir == "a, b"
-    assert composed("train", ["run_dir=null"]).run_dir is None
-    assert composed("train", ["name=x", "run_dir=runs/${name}/1"]).run_dir == "runs/x/1"
-    assert composed("train", ["name=it's (new), 2"]).name == "it's (new), 2"
+    assert compose_config("train", ["run_dir='a, b'"]).run_dir == "a, b"
+    assert compose_config("train", ['run_dir="a, b"']).run_dir == "a, b"
+    assert compose_config("train", ["run_dir=null"]).run_dir is None
+    assert compose_config("train", ["name=x", "run_dir=runs/${name}/1"]).run_dir == "runs/x/1"
+    assert compose_config("train", ["name=it's (new), 2"]).name == "it's (new), 2"
 
 
 def test_a_tilde_is_the_home_folder_wherever_it_was_written(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     for typed in ("~/x y", '"~/x y"', "'~/x y'"):
-        assert composed("train", [f"run_dir={typed}"]).run_dir == f"{tmp_path}/x y"
+        assert compose_config("train", [f"run_dir={typed}"]).run_dir == f"{tmp_path}/x y"
     (tmp_path / "conf" / "data").mkdir(parents=True)
     (tmp_path / "conf" / "data" / "mine.yaml").write_text(
         (ROOT / "conf" / "data" / "image_folder.yaml").read_text().replace("root: data", "root: ~/photos")
     )
-    assert composed("train", ["data=mine"], config_dir=str(tmp_path / "conf")).data.root == f"{tmp_path}/photos"
+    assert compose_config("train", ["data=mine"], config_dir=str(tmp_path / "conf")).data.root == f"{tmp_path}/photos"
 
 
 def test_every_key_of_a_path_is_known_as_one():
@@ -90,12 +92,12 @@ def test_every_key_of_a_path_is_known_as_one():
 
 def test_a_sweep_over_paths():
     typed = "data.root=photos (1),[2],'a, b',~/x"
-    parsed = [parsed_override(quoted(line, sweep=True)) for line in ("data=image_folder", typed)]
+    parsed = [parse_override(quote_override(line, sweep=True)) for line in ("data=image_folder", typed)]
     found = []
-    Basic(Settings("x"), parsed, lambda job: found.append(composed("train", job).data.root))
+    Basic(Settings("x"), parsed, lambda job: found.append(compose_config("train", job).data.root))
     assert found == ["photos (1)", "[2]", "a, b", str(Path.home() / "x")]
-    assert parsed_override(quoted("init_from=choice(a,b)", sweep=True)).is_choice_sweep()
-    assert [parsed_override(f"init_from={literal(name)}").value() for name in ODD] == ODD
+    assert parse_override(quote_override("init_from=choice(a,b)", sweep=True)).is_choice_sweep()
+    assert [parse_override(f"init_from={literal(name)}").value() for name in ODD] == ODD
 
 
 @pytest.fixture(scope="module")
@@ -112,19 +114,21 @@ def odd(tmp_path_factory):
 def test_odd_folders_train_resume_and_sample(odd):
     tiny = ["debug=true", "model.net.channels=8", "model.schedule.steps=10", "sampler.steps=2", "data.num_workers=0"]
     folder = odd.parent / "прогон [1], 'x' = {y}"
-    made = run(composed("train", [*tiny, "data=image_folder", f"data.root={odd}", f"run_dir={folder}"]))
+    made = run(compose_config("train", [*tiny, "data=image_folder", f"data.root={odd}", f"run_dir={folder}"]))
     assert made == folder and (folder / "checkpoints" / "last.ckpt").is_file()
     assert OmegaConf.load(folder / "config.yaml").data.root == str(odd)
-    assert run(composed("train", [f"resume={folder}", "max_steps=6"], resumed)) == folder
+    assert run(compose_config("train", [f"resume={folder}", "max_steps=6"], prepare_training)) == folder
     out = odd.parent / "out, (1)"
-    cfg = composed("sample", [f"ckpt={folder}", f"out={out}", "n=3", "label=[true,1e3,7]", "device=cpu"], with_sampler)
+    cfg = compose_config(
+        "sample", [f"ckpt={folder}", f"out={out}", "n=3", "label=[true,1e3,7]", "device=cpu"], prepare_sampling
+    )
     sampling.run(cfg)
     loaded = genai.load(folder)
     assert loaded.step == 6 and loaded.conditions["label"].names == ["1e3", "7", "true"]
     assert np.load(out / "samples.npz")["labels"].tolist() == [2, 0, 1]
     assert genai.sample(loaded, 1, label=2)["label"].tolist() == [2]
     for typed, index in {"true": 2, "1e3": 0, "7": 1, "0": 0}.items():
-        cfg = composed("sample", [f"ckpt={folder}", f"label={typed}"], with_sampler)
+        cfg = compose_config("sample", [f"ckpt={folder}", f"label={typed}"], prepare_sampling)
         assert sampling.conditions({"label": cfg.label}, 1, loaded)["label"].tolist() == [index]
 
 

@@ -3,11 +3,11 @@
 Nothing here imports torch, so that help and mistakes answer at once.
 """
 
-from genai.cli.compose import choices_of, composed, conf_dir, config_folders, new_keys
+from genai.cli.compose import compose_config, conf_dir, config_folders, group_choices, new_keys
 from genai.cli.entry import arguments, main
 from genai.cli.errors import fail, nearest
-from genai.cli.overrides import PATHS, parsed_override, quote, quoted
-from genai.cli.resume import PLAYERS, check_unchanged, resumed
-from genai.cli.sample import with_sampler
+from genai.cli.overrides import PATHS, parse_override, quote, quote_override
+from genai.cli.resume import OPTIMIZERS, check_unchanged, prepare_training
+from genai.cli.sample import prepare_sampling
 from genai.cli.stored import stored_config
-from genai.cli.values import apply, apply_all, flat, keys
+from genai.cli.values import apply, apply_all, flatten, keys

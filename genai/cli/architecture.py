@@ -9,8 +9,8 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from genai import nodes
-from genai.cli.overrides import PATHS, parsed_override, quote
-from genai.cli.stored import run_of, stored_config
+from genai.cli.overrides import PATHS, parse_override, quote
+from genai.cli.stored import find_run, stored_config
 from genai.core.errors import UserError
 from genai.core.stored import PRETRAINED
 
@@ -21,7 +21,7 @@ CHOICES = ("tokenizer", "vocab_size", "shape"), ("size", "channels"), ("length",
 """Keys of data that a person chooses and that decide the shapes of weights; each row applies to data that has all of it."""
 
 
-def with_architecture(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
+def inherit_architecture(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
     """With init_from=<run or checkpoint>, put that run's model, loop and sampler, and what its data chose of their shapes, into
     cfg, unless model=, model._target_= or experiment= chose others; keys given on the command line go on top.
 
@@ -32,32 +32,32 @@ def with_architecture(cfg: DictConfig, overrides: list[Override]) -> list[Overri
     if source is None or {"model", "model._target_", "experiment"} & given.keys():
         return overrides
     source = os.path.expanduser(str(source))
-    if os.path.isdir(source) and (run := run_of(Path(source), "init_from")) is not None:
+    if os.path.isdir(source) and (run := find_run(Path(source), "init_from")) is not None:
         source = str(run)
-    stored = _config_of(source)
+    stored = _source_config(source)
     if "data" not in given and stored["data"]["_target_"] != cfg.data.get("_target_"):
         was, now = (node.get("_target_", "").rpartition(".")[2] for node in (stored["data"], cfg.data))
         raise UserError(f"init_from={source} was trained on {was}, and without data= this would be {now}: give data=")
     from genai.checkpoint.build import MODELS, RUN, check_stored
     from genai.checkpoint.load import trusted_packages
 
-    taken = _taken(stored)
+    inherited = _inherited_keys(stored)
     trust = trusted_packages(given["trust"].value() if "trust" in given else None)
-    for key, value in taken.items():
+    for key, value in inherited.items():
         check_stored(value, trust, (MODELS,) if key in ("model", "codec") else (MODELS, RUN))
-    for key, value in taken.items():
+    for key, value in inherited.items():
         cfg[key] = OmegaConf.create(value) if isinstance(value, dict) else value
-    _refer(cfg)
+    _interpolate_duplicates(cfg)
     for keys in CHOICES:
         if all(key in cfg.data and key in stored["data"] for key in keys):
             cfg.data.update({key: stored["data"][key] for key in keys})
     if "name" not in given and stored.get("name"):
         cfg.name = stored["name"]
-    kept = parsed_override(f"init_from={quote(source)}")
+    kept = parse_override(f"init_from={quote(source)}")
     return [kept if o.key_or_group == "init_from" else o for o in overrides]
 
 
-def _config_of(source: str) -> dict[str, Any]:
+def _source_config(source: str) -> dict[str, Any]:
     """The config of a run directory or checkpoint file; that of a run is read without torch."""
     path = Path(source)
     home = path.parent.parent if path.parent.name == "checkpoints" and path.is_file() else path
@@ -68,7 +68,7 @@ def _config_of(source: str) -> dict[str, Any]:
     return checkpoint.locate(source)[0]["config"]
 
 
-def _taken(stored: dict[str, Any]) -> dict[str, Any]:
+def _inherited_keys(stored: dict[str, Any]) -> dict[str, Any]:
     """The keys of a stored config that come along."""
     names = [*GROUPS, *(ADVERSARIAL if "discriminator_optim" in stored else ())]
     found = {name: stored[name] for name in names if name in stored}
@@ -89,8 +89,8 @@ def _first_stages(node: Any) -> Iterator[dict[str, Any]]:
             yield from _first_stages(value)
 
 
-def _refer(cfg: DictConfig) -> None:
-    """Let what a run stores twice be taken from one key again, so that giving that key changes both."""
+def _interpolate_duplicates(cfg: DictConfig) -> None:
+    """Let what a run stores twice be inherited from one key again, so that giving that key changes both."""
     first_stage = OmegaConf.select(cfg, "model.latent.codec")
     if "codec" in cfg and nodes.target_of(first_stage) == PRETRAINED:
         first_stage.update(

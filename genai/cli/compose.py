@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from genai import nodes
 from genai.cli.errors import nearest
-from genai.cli.overrides import PATHS, check_empty, parsed_override, quoted
+from genai.cli.overrides import PATHS, check_empty, parse_override, quote_override
 from genai.cli.values import apply_all, keys
 from genai.core.errors import UserError
 from genai.core.spellings import SPELLINGS, canonical
@@ -40,12 +40,12 @@ def config_folders(config_dir: str | None) -> list[Path]:
     return [Path(folder).absolute() for folder in (conf_dir(), config_dir) if folder]
 
 
-def choices_of(group: str, folders: Iterable[Path]) -> list[str]:
+def group_choices(group: str, folders: Iterable[Path]) -> list[str]:
     """The names of a group's files; none if there is no such group."""
     return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
 
 
-def defaults_of(name: str) -> dict[str, str | None]:
+def group_defaults(name: str) -> dict[str, str | None]:
     """The groups of config `name` and what is chosen in each where the command line chooses nothing."""
     own: Any = OmegaConf.load(Path(conf_dir()) / f"{name}.yaml")
     nodes = [node for node in own.defaults if OmegaConf.is_dict(node)]
@@ -58,7 +58,7 @@ def name_run(cfg: DictConfig, choices: Any) -> None:
         cfg.name = choices.experiment if choices.get("experiment") else f"{choices.model}_{choices.data}"
 
 
-def composed(
+def compose_config(
     name: str,
     overrides: Sequence[str],
     prepare: Prepare | None = None,
@@ -71,11 +71,11 @@ def composed(
     Raises UserError for a key, a choice or a type that does not exist, with what comes nearest.
     """
     folders = config_folders(config_dir)
-    overrides = [quoted(override, sweep) for override in overrides]
+    overrides = [quote_override(override, sweep) for override in overrides]
     search = [f"hydra.searchpath=[file://{folder}]" for folder in folders[1:]]
     theirs = GlobalHydra.instance().hydra  # of a notebook or script that uses Hydra itself
     try:
-        parsed = [parsed_override(override) for override in overrides]
+        parsed = [parse_override(override) for override in overrides]
         GlobalHydra.instance().clear()
         for o in parsed:
             check_empty(o)
@@ -170,7 +170,7 @@ def _split(
     groups, values = [], []
     for override in parsed:
         key = override.key_or_group
-        options = choices_of(key, folders)
+        options = group_choices(key, folders)
         if key.startswith(("hydra.", "hydra/")):
             continue
         if override.is_sweep_override():
@@ -180,7 +180,7 @@ def _split(
             values.append(override)
         else:
             choice = override.value()
-            if choice is None and defaults_of(name).get(key) is None:
+            if choice is None and group_defaults(name).get(key) is None:
                 continue
             if choice is None:
                 off = f"; {key}=none turns it off" if "none" in options else ""
@@ -194,8 +194,10 @@ def _split(
 def new_keys(name: str, overrides: Sequence[str], config_dir: str | None) -> Iterator[str]:
     """The overrides of a sweep that are of a changed `_target_` alone, so that Hydra, which merges, would not know their keys."""
     folders = config_folders(config_dir)
-    chosen = [o for o in overrides if (key := o.partition("=")[0]) in defaults_of(name) and choices_of(key, folders)]
-    known = set(keys(composed(name, chosen, sweep=True, config_dir=config_dir)))
+    chosen = [
+        o for o in overrides if (key := o.partition("=")[0]) in group_defaults(name) and group_choices(key, folders)
+    ]
+    known = set(keys(compose_config(name, chosen, sweep=True, config_dir=config_dir)))
     for override in overrides:
         key = override.partition("=")[0]
         if re.fullmatch(r"\w+(\.\w+)+", key) and not key.startswith("hydra.") and key not in known:

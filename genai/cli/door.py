@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf
 
-from genai.cli.compose import composed
+from genai.cli.compose import compose_config
 from genai.cli.errors import nearest
 from genai.cli.overrides import refuse_hydra_keys
-from genai.cli.resume import resumed
-from genai.cli.sample import with_sampler
+from genai.cli.resume import prepare_training
+from genai.cli.sample import prepare_sampling
 from genai.core.errors import UserError
 
-PREPARE = {"train": resumed, "sample": with_sampler, "evaluate": None, "baselines": None}
+PREPARE = {"train": prepare_training, "sample": prepare_sampling, "evaluate": None, "baselines": None}
 
 
 def compose(overrides: Sequence[str] = (), config: str = "train", config_dir: str | None = None) -> DictConfig:
@@ -34,7 +34,7 @@ def compose(overrides: Sequence[str] = (), config: str = "train", config_dir: st
             f"overrides must be a list of strings such as ['model=edm', 'max_steps=100'], got {overrides!r}"
         )
     refuse_hydra_keys(overrides)
-    cfg = composed(config, [*overrides], PREPARE[config], config_dir=config_dir)
+    cfg = compose_config(config, [*overrides], PREPARE[config], config_dir=config_dir)
     if "sweep" in cfg:
         raise UserError("sweep= names several runs, which only the command genai train -m starts: leave it out")
     OmegaConf.set_struct(cfg, True)

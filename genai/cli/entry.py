@@ -14,15 +14,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
-from genai.cli.compose import Prepare, choices_of, composed, conf_dir, config_folders, defaults_of, new_keys
+from genai.cli.compose import Prepare, compose_config, conf_dir, config_folders, group_choices, group_defaults, new_keys
 from genai.cli.errors import UNUSABLE, fail
-from genai.cli.overrides import quoted, refuse_hydra_keys
+from genai.cli.overrides import quote_override, refuse_hydra_keys
 from genai.core.errors import UserError
 from genai.core.interrupt import raise_on_signal
 
 
 def main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None = None) -> None:
-    """Run `task(cfg)` with the config `name` composed from sys.argv; see `composed` for `prepare`."""
+    """Run `task(cfg)` with the config `name` composed from sys.argv; see `compose_config` for `prepare`."""
     with raise_on_signal():
         _main(task, name, prepare)
 
@@ -37,10 +37,10 @@ def _main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None)
     args = arguments()
     sys.path.append(os.getcwd())  # where a user's own package may be
 
-    def checked(cfg: DictConfig) -> Any:
+    def run_checked(cfg: DictConfig) -> Any:
         try:
             if HydraConfig.initialized():  # one of several jobs, whose command is checked as one alone is
-                cfg = composed(name, HydraConfig.get().overrides.task, prepare, config_dir=args.config_dir)
+                cfg = compose_config(name, HydraConfig.get().overrides.task, prepare, config_dir=args.config_dir)
             return task(cfg)
         except UserError as error:
             fail(error)
@@ -56,24 +56,24 @@ def _main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None)
         if not any((args.hydra_help, args.info, args.shell_completion)):
             if args.help and not args.overrides:
                 prepare = None  # a run of one's own is only looked for where something was asked of it
-            cfg = composed(name, args.overrides, prepare, args.multirun, args.config_dir)
+            cfg = compose_config(name, args.overrides, prepare, args.multirun, args.config_dir)
             if args.help:
                 return print(help_text(name, cfg, args.config_dir))
             if args.cfg == "job" and not args.package:
                 return print(OmegaConf.to_yaml(cfg, resolve=args.resolve), end="")
             if not args.multirun and not args.cfg:
-                return checked(cfg)
+                return run_checked(cfg)
     except UserError as error:
         fail(error)
     import hydra
 
-    given = {override: quoted(override, args.multirun) for override in args.overrides}
+    given = {override: quote_override(override, args.multirun) for override in args.overrides}
     if args.multirun:
         given |= {override: f"++{given[override]}" for override in new_keys(name, args.overrides, args.config_dir)}
     sys.argv = [given.get(argument, argument) for argument in sys.argv]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
-        hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(checked)()
+        hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name)(run_checked)()
     except (ConfigCompositionException, OverrideParseException, MissingConfigException) as error:
         fail(UserError("cannot compose the config: " + " ".join(str(error).split())))
 
@@ -112,7 +112,7 @@ def check_flags(args: argparse.Namespace, name: str) -> None:
 def help_text(name: str, cfg: DictConfig, config_dir: str | None) -> str:
     """What --help prints: the template in the config `name` with $GROUPS and their choices, and $CONFIG, every key."""
     own: Any = OmegaConf.load(Path(conf_dir()) / f"{name}.yaml")
-    groups = sorted(defaults_of(name))
+    groups = sorted(group_defaults(name))
     folders = config_folders(config_dir)
-    lines = [f"  {group}: {', '.join(names)}" for group in groups if (names := choices_of(group, folders))]
+    lines = [f"  {group}: {', '.join(names)}" for group in groups if (names := group_choices(group, folders))]
     return own.hydra.help.template.replace("$GROUPS", "\n".join(lines)).replace("$CONFIG", OmegaConf.to_yaml(cfg))

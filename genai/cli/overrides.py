@@ -21,7 +21,7 @@ PROSE = *PROMPTS, "label", "name", "project", "notes", "url"
 LISTS = "prompt", "negative_prompt", "label"
 
 
-def quoted(override: str, sweep: bool = False) -> str:
+def quote_override(override: str, sweep: bool = False) -> str:
     """A path or prose in quotes, so that its commas, spaces and brackets are no syntax; what has quotes of its own stays.
 
     In a sweep a comma separates values, as of any key, and choice() and the like choose.
@@ -34,19 +34,19 @@ def quoted(override: str, sweep: bool = False) -> str:
     literally = last in PROMPTS
     if last in LISTS and re.fullmatch(r"\[.*\]", value, re.DOTALL):
         if last == "label":
-            value = f"[{','.join(quote(part.strip()) for part in _parts(value[1:-1]))}]"
+            value = f"[{','.join(quote(part.strip()) for part in _split_at_commas(value[1:-1]))}]"
         return f"{key}={value}"
     if not sweep:
         return f"{key}={quote(value, literally)}"
     if re.fullmatch(r"(choice|shuffle|sort|tag|glob)\(.*\)", value):
         return override
-    return f"{key}={','.join(part if part == 'null' else quote(part, literally) for part in _parts(value))}"
+    return f"{key}={','.join(part if part == 'null' else quote(part, literally) for part in _split_at_commas(value))}"
 
 
 QUOTED = r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
 
 
-def _parts(value: str) -> list[str]:
+def _split_at_commas(value: str) -> list[str]:
     """A value cut at the commas outside of quotes; of an empty one nothing."""
     return re.findall(rf"(?:{QUOTED}|[^,])+", value, re.DOTALL)
 
@@ -63,7 +63,7 @@ def quote(value: str, literally: bool = False) -> str:
     return f'"{value}"'
 
 
-def parsed_override(override: str) -> Override:
+def parse_override(override: str) -> Override:
     """Raises UserError for what is not a key=value."""
     if not re.match(r"[^=]+=|~", override):
         raise UserError(f"{override!r} is not a key=value: write both, such as max_steps=100 (--help lists all keys)")

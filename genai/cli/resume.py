@@ -10,14 +10,14 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from genai import nodes
-from genai.cli.architecture import with_architecture
-from genai.cli.overrides import parsed_override, quote
-from genai.cli.stored import run_of, stored_config
-from genai.cli.values import flat
+from genai.cli.architecture import inherit_architecture
+from genai.cli.overrides import parse_override, quote
+from genai.cli.stored import find_run, stored_config
+from genai.cli.values import flatten
 from genai.core.errors import UserError
 from genai.core.stored import PRETRAINED
 
-PLAYERS = "optim", "discriminator_optim"
+OPTIMIZERS = "optim", "discriminator_optim"
 SCHEDULE = {"decay_steps": None, "lr_min": 0.0, "schedule": "cosine", "cooldown": 0.2}  # with what old runs mean
 RESUMABLE = (
     "max_steps",
@@ -30,7 +30,7 @@ RESUMABLE = (
     "trainer.devices",
     "logger",
     "trust",
-    *(f"{player}.{key}" for player in PLAYERS for key in SCHEDULE),
+    *(f"{name}.{key}" for name in OPTIMIZERS for key in SCHEDULE),
 )
 PART_FILE = re.compile(r"model\..+\.ckpt")
 """Where the file of a part lies, whose weights a run that goes on has in its own checkpoints."""
@@ -39,7 +39,7 @@ PART_FILE = re.compile(r"model\..+\.ckpt")
 def check_unchanged(config: Mapping[str, Any], stored: Mapping[str, Any], run: Path) -> None:
     """Raise UserError that names every value of a run's config.yaml that is not the one its checkpoint was trained with."""
     again: Any = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(dict(stored)))))
-    now, then = flat(config), flat(again)  # as YAML keeps it
+    now, then = flatten(config), flatten(again)  # as YAML keeps it
     free = {*RESUMABLE, *(f"loop.{key}" for key in RESUMABLE), "run_dir", "resume"}
     changed = [
         f"{key} is {now.get(key, 'not there')} and was {then.get(key, 'not there')}"
@@ -55,23 +55,23 @@ def check_unchanged(config: Mapping[str, Any], stored: Mapping[str, Any], run: P
         )
 
 
-def resumed(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
+def prepare_training(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
     """With resume=<run>, put that run's own config in the place of cfg; few keys may differ from it. Of a folder of runs the
-    newest is resumed. See `with_architecture` for init_from=.
+    newest is resumed. See `inherit_architecture` for init_from=.
 
     Raises UserError if there is no such run or another key is given.
     """
     given = {o.key_or_group: o for o in overrides}
     resume = given["resume"].value() if "resume" in given else None
     if resume is None:
-        return with_architecture(cfg, overrides)
+        return inherit_architecture(cfg, overrides)
     resume = os.path.expanduser(str(resume))
-    run = run_of(Path(resume), "resume") if os.path.isdir(resume) else None
+    run = find_run(Path(resume), "resume") if os.path.isdir(resume) else None
     if run is None:
         raise UserError(
             f"resume={resume} is neither a run directory nor a folder of them: there is no {resume}/config.yaml"
         )
-    path, kept = run / "config.yaml", parsed_override(f"resume={quote(str(run))}")
+    path, kept = run / "config.yaml", parse_override(f"resume={quote(str(run))}")
     overrides = [kept if o.key_or_group == "resume" else o for o in overrides]
     for key in given:
         if key not in (*RESUMABLE, "resume") and not key.startswith("logger.") and not PART_FILE.fullmatch(key):
@@ -83,7 +83,7 @@ def resumed(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
         raise UserError(f"{path} is not a config of a run (it has no {', '.join(missing)}): bring the file back")
     if "logger" in given:
         stored.logger = cfg.logger
-    _completed(stored, given, cfg)
+    _complete_old_config(stored, given, cfg)
     cfg.clear()
     cfg.update(stored)
     return overrides
@@ -96,7 +96,7 @@ NEEDED = (  # values without which nothing goes on
 RUN_GROUPS = ("model", "data", "loop", "optim", "sampler", "trainer", "callbacks")
 
 
-def _completed(stored: DictConfig, given: Iterable[str], cfg: DictConfig) -> None:
+def _complete_old_config(stored: DictConfig, given: Iterable[str], cfg: DictConfig) -> None:
     """Add to a run's stored config the keys that are given now and that it is too old to have, as they were meant then."""
     logger = stored.get("logger")
     if logger is not None and cfg.logger is not None and logger._target_ == cfg.logger._target_:
@@ -107,8 +107,8 @@ def _completed(stored: DictConfig, given: Iterable[str], cfg: DictConfig) -> Non
     if "codec" in stored and nodes.target_of(first_stage) == PRETRAINED:  # where it is from was stored twice
         first_stage.update({key: f"${{codec.{key}}}" for key in ("ckpt", "sha256") if key in stored.codec})
     loop = stored.get("loop") or {}
-    for player, key in (key.split(".") for key in given if key in RESUMABLE and key.startswith(tuple(PLAYERS))):
-        if player in stored:
-            stored[player].setdefault(key, SCHEDULE[key])
-            if loop.get(player) is not None:  # it was stored twice
-                loop[player] = f"${{{player}}}"
+    for name, key in (key.split(".") for key in given if key in RESUMABLE and key.startswith(tuple(OPTIMIZERS))):
+        if name in stored:
+            stored[name].setdefault(key, SCHEDULE[key])
+            if loop.get(name) is not None:  # it was stored twice
+                loop[name] = f"${{{name}}}"

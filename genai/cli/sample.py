@@ -10,12 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from genai import nodes
 from genai.cli.errors import nearest
-from genai.cli.overrides import PATHS, parsed_override, quote
+from genai.cli.overrides import PATHS, parse_override, quote
 from genai.cli.stored import stored_config
 from genai.core.errors import UserError
 
 
-def with_sampler(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
+def prepare_sampling(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
     """Put the run's own sampler into cfg unless sampler= chose one; bare names of its arguments become sampler.name.
 
     Raises UserError for an argument that the sampler lacks.
@@ -23,7 +23,7 @@ def with_sampler(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
     given = {o.key_or_group: o for o in overrides}
     if cfg.get("sampler") is None:
         cfg.ckpt, stored = _stored_config(given["ckpt"].value() if "ckpt" in given else None)
-        kept = parsed_override(f"ckpt={quote(str(cfg.ckpt))}")
+        kept = parse_override(f"ckpt={quote(str(cfg.ckpt))}")
         overrides = [kept if o.key_or_group == "ckpt" else o for o in overrides]
         theirs = {key: None if key in PATHS else value for key, value in stored["sampler"].items()}
         cfg.sampler = OmegaConf.create(theirs)  # a file names no other files

@@ -16,7 +16,7 @@ from genai.core.stored import up_to_date
 CONFIG_BYTES = 2**22
 
 
-def run_of(folder: Path, key: str) -> Path | None:
+def find_run(folder: Path, key: str) -> Path | None:
     """The run directory that a folder is, or the newest below it, which is said; None if there is none."""
     if is_run(folder) or (found := newest_run(folder)) is None:
         return folder if is_run(folder) else None

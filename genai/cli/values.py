@@ -21,12 +21,14 @@ def keys(cfg: DictConfig, prefix: str = "") -> Iterable[str]:
             yield from keys(node, f"{prefix}{key}.")
 
 
-def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     """Every value below a node by its dotted key; lists are values."""
     if not isinstance(node, Mapping):
         return {prefix: node}
     return {
-        key: value for name, part in node.items() for key, value in flat(part, f"{prefix}.{name}".lstrip(".")).items()
+        key: value
+        for name, part in node.items()
+        for key, value in flatten(part, f"{prefix}.{name}".lstrip(".")).items()
     }
 
 
@@ -54,8 +56,8 @@ def apply(cfg: DictConfig, override: Override, parts: dict[str, None] | None = N
     if override.is_delete():
         raise UserError(f"{override.input_line} would remove a key: set it to null instead")
     known = list(keys(cfg))
-    free = name == "_target_" and (node in known or _takes(cfg, node, parts)) and not _at(cfg, node)
-    if not override.is_add() and key not in known and not free and not _takes(cfg, key, parts):
+    free = name == "_target_" and (node in known or _takes_argument(cfg, node, parts)) and not _node_at(cfg, node)
+    if not override.is_add() and key not in known and not free and not _takes_argument(cfg, key, parts):
         adds = f"; +{key}= adds one" if "." in key and ranges.is_read(cfg, key) else ""
         raise UserError(f"there is no key {key}{nearest(key, known)} (--help lists all{adds})")
     value = override.value()
@@ -65,21 +67,21 @@ def apply(cfg: DictConfig, override: Override, parts: dict[str, None] | None = N
     parts |= dict.fromkeys(nodes.drop_stale_keys(cfg, change))
     if name == "_target_" or (isinstance(value, dict) and "_target_" in value):
         parts[node if name == "_target_" else key] = None
-    OmegaConf.update(cfg, key, fitted(key, value, present), force_add=True, merge=True)
+    OmegaConf.update(cfg, key, convert_value(key, value, present), force_add=True, merge=True)
 
 
-def _takes(cfg: DictConfig, key: str, parts: Iterable[str]) -> bool:
+def _takes_argument(cfg: DictConfig, key: str, parts: Iterable[str]) -> bool:
     """True if `key` is an argument of the new `_target_` of one of the nodes at `parts`."""
     node, _, name = key.rpartition(".")
-    target = nodes.target_of(_at(cfg, node)) if node in parts else ""
+    target = nodes.target_of(_node_at(cfg, node)) if node in parts else ""
     return target != "" and bool(nodes.parameters(target).keys() & {name, "**"})
 
 
-def _at(cfg: DictConfig, key: str) -> Any:
+def _node_at(cfg: DictConfig, key: str) -> Any:
     return OmegaConf.select(cfg, key, throw_on_missing=False, throw_on_resolution_failure=False)
 
 
-def fitted(key: str, value: Any, present: Any) -> Any:
+def convert_value(key: str, value: Any, present: Any) -> Any:
     """The value, made to fit the type of the one present. Raises UserError if it cannot be."""
     if value is None and isinstance(present, DictConfig) and "." not in key:
         raise UserError(

@@ -9,7 +9,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from genai.compare.runs import MARKS, Run, cell, columns, differences, flat, format_value, mark, same_model_class, table
+from genai.compare.runs import (
+    MARKS,
+    Run,
+    cell,
+    columns,
+    differences,
+    flatten,
+    format_value,
+    mark,
+    same_model_class,
+    table,
+)
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933", "#882255")
 CHARTS = 24  # number of charts, of the curves that most runs have
@@ -97,7 +108,7 @@ def metric_cards(metric: str, runs: Sequence[Run]) -> dict[str, Any]:
                 "notes": [],
             }
         )
-    first, *others = (flat(card["protocol"]) for _, _, card in found)
+    first, *others = (flatten(card["protocol"]) for _, _, card in found)
     agreed = {name: value for name, value in first.items() if all(o.get(name) == value for o in others)}
     protocol = ", ".join(f"{name} {format_value(value)}" for name, value in agreed.items())
     return {"metric": metric, "better": found[0][2]["better"], "log": log, "rows": rows, "protocol": protocol}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from genai import progress
-from genai.cli import flat
+from genai.cli import flatten
 from genai.core import metrics_csv
 from genai.core.errors import UserError
 
@@ -103,7 +103,7 @@ def newest(folder: Path, pattern: str) -> Path | None:
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
     """Return (key, values) of the config keys whose values differ between runs; "-" where a run does not have the key."""
-    configs = [flat({k: v for k, v in run.config.items() if k not in IGNORED_KEYS}) for run in runs]
+    configs = [flatten({k: v for k, v in run.config.items() if k not in IGNORED_KEYS}) for run in runs]
     names = dict.fromkeys(key for config in configs for key in config)
     rows = [(key, [config.get(key, "-") for config in configs]) for key in names]
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
@@ -113,9 +113,9 @@ def check_protocols(runs: Sequence[Run]) -> None:
     """Raise UserError that names the first field in which the protocols of a metric's cards differ."""
     for metric in dict.fromkeys(name for run in runs for name in run.cards):
         having = [run for run in runs if metric in run.cards]
-        first = flat(having[0].cards[metric]["protocol"])
+        first = flatten(having[0].cards[metric]["protocol"])
         for run in having[1:]:
-            other = flat(run.cards[metric]["protocol"])
+            other = flatten(run.cards[metric]["protocol"])
             wrong = [key for key in {**first, **other} if first.get(key) != other.get(key)]
             old = [r.name for r, facts in ((having[0], first), (run, other)) if DATA not in facts]
             if len(old) == 1:

@@ -19,7 +19,16 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
-from genai.cli import arguments, composed, conf_dir, fail, nearest, parsed_override, quoted, resumed
+from genai.cli import (
+    arguments,
+    compose_config,
+    conf_dir,
+    fail,
+    nearest,
+    parse_override,
+    prepare_training,
+    quote_override,
+)
 from genai.core import files
 from genai.core.errors import UserError
 from genai.sweeps.comparison import Comparison
@@ -31,9 +40,9 @@ RUNS = Path("runs/sweeps")
 
 
 def prepare(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
-    """Prepare a config as `cli.resumed` does; with sweep= complete that node, as all other keys are checked with each job."""
+    """Prepare a config as `cli.prepare_training` does; with sweep= complete that node, as each job checks all other keys."""
     if "sweep" not in cfg and not any(o.key_or_group.startswith("sweep.") for o in overrides):
-        return resumed(cfg, overrides)
+        return prepare_training(cfg, overrides)
     given: Any = OmegaConf.to_container(cfg.sweep) if "sweep" in cfg else {}
     chosen = next((str(o.value()) for o in overrides if o.key_or_group == "sweep"), cfg.name)
     for key in given:
@@ -84,14 +93,14 @@ class JournalSweeper(Sweeper):
 
     def run(self, given: list[str]) -> None:
         """Run all jobs and write the summary. Raises UserError if the command is wrong or a job failed."""
-        cfg = composed("train", given, prepare, sweep=True, config_dir=self.config_dir)
+        cfg = compose_config("train", given, prepare, sweep=True, config_dir=self.config_dir)
         chosen: Any = OmegaConf.to_container(cfg.sweep) if "sweep" in cfg else {"name": cfg.name}
         settings = Settings(**chosen)
         lines = [o for o in settings.overrides if o.partition("=")[0] not in settings.over]
-        lines += [quoted(a, True) for a in given if not re.match(r"sweep[.=]", a)]  # the command line wins
+        lines += [quote_override(a, True) for a in given if not re.match(r"sweep[.=]", a)]  # the command line wins
         if settings.search == "basic":
             lines = [*(f"{k}={','.join(map(literal, v))}" for k, v in settings.over.items()), *lines]
-        parsed = [parsed_override(line) for line in lines]
+        parsed = [parse_override(line) for line in lines]
         for override in parsed:
             if override.key_or_group in ("run_dir", "resume"):
                 raise UserError(f"{override.input_line}: a sweep names the folders of its runs itself")
@@ -116,7 +125,7 @@ class JournalSweeper(Sweeper):
 
     def check(self, overrides: Sequence[str]) -> None:
         """Raise UserError for an invalid override, or a job whose metric is not comparable with the others'."""
-        self.comparison.add(composed("train", overrides, resumed, config_dir=self.config_dir))
+        self.comparison.add(compose_config("train", overrides, prepare_training, config_dir=self.config_dir))
 
     def launch(self, folder: Path, metric: str | None, jobs: Sequence[Job]) -> None:
         """Run jobs through Hydra's launcher; their outcomes are in the journal."""

@@ -23,7 +23,7 @@ import genai
 from genai import checkpoint, sampling
 from genai.checkpoint import build
 from genai.checkpoint.build import build_stored, build_typed, check_target
-from genai.cli import composed, with_sampler
+from genai.cli import compose_config, prepare_sampling
 from genai.core import archive
 from genai.core.errors import UserError
 from genai.evaluation.run import data_of
@@ -46,7 +46,7 @@ SCHEDULES = "genai.models.diffusion.process.schedules"
 
 def content_of(overrides):
     """What a checkpoint of this model before its first step holds."""
-    cfg = composed("train", overrides)
+    cfg = compose_config("train", overrides)
     data = build_typed(OmegaConf.to_container(cfg.data, resolve=True))
     for fact in ("shape", "classes", "levels"):
         cfg.data[fact] = getattr(data, fact)
@@ -705,7 +705,9 @@ def test_a_modality_that_cannot_write_what_was_sampled_is_named(content, tmp_pat
     path = tmp_path / "bad.ckpt"
     torch.save(put(copy.deepcopy(content), "modalities.output", node_like(Image, ["vector"])), path)
     with pytest.raises(UserError, match=r"bad.ckpt fails with its config and the arguments of this call \(ValueError"):
-        sampling.run(composed("sample", [f"ckpt={path}", "device=cpu", "n=2", f"out={tmp_path / 'out'}"], with_sampler))
+        sampling.run(
+            compose_config("sample", [f"ckpt={path}", "device=cpu", "n=2", f"out={tmp_path / 'out'}"], prepare_sampling)
+        )
 
 
 # Three hundred mutations

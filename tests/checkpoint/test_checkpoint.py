@@ -20,10 +20,10 @@ DEBUG = ["debug=true", "model.net.channels=8", "model.schedule.steps=10", "sampl
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished five-step run, trained in this process."""
-    from genai.cli import composed
+    from genai.cli import compose_config
     from genai.train.run import run
 
-    return run(composed("train", [*DEBUG, f"run_dir={tmp_path_factory.mktemp('debug') / 'run'}"]))
+    return run(compose_config("train", [*DEBUG, f"run_dir={tmp_path_factory.mktemp('debug') / 'run'}"]))
 
 
 @pytest.fixture

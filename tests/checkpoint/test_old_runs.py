@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 import genai
 from genai import checkpoint
-from genai.cli import composed, resumed, with_sampler
+from genai.cli import compose_config, prepare_sampling, prepare_training
 from genai.core.errors import UserError
 from genai.core.stored import up_to_date
 from genai.train.run import run
@@ -60,7 +60,7 @@ def samples(folder: Path) -> dict[str, np.ndarray]:
 
 def go_on(folder: Path) -> dict[str, float]:
     """Norms of all weights, live and averaged, after two more steps."""
-    run(composed("train", [f"resume={folder}", "max_steps=7"], resumed))
+    run(compose_config("train", [f"resume={folder}", "max_steps=7"], prepare_training))
     content = checkpoint.read(folder / "checkpoints" / "last.ckpt")
     assert content["step"] == 7
     weights = {f"{part}.{k}": v for part in ("model", "ema") for k, v in content[part].items()}
@@ -207,7 +207,7 @@ def test_a_run_whose_every_target_has_moved_makes_what_it_made(recorded, tmp_pat
         genai.load(name)
     for target, now in moved.items():
         monkeypatch.setitem(checkpoint.MOVED, target, now)
-    assert composed("sample", [f"ckpt={name}"], with_sampler).sampler._target_ in json.dumps(
+    assert compose_config("sample", [f"ckpt={name}"], prepare_sampling).sampler._target_ in json.dumps(
         genai.load(name).config["sampler"]
     )
     found = record.results(name, plan)

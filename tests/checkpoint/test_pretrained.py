@@ -13,7 +13,7 @@ import genai
 from genai import checkpoint
 from genai.checkpoint import part, pretrained
 from genai.checkpoint.build import build_stored
-from genai.cli import composed, resumed, with_sampler
+from genai.cli import compose_config, prepare_sampling, prepare_training
 from genai.core.errors import UserError
 from genai.core.stored import PRETRAINED, up_to_date
 from genai.train.ema import EMA
@@ -62,7 +62,7 @@ SMALL = ["data=digits", "logger=none", "data.batch_size=8", "callbacks.evaluate.
 
 
 def train(*arguments):
-    return run(composed("train", [*arguments], resumed))
+    return run(compose_config("train", [*arguments], prepare_training))
 
 
 def last(folder):
@@ -299,7 +299,7 @@ def test_a_stored_sampler_names_no_file(teacher, tmp_path, unread):
     path = tmp_path / "theirs.ckpt"
     checkpoint.save({k: v for k, v in content.items() if k not in ("format", "rng_version", "written")}, path)
     loaded = genai.load(path)
-    assert composed("sample", [f"ckpt={path}"], with_sampler).sampler.draft is None
+    assert compose_config("sample", [f"ckpt={path}"], prepare_sampling).sampler.draft is None
     unread()
     with pytest.raises(UserError, match="the sampler speculative is for a Rewindable"):
         genai.sample(loaded, n=1)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from genai import sampling
 from genai.checkpoint import Loaded
-from genai.cli import composed
+from genai.cli import compose_config
 from genai.core import cuda_graph, rng
 from genai.evaluation.samples import sample_batches
 from genai.modalities.base import Modality
@@ -139,7 +139,7 @@ def test_a_progress_bar_counts_batches_and_other_watchers_see_every_step(graphs,
     monkeypatch.setattr(Task, "to", lambda task, done, total: heard.append((done, total)))
     m = loaded()
     monkeypatch.setattr(sampling.checkpoint, "load", lambda *_, **__: m)
-    cfg = composed("sample", ["ckpt=x", "n=10", "batch_size=4", f"out={tmp_path / 's'}"])
+    cfg = compose_config("sample", ["ckpt=x", "n=10", "batch_size=4", f"out={tmp_path / 's'}"])
     cfg.sampler = m.config["sampler"]
     sampling.run(cfg)
     assert heard == [(1, 12), (2, 12), (3, 12), (4, 12), (8, 12), (12, 12)]

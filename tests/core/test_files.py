@@ -63,29 +63,33 @@ FLAT = ["extractor=module", "extractor.net={_target_: torch.nn.Flatten}"]  # no 
 def used(folder):
     """Go on with a run, evaluate it and sample from it, as its new owner does."""
     from genai import sampling
-    from genai.cli import composed, resumed, with_sampler
+    from genai.cli import compose_config, prepare_sampling, prepare_training
     from genai.evaluation.run import run as evaluate
     from genai.train.run import run
 
-    run(composed("train", [f"resume={folder}", "max_steps=7"], resumed))
+    run(compose_config("train", [f"resume={folder}", "max_steps=7"], prepare_training))
     ckpt = [f"ckpt={folder}", "device=cpu"]
     evaluate(
-        composed("evaluate", [*ckpt, "metrics=[frechet]", "n=20", "repeats=1", "baselines=false", "split=val", *FLAT])
+        compose_config(
+            "evaluate", [*ckpt, "metrics=[frechet]", "n=20", "repeats=1", "baselines=false", "split=val", *FLAT]
+        )
     )
-    evaluate(composed("evaluate", [*ckpt, "n=4", "split=val", "likelihood=probability_flow", "likelihood.steps=1"]))
-    sampling.run(composed("sample", [*ckpt, "n=2", "steps=1"], with_sampler))
+    evaluate(
+        compose_config("evaluate", [*ckpt, "n=4", "split=val", "likelihood=probability_flow", "likelihood.steps=1"])
+    )
+    sampling.run(compose_config("sample", [*ckpt, "n=2", "steps=1"], prepare_sampling))
 
 
 def test_no_link_in_a_run_from_elsewhere_is_written_through(tmp_path):
     """Every file that going on, evaluating and sampling write is planted as a link to somebody's file, and so are temporary names
     that could be guessed; all of these files stay as they are."""
-    from genai.cli import composed
+    from genai.cli import compose_config
     from genai.train.run import run
     from tests.checkpoint.test_checkpoint import DEBUG
 
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     given = ["optim.decay_steps=null", "callbacks.samples.n=2", "logger=none"]
-    run(composed("train", [*DEBUG, *given, f"run_dir={theirs}"]))
+    run(compose_config("train", [*DEBUG, *given, f"run_dir={theirs}"]))
     shutil.copytree(theirs, ours)
     needed = {path.relative_to(ours) for path in ours.rglob("*") if path.is_file()}
     used(ours)

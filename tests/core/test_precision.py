@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import genai
-from genai.cli import composed
+from genai.cli import compose_config
 from genai.core import precision
 from genai.core.errors import UserError
 from genai.core.protocols import Prediction
@@ -343,15 +343,19 @@ def test_a_wrong_precision_is_refused(refused, name):
      ("32-true", "32-true"), ("bf16-true", "bf16-true"), ("auto", "auto")],
 )  # fmt: skip
 def test_usual_spellings_of_a_precision_are_stored_as_one(typed, stored):
-    assert composed("train", [f"trainer.precision={typed}"]).trainer.precision == stored
-    assert composed("evaluate", [f"precision={typed}"]).precision == stored
+    assert compose_config("train", [f"trainer.precision={typed}"]).trainer.precision == stored
+    assert compose_config("evaluate", [f"precision={typed}"]).precision == stored
     assert precision.precision_of(typed, "cpu") == (stored if stored != "auto" else "32-true")
-    assert composed("evaluate", ["precision=fp16"]).precision == "16-mixed"
+    assert compose_config("evaluate", ["precision=fp16"]).precision == "16-mixed"
 
 
 def test_usual_spellings_of_a_device_are_stored_as_one():
-    assert composed("train", ["trainer.accelerator=CPU"]).trainer.accelerator == "cpu"
-    assert [composed("evaluate", [f"device={name}"]).device for name in ("gpu", 1, "CPU")] == ["cuda", "cuda:1", "cpu"]
+    assert compose_config("train", ["trainer.accelerator=CPU"]).trainer.accelerator == "cpu"
+    assert [compose_config("evaluate", [f"device={name}"]).device for name in ("gpu", 1, "CPU")] == [
+        "cuda",
+        "cuda:1",
+        "cpu",
+    ]
 
 
 def test_the_table_of_ranges_knows_the_precisions():

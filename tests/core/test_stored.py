@@ -2,7 +2,7 @@
 
 import pytest
 
-from genai.cli import composed
+from genai.cli import compose_config
 from genai.compare.runs import up_to_date
 from genai.core.stored import RENAMED_OVERRIDES
 from genai.core.stored import up_to_date as node_up_to_date
@@ -11,7 +11,7 @@ from genai.core.stored import up_to_date as node_up_to_date
 @pytest.mark.parametrize("before", RENAMED_OVERRIDES)
 def test_overrides_under_old_names_are_those_of_today(before):
     script = {"extractor": "evaluate", "sampler": "sample"}.get(before.partition("=")[0], "baselines")
-    assert composed(script, [before]) == composed(script, [RENAMED_OVERRIDES[before]])
+    assert compose_config(script, [before]) == compose_config(script, [RENAMED_OVERRIDES[before]])
 
 
 @pytest.mark.parametrize("before", ["genai.extractors.judge", "genai.evaluation.features.judge"])

@@ -410,7 +410,7 @@ def test_configs_name_exactly_the_arguments(path):
 @pytest.mark.parametrize("kind", ["zip", "folder", "greyscale and not square"])
 def test_image_folders_train_sample_and_name_their_classes(kind, tmp_path, shared):
     import genai
-    from genai.cli import composed
+    from genai.cli import compose_config
     from genai.train.run import run
 
     root = tmp_path / "images"
@@ -424,7 +424,9 @@ def test_image_folders_train_sample_and_name_their_classes(kind, tmp_path, share
                 archive.extractall(tmp_path / "unzipped")
             root = tmp_path / "unzipped"
     small = ["debug=true", "model.net.channels=8", "sampler.steps=2", "data.num_workers=0"]
-    folder_ = run(composed("train", [*small, "data=image_folder", f"data.root={root}", f"run_dir={tmp_path / 'run'}"]))
+    folder_ = run(
+        compose_config("train", [*small, "data=image_folder", f"data.root={root}", f"run_dir={tmp_path / 'run'}"])
+    )
     batch = genai.sample(genai.load(folder_), n=2, label=name)
     assert batch["image"].shape == (2, *shape)
 

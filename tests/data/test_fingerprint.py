@@ -12,7 +12,7 @@ from torch import nn
 
 from genai import checkpoint
 from genai.checkpoint.build import build_typed
-from genai.cli import composed, resumed
+from genai.cli import compose_config, prepare_training
 from genai.core import cache
 from genai.core.errors import UserError
 from genai.data import fingerprint
@@ -27,7 +27,7 @@ BITS = {"bits_per_dim": standard_metrics()["bits_per_dim"]}
 
 
 def data_of(*given):
-    return build_typed(composed("baselines", list(given)).data)
+    return build_typed(compose_config("baselines", list(given)).data)
 
 
 def arrays(images, labels, batch_size=4):
@@ -210,10 +210,10 @@ def test_a_run_goes_on_with_its_own_items_alone(tmp_path):
     root = photos(tmp_path / "photos")
     given = ["model=gan", "data=image_folder", f"data.root={root}", "data.size=[8,8]", "data.channels=1", "logger=none"]
     small = ["max_steps=1", "data.batch_size=2", "callbacks.evaluate.n=2", "callbacks.samples.n=1"]
-    folder = run(composed("train", [*given, *small, f"run_dir={tmp_path / 'run'}"], resumed))
+    folder = run(compose_config("train", [*given, *small, f"run_dir={tmp_path / 'run'}"], prepare_training))
 
     def go_on(steps, *more):
-        return run(composed("train", [f"resume={folder}", f"max_steps={steps}", *LONG, *more], resumed))
+        return run(compose_config("train", [f"resume={folder}", f"max_steps={steps}", *LONG, *more], prepare_training))
 
     moved = shutil.copytree(root, tmp_path / "copy", copy_function=shutil.copyfile)
     go_on(2, f"data.root={moved}")

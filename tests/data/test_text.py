@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import genai
-from genai.cli import composed, quoted, with_sampler
+from genai.cli import compose_config, prepare_sampling, quote_override
 from genai.core.errors import UserError
 from genai.data import text, text_sources, token_files
 from genai.data.stream import batches, train_loader
@@ -338,7 +338,7 @@ def test_a_folder_gives_each_file_once_and_nothing_hidden(tmp_path, capsys):
     assert sorted(words_of(text.text_folder(**given))) == sorted(
         ["a", "b/c", "b/c", "b/._c", ".git/d", ".ipynb_checkpoints/a-checkpoint", "b/.e/f/g"]
     )
-    conf = composed("baselines", ["data=text_folder"]).data
+    conf = compose_config("baselines", ["data=text_folder"]).data
     assert (conf.hidden, conf.links) == (False, True)
     with pytest.raises(UserError, match=r"holds no text .* but 1 hidden files of .*, which data.hidden=true takes"):
         text.text_folder(hidden=False, links=True, **{**given, "path": str(root / "b" / ".e" / ".."), "pattern": "._*"})
@@ -486,7 +486,7 @@ def runs(tmp_path_factory):
         (folder / "chars.txt").write_text("the cat sat on the mat, and then it sat again\n" * 40)
         for name, data, more in (("lines", "lines", []), ("chars", "text_file", ["data.tokenizer=char"])):
             run(
-                composed(
+                compose_config(
                     "train",
                     [*TINY, f"data={data}", f"data.path={folder / name}.txt", f"run_dir={folder / name}", *more],
                 )
@@ -551,10 +551,10 @@ def test_a_stop_is_what_its_escapes_say(runs, tmp_path):
     """A line break as a shell passes it on, and a prompt longer than the context of 24."""
     cases = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\", r"\\n": r"\n", "a": "a", "\n": "\n", r"\x": r"\x"}
     for typed, meant in cases.items():
-        assert unescape(composed("sample", [f"stop={typed}"]).stop) == meant
+        assert unescape(compose_config("sample", [f"stop={typed}"]).stop) == meant
     assert unescape(None) is None and unescape(1) == 1
     given = [f"ckpt={runs / 'chars'}", r"stop=\n", f"prompt={'the cat ' * 9}", "n=3", "max_new_tokens=40"]
-    sampled(composed("sample", [*given, f"out={tmp_path / 'out'}"], with_sampler))
+    sampled(compose_config("sample", [*given, f"out={tmp_path / 'out'}"], prepare_sampling))
     shown = [json.loads(line)["text"] for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     loaded = genai.load(runs / "chars")
     batch = genai.sample(loaded, n=3, stop="\n", prompt="the cat " * 9, max_new_tokens=40)
@@ -562,7 +562,7 @@ def test_a_stop_is_what_its_escapes_say(runs, tmp_path):
 
 
 def test_evaluation_is_of_the_whole_split(runs, capsys):
-    cfg = composed("evaluate", [f"ckpt={runs / 'chars'}", "split=val", "batch_size=7"])
+    cfg = compose_config("evaluate", [f"ckpt={runs / 'chars'}", "split=val", "batch_size=7"])
     result = evaluate(cfg)
     loaded = genai.load(runs / "chars")
     content = (runs / "chars.txt").read_text()
@@ -670,13 +670,13 @@ def test_wrong_texts(refused, tmp_path):
 
 def test_prose_on_the_command_line_is_taken_as_it_is():
     for prose in ("a, b", "x={1}", 'say "hi"', "two  ", "back\\slash", "end\\", '\\"', "a=b", "${x}", "null?", "1"):
-        assert composed("sample", [f"prompt={prose}"]).prompt == prose
-    assert composed("sample", ["prompt=[a,b]"]).prompt == ["a", "b"]
-    assert quoted("seed=1,2") == "seed=1,2" and quoted("prompt=null") == "prompt=null"
+        assert compose_config("sample", [f"prompt={prose}"]).prompt == prose
+    assert compose_config("sample", ["prompt=[a,b]"]).prompt == ["a", "b"]
+    assert quote_override("seed=1,2") == "seed=1,2" and quote_override("prompt=null") == "prompt=null"
 
 
 def test_a_text_of_one_symbol_costs_nothing(tmp_path):
-    from genai.cli import resumed
+    from genai.cli import prepare_training
     from genai.train.run import run
 
     (tmp_path / "text.txt").write_text("a" * 2000)
@@ -689,9 +689,11 @@ def test_a_text_of_one_symbol_costs_nothing(tmp_path):
     ]
     given += ["data.shape=[16]", "data.batch_size=2", "callbacks.evaluate.n=2", "callbacks.samples.n=1", "max_steps=1"]
     folder = run(
-        composed("train", [*given, f"data.cache={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}"], resumed)
+        compose_config(
+            "train", [*given, f"data.cache={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}"], prepare_training
+        )
     )
-    result = evaluate(composed("evaluate", [f"ckpt={folder}", "split=val"]))
+    result = evaluate(compose_config("evaluate", [f"ckpt={folder}", "split=val"]))
     assert result["nats_per_token"] == result["bits_per_character"] == 0 and result["perplexity"] == 1
     assert [(card["value"], card["low"], card["high"]) for card in result["cards"]] == [(0, 0, 0)] * 2
     assert "-0.0" not in json.dumps(result)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from genai.checkpoint.build import build_typed
-from genai.cli import composed
+from genai.cli import compose_config
 from genai.core.errors import UserError
 from genai.data.base import Arrays, Data, first_items
 from genai.data.images import Digits
@@ -51,7 +51,7 @@ def categorical(n, seed=0):
 
 
 def table(*given, out):
-    return run(composed("baselines", [*given, f"out={out}"]))
+    return run(compose_config("baselines", [*given, f"out={out}"]))
 
 
 def value(result, what, metric):
@@ -276,7 +276,7 @@ def test_a_text_is_one_stream_whatever_its_windows(tmp_path):
             f"data.overlap={overlap}",
             "data.test=0.1",
         ]
-        data = build_typed(composed("baselines", ["data=text_file", *given, f"data.cache={tmp_path}"]).data)
+        data = build_typed(compose_config("baselines", ["data=text_file", *given, f"data.cache={tmp_path}"]).data)
         assert bytes(stream(data.splits["test"]).tolist()).decode() == "abcdefghij" * 10
         assert len(stream(data.splits["train"])) == 850
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import genai
 from genai.checkpoint.build import build_typed
-from genai.cli import composed, resumed
+from genai.cli import compose_config, prepare_training
 from genai.compare.runs import check_protocols, read
 from genai.core.errors import UserError
 from genai.data.base import first_items
@@ -38,7 +38,7 @@ ALL = "metrics=[frechet,kid,inception_score,precision,recall,density,coverage,ac
 
 
 def evaluate(*given):
-    return run(composed("evaluate", list(given)))
+    return run(compose_config("evaluate", list(given)))
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,9 @@ def runs(tmp_path_factory):
     root, patch = tmp_path_factory.mktemp("cards"), pytest.MonkeyPatch()
     patch.setattr(classifier, "STEPS", 60)
     patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
-    gan = train(composed("train", ["model=gan", f"run_dir={root / 'gan'}", *DIGITS], resumed))
+    gan = train(compose_config("train", ["model=gan", f"run_dir={root / 'gan'}", *DIGITS], prepare_training))
     flow = ["model=flow", "model.net.channels=8", "sampler.steps=2", f"run_dir={root / 'flow'}"]
-    flow = train(composed("train", [*flow, *DIGITS], resumed))
+    flow = train(compose_config("train", [*flow, *DIGITS], prepare_training))
     yield gan, flow
     patch.undo()
 
@@ -97,7 +97,7 @@ def test_a_card_is_measured_as_its_parts_are(runs):
 
 
 def test_the_pass_over_a_split_has_cards_with_intervals_and_baselines(runs, tmp_path):
-    vae = train(composed("train", ["model=vae", f"run_dir={tmp_path / 'vae'}", *DIGITS], resumed))
+    vae = train(compose_config("train", ["model=vae", f"run_dir={tmp_path / 'vae'}", *DIGITS], prepare_training))
     result = evaluate(f"ckpt={vae}", "n=100")
     bits, decibels = result["cards"]
     assert (bits["metric"], decibels["metric"]) == ("bits_per_dim", "reconstruction_psnr_db")
@@ -114,7 +114,9 @@ def test_a_likelihood_below_trivial_models_says_why(runs):
     """The objective is other than the bound's; of one that is, there is nothing to say."""
     given = ["model.schedule.steps=10", "sampler=ddim", "sampler.steps=2", *DIGITS]
     for model in ("ddpm", "ddpm_levels"):
-        folder = train(composed("train", [f"model={model}", f"run_dir={runs[0].parent / model}", *given], resumed))
+        folder = train(
+            compose_config("train", [f"model={model}", f"run_dir={runs[0].parent / model}", *given], prepare_training)
+        )
         result = evaluate(f"ckpt={folder}", "n=4")
         (card,) = result["cards"]
         assert card["beats_baseline"] is False and result["bound"] == card["bound"] == "upper bound"
@@ -147,7 +149,7 @@ def test_text_is_measured_against_what_was_learned(tmp_path, monkeypatch):
         "the cat sat on the mat and the dog ran. " * 200 + "A hen is no dog but runs too. " * 60
     )
     given = ["model=gpt_nano", "data=text_file", f"data.path={tmp_path / 'text.txt'}", "data.shape=[32]", "logger=none"]
-    folder = train(composed("train", [*given, *SMALL, f"run_dir={tmp_path / 'run'}"], resumed))
+    folder = train(compose_config("train", [*given, *SMALL, f"run_dir={tmp_path / 'run'}"], prepare_training))
     found = {card["metric"]: card for card in evaluate(f"ckpt={folder}", "split=val")["cards"]}
     assert list(found) == ["nats_per_token", "bits_per_character"]
     assert found["nats_per_token"]["baselines"].keys() == {"interpolated 5-gram"}
@@ -232,7 +234,7 @@ def test_a_metric_in_ones_own_package(runs, my_lab, command, monkeypatch):
     monkeypatch.syspath_prepend(my_lab)
     keys = ["every_steps=2", "metrics=[frechet,brightness]", "n=30", "baselines=false"]
     keys = ["model=gan", *DIGITS, *(f"callbacks.cards.{key}" for key in keys), "run_dir=run"]
-    folder = train(composed("train", keys, resumed, config_dir="my_lab/conf"))
+    folder = train(compose_config("train", keys, prepare_training, config_dir="my_lab/conf"))
     assert [step for step, _ in read(folder).curves["card/brightness"]] == [2, 3]
     (after,) = evaluate(
         "ckpt=run",
@@ -245,15 +247,15 @@ def test_a_metric_in_ones_own_package(runs, my_lab, command, monkeypatch):
     assert after == read(folder).cards["brightness"]
     long = ["resume=run", "max_steps=4", "optim.decay_steps=4", "discriminator_optim.decay_steps=4"]
     with pytest.raises(UserError, match=r"wants to build my_lab.brightness.Brightness, .* add trust=my_lab"):
-        train(composed("train", long, resumed))
-    train(composed("train", [*long, "trust=my_lab"], resumed))
+        train(compose_config("train", long, prepare_training))
+    train(compose_config("train", [*long, "trust=my_lab"], prepare_training))
     assert [step for step, _ in read(folder).curves["card/brightness"]] == [2, 3, 4]
 
 
 def test_a_baselines_figures_are_of_float64():
     """A tenth is not one in float32."""
     tenth = type("Tenth", (Metric,), {"kind": "likelihoods", "__call__": lambda self, nats, facts: [0.1 + 1e-12] * 2})()
-    data = build_typed(composed("baselines", ["data=digits"]).data)
+    data = build_typed(compose_config("baselines", ["data=digits"]).data)
     baseline = Uniform().fit(training_data(data, ["val"]), 0)
     assert score_baseline(baseline, data, {"tenth": tenth}, "test", 2) == {"tenth": 0.1 + 1e-12}
 
@@ -280,7 +282,7 @@ class Worst(Metric):
 
 def test_a_metric_of_reconstructions_has_their_baselines(runs, tmp_path):
     """The worst pixel of what a VAE gives back, which has PCA beside it."""
-    vae = train(composed("train", ["model=vae", f"run_dir={tmp_path / 'vae'}", *DIGITS], resumed))
+    vae = train(compose_config("train", ["model=vae", f"run_dir={tmp_path / 'vae'}", *DIGITS], prepare_training))
     worst = "{worst:{_target_:tests.evaluation.test_cards.Worst}}"
     result = evaluate(f"ckpt={vae}", f"metrics=[{worst},reconstruction_psnr_db]", "n=40")
     card = result["cards"][0]
@@ -430,7 +432,7 @@ def test_a_memoriser_is_flagged(runs, monkeypatch):
 @pytest.mark.slow
 def test_the_default_run_is_no_memoriser_and_beats_its_baselines(tmp_path):
     """Three minutes: what `python train.py` trains, against a Gaussian mixture for each class, by the classifier."""
-    folder = train(composed("train", ["logger=none", f"run_dir={tmp_path / 'run'}"], resumed))
+    folder = train(compose_config("train", ["logger=none", f"run_dir={tmp_path / 'run'}"], prepare_training))
     (card,) = evaluate(f"ckpt={folder}", "metrics=[frechet]", "repeats=2")["cards"]
     assert not card["memorised"] and card["copies"] == 0 and 0.8 < card["distance_ratio"] < 1.3
     assert card["beats_baseline"]
@@ -451,13 +453,15 @@ def test_the_same_cards_while_a_run_trains(runs, tmp_path):
         "callbacks.cards.n=30",
         "max_steps=4",
     ]
-    folder = train(composed("train", ["model=gan", *DIGITS, *given, f"run_dir={tmp_path / 'run'}"], resumed))
+    folder = train(
+        compose_config("train", ["model=gan", *DIGITS, *given, f"run_dir={tmp_path / 'run'}"], prepare_training)
+    )
     assert [step for step, _ in read(folder).curves["card/frechet"]] == [2, 4]
     inside = json.loads((folder / "cards" / "frechet.json").read_text())
     (after,) = evaluate(f"ckpt={folder}", "metrics=[frechet]", "n=30", "repeats=1", "split=val")["cards"]
     assert inside == after and after["step"] == 4
     long = ["max_steps=6", "optim.decay_steps=6", "discriminator_optim.decay_steps=6"]
-    more = train(composed("train", [f"resume={folder}", *long], resumed))
+    more = train(compose_config("train", [f"resume={folder}", *long], prepare_training))
     assert [step for step, _ in read(more).curves["card/recall"]] == [2, 4, 6]
 
 
@@ -517,7 +521,7 @@ def test_cards_of_different_data_are_not_ranked(runs, tmp_path):
     }
     found = {}
     for name, given in named.items():
-        folder = train(composed("train", ["model=gan", *given, f"run_dir={tmp_path / name}"], resumed))
+        folder = train(compose_config("train", ["model=gan", *given, f"run_dir={tmp_path / name}"], prepare_training))
         evaluate(
             f"ckpt={folder}",
             "metrics=[recall]",
@@ -549,7 +553,7 @@ def test_what_cannot_be_measured_is_refused(runs, refused, tmp_path):
         "data.channels=1",
         "logger=none",
     ]
-    folder = train(composed("train", [*given, *SMALL, f"run_dir={tmp_path / 'folder'}"], resumed))
+    folder = train(compose_config("train", [*given, *SMALL, f"run_dir={tmp_path / 'folder'}"], prepare_training))
     (photos / "a").rename(photos / "c")
     cases = {
         (f"ckpt={gan}", "metrics=[fid]"): "fid is not a metric; it can have frechet, kid, inception_score",
@@ -592,5 +596,5 @@ def test_cards_that_cannot_be_measured_are_refused_before_the_first_step(runs, t
     """However late they are due, and nothing is written."""
     keys = ["callbacks.cards.every_steps=100000", *(f"callbacks.cards.{key}" for key in given)]
     with pytest.raises(UserError, match=CARDS[given]):
-        train(composed("train", ["model=gan", *DIGITS, *keys, f"run_dir={tmp_path / 'run'}"], resumed))
+        train(compose_config("train", ["model=gan", *DIGITS, *keys, f"run_dir={tmp_path / 'run'}"], prepare_training))
     assert not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import genai
-from genai.cli import composed, resumed
+from genai.cli import compose_config, prepare_training
 from genai.core import rng
 from genai.core.errors import UserError
 from genai.core.protocols import Prediction
@@ -173,13 +173,13 @@ SMALL = [
 
 
 def test_one_command_for_every_family(tmp_path, refused):
-    evaluate = lambda *given: measure(composed("evaluate", list(given)))  # noqa: E731
+    evaluate = lambda *given: measure(compose_config("evaluate", list(given)))  # noqa: E731
     for name, given in {
         "flow": ["model=flow", "sampler.steps=2", "model.net.channels=8"],
         "gpt": ["experiment=gpt_digits", "model.net.transformer.width=16"],
         "vq": ["model=vqvae"],
     }.items():
-        run(composed("train", [*SMALL[name == "gpt" :], *given, f"run_dir={tmp_path / name}"], resumed))
+        run(compose_config("train", [*SMALL[name == "gpt" :], *given, f"run_dir={tmp_path / name}"], prepare_training))
     result = evaluate(f"ckpt={tmp_path / 'flow'}", "likelihood=probability_flow", "likelihood.steps=3", "n=8")
     assert result["levels"] == 17 and result["likelihood"]["steps"] == 3
     assert result["bound"].startswith("upper bound up to the error")

@@ -10,7 +10,7 @@ import torch
 import genai
 from genai import checkpoint, sampling
 from genai.checkpoint.build import build_modality
-from genai.cli import composed, resumed, with_sampler
+from genai.cli import compose_config, prepare_sampling, prepare_training
 from genai.compare.page import report
 from genai.compare.runs import read_all
 from genai.core.errors import UserError
@@ -114,7 +114,7 @@ def test_a_modality_in_ones_own_package(tmp_path, monkeypatch):
         "logger._target_=my_notes.notes",
         "run_dir=run",
     ]
-    folder = run(composed("train", given, resumed))
+    folder = run(compose_config("train", given, prepare_training))
     shown = (folder / "samples" / "samples_0000002.txt").read_text()
     bars = shown.split()[2::3]
     assert len(bars) == 3 and all(len(bar) == 8 and set(bar) <= set("_-=^") for bar in bars)
@@ -127,7 +127,7 @@ def test_a_modality_in_ones_own_package(tmp_path, monkeypatch):
         genai.load(folder)
 
     mine = [f"ckpt={folder}", "trust=my_waves", "device=cpu"]
-    out = sampling.run(composed("sample", [*mine, "n=3", "frames=true", "out=out"], with_sampler))
+    out = sampling.run(compose_config("sample", [*mine, "n=3", "frames=true", "out=out"], prepare_sampling))
     files = sorted(path.name for path in out.iterdir())
     assert files == ["grid.txt", "path.txt", "samples.npz", "seed_000000.wav", "seed_000001.wav", "seed_000002.wav"]
     path, written = ((out / f"{name}.txt").read_text().split()[2::3] for name in ("path", "grid"))
@@ -137,15 +137,19 @@ def test_a_modality_in_ones_own_package(tmp_path, monkeypatch):
         heard = np.frombuffer(file.readframes(8), np.int16) / 32767
         assert np.abs(heard - arrays["samples"][1].clip(-1, 1)).max() < 1e-4
     wanted = ["metrics=[frechet,recall]", "n=20", "repeats=2", "split=test"]
-    cards = evaluate(composed("evaluate", [*mine, *wanted]))["cards"]
+    cards = evaluate(compose_config("evaluate", [*mine, *wanted]))["cards"]
     assert [card["metric"] for card in cards] == ["frechet", "recall"]
     assert cards[0]["protocol"]["extractor"]["kind"] == "Waves" and cards[0]["value"] > cards[0]["floor"]
     assert set((folder / "cards" / "nearest.txt").read_text().split()[2]) <= set("_-=^")
 
-    run(composed("train", [f"resume={folder}", "max_steps=3", "trust=[my_waves,my_notes]"], resumed))
+    run(compose_config("train", [f"resume={folder}", "max_steps=3", "trust=[my_waves,my_notes]"], prepare_training))
     assert checkpoint.read(folder / "checkpoints" / "last.ckpt")["step"] == 3
     with pytest.raises(UserError, match=r"the sample rate of this data is not that of .* or init_strict=false"):
-        run(composed("train", [*given[:-1], "run_dir=other", "data.sr_hz=16000", f"init_from={folder}"], resumed))
+        run(
+            compose_config(
+                "train", [*given[:-1], "run_dir=other", "data.sr_hz=16000", f"init_from={folder}"], prepare_training
+            )
+        )
 
 
 MODALITIES = [

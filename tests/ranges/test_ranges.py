@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from genai.checkpoint.build import build_typed
-from genai.cli import apply, composed, keys
+from genai.cli import apply, compose_config, keys
 from genai.core import rng
 from genai.core.errors import UserError, at_least, number
 from genai.core.protocols import AdversarialModel, check_sampler, with_items
@@ -101,13 +101,13 @@ SWEEP = (
 
 @functools.cache
 def base(model):
-    return composed("train", [f"model={model}", *MODELS.get(model, [])])
+    return compose_config("train", [f"model={model}", *MODELS.get(model, [])])
 
 
 def bases(models, groups=GROUPS):
     """(name, script, config) of all that is composed from the shipped files, each group once with all of its choices."""
     yield from ((name, "train", base(name)) for name in models)
-    others = {name: composed(name, ["sampler=ddim"] if name == "sample" else []) for name in SCRIPTS}
+    others = {name: compose_config(name, ["sampler=ddim"] if name == "sample" else []) for name in SCRIPTS}
     yield from ((name, name, others[name]) for name in SCRIPTS)
     for group in groups:
         if group not in ("model", "experiment", "callbacks"):
@@ -357,7 +357,7 @@ def test_right_numbers_are_not(command, train_config):
 
 @pytest.fixture(scope="module")
 def train_config():
-    return composed("train", [])
+    return compose_config("train", [])
 
 
 def given_to(cfg, lines):

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from genai.cli import composed
+from genai.cli import compose_config
 from genai.core.errors import UserError
 from genai.sweeps import JournalSweeper, prepare
 from genai.sweeps.jobs import Job, journal, note
@@ -228,18 +228,20 @@ def test_values_are_written_as_hydra_reads_them():
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "sweep").glob("*.yaml")))
 def test_the_sweeps_of_the_project_compose(name):
-    cfg = composed("train", [f"sweep={name}", "sweep.trials=3"], prepare, sweep=True)
+    cfg = compose_config("train", [f"sweep={name}", "sweep.trials=3"], prepare, sweep=True)
     settings = Settings(**OmegaConf.to_container(cfg.sweep))
     assert settings.name == name and settings.trials == 3
     firsts = {key: axis[0] if isinstance(axis, list) else axis["low"] for key, axis in settings.over.items()}
-    composed("train", [*settings.overrides, *(f"{key}={literal(value)}" for key, value in firsts.items())])
+    compose_config("train", [*settings.overrides, *(f"{key}={literal(value)}" for key, value in firsts.items())])
 
 
 def test_the_sweep_of_wandb_gives_arguments_that_compose():
     node = yaml.safe_load((ROOT / "docs" / "wandb_sweep.yaml").read_text())
     assert node["program"] == "train.py" and node["command"][-1] == "${args_no_hyphens}"
     values = {key: p.get("value", p.get("values", [p.get("min")])) for key, p in node["parameters"].items()}
-    composed("train", [f"{key}={value[-1] if isinstance(value, list) else value}" for key, value in values.items()])
+    compose_config(
+        "train", [f"{key}={value[-1] if isinstance(value, list) else value}" for key, value in values.items()]
+    )
 
 
 def test_a_sweep_node_is_refused_where_it_is_no_sweep():

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from genai import checkpoint
-from genai.cli import composed, resumed
+from genai.cli import compose_config, prepare_training
 from genai.core.errors import UserError
 from genai.train.run import run
 
@@ -19,7 +19,7 @@ NET = ["model.net.channels=8", "model.net.multipliers=[1]", "model.schedule.step
 
 
 def train(folder, *given):
-    return run(composed("train", [*SMALL, f"run_dir={folder}", *map(str, given)], resumed))
+    return run(compose_config("train", [*SMALL, f"run_dir={folder}", *map(str, given)], prepare_training))
 
 
 def config(folder):
@@ -51,19 +51,21 @@ def test_a_diffusion_model_keeps_its_network_and_its_sampler(digits, tmp_path, c
 
 
 def test_a_folder_of_runs_or_a_file_names_the_source_too(digits, tmp_path, capsys):
-    cfg = composed("train", [f"init_from={digits.parent}"], resumed)
+    cfg = compose_config("train", [f"init_from={digits.parent}"], prepare_training)
     assert cfg.init_from == str(digits) and cfg.model.net.channels == 8 and cfg.name == config(digits)["name"]
     assert f"the newest run there is {digits}" in capsys.readouterr().err
-    cfg = composed("train", [f"init_from={digits / 'checkpoints' / 'last.ckpt'}"], resumed)
+    cfg = compose_config("train", [f"init_from={digits / 'checkpoints' / 'last.ckpt'}"], prepare_training)
     assert cfg.model.net.channels == 8
     alone = tmp_path / "alone.ckpt"
     os.link(digits / "checkpoints" / "last.ckpt", alone)
-    assert composed("train", [f"init_from={alone}"], resumed).model.net.channels == 8
+    assert compose_config("train", [f"init_from={alone}"], prepare_training).model.net.channels == 8
 
 
 def test_a_model_that_is_given_is_not_replaced(digits, tmp_path):
-    assert composed("train", [f"init_from={digits}", "model=flow"], resumed).model._target_.endswith("Flow")
-    assert composed("train", [f"init_from={digits}", "model=ddpm"], resumed).model.net.channels == 32
+    assert compose_config("train", [f"init_from={digits}", "model=flow"], prepare_training).model._target_.endswith(
+        "Flow"
+    )
+    assert compose_config("train", [f"init_from={digits}", "model=ddpm"], prepare_training).model.net.channels == 32
     with pytest.raises(UserError, match="does not fit this model"):
         train(tmp_path / "wider", f"init_from={digits}", "model.net.channels=16")
 
@@ -101,7 +103,9 @@ def test_a_latent_model_brings_its_first_stage_along(tmp_path):
         assert torch.equal(tensor, new.latent.codec.state_dict()[name]), name
     assert config(second)["codec"]["ckpt"] is None
     assert same_start(first, second)
-    other = composed("train", [f"init_from={first}", "data=digits_text", f"codec.ckpt={tmp_path / 'gone'}"], resumed)
+    other = compose_config(
+        "train", [f"init_from={first}", "data=digits_text", f"codec.ckpt={tmp_path / 'gone'}"], prepare_training
+    )
     assert other.model.latent.codec.ckpt == str(tmp_path / "gone")
 
 
@@ -120,7 +124,7 @@ def test_other_data_must_be_named(digits, tmp_path):
     found["data"] = {"_target_": "genai.data.toy2d.Toy2D"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(found))
     with pytest.raises(UserError, match=r"was trained on Toy2D, and without data= this would be Digits: give data="):
-        composed("train", [f"init_from={tmp_path}"], resumed)
+        compose_config("train", [f"init_from={tmp_path}"], prepare_training)
 
 
 @pytest.mark.parametrize("target", ["os.system", "genai.core.files.write_text", "my_lab.nets.Net"])
@@ -129,17 +133,17 @@ def test_a_source_builds_only_what_a_file_may(digits, tmp_path, target):
     found["model"]["net"]["_target_"] = target
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(found))
     with pytest.raises(UserError, match=f"wants to build {target}"):
-        composed("train", [f"init_from={tmp_path}"], resumed)
+        compose_config("train", [f"init_from={tmp_path}"], prepare_training)
 
 
 def test_a_folder_without_runs_is_said_in_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r"is neither a run directory nor a folder of them"):
-        composed("train", [f"resume={tmp_path}"], resumed)
+        compose_config("train", [f"resume={tmp_path}"], prepare_training)
     with pytest.raises(UserError, match=r"holds no readable checkpoint"):
-        composed("train", [f"init_from={tmp_path}"], resumed)
+        compose_config("train", [f"init_from={tmp_path}"], prepare_training)
 
 
 def test_resume_takes_the_newest_run_of_a_folder(digits, capsys):
-    cfg = composed("train", [f"resume={digits.parent}", "max_steps=5"], resumed)
+    cfg = compose_config("train", [f"resume={digits.parent}", "max_steps=5"], prepare_training)
     assert cfg.resume == str(digits) and cfg.max_steps == 5
     assert "the newest run there is" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from genai import checkpoint, progress
-from genai.cli import composed, resumed
+from genai.cli import compose_config, prepare_training
 from genai.train.lit import LitModel
 from genai.train.run import run
 from tests.conftest import ROOT
@@ -54,7 +54,7 @@ def test_a_run_has_a_line_every_thirty_seconds(given, loss, tmp_path, monkeypatc
     slow(LitModel, "evaluate", 70)
     slow(checkpoint, "save", 70)
     slow(progress, "follow", 70)
-    run(composed("train", [*given, *SMALL, f"run_dir={tmp_path / 'run'}"], resumed))
+    run(compose_config("train", [*given, *SMALL, f"run_dir={tmp_path / 'run'}"], prepare_training))
     note(0)
     lines = [(at, line) for at, line in said if line.startswith("step ")]
     assert max(b - a for (a, _), (b, _) in itertools.pairwise(lines)) <= 30
@@ -95,5 +95,5 @@ def test_a_run_that_fails_says_no_more(tmp_path, monkeypatch):
 
     monkeypatch.setattr(LitModel, "finish_step", fail)
     with pytest.raises(OSError, match="no"):
-        run(composed("train", ["model=ddpm", *NET, *SMALL, f"run_dir={tmp_path / 'run'}"], resumed))
+        run(compose_config("train", ["model=ddpm", *NET, *SMALL, f"run_dir={tmp_path / 'run'}"], prepare_training))
     assert progress.board.tasks == []

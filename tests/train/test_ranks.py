@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from genai import checkpoint
-from genai.cli import composed, fail, resumed
+from genai.cli import compose_config, fail, prepare_training
 from genai.core.errors import UserError
 from genai.train import strategy
 from genai.train.strategy import Ranks, detect_ranks
@@ -75,7 +75,7 @@ def task(overrides, env, log, folder, pace, limit):
 
     DDPM.forward = paced
     try:
-        run(composed("train", overrides, resumed))
+        run(compose_config("train", overrides, prepare_training))
     except UserError as error:
         fail(error)
 

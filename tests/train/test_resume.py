@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from genai import checkpoint
-from genai.cli import check_unchanged, composed, resumed, with_sampler
+from genai.cli import check_unchanged, compose_config, prepare_sampling, prepare_training
 from genai.core import archive, interrupt
 from genai.core.errors import UserError
 from genai.modalities.label import Label
@@ -123,7 +123,7 @@ def child(overrides, kill_at, log):
 
         torch.save = save
     sys.argv = ["train.py", *overrides]
-    main(run, "train", resumed)
+    main(run, "train", prepare_training)
 
 
 def train(
@@ -296,7 +296,7 @@ def test_a_second_process_is_refused_and_death_frees_the_run(uninterrupted, tmp_
     before = contents(folder)
     for again in ([f"resume={folder}"], [*TINY, f"run_dir={folder}"]):
         with pytest.raises(UserError, match=rf"in use by process {process.pid} on|already holds a run"):
-            run(composed("train", again, resumed))
+            run(compose_config("train", again, prepare_training))
     assert contents(folder) == before
     process.kill()
     process.join()
@@ -339,7 +339,7 @@ def test_a_run_is_not_resumed_to_learn_nothing(uninterrupted, tmp_path):
     with pytest.raises(
         UserError, match=r"from step 24 to max_steps=30 the .* give optim.decay_steps=30 .*schedule=const"
     ):
-        run(composed("train", [f"resume={tmp_path / 'run'}", "max_steps=30"], resumed))
+        run(compose_config("train", [f"resume={tmp_path / 'run'}", "max_steps=30"], prepare_training))
     assert before == {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
     again = ["max_steps=30", "optim.schedule=constant", "optim.lr_min=1e-5"]
     assert train(tmp_path / "run", *again, new=False) == 0
@@ -375,7 +375,7 @@ def test_both_players_may_be_given_a_schedule_on_resume(tmp_path):
     folder, long = tmp_path / "run", ["max_steps=6", "optim.decay_steps=6"]
     assert train(folder, *ADVERSARIAL, "max_steps=4", "model.generator.multipliers=[1,2]", base=[]) == 0
     with pytest.raises(UserError, match=r"give discriminator_optim.decay_steps=6 "):
-        run(composed("train", [f"resume={folder}", *long], resumed))
+        run(compose_config("train", [f"resume={folder}", *long], prepare_training))
     assert train(folder, *long, "discriminator_optim.decay_steps=8", new=False) == 0
     stored = checkpoint.read(folder / "checkpoints" / "last.ckpt")
     groups = [state["param_groups"][0]["decay_steps"] for state in stored["trainer"]["optimizer_states"]]
@@ -476,7 +476,7 @@ def test_a_run_that_cannot_go_on_is_left_as_it_is(uninterrupted, tmp_path, monke
     spoil(tmp_path / "run", monkeypatch)
     before = contents(tmp_path / "run")
     with pytest.raises(UserError, match=sentence):
-        run(composed("train", [f"resume={tmp_path / 'run'}", "max_steps=30"], resumed))
+        run(compose_config("train", [f"resume={tmp_path / 'run'}", "max_steps=30"], prepare_training))
     assert contents(tmp_path / "run") == before
 
 
@@ -560,14 +560,14 @@ def test_a_run_that_may_not_be_written_is_one_sentence(uninterrupted, disk):
         with pytest.raises(
             UserError, match=r"cannot be written( \(Read-only file system\))?: (make room, or )?name another"
         ):
-            run(composed("train", given, resumed))
+            run(compose_config("train", given, prepare_training))
     from genai import sampling
     from genai.evaluation.run import run as evaluate
 
     with pytest.raises(UserError, match="run cannot be written, and cards are kept there"):
-        evaluate(composed("evaluate", [f"ckpt={disk / 'run'}", "n=4", "likelihood=probability_flow"]))
+        evaluate(compose_config("evaluate", [f"ckpt={disk / 'run'}", "n=4", "likelihood=probability_flow"]))
     with pytest.raises(UserError, match=r"out cannot be written: name another folder"):
-        sampling.run(composed("sample", [f"ckpt={disk / 'run'}", "n=1", f"out={disk / 'out'}"], with_sampler))
+        sampling.run(compose_config("sample", [f"ckpt={disk / 'run'}", "n=1", f"out={disk / 'out'}"], prepare_sampling))
 
 
 FAMILIES = {

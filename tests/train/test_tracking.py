@@ -20,7 +20,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from genai.checkpoint.build import build_typed
-from genai.cli import composed, resumed
+from genai.cli import compose_config, prepare_training
 from genai.core.errors import UserError
 from genai.train import trackers
 from genai.train.record import Record
@@ -331,7 +331,7 @@ WRONG_LOGGER = {
 @pytest.mark.parametrize("override", WRONG_LOGGER)
 def test_wrong_keys_of_a_logger_are_sentences(override):
     with pytest.raises(UserError, match=re.escape(WRONG_LOGGER[override])):
-        node = OmegaConf.to_container(composed("train", [override]).logger)
+        node = OmegaConf.to_container(compose_config("train", [override]).logger)
         trackers.check(build_typed({**node, "_partial_": True}))
 
 
@@ -344,10 +344,10 @@ def test_a_wrong_logger_leaves_nothing_behind(refused):
 
 
 def test_an_old_run_is_given_the_keys_it_is_too_old_to_have(tmp_path):
-    stored = composed("train", [])
+    stored = compose_config("train", [])
     stored.logger = {"_target_": "genai.train.trackers.wandb", "project": "mine", "timeout_seconds": 30}
     OmegaConf.save(OmegaConf.create(OmegaConf.to_container(stored, resolve=True)), tmp_path / "config.yaml")
-    cfg = composed("train", [f"resume={tmp_path}", "logger.tags=[a]"], resumed)
+    cfg = compose_config("train", [f"resume={tmp_path}", "logger.tags=[a]"], prepare_training)
     assert dict(cfg.logger) == {**stored.logger, "tags": ["a"]}
 
 

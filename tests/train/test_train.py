@@ -13,7 +13,7 @@ from torch import nn
 
 from genai import checkpoint
 from genai.checkpoint.build import build_typed
-from genai.cli import composed, resumed
+from genai.cli import compose_config, prepare_training
 from genai.core.errors import UserError
 from genai.core.protocols import Losses
 from genai.data.base import Arrays, Data
@@ -410,9 +410,15 @@ def test_what_a_model_measures_of_its_arguments_stands_in_the_runs_config(tmp_pa
         "callbacks.evaluate=null",
         "logger=none",
     ]
-    folder = run(composed("train", ["model=edm", "data=digits", "max_steps=1", f"run_dir={tmp_path}", *small], resumed))
+    folder = run(
+        compose_config(
+            "train", ["model=edm", "data=digits", "max_steps=1", f"run_dir={tmp_path}", *small], prepare_training
+        )
+    )
     measured = OmegaConf.load(folder / "config.yaml").model.sigma_data
-    images = build_typed(OmegaConf.to_container(composed("train", ["data=digits"]).data, resolve=True)).splits["train"]
+    images = build_typed(OmegaConf.to_container(compose_config("train", ["data=digits"]).data, resolve=True)).splits[
+        "train"
+    ]
     whole = images.batch(torch.arange(len(images)), None)["image"].double()
     assert measured == round(whole.std(correction=0).item(), 4)
     loaded = checkpoint.load(folder)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from genai import progress
 from genai.checkpoint.build import build_typed
-from genai.cli import choices_of, conf_dir, config_folders, nearest
+from genai.cli import conf_dir, config_folders, group_choices, nearest
 from genai.core import files
 from genai.core.cache import CACHE_HINT, cache_folder
 from genai.core.errors import UserError
@@ -156,7 +156,7 @@ def row_node(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     Raises UserError for a baseline that does not exist.
     """
     name = str(row.get("baseline")) if isinstance(row, dict) else str(row)
-    names = choices_of("baseline", config_folders(None))
+    names = group_choices("baseline", config_folders(None))
     if name not in names:
         raise UserError(f"rows: baseline={name} must be one of {', '.join(names)}{nearest(name, names)}")
     node: Any = OmegaConf.to_container(OmegaConf.load(Path(conf_dir()) / "baseline" / f"{name}.yaml"))

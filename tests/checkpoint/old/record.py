@@ -37,7 +37,7 @@ from omegaconf import DictConfig, OmegaConf
 import genai
 from genai import checkpoint
 from genai.checkpoint.build import DATA, MODELS, build_stored
-from genai.cli import PLAYERS, composed, conf_dir, resumed
+from genai.cli import OPTIMIZERS, compose_config, conf_dir, prepare_training
 from genai.core.errors import UserError
 from genai.core.protocols import AdversarialModel, Losses, Scorable
 from genai.core.stored import up_to_date
@@ -149,11 +149,11 @@ def small(node: Any, path: str = "model") -> Iterator[str]:
 
 def train(name: str, overrides: list[str]) -> None:
     """The run directory `name` of five steps, of which what resume= needs is kept."""
-    cfg = composed("train", overrides)
+    cfg = compose_config("train", overrides)
     smaller = [line for line in small(cfg.model) if line.partition("=")[0] not in str(overrides)]
     smaller += [f"sampler.{key}={FEW[key]}" for key in cfg.sampler if key in FEW and "pixels" not in cfg.data._target_]
-    rates = [f"{player}.{key}={RATE[key]}" for player in PLAYERS if player in cfg for key in RATE]
-    run(composed("train", [*overrides, *smaller, *rates, *ALWAYS, f"run_dir={name}"]))
+    rates = [f"{player}.{key}={RATE[key]}" for player in OPTIMIZERS if player in cfg for key in RATE]
+    run(compose_config("train", [*overrides, *smaller, *rates, *ALWAYS, f"run_dir={name}"]))
 
 
 def plan(name: str) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def initial(name: str) -> dict[str, np.ndarray]:
 
 def five_more(name: str) -> dict[str, np.ndarray]:
     """All weights, live and averaged, after five more steps."""
-    run(composed("train", [f"resume={name}", "max_steps=10"], resumed))
+    run(compose_config("train", [f"resume={name}", "max_steps=10"], prepare_training))
     content = checkpoint.read(Path(name) / "checkpoints" / "last.ckpt")
     weights = {f"{part}.{key}": tensor for part in ("model", "ema") for key, tensor in content[part].items()}
     return of_weights("weights", weights)

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from genai.checkpoint.build import build_stored, build_typed
-from genai.cli import composed
+from genai.cli import compose_config
 from genai.core import stored
 from genai.core.errors import UserError
 from genai.data.captions import encode
@@ -433,7 +433,7 @@ def test_dropout_acts_in_training_only():
 def level_posterior(*overrides):
     """The config of model=ddpm_levels over CIFAR-10."""
     given = ["model=ddpm_levels", "data=cifar10", "model.net.net.channels=8", *overrides]
-    return OmegaConf.to_container(composed("train", given), resolve=True)["model"]
+    return OmegaConf.to_container(compose_config("train", given), resolve=True)["model"]
 
 
 def test_the_bound_of_a_colour_source_is_its_entropy():

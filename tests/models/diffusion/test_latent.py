@@ -16,7 +16,7 @@ from torch import nn
 import genai
 from genai import checkpoint
 from genai.checkpoint.build import build_typed
-from genai.cli import composed, resumed
+from genai.cli import compose_config, prepare_training
 from genai.core import rng
 from genai.core.errors import UserError
 from genai.core.protocols import Codec, Reconstructor
@@ -159,14 +159,14 @@ def test_lpips_stays_in_evaluation_mode_and_out_of_every_state(lpips):
 
 def test_a_run_with_lpips_goes_on_and_samples_where_the_package_is_absent(tmp_path, monkeypatch, lpips):
     changes = ["model=autoencoder", f"run_dir={tmp_path / 'run'}", *SMALL]
-    run(composed("train", [*changes, "model.perceptual={_target_: genai.losses.perceptual.LPIPS, net: vgg}"]))
+    run(compose_config("train", [*changes, "model.perceptual={_target_: genai.losses.perceptual.LPIPS, net: vgg}"]))
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     content = checkpoint.read(path)
     assert not [k for part in ("model", "ema") for k in content[part] if "perceptual" in k]
     sampled = genai.sample(genai.load(path), n=2, seed=1)["image"]
     content["model"]["perceptual.distance.features.weight"] = torch.ones(8, 3, 3, 3)  # as older files have them
     checkpoint.save(content, path)
-    run(composed("train", [f"resume={tmp_path / 'run'}", "max_steps=6"], resumed))
+    run(compose_config("train", [f"resume={tmp_path / 'run'}", "max_steps=6"], prepare_training))
     monkeypatch.delitem(sys.modules, "lpips")
     checkpoint.save(content, tmp_path / "old.ckpt")
     assert torch.equal(genai.sample(genai.load(tmp_path / "old.ckpt"), n=2, seed=1)["image"], sampled)
@@ -421,7 +421,7 @@ def test_wrong_caption_files(tmp_path, lines, message):
 
 
 def train(*arguments):
-    return run(composed("train", list(arguments), resumed))
+    return run(compose_config("train", list(arguments), prepare_training))
 
 
 @pytest.fixture(scope="module")

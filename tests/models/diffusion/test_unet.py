@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from genai.checkpoint.build import build_stored, build_typed
-from genai.cli import composed
+from genai.cli import compose_config
 from genai.core.errors import UserError
 from genai.data import captions
 from genai.models.diffusion.nets.dit import DiT, DiTBlock
@@ -33,7 +33,7 @@ RECIPES = sorted(
     path.stem for path in (ROOT / "conf/experiment").glob("*.yaml") if "attention_depths" in path.read_text()
 )
 NARROW = {"channels": 8, "width": 16, "blocks": 1, "layers": 2}
-config = functools.cache(lambda choice: composed("train", [choice]))
+config = functools.cache(lambda choice: compose_config("train", [choice]))
 
 
 def networks(choice, data=None):

@@ -10,7 +10,7 @@ from scipy.signal import upfirdn
 from torch.nn import functional as F
 
 from genai.checkpoint.build import build_typed
-from genai.cli import composed
+from genai.cli import compose_config
 from genai.core import rng
 from genai.core.errors import UserError
 from genai.models.gan import samplers
@@ -194,7 +194,7 @@ def test_a_plain_discriminator_is_that_of_stylegan():
 def test_the_recipe_of_cifar10_is_the_published_one():
     """Karras et al., "Training Generative Adversarial Networks with Limited Data", 2020, appendix D, and, in
     NVlabs/stylegan2-ada-pytorch, `cifar` of train.py, the defaults of training/training_loop.py and `bgc` of augmentations."""
-    cfg = OmegaConf.to_container(composed("train", ["experiment=stylegan2_cifar10"]), resolve=True)
+    cfg = OmegaConf.to_container(compose_config("train", ["experiment=stylegan2_cifar10"]), resolve=True)
     model, ema, data = cfg["model"], cfg["ema"], cfg["data"]
     ada, generator, discriminator = model["augment"], model["generator"], model["discriminator"]
     assert data["batch_size"] * cfg["accumulate"] * cfg["trainer"]["devices"] == 64 and data["flip"] is False

@@ -9,7 +9,7 @@ from torch import nn
 
 import genai
 from genai.checkpoint.build import build_typed
-from genai.cli import composed
+from genai.cli import compose_config
 from genai.core.errors import UserError
 from genai.evaluation.run import run as evaluate
 from genai.modalities.image import to_uint8
@@ -254,7 +254,7 @@ def test_a_run_shows_itself_from_the_command_line(tmp_path, command, refused):
     from genai.train.run import run as train
 
     train(
-        composed(
+        compose_config(
             "train",
             [
                 "model=vae",
@@ -280,7 +280,7 @@ def test_a_run_shows_itself_from_the_command_line(tmp_path, command, refused):
     data = genai.load(run).config["data"]
     first = build_typed(data).splits["val"].batch(torch.arange(6), None)["image"]
     assert np.array_equal(np.load(tmp_path / "reconstruct" / "samples.npz")["samples"][:6], to_uint8(first).numpy())
-    result = evaluate(composed("evaluate", [f"ckpt={run}", "split=val", "n=20"]))
+    result = evaluate(compose_config("evaluate", [f"ckpt={run}", "split=val", "n=20"]))
     assert (
         result["nats"] == pytest.approx(result["bits_per_dim"] * 64 * math.log(2), abs=0.02) and result["levels"] == 17
     )
