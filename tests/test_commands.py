@@ -240,8 +240,8 @@ def test_wrong_resumes(refused, runs, tmp_path):
     digits = runs / "digits"
     assert "optim.lr= cannot change when a run is resumed" in refused("train.py", f"resume={digits}", "optim.lr=1")
     assert "model= cannot change" in refused("train.py", f"resume={digits}", "model=ddpm_mlp")
-    assert "already done its 5 steps: give a larger max_steps=" in refused("train.py", f"resume={digits}")
-    assert f"resume={digits} goes on with it" in refused("train.py", f"run_dir={digits}")
+    assert "is finished, at step 5: give a larger max_steps=" in refused("train.py", f"resume={digits}")
+    assert f"continue it with resume={digits}" in refused("train.py", f"run_dir={digits}")
     assert "does not fit this model" in refused("train.py", f"init_from={digits}", "model.net.channels=16")
     sentence = refused("train.py", f"init_from={digits}", "experiment=ddpm_toy2d", "init_strict=false")
     assert "does not fit this model" in sentence and "init_strict" not in sentence

@@ -230,4 +230,4 @@ def data_of(loaded: Loaded, root: str | None) -> Data:
 
 
 if __name__ == "__main__":
-    raise SystemExit("error: this module is no command: type genai evaluate, or python evaluate.py")
+    raise SystemExit("error: this module is not a command: type genai evaluate, or python evaluate.py")

@@ -32,7 +32,7 @@ from genai.modalities.image import Image
 from genai.modalities.label import Label
 from genai.modalities.pixels import Pixels
 from genai.modalities.stored import nodes_of
-from genai.train.run import STATE
+from genai.train.resume import STATE
 from tests.conftest import ROOT
 
 TINY = ["model=ddpm_mlp", "data=toy2d", "model.net.width=8", "model.schedule.steps=4", "sampler.steps=2"]

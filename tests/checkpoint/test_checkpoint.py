@@ -115,7 +115,7 @@ def test_a_pickle_payload_is_refused_and_does_not_run(tmp_path, content):
         "genai.checkpoint.file.torch.load",
         "genai.models.diffusion.ddpm.torch.load",
         "genai.modalities.image.Path.write_text",
-        "genai.train.run.subprocess.run",
+        "genai.train.folder.subprocess.run",
         "genai.checkpoint.save",
         "genai.models.diffusion.ddpm.UserError",
         "genai.models.diffusion.nets.unet.checkpoint",

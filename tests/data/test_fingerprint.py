@@ -221,13 +221,13 @@ def test_a_run_goes_on_with_its_own_items_alone(tmp_path):
     for i in range(17):
         (moved / "a" / f"{i:02d}.bmp").unlink()
     with pytest.raises(
-        UserError, match=r"was trained on 34 items \(\w+\), and those of data now are 19: bring the old"
+        UserError, match=r"was trained on 34 items \(\w+\), and those of data= now are 19: restore the old"
     ):
         go_on(3)
     shutil.copytree(root, moved, dirs_exist_ok=True)
     (moved / "a" / "19.bmp").rename(moved / "b" / "20.bmp")
     with pytest.raises(
-        UserError, match=r"was trained on 34 items \(\w+\), and those of data now are as many, but others"
+        UserError, match=r"was trained on 34 items \(\w+\), and those of data= now are as many but different ones"
     ):
         go_on(3)
     for path in (folder / "checkpoints").glob("*.ckpt"):  # one from before the items were noted goes on as it did

@@ -20,8 +20,9 @@ from genai.core import archive, interrupt
 from genai.core.errors import UserError
 from genai.modalities.label import Label
 from genai.sweeps.jobs import is_complete
+from genai.train.init_from import load_initial_weights
 from genai.train.lock import lock_run
-from genai.train.run import _init_from, run
+from genai.train.run import run
 from tests.conftest import ROOT, as_python, context
 
 TINY = [
@@ -354,7 +355,7 @@ def test_a_run_is_not_resumed_to_learn_nothing(uninterrupted, tmp_path):
 
 def test_a_new_run_is_not_started_to_learn_nothing(refused):
     sentence = refused("train.py", "max_steps=30", "optim.decay_steps=20", "optim.warmup_steps=3")
-    assert sentence.startswith("from step 20 to max_steps=30 the learning rate would be 0 and nothing would be learned")
+    assert sentence.startswith("the learning rate would be 0 from step 20 to max_steps=30")
 
 
 def test_old_weights_are_of_the_same_classes(uninterrupted):
@@ -363,12 +364,12 @@ def test_old_weights_are_of_the_same_classes(uninterrupted):
     known = loaded.modality, loaded.conditions
     assert known[1]["label"].names == [str(i) for i in range(10)]
     strict = {**loaded.config, "init_from": str(uninterrupted), "init_strict": True}
-    _init_from(loaded.model, known, strict)
+    load_initial_weights(loaded.model, known, strict)
     other = loaded.modality, {"label": Label(10, [f"shoe {i}" for i in range(10)])}
     with pytest.raises(UserError, match=r"the list of classes of this data is not .* or init_strict=false"):
-        _init_from(loaded.model, other, strict)
-    _init_from(loaded.model, (loaded.modality, {}), strict)
-    _init_from(loaded.model, other, {**strict, "init_strict": False})
+        load_initial_weights(loaded.model, other, strict)
+    load_initial_weights(loaded.model, (loaded.modality, {}), strict)
+    load_initial_weights(loaded.model, other, {**strict, "init_strict": False})
 
 
 def test_both_players_may_be_given_a_schedule_on_resume(tmp_path):
