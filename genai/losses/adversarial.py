@@ -99,12 +99,11 @@ def path_length(images: Tensor, w: Tensor, noise: Tensor) -> Tensor:
 
 
 class Adversarial(Protocol):
-    """A pair of losses, one for the discriminator and one for the generator."""
+    """A pair of losses, one for the discriminator and one for the generator.
 
-    paired: bool
-    """True if the generator's loss needs the logits of real items."""
-    boundary: float | None
-    """The logit at which real and fake are equally likely; None if only differences of logits have a meaning."""
+    It may also say `paired` (default False): True if the generator's loss needs the logits of real items; and `boundary` (default
+    None): the logit at which real and fake are equally likely, None if only differences of logits have a meaning.
+    """
 
     def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
         """Return the discriminator's loss of logits of real and fake items, (B,)."""

@@ -25,6 +25,7 @@ from genai.evaluation.cards import direction, table
 
 Tracker = Callable[[Path, str, dict], Logger | None]
 REACHED_SECONDS = 5.0  # for a first answer of the server
+_own_variables: set[str] = set()  # of the environment, set until the end of the W&B run that is open
 
 
 def none(folder: Path, title: str, config: dict) -> None:
@@ -183,6 +184,7 @@ def _start(folder: Path, timeout_seconds: float, **arguments: Any) -> Any:
                 with contextlib.suppress(Exception):
                     wandb.teardown()  # or the service, where the run failed, has its id in use
     if run is None:
+        _restore_home()
         print(f"wandb: no run ({reason}); what was measured is in {folder} all the same")
     elif reason:
         print(f"wandb: offline ({reason}); wandb sync {Path(run.dir).parent} uploads it")
@@ -208,13 +210,15 @@ def _report_errors(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_home(folder: Path) -> Iterator[None]:
-    """Make wandb keep its own files below `folder` if the home directory cannot be written."""
+    """Make wandb keep its own files below `folder` if the home directory cannot be written; `_restore_home` ends it."""
     if _is_writable(cache := os.environ.get("XDG_CACHE_HOME")):
         yield
         return
     own = str((folder / "wandb").absolute())
-    for key in ("CACHE", "CONFIG", "DATA"):
-        os.environ.setdefault(f"WANDB_{key}_DIR", own)
+    for key in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):  # read at any time until the run ends
+        if key not in os.environ:
+            os.environ[key] = own
+            _own_variables.add(key)
     os.environ["XDG_CACHE_HOME"] = own  # where wandb's service, which starts now, puts its log
     try:
         yield
@@ -222,6 +226,12 @@ def _own_home(folder: Path) -> Iterator[None]:
         del os.environ["XDG_CACHE_HOME"]
         if cache is not None:
             os.environ["XDG_CACHE_HOME"] = cache
+
+
+def _restore_home() -> None:
+    """Let the next run of this process choose a folder for wandb's own files again."""
+    while _own_variables:
+        os.environ.pop(_own_variables.pop(), None)
 
 
 def _is_writable(cache: str | None) -> bool:
@@ -276,6 +286,7 @@ def finish(failed: bool, logger: Logger | None = None) -> None:
     if (module := sys.modules.get("wandb")) is not None and module.run is not None:
         with _report_errors("the run's end"), progress.task("finishing the tracker's run"):
             module.finish(exit_code=int(failed))
+    _restore_home()
 
 
 def log_cards(folder: Path, found: Sequence[dict[str, Any]]) -> None:

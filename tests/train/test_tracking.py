@@ -258,6 +258,20 @@ def test_each_kind_of_trouble_trains_to_the_end(clean, tmp_path, silent_server, 
     assert said in trained(env, tmp_path / "run")
 
 
+def test_wandbs_own_folder_is_that_of_each_run_in_turn(tmp_path, monkeypatch):
+    """Two runs of one process, where the home directory cannot be written."""
+    names = [f"WANDB_{name}_DIR" for name in ("CACHE", "CONFIG", "DATA")]
+    for name in ("XDG_CACHE_HOME", *names):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    for run in (tmp_path / "first", tmp_path / "second"):
+        with trackers._own_home(run):
+            pass
+        assert {os.environ.get(name) for name in names} == {str(run / "wandb")}
+        trackers.finish(False)
+        assert not {*names} & os.environ.keys()
+
+
 def test_whatever_wandb_raises_is_a_line(tmp_path, monkeypatch, capsys):
     """In this process: where a login and every start raise, there is no run, and nothing is printed but why."""
     import wandb

@@ -132,7 +132,7 @@ class GAN(nn.Module):
     def generator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
         """Return the generator's loss on fakes; the logits of real items are computed only if the loss needs them."""
         label, real = self.label(batch), None
-        if self.loss.paired:
+        if getattr(self.loss, "paired", False):
             with torch.no_grad():
                 real = self.discriminator(batch[self.field], label).float()
         false = self.discriminator(fake["fake"], label).float()
@@ -144,9 +144,10 @@ class GAN(nn.Module):
         If only differences of logits have a meaning, the accuracy is that of pairs.
         """
         logs = {"logit_real": real.mean(), "logit_fake": fake.mean()}
-        if self.loss.boundary is None:
+        boundary = getattr(self.loss, "boundary", None)
+        if boundary is None:
             return {**logs, "accuracy": (real > fake).float().mean()}
-        right = {"accuracy_real": real > self.loss.boundary, "accuracy_fake": fake < self.loss.boundary}
+        right = {"accuracy_real": real > boundary, "accuracy_fake": fake < boundary}
         return {**logs, **{name: ok.float().mean() for name, ok in right.items()}}
 
     # Sampling: the protocol genai.nn.latents.LatentGenerator

@@ -86,7 +86,7 @@ class AdversarialAutoencoder(Autoencoder):
         total, logs = self.terms(x, y, fake["mean"], fake["log_variance"])
         if step < self.start_step or not self.adversarial_weight:
             return batch_losses(total, logs, len(x))
-        real = self.discriminator(x).float().detach() if self.loss.paired else None
+        real = self.discriminator(x).float().detach() if getattr(self.loss, "paired", False) else None
         logs["adversarial_loss"] = self.loss.generator(real, self.discriminator(y).float()).mean()
         if torch.is_grad_enabled():
             logs["adaptive_weight"] = balance(total, logs["adversarial_loss"], last_layer(self.decoder))

@@ -239,6 +239,24 @@ def test_the_players_minimise_what_they_should(loss):
     assert not data["image"].requires_grad
 
 
+class Bare:
+    """A user's pair of losses, without the attributes that are optional."""
+
+    def discriminator(self, real, fake):
+        return (1 - real).square() + (1 + fake).square()
+
+    def generator(self, real, fake):
+        assert real is None
+        return (1 - fake).square()
+
+
+def test_a_loss_of_ones_own_is_two_functions_alone():
+    model, data = make_gan(loss=Bare()), batch()
+    fake = model.generate(data, 0)
+    assert "accuracy" in model.discriminator_loss(data, fake, 0).logs
+    assert model.generator_loss(data, fake, 0).total.isfinite()
+
+
 def test_each_player_moves_its_own_parameters():
     model, data = make_gan(r1=1.0), batch()
     fake = model.generate(data, 0)
