@@ -1,4 +1,4 @@
-"""`python -m genai <command>`: the console command `genai`."""
+"""Runs the console command `genai` as `python -m genai <command>`."""
 
 from genai.commands import main
 

@@ -1,4 +1,4 @@
-"""`python -m genai.baselines`: the command `genai baselines`, by the name of its former place."""
+"""Runs `genai baselines` as `python -m genai.baselines`, an older name of the command."""
 
 from genai.commands import baselines
 

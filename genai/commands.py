@@ -26,7 +26,7 @@ Completion of commands and keys:  eval "$(genai -sc install=bash)", or zsh; fish
 
 
 def main() -> None:
-    """Run the console command: the first argument names a command, the rest is its own."""
+    """Run the command that the first argument of `genai` names; exits with code 2 and a sentence if there is no such command."""
     interrupt.exit_on_signal()  # before the imports, which take long
     name, rest = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
     if name in COMMANDS:
@@ -43,12 +43,12 @@ def main() -> None:
         from genai.cli import fail, nearest
         from genai.core.errors import UserError
 
-        known = ", ".join(COMMANDS)
-        fail(UserError(f"{name} must be one of the commands {known}{nearest(name, COMMANDS)} (genai --help)"))
+        names = ", ".join(COMMANDS)
+        fail(UserError(f"the command must be one of {names}, got {name}{nearest(name, COMMANDS)} (genai --help)"))
 
 
 def complete() -> None:
-    """Install Hydra's completion in a shell, or answer its query: for a command, or for the keys of the one that is typed."""
+    """Print Hydra's completion script for a shell, or answer its query with commands or with the keys of the typed command."""
     _, name, *rest = [*os.environ.get("COMP_LINE", "").split(" "), "", ""]
     sys.argv[0] = "genai"
     if not any(argument.startswith("query=") for argument in sys.argv):

@@ -55,7 +55,7 @@ def test_wrong_commands_are_answered_in_one_sentence():
     for wrong, sentence in {
         (
             "trian",
-        ): "trian must be one of the commands train, sample, evaluate, compare, baselines, did you mean train?",
+        ): "the command must be one of train, sample, evaluate, compare, baselines, got trian, did you mean train?",
         ("train", "max_step=3"): "no key max_step, did you mean max_steps?",
         ("compare",): "the following arguments are required: runs",
         ("baselines", "data=digts"): "did you mean digits?",

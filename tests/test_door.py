@@ -41,7 +41,7 @@ def test_a_config_is_that_of_the_command_line_and_checked_alike(trained):
         "did you mean max_steps?": lambda: genai.compose(["max_step=3"]),
         "overrides must be a list of strings": lambda: genai.compose("max_steps=3"),
         "config='trian' must be one of train, sample": lambda: genai.compose([], "trian"),
-        "changes nothing without -m": lambda: genai.compose(["hydra.run.dir=x"]),
+        "has no effect without -m": lambda: genai.compose(["hydra.run.dir=x"]),
         "sweep= names several runs": lambda: genai.compose(["sweep=ddpm_digits_lr"]),
         "add -m": lambda: genai.compose(["seed=0,1"]),
         "resume=nowhere": lambda: genai.compose(["resume=nowhere"]),

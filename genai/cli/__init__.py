@@ -1,6 +1,6 @@
-"""The command line: overrides in, a checked config out, one sentence and exit code 2 for what the user can mend.
+"""The command line: makes a checked config of overrides; a user's mistake ends in one sentence and exit code 2.
 
-Nothing here imports torch, so that help and mistakes answer at once.
+Nothing here imports torch, so that help and errors are printed at once.
 """
 
 from genai.cli.compose import compose_config, conf_dir, config_folders, group_choices, new_keys

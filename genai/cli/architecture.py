@@ -16,16 +16,23 @@ from genai.core.stored import PRETRAINED
 
 GROUPS = "model", "codec", "loop", "sampler"
 ADVERSARIAL = "optim", "discriminator_optim", "clip_norm"
-"""Keys that come along with a loop that has two optimisers, which other defaults do not suit."""
+"""Keys that are inherited from a run with two optimisers, too: the defaults of one optimiser do not suit it."""
 CHOICES = ("tokenizer", "vocab_size", "shape"), ("size", "channels"), ("length",)
-"""Keys of data that a person chooses and that decide the shapes of weights; each row applies to data that has all of it."""
+"""Keys of data that decide the shapes of weights. A row is inherited if the new data has all of its keys."""
 
 
 def inherit_architecture(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
-    """With init_from=<run or checkpoint>, put that run's model, loop and sampler, and what its data chose of their shapes, into
-    cfg, unless model=, model._target_= or experiment= chose others; keys given on the command line go on top.
+    """Put the model, loop and sampler of the run or checkpoint that init_from= names into cfg.
 
-    Raises UserError if there is no such run, it names what may not be built, or data= is missing where it had other data.
+    Nothing is done without init_from=, or if model=, model._target_= or experiment= is given. Keys of data that decide the shapes
+    of weights are inherited as well. Other keys of the command line are applied later and win.
+
+    Returns:
+        the overrides, of which init_from= now names a run directory or file.
+
+    Raises:
+        UserError: there is no such run, it names a class that a file may not build, or it was trained on another data set and
+            data= is not given.
     """
     given = {o.key_or_group: o for o in overrides}
     source = given["init_from"].value() if "init_from" in given else None
@@ -37,7 +44,7 @@ def inherit_architecture(cfg: DictConfig, overrides: list[Override]) -> list[Ove
     stored = _source_config(source)
     if "data" not in given and stored["data"]["_target_"] != cfg.data.get("_target_"):
         was, now = (node.get("_target_", "").rpartition(".")[2] for node in (stored["data"], cfg.data))
-        raise UserError(f"init_from={source} was trained on {was}, and without data= this would be {now}: give data=")
+        raise UserError(f"init_from={source} was trained on {was}, and the default here is {now}: give data=")
     from genai.checkpoint.build import MODELS, RUN, check_stored
     from genai.checkpoint.load import trusted_packages
 
@@ -58,7 +65,7 @@ def inherit_architecture(cfg: DictConfig, overrides: list[Override]) -> list[Ove
 
 
 def _source_config(source: str) -> dict[str, Any]:
-    """The config of a run directory or checkpoint file; that of a run is read without torch."""
+    """Return the config of a run directory, read without torch, or of a checkpoint file."""
     path = Path(source)
     home = path.parent.parent if path.parent.name == "checkpoints" and path.is_file() else path
     if (home / "config.yaml").is_file():
@@ -69,7 +76,7 @@ def _source_config(source: str) -> dict[str, Any]:
 
 
 def _inherited_keys(stored: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a stored config that come along."""
+    """Return the nodes of a stored config that a new run inherits, without the names of files."""
     names = [*GROUPS, *(ADVERSARIAL if "discriminator_optim" in stored else ())]
     found = {name: stored[name] for name in names if name in stored}
     if stored.get("codec"):  # its weights are in the source
@@ -81,7 +88,7 @@ def _inherited_keys(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def _first_stages(node: Any) -> Iterator[dict[str, Any]]:
-    """The nodes of other checkpoints within a node."""
+    """Yield the nodes within a node that load another checkpoint."""
     if isinstance(node, dict):
         if node.get("_target_") == PRETRAINED:
             yield node
@@ -90,7 +97,7 @@ def _first_stages(node: Any) -> Iterator[dict[str, Any]]:
 
 
 def _interpolate_duplicates(cfg: DictConfig) -> None:
-    """Let what a run stores twice be inherited from one key again, so that giving that key changes both."""
+    """Replace values that a run stores twice by interpolations, so that setting one key changes both."""
     first_stage = OmegaConf.select(cfg, "model.latent.codec")
     if "codec" in cfg and nodes.target_of(first_stage) == PRETRAINED:
         first_stage.update(

@@ -1,4 +1,4 @@
-"""Composing a config: groups first, then values, checked."""
+"""Composes a config with Hydra: groups first, then values, which are checked."""
 
 import os
 import re
@@ -30,30 +30,30 @@ Prepare = Callable[[DictConfig, list[Override]], list[Override]]
 
 
 def conf_dir() -> str:
-    """The folder of the configs: inside the package when installed as a wheel, beside it in a checkout."""
+    """Return the folder of the configs: inside the package in a wheel, next to it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     return str(next(c for c in (package / "conf", package.parent / "conf") if c.is_dir()))
 
 
 def config_folders(config_dir: str | None) -> list[Path]:
-    """Where configs are: the project's folder and the user's own."""
+    """Return the folders with configs: the project's, and the user's own if there is one."""
     return [Path(folder).absolute() for folder in (conf_dir(), config_dir) if folder]
 
 
 def group_choices(group: str, folders: Iterable[Path]) -> list[str]:
-    """The names of a group's files; none if there is no such group."""
+    """Return the names of a group's files; an empty list if there is no such group."""
     return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
 
 
 def group_defaults(name: str) -> dict[str, str | None]:
-    """The groups of config `name` and what is chosen in each where the command line chooses nothing."""
+    """Return the groups of config `name`, each with its default choice."""
     own: Any = OmegaConf.load(Path(conf_dir()) / f"{name}.yaml")
     nodes = [node for node in own.defaults if OmegaConf.is_dict(node)]
     return {str(group): choice for node in nodes for group, choice in node.items()}
 
 
 def name_run(cfg: DictConfig, choices: Any) -> None:
-    """A run without a name is called after its experiment, or its model and data."""
+    """Name a run that has no name after its experiment, or else its model and data."""
     if "name" in cfg and cfg.name is None:
         cfg.name = choices.experiment if choices.get("experiment") else f"{choices.model}_{choices.data}"
 
@@ -65,10 +65,17 @@ def compose_config(
     sweep: bool = False,
     config_dir: str | None = None,
 ) -> DictConfig:
-    """Compose config `name`: groups first, then `prepare(cfg, overrides)`, then every value override, checked.
+    """Compose the config `name` of a command: groups first, then `prepare`, then every value, checked.
 
-    `prepare` may change cfg and returns the overrides that remain; `config_dir` is a folder of the user's own configs.
-    Raises UserError for a key, a choice or a type that does not exist, with what comes nearest.
+    Args:
+        name: train, sample, evaluate or baselines.
+        overrides: key=value, as typed.
+        prepare: called with the config and the overrides; may change the config, and returns the overrides that remain.
+        sweep: whether values may be lists of choices (-m), which are left out.
+        config_dir: a folder of the user's own configs.
+
+    Raises:
+        UserError: a key, a choice, a type or a value that is not allowed, with the nearest name that is.
     """
     folders = config_folders(config_dir)
     overrides = [quote_override(override, sweep) for override in overrides]
@@ -111,9 +118,10 @@ def compose_config(
 
 
 class Loader(ConfigLoaderImpl):
-    """Hydra's composition, in which a file that gives a node another `_target_` replaces it: see `genai.nodes`.
+    """Hydra's composition, except that a file that gives a node another `_target_` replaces the node; see `genai.nodes`.
 
-    `changed` holds the paths of those nodes.
+    Attributes:
+        changed: paths of the nodes that were replaced.
     """
 
     def __init__(self, config_search_path: ConfigSearchPath):
@@ -133,7 +141,7 @@ class Loader(ConfigLoaderImpl):
 
 
 def _expand_home(cfg: DictConfig) -> None:
-    """Let ~ begin a path, wherever it was written."""
+    """Replace ~ at the start of every path by the home directory."""
     for key in list(keys(cfg)):
         if key.rpartition(".")[2] in PATHS:
             value = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
@@ -142,7 +150,10 @@ def _expand_home(cfg: DictConfig) -> None:
 
 
 def _expand_metrics(cfg: DictConfig, folders: Iterable[Path]) -> None:
-    """Give each name in metrics= that the user's own metrics.yaml has the node that it stands for, {name: node}."""
+    """Replace names in metrics= by {name: node} where the user's own metrics.yaml defines them.
+
+    Raises UserError if that file cannot be read.
+    """
     for path in (folder / "metrics.yaml" for folder in folders):
         if not path.is_file():
             continue
@@ -163,9 +174,9 @@ def _expand_metrics(cfg: DictConfig, folders: Iterable[Path]) -> None:
 def _split(
     parsed: Iterable[Override], folders: Sequence[Path], sweep: bool, name: str
 ) -> tuple[list[Override], list[Override]]:
-    """Group choices and value overrides; those of Hydra itself and those swept over are left out.
+    """Return the overrides that choose from a group, and those that set a value; without Hydra's own and swept ones.
 
-    Raises UserError for a choice that does not exist, none where there is a default, or several of them without -m.
+    Raises UserError for a choice that does not exist, an empty one where there is a default, or several without -m.
     """
     groups, values = [], []
     for override in parsed:
@@ -192,7 +203,7 @@ def _split(
 
 
 def new_keys(name: str, overrides: Sequence[str], config_dir: str | None) -> Iterator[str]:
-    """The overrides of a sweep that are of a changed `_target_` alone, so that Hydra, which merges, would not know their keys."""
+    """Yield the overrides of a sweep whose keys exist only with a changed `_target_`; Hydra itself would refuse them."""
     folders = config_folders(config_dir)
     chosen = [
         o for o in overrides if (key := o.partition("=")[0]) in group_defaults(name) and group_choices(key, folders)

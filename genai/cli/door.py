@@ -1,4 +1,4 @@
-"""Composing a config from Python, with the checks of the command line."""
+"""Composes a config from Python, with the checks of the command line."""
 
 from collections.abc import Sequence
 

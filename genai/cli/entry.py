@@ -1,4 +1,4 @@
-"""From sys.argv to a task: a script calls `main`."""
+"""Runs a task with the config that sys.argv asks for."""
 
 import argparse
 import logging
@@ -22,7 +22,10 @@ from genai.core.interrupt import raise_on_signal
 
 
 def main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None = None) -> None:
-    """Run `task(cfg)` with the config `name` composed from sys.argv; see `compose_config` for `prepare`."""
+    """Run `task(cfg)` with the config `name` composed from sys.argv; see `compose_config` for `prepare`.
+
+    A UserError, or a disk that is full or cannot be written, is printed as one sentence and exits with code 2.
+    """
     with raise_on_signal():
         _main(task, name, prepare)
 
@@ -39,7 +42,7 @@ def _main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None)
 
     def run_checked(cfg: DictConfig) -> Any:
         try:
-            if HydraConfig.initialized():  # one of several jobs, whose command is checked as one alone is
+            if HydraConfig.initialized():  # a job of a sweep, which is checked as a single run is
                 cfg = compose_config(name, HydraConfig.get().overrides.task, prepare, config_dir=args.config_dir)
             return task(cfg)
         except UserError as error:
@@ -55,7 +58,7 @@ def _main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None)
         check_flags(args, name)
         if not any((args.hydra_help, args.info, args.shell_completion)):
             if args.help and not args.overrides:
-                prepare = None  # a run of one's own is only looked for where something was asked of it
+                prepare = None  # --help alone describes the defaults, and looks for no run
             cfg = compose_config(name, args.overrides, prepare, args.multirun, args.config_dir)
             if args.help:
                 return print(help_text(name, cfg, args.config_dir))
@@ -79,29 +82,29 @@ def _main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None)
 
 
 def arguments() -> argparse.Namespace:
-    """Hydra's arguments in sys.argv; exits with a sentence for a flag that there is not."""
+    """Return Hydra's arguments in sys.argv; an unknown flag exits with one sentence."""
     parser = get_args_parser()
     parser.error = refuse_flags  # type: ignore[method-assign]
     return parser.parse_args()
 
 
 def refuse_flags(message: str) -> NoReturn:
-    """Exit with one sentence instead of argparse's usage, with the key=value that a --key=value should be."""
+    """Exit with one sentence instead of argparse's usage; for --key=value it names key=value."""
     wrong = next((a for a in sys.argv[1:] if re.match(r"-{1,2}[a-z]\w*(-\w+)*=", a)), None)
     hint = f": write {wrong.lstrip('-').replace('-', '_')}" if wrong else ": keys are written key=value, without dashes"
-    fail(UserError(f"the command line is not understood, {message}{hint} (--help lists all keys)"))
+    fail(UserError(f"the command line cannot be parsed, {message}{hint} (--help lists all keys)"))
 
 
 def check_flags(args: argparse.Namespace, name: str) -> None:
-    """Raise UserError for flags of Hydra that would change nothing here, and for what is no text."""
+    """Raise UserError for flags of Hydra that have no effect here, and for arguments that are not UTF-8."""
     for argument in sys.argv:
         if any("\ud800" <= c <= "\udfff" for c in argument):
-            raise UserError(f"{argument!r} holds bytes that are no UTF-8: rename the file or folder, and name it again")
+            raise UserError(f"{argument!r} is not valid UTF-8: rename the file or folder")
     if args.config_name not in (None, name) or args.config_path:
-        raise UserError("--config-name and --config-path change nothing here: choose experiment=, or add --config-dir")
+        raise UserError("--config-name and --config-path have no effect here: choose experiment=, or add --config-dir")
     if args.experimental_rerun or (args.package and not args.cfg):
         raise UserError(
-            "--experimental-rerun and --package are flags of Hydra that change nothing here: leave them out"
+            "--experimental-rerun and --package are flags of Hydra that have no effect here: leave them out"
         )
     if not (args.multirun or args.cfg or args.info or args.hydra_help or args.shell_completion):
         refuse_hydra_keys(args.overrides)
@@ -110,7 +113,7 @@ def check_flags(args: argparse.Namespace, name: str) -> None:
 
 
 def help_text(name: str, cfg: DictConfig, config_dir: str | None) -> str:
-    """What --help prints: the template in the config `name` with $GROUPS and their choices, and $CONFIG, every key."""
+    """Return the text of --help: the template in config `name` with its $GROUPS, their choices, and its $CONFIG, every key."""
     own: Any = OmegaConf.load(Path(conf_dir()) / f"{name}.yaml")
     groups = sorted(group_defaults(name))
     folders = config_folders(config_dir)

@@ -1,4 +1,4 @@
-"""Errors of the command line: one sentence and exit code 2, and the name that comes nearest to a wrong one."""
+"""Errors of the command line: one sentence and exit code 2, and the nearest name to a wrong one."""
 
 import difflib
 import errno
@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from genai.core.errors import UserError
 
-# A disk that is full or may not be written, wherever a package met it.
+# Errors of a disk that is full or cannot be written, whichever package raised them.
 UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -36,7 +36,7 @@ SYNONYMS = {  # what other projects call a key
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """ ", did you mean X?" where something comes near; a bare name matches the last part of a dotted key."""
+    """Return ", did you mean X?" for the nearest of `words`, else "". A bare name matches the last part of a dotted key."""
     words = list(words)
     if SYNONYMS.get(word) in words:
         return f", did you mean {SYNONYMS[word]}?"

@@ -1,4 +1,4 @@
-"""Overrides as they are typed: key=value with the value quoted where Hydra's grammar would cut it, and parsed."""
+"""Quotes and parses overrides (key=value) as they are typed."""
 
 import re
 from collections.abc import Iterable
@@ -22,9 +22,9 @@ LISTS = "prompt", "negative_prompt", "label"
 
 
 def quote_override(override: str, sweep: bool = False) -> str:
-    """A path or prose in quotes, so that its commas, spaces and brackets are no syntax; what has quotes of its own stays.
+    """Return an override whose value, if it is a path or prose, is in quotes, so that Hydra does not parse its punctuation.
 
-    In a sweep a comma separates values, as of any key, and choice() and the like choose.
+    A value in quotes stays. In a `sweep`, commas separate values, and choice(), shuffle(), sort(), tag() and glob() stay.
     """
     override = RENAMED_OVERRIDES.get(override, override)
     key, _, value = override.partition("=")
@@ -47,12 +47,12 @@ QUOTED = r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
 
 
 def _split_at_commas(value: str) -> list[str]:
-    """A value cut at the commas outside of quotes; of an empty one nothing."""
+    """Return the parts of a value between commas that are outside of quotes; none of an empty value."""
     return re.findall(rf"(?:{QUOTED}|[^,])+", value, re.DOTALL)
 
 
 def quote(value: str, literally: bool = False) -> str:
-    """A string as Hydra's grammar writes it, `literally` with ${ as text; one that is in quotes already stays."""
+    """Return a string in quotes, by Hydra's grammar; `literally` also escapes ${. A string in quotes stays."""
     if re.fullmatch(QUOTED, value, re.DOTALL):
         return value
     value = re.sub(
@@ -64,9 +64,9 @@ def quote(value: str, literally: bool = False) -> str:
 
 
 def parse_override(override: str) -> Override:
-    """Raises UserError for what is not a key=value."""
+    """Return the parsed override. Raises UserError if it is not key=value or cannot be parsed."""
     if not re.match(r"[^=]+=|~", override):
-        raise UserError(f"{override!r} is not a key=value: write both, such as max_steps=100 (--help lists all keys)")
+        raise UserError(f"{override!r} must be key=value, such as max_steps=100 (--help lists all keys)")
     try:
         return OverridesParser.create().parse_override(override)
     except (HydraException, OmegaConfBaseException) as error:
@@ -77,14 +77,14 @@ def parse_override(override: str) -> Override:
 
 
 def check_empty(override: Override) -> None:
-    """Raise UserError for a path or a name that is empty, which would mean the folder one stands in."""
+    """Raise UserError for an empty path or name, which would mean the working directory."""
     key = override.key_or_group
     if override.value() == "" and key.rpartition(".")[2] in (*PATHS, "name"):
         raise UserError(f"{key}= is empty: give a value, or null for the default")
 
 
 def refuse_hydra_keys(overrides: Iterable[str]) -> None:
-    """Raise UserError for a key of Hydra itself, which is read in a sweep alone."""
+    """Raise UserError for a key of Hydra itself, which only a sweep reads."""
     for override in overrides:
         if re.match(r"[+~]*hydra[./]", override):
-            raise UserError(f"{override} changes nothing without -m: leave it out")
+            raise UserError(f"{override} has no effect without -m: leave it out")

@@ -1,4 +1,4 @@
-"""The config of a run that is resumed: its own, in which few keys may change."""
+"""The config of a resumed run: its own, in which only a few keys may change."""
 
 import os
 import re
@@ -18,7 +18,12 @@ from genai.core.errors import UserError
 from genai.core.stored import PRETRAINED
 
 OPTIMIZERS = "optim", "discriminator_optim"
-SCHEDULE = {"decay_steps": None, "lr_min": 0.0, "schedule": "cosine", "cooldown": 0.2}  # with what old runs mean
+SCHEDULE = {
+    "decay_steps": None,
+    "lr_min": 0.0,
+    "schedule": "cosine",
+    "cooldown": 0.2,
+}  # key -> its value in runs that lack it
 RESUMABLE = (
     "max_steps",
     "data.root",
@@ -33,11 +38,17 @@ RESUMABLE = (
     *(f"{name}.{key}" for name in OPTIMIZERS for key in SCHEDULE),
 )
 PART_FILE = re.compile(r"model\..+\.ckpt")
-"""Where the file of a part lies, whose weights a run that goes on has in its own checkpoints."""
+"""Keys that name the file of a part, whose weights a resumed run has in its own checkpoints."""
 
 
 def check_unchanged(config: Mapping[str, Any], stored: Mapping[str, Any], run: Path) -> None:
-    """Raise UserError that names every value of a run's config.yaml that is not the one its checkpoint was trained with."""
+    """Raise UserError if a run's config.yaml was edited since its checkpoint was written, except in keys that may change.
+
+    Args:
+        config: of config.yaml.
+        stored: of the checkpoint.
+        run: the run directory.
+    """
     again: Any = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(dict(stored)))))
     now, then = flatten(config), flatten(again)  # as YAML keeps it
     free = {*RESUMABLE, *(f"loop.{key}" for key in RESUMABLE), "run_dir", "resume"}
@@ -50,16 +61,20 @@ def check_unchanged(config: Mapping[str, Any], stored: Mapping[str, Any], run: P
     ]
     if changed:
         raise UserError(
-            f"{run / 'config.yaml'} is not what this run was trained with: {'; '.join(changed)}; put the old values back, or "
-            f"train anew with init_from={run}"
+            f"{run / 'config.yaml'} was changed since this run was trained: {'; '.join(changed)}; restore the old values, or "
+            f"start a new run with init_from={run}"
         )
 
 
 def prepare_training(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
-    """With resume=<run>, put that run's own config in the place of cfg; few keys may differ from it. Of a folder of runs the
-    newest is resumed. See `inherit_architecture` for init_from=.
+    """Replace cfg by the config of the run that resume= names, or of the newest run in that folder; see also
+    `inherit_architecture`, for init_from=.
 
-    Raises UserError if there is no such run or another key is given.
+    Returns:
+        the overrides, of which resume= now names a run directory.
+
+    Raises:
+        UserError: there is no such run, its config is damaged, or an override changes a key that may not change.
     """
     given = {o.key_or_group: o for o in overrides}
     resume = given["resume"].value() if "resume" in given else None
@@ -75,7 +90,7 @@ def prepare_training(cfg: DictConfig, overrides: list[Override]) -> list[Overrid
     overrides = [kept if o.key_or_group == "resume" else o for o in overrides]
     for key in given:
         if key not in (*RESUMABLE, "resume") and not key.startswith("logger.") and not PART_FILE.fullmatch(key):
-            raise UserError(f"{key}= cannot change when a run is resumed, only {', '.join(RESUMABLE)} can")
+            raise UserError(f"{key}= cannot change when a run is resumed: only {', '.join(RESUMABLE)} can")
     stored: Any = OmegaConf.create(stored_config(path, RUN_GROUPS))
     stored.trust = None  # what a run may build is for the user to say, each time
     missing = [key for key in NEEDED if OmegaConf.select(stored, key) is None]
@@ -89,7 +104,7 @@ def prepare_training(cfg: DictConfig, overrides: list[Override]) -> list[Overrid
     return overrides
 
 
-NEEDED = (  # values without which nothing goes on
+NEEDED = (  # values that no run can be resumed without
     "name", "max_steps", "seed", "debug", "accumulate", "log_every_steps",
     "trainer.devices", "trainer.accelerator", "trainer.precision",
 )  # fmt: skip
@@ -97,14 +112,14 @@ RUN_GROUPS = ("model", "data", "loop", "optim", "sampler", "trainer", "callbacks
 
 
 def _complete_old_config(stored: DictConfig, given: Iterable[str], cfg: DictConfig) -> None:
-    """Add to a run's stored config the keys that are given now and that it is too old to have, as they were meant then."""
+    """Add keys that are given now to the stored config of a run that is older than they are, with their meaning then."""
     logger = stored.get("logger")
     if logger is not None and cfg.logger is not None and logger._target_ == cfg.logger._target_:
         for key in (key.removeprefix("logger.") for key in given if key.startswith("logger.")):
             if key in cfg.logger:
                 logger.setdefault(key, cfg.logger[key])
     first_stage = OmegaConf.select(stored, "model.latent.codec")
-    if "codec" in stored and nodes.target_of(first_stage) == PRETRAINED:  # where it is from was stored twice
+    if "codec" in stored and nodes.target_of(first_stage) == PRETRAINED:  # its source was stored twice
         first_stage.update({key: f"${{codec.{key}}}" for key in ("ckpt", "sha256") if key in stored.codec})
     loop = stored.get("loop") or {}
     for name, key in (key.split(".") for key in given if key in RESUMABLE and key.startswith(tuple(OPTIMIZERS))):

@@ -16,9 +16,13 @@ from genai.core.errors import UserError
 
 
 def prepare_sampling(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
-    """Put the run's own sampler into cfg unless sampler= chose one; bare names of its arguments become sampler.name.
+    """Put the sampler of the run that ckpt= names into cfg, unless sampler= chose one.
 
-    Raises UserError for an argument that the sampler lacks.
+    Returns:
+        the overrides, in which a bare argument of the sampler, such as steps=, is sampler.steps=.
+
+    Raises:
+        UserError: there is no such run, or the sampler does not take an argument.
     """
     given = {o.key_or_group: o for o in overrides}
     if cfg.get("sampler") is None:
@@ -26,7 +30,7 @@ def prepare_sampling(cfg: DictConfig, overrides: list[Override]) -> list[Overrid
         kept = parse_override(f"ckpt={quote(str(cfg.ckpt))}")
         overrides = [kept if o.key_or_group == "ckpt" else o for o in overrides]
         theirs = {key: None if key in PATHS else value for key, value in stored["sampler"].items()}
-        cfg.sampler = OmegaConf.create(theirs)  # a file names no other files
+        cfg.sampler = OmegaConf.create(theirs)  # a stored sampler may not name files
     node: Any = cfg.sampler
     own = nodes.arguments(node)
     remaining = []
@@ -47,8 +51,7 @@ def prepare_sampling(cfg: DictConfig, overrides: list[Override]) -> list[Overrid
 
 
 def _stored_config(ckpt: Any) -> tuple[str, dict[str, Any]]:
-    """The run or file that `ckpt` names and its config: a run directory's is read without torch, that of a checkpoint
-    file or of the newest run with it."""
+    """Return the run or file that `ckpt` names (default: the newest run), and its config, for a run directory without torch."""
     ckpt = None if ckpt is None else os.path.expanduser(str(ckpt))
     if ckpt is not None and os.path.isfile(path := Path(ckpt) / "config.yaml"):
         return ckpt, stored_config(path)

@@ -1,4 +1,4 @@
-"""The config.yaml of a run, read without torch."""
+"""Reads the config.yaml of a run without torch."""
 
 import sys
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ CONFIG_BYTES = 2**22
 
 
 def find_run(folder: Path, key: str) -> Path | None:
-    """The run directory that a folder is, or the newest below it, which is said; None if there is none."""
+    """Return the folder if it is a run directory, else the newest one below it, which is printed, or None if there is none."""
     if is_run(folder) or (found := newest_run(folder)) is None:
         return folder if is_run(folder) else None
     print(f"{key}={folder}: the newest run there is {found}", file=sys.stderr, flush=True)
@@ -25,7 +25,7 @@ def find_run(folder: Path, key: str) -> Path | None:
 
 
 def stored_config(path: Path, groups: Sequence[str] = ("model", "data", "sampler")) -> dict[str, Any]:
-    """The config.yaml of a run, which somebody else may have written, brought up to date by MOVED.
+    """Return the config.yaml of a run, with keys and targets of older versions renamed. Its author need not be trusted.
 
     Raises UserError unless it can be read, holds plain values alone, and has these groups of keys.
     """
@@ -34,7 +34,7 @@ def stored_config(path: Path, groups: Sequence[str] = ("model", "data", "sampler
         text = "" if reason else path.read_text(encoding="utf-8")
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         if "${" in text or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
-            reason = "it has values that stand for others (${...} or *), which no run writes"
+            reason = "it has references (${...} or *), which no run writes"
         found: Any = {} if reason else up_to_date(OmegaConf.to_container(OmegaConf.create(text)))
     except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason, found = " ".join(str(error).split())[:200], {}

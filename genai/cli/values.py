@@ -1,4 +1,4 @@
-"""Setting values of a composed config, checked against the keys and types that it has."""
+"""Sets values of a composed config, checked against the keys and types that it has."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from genai.ranges import check as ranges
 
 
 def keys(cfg: DictConfig, prefix: str = "") -> Iterable[str]:
-    """Every dotted key below cfg."""
+    """Yield every dotted key of cfg, of groups as well as of values."""
     for key in cfg:
         yield f"{prefix}{key}"
         node = cfg._get_node(key)
@@ -22,7 +22,7 @@ def keys(cfg: DictConfig, prefix: str = "") -> Iterable[str]:
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Every value below a node by its dotted key; lists are values."""
+    """Return every value below a node by its dotted key; a list is one value."""
     if not isinstance(node, Mapping):
         return {prefix: node}
     return {
@@ -33,8 +33,14 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def apply_all(cfg: DictConfig, overrides: Iterable[Override], parts: dict[str, None]) -> None:
-    """Set values in an order in which what changes a node's `_target_` goes before the keys of that node, see `apply`; the
-    nodes at `parts` then have what their targets need. Raises UserError."""
+    """Set values as `apply` does, a node's `_target_` before its keys, and check the nodes with a new target.
+
+    Args:
+        parts: paths of the nodes that have a new target already, from files.
+
+    Raises:
+        UserError: as `apply` does, or a node lacks an argument that its target needs.
+    """
 
     def order(override: Override) -> tuple[bool, int]:
         key, value = override.key_or_group, override.value()
@@ -47,9 +53,9 @@ def apply_all(cfg: DictConfig, overrides: Iterable[Override], parts: dict[str, N
 
 
 def apply(cfg: DictConfig, override: Override, parts: dict[str, None] | None = None) -> None:
-    """Set one value; the nodes that it gives a `_target_`, see `genai.nodes`, join `parts`.
+    """Set one value; if it gives a node a `_target_`, the path of that node joins `parts`, see `genai.nodes`.
 
-    Raises UserError if there is no such key or the value is of another type than the one there.
+    Raises UserError if there is no such key, or the value has another type than the present one.
     """
     key, parts = override.key_or_group, {} if parts is None else parts
     node, _, name = key.rpartition(".")
@@ -71,7 +77,7 @@ def apply(cfg: DictConfig, override: Override, parts: dict[str, None] | None = N
 
 
 def _takes_argument(cfg: DictConfig, key: str, parts: Iterable[str]) -> bool:
-    """True if `key` is an argument of the new `_target_` of one of the nodes at `parts`."""
+    """Return True if `key` is an argument of the new `_target_` of one of the nodes at `parts`."""
     node, _, name = key.rpartition(".")
     target = nodes.target_of(_node_at(cfg, node)) if node in parts else ""
     return target != "" and bool(nodes.parameters(target).keys() & {name, "**"})
@@ -82,11 +88,9 @@ def _node_at(cfg: DictConfig, key: str) -> Any:
 
 
 def convert_value(key: str, value: Any, present: Any) -> Any:
-    """The value, made to fit the type of the one present. Raises UserError if it cannot be."""
+    """Return a value converted to the type of the present one. Raises UserError if it cannot be."""
     if value is None and isinstance(present, DictConfig) and "." not in key:
-        raise UserError(
-            f"{key}=null would leave nothing of a group of keys ({', '.join(map(str, present))}): set one of them"
-        )
+        raise UserError(f"{key}=null would delete a group of keys ({', '.join(map(str, present))}): set one of them")
     if value is None or present is None:
         return value
     if isinstance(present, bool):
@@ -99,7 +103,7 @@ def convert_value(key: str, value: Any, present: Any) -> Any:
         ok, kind = isinstance(value, int | float) and not isinstance(value, bool), "a number"
     elif isinstance(present, str):
         value = str(value) if isinstance(value, int | float) else value
-        ok, kind = isinstance(value, str), "a text"
+        ok, kind = isinstance(value, str), "a string"
     elif OmegaConf.is_list(present):
         ok, kind = isinstance(value, list), "a list like [1,2]"
     else:

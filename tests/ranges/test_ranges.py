@@ -403,7 +403,7 @@ def test_a_number_is_finite_and_a_whole_one_fits_a_tensor(value):
 
 
 def test_a_config_name_is_not_passed_over(refused):
-    assert "--config-name and --config-path change nothing here" in refused("train.py", "--config-name", "nope")
+    assert "--config-name and --config-path have no effect here" in refused("train.py", "--config-name", "nope")
 
 
 @pytest.mark.parametrize(

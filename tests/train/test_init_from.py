@@ -123,7 +123,7 @@ def test_other_data_must_be_named(digits, tmp_path):
     found = config(digits)
     found["data"] = {"_target_": "genai.data.toy2d.Toy2D"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(found))
-    with pytest.raises(UserError, match=r"was trained on Toy2D, and without data= this would be Digits: give data="):
+    with pytest.raises(UserError, match=r"was trained on Toy2D, and the default here is Digits: give data="):
         compose_config("train", [f"init_from={tmp_path}"], prepare_training)
 
 
