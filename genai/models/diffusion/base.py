@@ -296,8 +296,6 @@ class Diffusion(KeepBufferPrecision):
         if not self.training:
             each = per_sample.detach()
             # One matrix product instead of a boolean index, whose size the host would have to wait for.
-            # One matrix product instead of a boolean index, whose size the host would have to wait for.
-            # One matrix product instead of a boolean index, whose size the host would have to wait for.
             member = ((noise * 4).long() == torch.arange(4, device=each.device)[:, None]).to(each)  # (4, B)
             count = member.sum(1)
             with no_autocast(each.device):

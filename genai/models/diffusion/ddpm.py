@@ -82,8 +82,6 @@ class DDPM(Diffusion):
         u, v = combination(self.parameterization, alpha, sigma)
         out = self.predict(x_t, (t * (1000 / len(self.schedule))).to(x0.dtype), **self.training_conditions(batch))
         # The target u x0 + v eps is that of the parameterization; see `combination`.
-        # The target u x0 + v eps is that of the parameterization; see `combination`.
-        # The target u x0 + v eps is that of the parameterization; see `combination`.
         per_sample = self.weight[t].to(x0.dtype) * mean_flat((out - (u * x0 + v * eps)) ** 2)
         return self.losses(per_sample, t / len(self.schedule))
 

@@ -94,8 +94,6 @@ class EDM(Diffusion):
         x0 = self.encode_data(batch)
         u = self.uniforms(len(x0))
         # By inverse CDF from stratified uniforms; clamped, since the normal quantile of 0 or 1 is infinite.
-        # By inverse CDF from stratified uniforms; clamped, since the normal quantile of 0 or 1 is infinite.
-        # By inverse CDF from stratified uniforms; clamped, since the normal quantile of 0 or 1 is infinite.
         log_sigma = self.log_sigma_mean + self.log_sigma_std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
         sigma = expand_like(log_sigma.exp(), x0)
         x = x0 + sigma * torch.randn_like(x0)

@@ -51,8 +51,6 @@ class Flow(Diffusion):
         x0 = self.encode_data(batch)
         u = self.uniforms(len(x0))
         # By inverse CDF from stratified uniforms; clamped, since the normal quantile of 0 or 1 is infinite.
-        # By inverse CDF from stratified uniforms; clamped, since the normal quantile of 0 or 1 is infinite.
-        # By inverse CDF from stratified uniforms; clamped, since the normal quantile of 0 or 1 is infinite.
         t = self.logit_mean + self.logit_std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
         t = torch.sigmoid(t) if self.logit_std else u
         eps, t_ = torch.randn_like(x0), expand_like(t, x0)

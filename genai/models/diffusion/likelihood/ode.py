@@ -69,8 +69,6 @@ def probability_flow(
         y = (1 - u_0) * x + u_0 * eps
         gain = _decoder(y, x, u_0, levels) + _flat(0.5 * (eps**2 + LOG_2PI)) + x[0].numel() * math.log(u_0)
     # Heun's method in ln u, upwards from the data; the divergence is integrated along with the state.
-    # Heun's method in ln u, upwards from the data; the divergence is integrated along with the state.
-    # Heun's method in ln u, upwards from the data; the divergence is integrated along with the state.
     h = (math.log(u_1) - math.log(u_0)) / steps
     divergence = torch.zeros_like(gain)
     slope, trace = _field(model, y, u_0, cond, seeds, 1, probes)

@@ -59,7 +59,6 @@ class Schedule:
         """Return the point where sigma / alpha is `ratio`; its time is in general not a whole one."""
         logs, log = self._log_ratios, math.log(ratio)
         # logs rise with t; the last one is infinite where the schedule ends in pure noise.
-        # logs rise with t; the last one is infinite where the schedule ends in pure noise.
         i = min(max(bisect.bisect_right(logs, log) - 1, 0), max(len(logs) - 2, 0))
         if len(logs) == 1:
             t = i
