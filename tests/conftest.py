@@ -44,10 +44,20 @@ SHARED = ROOT.parent / "shared" / "data"
 
 # Packages take seconds of a core to load: processes whose start is not the point are forked from one that has them.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload([
-    "genai.train.run", "genai.sampling", "genai.evaluation.run", "genai.sweeps", "genai.data.images",
-    "genai.models.diffusion.sampling.samplers", "hydra.main", "sklearn.datasets", "pytest", "tests.conftest",
-])  # fmt: skip
+context.set_forkserver_preload(
+    [
+        "genai.train.run",
+        "genai.sampling",
+        "genai.evaluation.run",
+        "genai.sweeps",
+        "genai.data.images",
+        "genai.models.diffusion.sampling.samplers",
+        "hydra.main",
+        "sklearn.datasets",
+        "pytest",
+        "tests.conftest",
+    ]
+)
 
 
 def python(*arguments: str | Path, cwd: Path = ROOT, env: dict | None = None, timeout: float = 300):

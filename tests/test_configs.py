@@ -71,9 +71,17 @@ def synthetic(facts):
     """Data of the config's shape and classes, made up."""
     names = None if facts["classes"] is None else [str(i) for i in range(facts["classes"])]
     data = Data(
-        field=facts["field"], shape=facts["shape"], classes=facts["classes"], levels=facts["levels"], batch_size=4,
-        num_workers=0, splits={}, found_shape=facts["shape"], class_names=names, found_levels=facts["levels"],
-    )  # fmt: skip
+        field=facts["field"],
+        shape=facts["shape"],
+        classes=facts["classes"],
+        levels=facts["levels"],
+        batch_size=4,
+        num_workers=0,
+        splits={},
+        found_shape=facts["shape"],
+        class_names=names,
+        found_levels=facts["levels"],
+    )
     data.splits = {"train": Synthetic(data), "val": Synthetic(data)}
     return data
 
@@ -104,15 +112,28 @@ def train(config, folder, steps, saved=None, resume=None, precision="32-true", a
     record.cut(None)
     loop = build_typed({**config["loop"], "_partial_": True})
     lit = loop(
-        model, data, build_typed(config["optim"]), functools.partial(EMA, decay=0.9), record, accumulate=accumulate,
+        model,
+        data,
+        build_typed(config["optim"]),
+        functools.partial(EMA, decay=0.9),
+        record,
+        accumulate=accumulate,
         log_every_steps=1,
-    )  # fmt: skip
+    )
     file = File(config, nodes_of(data.modality, data.conditions))
     trainer = L.Trainer(
-        max_steps=steps, max_epochs=-1, logger=False, accelerator="cpu", plugins=[file], precision=precision,
+        max_steps=steps,
+        max_epochs=-1,
+        logger=False,
+        accelerator="cpu",
+        plugins=[file],
+        precision=precision,
         callbacks=[] if saved is None else [saved],
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, devices=1,
-    )  # fmt: skip
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        devices=1,
+    )
     trainer.fit(lit, ckpt_path=resume)
     return lit
 
@@ -151,8 +172,9 @@ OF_THEIR_OWN = [
 ]
 HALF = [
     pytest.param(case, precision, marks=[] if case.startswith("model=") or case in OF_THEIR_OWN else pytest.mark.slow)
-    for case in CASES for precision in ("bf16-mixed", "bf16-true")
-]  # fmt: skip
+    for case in CASES
+    for precision in ("bf16-mixed", "bf16-true")
+]
 
 
 @pytest.mark.parametrize(("case", "precision"), HALF)

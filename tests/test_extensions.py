@@ -51,7 +51,7 @@ def mine(path, levels):
 defaults: [ddim]
 solver: {_target_: my_lab.solvers.mine, _partial_: true}
 """,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,18 @@ def house(tmp_path_factory):
 
 
 TINY = [
-    "--config-dir", "my_lab/conf", "data=ring", "model=ddpm_mlp", "model.net.width=8", "model.net.blocks=1",
-    "model.schedule.steps=20", "sampler.steps=5", "max_steps=1", "log_every_steps=1", "ema.decay=0.9",
-]  # fmt: skip
+    "--config-dir",
+    "my_lab/conf",
+    "data=ring",
+    "model=ddpm_mlp",
+    "model.net.width=8",
+    "model.net.blocks=1",
+    "model.schedule.steps=20",
+    "sampler.steps=5",
+    "max_steps=1",
+    "log_every_steps=1",
+    "ema.decay=0.9",
+]
 
 
 def trained(command, house, name, *arguments):

@@ -180,7 +180,7 @@ def loop_of(config: dict, folder: Path):
     model, record = build_typed(config["model"]), Record(folder, writes=False)
     lit = loop(
         model, data, build_typed(config["optim"]), ema, record, accumulate=config["accumulate"], log_every_steps=2
-    )  # fmt: skip
+    )
     moved(nn.ModuleList([lit.model, lit.ema.module]))
     lit.ema.module.to = lambda device: None
     optimizers = lit.configure_optimizers()
@@ -190,8 +190,10 @@ def loop_of(config: dict, folder: Path):
     ]
     lit.__dict__.update(
         optimizers=lambda: wrapped if isinstance(optimizers, list) else wrapped[0],
-        manual_backward=lambda loss: [setattr(p, "grad", torch.empty_like(p)) for p in lit.model.parameters() if p.requires_grad],
-    )  # fmt: skip
+        manual_backward=lambda loss: [
+            setattr(p, "grad", torch.empty_like(p)) for p in lit.model.parameters() if p.requires_grad
+        ],
+    )
     lit._device = GPU
     strategy = types.SimpleNamespace()
     precision = types.SimpleNamespace(forward_context=contextlib.nullcontext)

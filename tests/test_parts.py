@@ -125,7 +125,9 @@ def places(node, path="model", owner=None):
 STAGE = "{_target_: genai.models.vae.quantize.VectorQuantizer, codes: 8, dim: 16}"
 NEEDS = {  # a part -> what a person types besides its name, where @ is its path
     "diffusion.process.schedules.zero_terminal_snr": [
-        "@.schedule._target_=genai.models.diffusion.process.schedules.cosine", "@.schedule.steps=2", "model.parameterization=v"
+        "@.schedule._target_=genai.models.diffusion.process.schedules.cosine",
+        "@.schedule.steps=2",
+        "model.parameterization=v",
     ],
     "diffusion.nets.dit.DiT": ["@.patch=2", "@.width=24", "@.layers=2", "@.heads=2"],
     "gan.stylegan2_nets.Discriminator": ["@.widths=[8]", "@.group=1"],
@@ -135,12 +137,15 @@ NEEDS = {  # a part -> what a person types besides its name, where @ is its path
     "vae.likelihoods.Bernoulli": ["model.decoder.outputs=1"],
     "vae.likelihoods.Gaussian": ["model.decoder.outputs=1", "model.levels=null", "data.levels=null"],
     "vae.likelihoods.DiscretizedLogistic": [
-        "@.levels=17", "model.decoder.outputs=2", "model.levels=17", "data.levels=17"
+        "@.levels=17",
+        "model.decoder.outputs=2",
+        "model.levels=17",
+        "data.levels=17",
     ],
     "vae.likelihoods.Categorical": ["@.levels=17", "model.decoder.outputs=17", "model.levels=17", "data.levels=17"],
     "nn.attention.LearnedPositions": ["@.length=4096"],
     "nn.transformer.MLP": ["@.activation._target_=genai.nn.transformer.GELU"],
-}  # fmt: skip
+}
 
 
 def swaps(models):
@@ -207,8 +212,12 @@ def test_parts_are_chosen_by_their_name_and_what_they_need(model):
 def test_a_sample_of_swaps_builds_or_says_why_not():
     """The nightly test above takes all."""
     every = list(swaps(["ddpm", "vqvae", "vae", "gan"]))
-    assert ("vqvae", "model.quantizer", "genai.models.vae.quantize.VectorQuantizer",
-            "genai.models.vae.quantize.ResidualQuantizer") in every  # fmt: skip
+    assert (
+        "vqvae",
+        "model.quantizer",
+        "genai.models.vae.quantize.VectorQuantizer",
+        "genai.models.vae.quantize.ResidualQuantizer",
+    ) in every
     chosen = random.Random(0).sample(every, 10)
     assert sum(outcome(model, path, target) == "built" for model, path, _, target in chosen) >= 5
 
@@ -221,17 +230,36 @@ REPLACED = [  # what is typed -> what becomes of a node
     ([f"model.schedule._target_={S}.karras", "model.schedule.rho=5"], "model.schedule", WIDE),
     (["model.schedule.rho=5", f"model.schedule._target_={S}.karras"], "model.schedule", WIDE),
     ([f"model.schedule={{_target_: {S}.karras, rho: 5}}"], "model.schedule", WIDE),
-    ([f"model.schedule={{_target_: {S}.cosine, beta_max: 0.9}}"], "model.schedule",
-     {"_target_": f"{S}.cosine", "steps": 200, "beta_max": 0.9}),
-    (["model.schedule.schedule.steps=9", f"model.schedule.schedule._target_={S}.cosine",
-      f"model.schedule._target_={S}.zero_terminal_snr"], "model.schedule",
-     {"_target_": f"{S}.zero_terminal_snr", "schedule": {"_target_": f"{S}.cosine", "steps": 9}}),
-    (["model=vqvae", f"model.quantizer._target_={Q}.FiniteScalarQuantizer", "model.quantizer.levels=[5,5]"],
-     "model.quantizer", {"_target_": f"{Q}.FiniteScalarQuantizer", "levels": [5, 5]}),
-    (["model=autoencoder", "model.perceptual.layers=2", "model.perceptual.shape=[1,8,8]",
-      "model.perceptual._target_=genai.losses.perceptual.RandomFeatures"], "model.perceptual",
-     {"_target_": "genai.losses.perceptual.RandomFeatures", "layers": 2, "shape": [1, 8, 8]}),
-]  # fmt: skip
+    (
+        [f"model.schedule={{_target_: {S}.cosine, beta_max: 0.9}}"],
+        "model.schedule",
+        {"_target_": f"{S}.cosine", "steps": 200, "beta_max": 0.9},
+    ),
+    (
+        [
+            "model.schedule.schedule.steps=9",
+            f"model.schedule.schedule._target_={S}.cosine",
+            f"model.schedule._target_={S}.zero_terminal_snr",
+        ],
+        "model.schedule",
+        {"_target_": f"{S}.zero_terminal_snr", "schedule": {"_target_": f"{S}.cosine", "steps": 9}},
+    ),
+    (
+        ["model=vqvae", f"model.quantizer._target_={Q}.FiniteScalarQuantizer", "model.quantizer.levels=[5,5]"],
+        "model.quantizer",
+        {"_target_": f"{Q}.FiniteScalarQuantizer", "levels": [5, 5]},
+    ),
+    (
+        [
+            "model=autoencoder",
+            "model.perceptual.layers=2",
+            "model.perceptual.shape=[1,8,8]",
+            "model.perceptual._target_=genai.losses.perceptual.RandomFeatures",
+        ],
+        "model.perceptual",
+        {"_target_": "genai.losses.perceptual.RandomFeatures", "layers": 2, "shape": [1, 8, 8]},
+    ),
+]
 
 
 @pytest.mark.parametrize(("typed", "path", "node"), REPLACED, ids=str)
@@ -240,15 +268,16 @@ def test_a_changed_target_replaces_the_node(typed, path, node):
 
 
 REFUSED = {
-    f"model.schedule._target_={S}.zero_terminal_snr":
-        f"model.schedule._target_={S}.zero_terminal_snr needs schedule: add model.schedule.schedule=",
+    f"model.schedule._target_={S}.zero_terminal_snr": (
+        f"model.schedule._target_={S}.zero_terminal_snr needs schedule: add model.schedule.schedule="
+    ),
     f"model.schedule._target_={S}.karras model.schedule.offset=1": "there is no key model.schedule.offset",
     f"model.schedule={{_target_:{S}.karras,offset:1}}": f"model.schedule.offset is nothing that {S}.karras takes: it takes",
     f"model.schedule._target_={S}.karas": f"model.schedule._target_={S}.karas cannot be found",
     f"model.schedule._target_={S}": f"model.schedule._target_={S} is not a class or function",
     "model.schedule._target_=3": "model.schedule._target_=3 must be the dotted name",
     f"resume=runs/x model.schedule._target_={S}.karras": "resume=runs/x is neither a run directory nor",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("typed", REFUSED)

@@ -132,9 +132,15 @@ class Cards(Between):
     evaluation.metrics.Plan."""
 
     def __init__(
-        self, every_steps: int | None, metrics: Sequence[Any] | None, split: str, n: int | None, repeats: int,
-        extractor: Callable[..., Extractor], baselines: bool = True,
-    ):  # fmt: skip
+        self,
+        every_steps: int | None,
+        metrics: Sequence[Any] | None,
+        split: str,
+        n: int | None,
+        repeats: int,
+        extractor: Callable[..., Extractor],
+        baselines: bool = True,
+    ):
         self.every_steps = _check_interval(every_steps, "cards.every_steps")
         self.plan = Plan(metrics, split, n, repeats, extractor=extractor, baselines=baselines)
 

@@ -39,12 +39,15 @@ def summarise(lit: LitModel, steps: int, ranks: int = 1) -> str:
     groups = [(type(one).__name__, one.param_groups[0]) for one in several]
     rates = " and ".join(f"{name}, lr {group.get('lr_max', group['lr']):g}" for name, group in groups)
     items = data.batch_size * lit.accumulate * ranks
-    return "\n".join([
-        f"model      {type(model).__name__}, {total:,} parameters" + (f", {frozen:,} of them frozen" if frozen else ""),
-        f"data       {', '.join(filter(None, facts))}: {splits} items",
-        f"optimiser  {rates}",
-        f"training   {steps:,} steps of {items:,} items, {steps * items / len(data.splits['train']):.1f} epochs",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"model      {type(model).__name__}, {total:,} parameters"
+            + (f", {frozen:,} of them frozen" if frozen else ""),
+            f"data       {', '.join(filter(None, facts))}: {splits} items",
+            f"optimiser  {rates}",
+            f"training   {steps:,} steps of {items:,} items, {steps * items / len(data.splits['train']):.1f} epochs",
+        ]
+    )
 
 
 def tabulate(rows: list[Row]) -> str:
@@ -155,9 +158,13 @@ def report(trainer: L.Trainer, lit: LitModel, measure: Measure, ranks: int) -> s
     gib, where = measure.peak_bytes / 2**30, lit.device.type
     memory = "of the GPU at its peak" if where == "cuda" else "of this process at its peak (resident set)"
     alone = f", on one of {ranks} ranks, without the others" if ranks > 1 else ""
-    return "\n".join([
-        tabulate(measure.rows), "", summary,
-        f"memory     {gib:.2f} GiB {memory}",
-        f"time       {per_step:.4g} s a step on {where}{alone}: {left} for all steps, evaluations and samples not counted",
-        "dry run: nothing was written",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            tabulate(measure.rows),
+            "",
+            summary,
+            f"memory     {gib:.2f} GiB {memory}",
+            f"time       {per_step:.4g} s a step on {where}{alone}: {left} for all steps, evaluations and samples not counted",
+            "dry run: nothing was written",
+        ]
+    )

@@ -109,9 +109,13 @@ class Ranks(ClusterEnvironment):
         if device is not None:
             torch.cuda.set_device(device)
         torch.distributed.init_process_group(
-            "nccl" if gpu else "gloo", store=PrefixStore("group", self.store), rank=self.rank, world_size=self.world,
-            timeout=timedelta(seconds=TIMEOUT), device_id=device,
-        )  # fmt: skip
+            "nccl" if gpu else "gloo",
+            store=PrefixStore("group", self.store),
+            rank=self.rank,
+            world_size=self.world,
+            timeout=timedelta(seconds=TIMEOUT),
+            device_id=device,
+        )
         if self.children:
             threading.Thread(target=self._end_with_children, daemon=True).start()
 
@@ -127,9 +131,13 @@ class Ranks(ClusterEnvironment):
         self.store.set("here/0", "")
         self.store.set("decided", self.decided)
         env = {
-            **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), LAUNCHER: str(os.getpid()),
-            "WORLD_SIZE": str(self.world), "LOCAL_WORLD_SIZE": str(self.world),
-        }  # fmt: skip
+            **os.environ,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            LAUNCHER: str(os.getpid()),
+            "WORLD_SIZE": str(self.world),
+            "LOCAL_WORLD_SIZE": str(self.world),
+        }
         before = signal.signal(
             signal.SIGINT, signal.SIG_IGN
         )  # until they train, a Ctrl-C reaches them through this one

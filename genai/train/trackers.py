@@ -73,9 +73,16 @@ def wandb(
         return None
     shown = name or os.environ.get("WANDB_NAME") or (title if folder.name == title else f"{title} {folder.name}")
     run = _start(
-        folder, timeout_seconds, project=project, entity=entity, group=group, name=shown[:128], tags=tags, notes=notes,
+        folder,
+        timeout_seconds,
+        project=project,
+        entity=entity,
+        group=group,
+        name=shown[:128],
+        tags=tags,
+        notes=notes,
         config=config,
-    )  # fmt: skip
+    )
     if run is None:
         return None
     with _report_errors("the run's summary"):

@@ -339,9 +339,17 @@ def test_a_wrong_precision_is_refused(refused, name):
 
 @pytest.mark.parametrize(
     "typed, stored",
-    [("bf16", "bf16-mixed"), ("BF16-mixed", "bf16-mixed"), ("32", "32-true"), (32, "32-true"), ("fp32", "32-true"),
-     ("32-true", "32-true"), ("bf16-true", "bf16-true"), ("auto", "auto")],
-)  # fmt: skip
+    [
+        ("bf16", "bf16-mixed"),
+        ("BF16-mixed", "bf16-mixed"),
+        ("32", "32-true"),
+        (32, "32-true"),
+        ("fp32", "32-true"),
+        ("32-true", "32-true"),
+        ("bf16-true", "bf16-true"),
+        ("auto", "auto"),
+    ],
+)
 def test_usual_spellings_of_a_precision_are_stored_as_one(typed, stored):
     assert compose_config("train", [f"trainer.precision={typed}"]).trainer.precision == stored
     assert compose_config("evaluate", [f"precision={typed}"]).precision == stored

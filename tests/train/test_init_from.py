@@ -12,9 +12,13 @@ from genai.core.errors import UserError
 from genai.train.run import run
 
 SMALL = [
-    "logger=none", "max_steps=2", "data.batch_size=4", "callbacks.evaluate.n=4", "callbacks.samples.n=2",
+    "logger=none",
+    "max_steps=2",
+    "data.batch_size=4",
+    "callbacks.evaluate.n=4",
+    "callbacks.samples.n=2",
     "trainer.accelerator=cpu",
-]  # fmt: skip
+]
 NET = ["model.net.channels=8", "model.net.multipliers=[1]", "model.schedule.steps=10", "sampler.steps=2"]
 
 

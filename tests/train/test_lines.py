@@ -16,9 +16,16 @@ from tests.conftest import ROOT
 from tests.test_progress import Clock, seconds
 
 SMALL = [
-    "logger=none", "max_steps=30", "data.batch_size=4", "callbacks.evaluate.n=4", "callbacks.evaluate.every_steps=12",
-    "callbacks.save.every_steps=12", "callbacks.samples.n=2", "callbacks.samples.every_steps=20", "trainer.accelerator=cpu",
-]  # fmt: skip
+    "logger=none",
+    "max_steps=30",
+    "data.batch_size=4",
+    "callbacks.evaluate.n=4",
+    "callbacks.evaluate.every_steps=12",
+    "callbacks.save.every_steps=12",
+    "callbacks.samples.n=2",
+    "callbacks.samples.every_steps=20",
+    "trainer.accelerator=cpu",
+]
 NET = ["model.net.channels=8", "model.net.multipliers=[1]", "sampler.steps=2"]
 FAMILIES = {
     "diffusion": (["model=ddpm", *NET], "train/loss"),

@@ -67,14 +67,24 @@ MODEL = {
 # A first stage for two of the others, and what no file of conf/model shows: recipes of conf/experiment that add to it.
 VARIANTS = {
     "first": [
-        "model=autoencoder", *DIGITS, "model.latent_shape=[2,4,4]", "model.encoder.outputs=4",
-        "model.encoder.multipliers=[2]", "model.decoder.multipliers=[2]",
+        "model=autoencoder",
+        *DIGITS,
+        "model.latent_shape=[2,4,4]",
+        "model.encoder.outputs=4",
+        "model.encoder.multipliers=[2]",
+        "model.decoder.multipliers=[2]",
     ],
     "ddpm_v_unconditional": [
-        "model=ddpm", *DIGITS, "model.parameterization=v", "model.classes=null", "model.net.classes=null", "model.guidance=1",
+        "model=ddpm",
+        *DIGITS,
+        "model.parameterization=v",
+        "model.classes=null",
+        "model.net.classes=null",
+        "model.guidance=1",
         "model.variance=large",
         "model.schedule._target_=genai.models.diffusion.process.schedules.linear",
-        "model.weighting._target_=genai.models.diffusion.process.weightings.min_snr", "model.net.dropout=0.1",
+        "model.weighting._target_=genai.models.diffusion.process.weightings.min_snr",
+        "model.net.dropout=0.1",
     ],
     "dit_captions": ["model=dit", *CAPTIONS, f"model.net.text={ENCODER}"],
     "autoencoder_perceptual": ["experiment=autoencoder_cifar10", *DIGITS, "model.latent_shape=[4,4,4]"],
@@ -82,20 +92,36 @@ VARIANTS = {
     "gpt_digits": ["experiment=gpt_digits"],
     "gpt_names": ["experiment=gpt_names", "data=lines", f"data.path={LINES}"],
     "gpt_characters": [
-        "experiment=gpt_shakespeare", *WRITES_TEXT, "data.tokenizer=char", "compile=false",
-        "model.net.transformer.attention.kv_heads=2", "model.net.transformer.attention.heads=4",
+        "experiment=gpt_shakespeare",
+        *WRITES_TEXT,
+        "data.tokenizer=char",
+        "compile=false",
+        "model.net.transformer.attention.kv_heads=2",
+        "model.net.transformer.attention.heads=4",
     ],
     "latent_digits_text": ["experiment=latent_digits_text", *CAPTIONS],
     "stylegan2_ada": [
-        "model=stylegan2", *DIGITS, "model.classes=null", "model.path_weight=0", "model.mixing=0", "model.share_fake=false",
+        "model=stylegan2",
+        *DIGITS,
+        "model.classes=null",
+        "model.path_weight=0",
+        "model.mixing=0",
+        "model.share_fake=false",
         "model.discriminator.residual=false",
         f"model.augment={ADA}",
     ],
     "vae_digits": ["experiment=vae_digits", "model.encoder.width=8", "model.decoder.width=8"],
-}  # fmt: skip
+}
 SMALLER = {
-    "channels": 2, "width": 16, "layers": 2, "style": 8, "group": 4, "codes": 32, "importance_samples": 4, "label_width": 4,
-}  # fmt: skip
+    "channels": 2,
+    "width": 16,
+    "layers": 2,
+    "style": 8,
+    "group": 4,
+    "codes": 32,
+    "importance_samples": 4,
+    "label_width": 4,
+}
 ALWAYS = ["debug=true", "trainer.accelerator=cpu", "logger=none"]
 RATE = {"lr": 0.01, "warmup_steps": 2, "decay_steps": 20}  # at which weights that begin as zeros move
 
@@ -108,7 +134,11 @@ WAYS: dict[str, list[dict[str, Any]]] = {
     "heun": [{}, {"guidance": 1.0}],
     "gan": [{}, {"truncation": 0.7}, {"standing_batches": 2}],
     "generate": [
-        {}, {"temperature": 0}, {"temperature": 1.3, "top_k": 9}, {"top_p": 0.8, "repetition_penalty": 1.5}, {"min_p": 0.1},
+        {},
+        {"temperature": 0},
+        {"temperature": 1.3, "top_k": 9},
+        {"top_p": 0.8, "repetition_penalty": 1.5},
+        {"min_p": 0.1},
     ],
     "speculative": [{"draft": "gpt_nano"}, {"draft": "gpt_nano", "ahead": 2, "temperature": 0.7, "top_p": 0.9}],
     "prior": [{}, {"temperature": 0.5, "pixels": "draw"}],
@@ -116,7 +146,7 @@ WAYS: dict[str, list[dict[str, Any]]] = {
     "interpolate": [{}, {"truncation": 0.7}],
     "traverse": [{}, {"pixels": "draw"}],
     "style_mix": [{}, {"truncation": 0.7, "cut": 1}],
-}  # fmt: skip
+}
 FLOW = {"_target_": "genai.models.diffusion.likelihood.ode.probability_flow", "steps": 2}
 PROMPTS = {
     "tokens": [{}, {"prompt": "a", "stop": "e"}, {"prompt": ["the ", "a", "some rain "]}],
@@ -257,8 +287,21 @@ def write_texts(folder: Path) -> None:
     """A text and a list of lines that depend on nothing but this."""
     draw = random.Random(0)
     words = [
-        "the", "a", "some", "rain", "sea", "stone", "wind", "light", "under", "falls", "sleeps", "and", "slowly", "again",
-    ]  # fmt: skip
+        "the",
+        "a",
+        "some",
+        "rain",
+        "sea",
+        "stone",
+        "wind",
+        "light",
+        "under",
+        "falls",
+        "sleeps",
+        "and",
+        "slowly",
+        "again",
+    ]
     lines = [" ".join(draw.choice(words) for _ in range(draw.randint(3, 9))) for _ in range(120)]
     (folder / TEXT).write_text(".\n".join(lines) + ".\n", encoding="utf-8")
     (folder / LINES).write_text("\n".join(dict.fromkeys(line[:14].strip() for line in lines)) + "\n", encoding="utf-8")
