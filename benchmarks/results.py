@@ -321,7 +321,7 @@ TABLES |= {name: lambda name=name: table(load(f"{name}_cpu")["rows"]) for part i
 
 
 def with_tables(text: str, path: str) -> str:
-    """A page's text with all its marked tables made from their records. Raises SystemExit for a name that is no table."""
+    """A page's text with all its marked tables made from their records. Raises SystemExit for a name without a table."""
 
     def made(match: re.Match) -> str:
         name = match[2] or "models"

@@ -21,7 +21,7 @@ class Task:
 
     def __init__(self, what: str, total: int | None = None, unit: str = "", start: float = 0.0):
         self.what, self.total, self.unit = what, total, unit
-        self.done, self.note, self.told = 0, "", False
+        self.done, self.note, self.shown = 0, "", False
         self.start, self.first = start, 0
 
     def add(self, count: int = 1) -> None:
@@ -68,7 +68,7 @@ class Board:
         self.tasks: list[Task] = []
         self.lock = threading.RLock()
         self.closed = threading.Event()
-        self.stream, self.terminal, self.kept, self.told = "stderr", False, False, 0.0
+        self.stream, self.terminal, self.kept, self.printed_at = "stderr", False, False, 0.0
         self.bar: Any = None
         self.rows: dict[Task, Any] = {}
 
@@ -78,7 +78,7 @@ class Board:
             task.start = self.clock()
             self.tasks.append(task)
             if len(self.tasks) == 1 and not self.silent:
-                self.stream, self.kept, self.told = stream, kept, task.start
+                self.stream, self.kept, self.printed_at = stream, kept, task.start
                 self.terminal = getattr(sys, stream).isatty()
                 self.closed = threading.Event()
                 if self.threaded:
@@ -106,16 +106,16 @@ class Board:
                     self._draw(now)
             elif (
                 at_once
-                or now - self.told >= OFTEN
-                or any(not task.told and now - task.start >= SOON for task in self.tasks)
+                or now - self.printed_at >= OFTEN
+                or any(not task.shown and now - task.start >= SOON for task in self.tasks)
             ):
                 self._print(now)
 
     def _print(self, now: float) -> None:
         line = "; ".join(task.line(now) for task in [t for t in self.tasks[:-1] if t.total] + self.tasks[-1:])
-        self.told = now
+        self.printed_at = now
         for task in self.tasks:
-            task.told = True
+            task.shown = True
         with contextlib.suppress(OSError, ValueError):  # the stream may be closed by then
             print(line, file=getattr(sys, self.stream), flush=True)
 

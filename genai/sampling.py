@@ -96,7 +96,7 @@ def sample(
             special = {name: value[part] for name, value in pictures.items()} | (
                 {"frames": True} if frames and k == 0 else {}
             )
-            with loaded.computing():
+            with loaded.autocast():
                 chunks.append(run(loaded.model, seeds[part], given or None, watch, **special))
         batch = {name: torch.cat([chunk[name].cpu() for chunk in chunks if name in chunk]) for name in chunks[0]}
         batch |= loaded.modality.decode(batch)
@@ -194,9 +194,9 @@ def conditions(request: Request, n: int, loaded: Loaded) -> Batch:
     for key, sentence in REFUSED.items():
         if request.get(key) is not None and key not in known:
             raise UserError(f"{sentence.format(request[key])}: leave {key}= out")
-    told = list(loaded.conditions.values())
-    named = [modality for modality in told if any(request.get(key) is not None for key in modality.keys)]
-    return {k: v for m in (loaded.modality, *(named or told)) for k, v in m.condition(request, n).items()}
+    takes = list(loaded.conditions.values())
+    named = [modality for modality in takes if any(request.get(key) is not None for key in modality.keys)]
+    return {k: v for m in (loaded.modality, *(named or takes)) for k, v in m.condition(request, n).items()}
 
 
 def run(cfg: Any) -> Path:

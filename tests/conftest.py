@@ -177,7 +177,7 @@ def composed_once():
 
 @pytest.fixture
 def shared():
-    """The folder of real data beside the checkout; tests that need one of its files skip by name."""
+    """The folder of real data next to the checkout; tests that need one of its files skip by name."""
 
     def path(name: str) -> Path:
         if not (SHARED / name).exists():

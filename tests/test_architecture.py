@@ -47,7 +47,7 @@ def imports(path: Path, top_only: bool = False, members: bool = False):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_rooms_import_only_from_rooms_above(path):
     here = room(path)
-    assert here in LEVEL, f"{here} is no room of the house: add it to the plan, docs/architecture.md"
+    assert here in LEVEL, f"{here} is not in the plan: add it to the rooms of docs/architecture.md"
     for name in imports(path):
         parts = name.split(".")
         if parts[0] == "genai" and len(parts) > 1 and parts[1] != here:

@@ -1,4 +1,4 @@
-"""The console command `genai`: from a checkout, and from an installed wheel, which has no scripts beside it."""
+"""The console command `genai`: from a checkout, and from an installed wheel, which has no scripts."""
 
 import importlib.util
 import json
@@ -92,7 +92,7 @@ def test_completion_answers_for_the_command_that_is_typed(line, answer):
     assert done.stdout.strip() == answer, done.stderr
 
 
-def test_a_package_without_scripts_beside_it_finds_its_configs_and_starts_itself(tmp_path):
+def test_a_package_without_its_scripts_finds_its_configs_and_starts_itself(tmp_path):
     """Laid out as the wheel is, which the slow test below builds."""
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert wheel == {"packages": ["genai"], "force-include": {"conf": "genai/conf"}}

@@ -101,7 +101,7 @@ def build_stored(
     largest = None if RUN in kinds else max(MAX_INTEGER, numbers)
     call = _check_node(node, "", lambda target: check_target(target, trust, kinds), largest, 0)
     size_limit = contextlib.nullcontext() if weights is None or trust else _SizeLimit(numbers, len(weights))
-    with stored.building(), size_limit:
+    with stored.build_context(), size_limit:
         return _build(call, bool(trust))
 
 
@@ -114,7 +114,7 @@ def build_modality(node: Any, trust: Sequence[str] = ()) -> Modality:
     if not (inspect.isclass(kind) and issubclass(kind, Modality)):
         raise UserError(f"the checkpoint wants to build {node['_target_']}, which is not a modality")
     try:
-        with stored.building():
+        with stored.build_context():
             return kind.from_state(node["state"])
     except Exception as error:
         if trust and not isinstance(error, UserError):

@@ -54,7 +54,7 @@ class Loaded:
         """Precision as metric cards record it; TF32 counts as float32."""
         return "float32" if self.precision == "32-true" else self.precision
 
-    def computing(self) -> contextlib.AbstractContextManager:
+    def autocast(self) -> contextlib.AbstractContextManager:
         """Return the autocast context in which to call the model; a null context unless the precision is mixed."""
         return precisions.autocast(self.precision, self.device)
 

@@ -75,7 +75,7 @@ def read(path: Path) -> Any:
         except (zipfile.BadZipFile, EOFError, struct.error, NotImplementedError) as error:
             raise DamagedArchive(str(error) or "it is cut off") from error
         except (IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise UnsafeArchive(f"its pickle is none that torch.save writes, {type(error).__name__}") from error
+            raise UnsafeArchive(f"its pickle is not one that torch.save writes, {type(error).__name__}") from error
 
 
 def _check_directory(file: BinaryIO, size: int) -> None:
@@ -239,7 +239,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
         (offset, *_check_type(shape, tuple), *_check_type(strides, tuple)),
     )
     if any(type(n) is not int or not 0 <= n < 2**62 for n in sizes) or len(shape) != len(strides):
-        raise UnsafeArchive("a tensor has a size that is none")
+        raise UnsafeArchive("a tensor has an invalid size")
     count, last = 1, offset
     for n, stride in zip(shape, strides, strict=True):
         count, last = count * n, last + max(n - 1, 0) * stride

@@ -1,4 +1,4 @@
-"""The protocols of the house: families of models implement them; loops, samplers and evaluation know nothing else."""
+"""The protocols that families of models implement; loops, samplers and evaluation depend on nothing else of a model."""
 
 import functools
 import inspect

@@ -111,8 +111,8 @@ _building = ContextVar("building what a file says", default=False)
 
 
 @contextlib.contextmanager
-def building() -> Iterator[None]:
-    """Return a context in which `is_building` is true."""
+def build_context() -> Iterator[None]:
+    """Return a context in which `is_building` is true: objects built inside it come from a file."""
     token = _building.set(True)
     try:
         yield

@@ -26,7 +26,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a loaded model on a split of the data it was trained on; the numbers are those of `evaluate.py`.
 
-    What is measured is also written beside the checkpoint and to the run's `cards/`, where `genai compare` finds it.
+    The cards are also written to the checkpoint's folder and to the run's `cards/`, where `genai compare` finds it.
 
     Args:
         split: test, val or train.
@@ -38,7 +38,7 @@ def evaluate(
         batch_size: items in memory at once.
         extractor: of image features, a name in conf/extractor or a config node.
         likelihood: a name in conf/likelihood or a config node; None: the model's own.
-        baselines: True measures trivial models beside the model.
+        baselines: True also measures trivial models, for comparison.
         root: folder or file of the data, if it is not where the run had it.
 
     Returns:

@@ -42,15 +42,15 @@ def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[dict[str, Any
         for batch in batches(first_items(data, plan.split, n), plan.batch_size):
             batch = {name: value.to(device) for name, value in batch.items()}
             if score is not None:
-                with loaded.computing():
+                with loaded.autocast():
                     nats.append(-score(batch, plan.seed + clock.done).cpu())
             if reconstructs:
-                with loaded.computing():
+                with loaded.autocast():
                     again = model.reconstruct(batch)
                 for name, found in values.items():
                     found.append(compute(name, metrics[name], again, batch[model.field]))
             if len(codes):
-                with loaded.computing():
+                with loaded.autocast():
                     codes += model.encode(batch[data.field]).flatten().bincount(minlength=len(codes)).cpu()
             if "mask" in batch:
                 targets.append(batch["mask"][:, 1:].sum(1).cpu())

@@ -142,7 +142,7 @@ def _copies(data: Data, samples: Tensor, folder: Path) -> dict[str, Any]:
     save(shown, folder / "nearest", folder.parent)
     reason = {} if copies.reason is None else {"memorised_reason": copies.reason}
     return {
-        "memorised": copies.flagged,
+        "memorised": copies.is_memorised,
         **reason,
         "copies": copies.copies,
         "distance_ratio": round(copies.ratio, 4),

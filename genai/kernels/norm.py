@@ -10,7 +10,7 @@ from genai.kernels.affine_step import triton_obstacle
 def normalize(norm: nn.GroupNorm, x: Tensor, scale_shift: Tensor | None = None, silu: bool = False) -> Tensor:
     """Return v, or v sigmoid(v) with silu, of v = norm(x) (1 + scale) + shift, fused where Triton runs; x (B, C,
     ...)."""
-    if _fused(norm, x):
+    if _can_fuse(norm, x):
         from genai.kernels.triton_norm import FusedNorm
 
         return FusedNorm.apply(x, norm.weight, norm.bias, scale_shift, norm.num_groups, norm.eps, silu)
@@ -26,8 +26,8 @@ def reference(norm: nn.GroupNorm, x: Tensor, scale_shift: Tensor | None = None, 
     return F.silu(h) if silu else h
 
 
-def _fused(norm: nn.GroupNorm, x: Tensor) -> bool:
-    """Whether the kernels can take x: a tensor with numbers, with as many elements a sample as 32 bits count."""
+def _can_fuse(norm: nn.GroupNorm, x: Tensor) -> bool:
+    """Tell whether the fused kernels can take x: a non-empty tensor on a GPU, with fewer than 2^31 elements per sample."""
     if not x.is_cuda or torch.compiler.is_compiling() or type(x) is not Tensor or not x.numel() or not norm.affine:
         return False
     return triton_obstacle(x) is None and x[0].numel() < 2**31

@@ -20,7 +20,7 @@ from genai.kernels.triton_affine_step import align, vector
 TILE = 4096  # elements a program
 WARPS = 4
 
-# Integers that Triton would compile anew for where 16 divides them; what is moved at once is told by VECTOR.
+# Integers for which Triton would compile another kernel where 16 divides them; VECTOR says how many elements to move at once.
 _SIZES = ["outer", "inner_vectors", "o_blocks", "i_blocks", "per_group", "groups", "pixels", "chunks"]
 
 

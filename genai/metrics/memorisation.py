@@ -32,7 +32,7 @@ class Memorisation:
     close: float  # share of samples nearer than all but 1 % of held-out items
 
     @property
-    def flagged(self) -> bool | None:
+    def is_memorised(self) -> bool | None:
         """True if the model memorises: `ratio` below 0.5 or `close` above 5 %; None where there are too few items to decide.
 
         The ratio finds models that mostly return training items, exact or blurred; `close` those that do so occasionally.
@@ -51,8 +51,8 @@ class Memorisation:
 
     @property
     def reason(self) -> str | None:
-        """Explanation of a `flagged` that is None, else None."""
-        if self.flagged is not None:
+        """The reason why `is_memorised` is None, else None."""
+        if self.is_memorised is not None:
             return None
         few = f"{len(self.distances)} samples and {len(self.held_out)} held-out items"
         return f"too few to tell: {few} cannot tell {SHARE:.0%} of copies from chance"

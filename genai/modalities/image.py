@@ -122,7 +122,7 @@ def grid(images: Tensor, columns: int | None = None, min_side: int = 320, origin
 
 
 def _margin(names: Sequence[str], height: int, row: int, channels: int) -> Picture:
-    """A strip (C, height, W) with a name beside each row of `row` pixels."""
+    """Return a strip (C, height, W) that names the rows of a grid, each `row` pixels high."""
     from PIL import Image as Pillow
     from PIL import ImageDraw, ImageFont
 

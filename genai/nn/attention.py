@@ -249,7 +249,7 @@ def resolve_attention_depths(
     found = {depth for depth, height in heights.items() if height in (attention or ())}
     if attention and not found and not stored.is_building():
         raise UserError(
-            f"{key}.attention={list(attention)} is none of this network's heights {list(heights.values())}, so that it would not "
-            f"attend at all: give {key}.attention_depths, such as [-1] for the deepest"
+            f"{key}.attention={list(attention)} names none of this network's heights {list(heights.values())} and "
+            f"so switches attention off: give {key}.attention_depths, such as [-1] for the deepest"
         )
     return found

@@ -159,7 +159,7 @@ class Cache:
             if t == 1:
                 self.real.index_fill_(
                     1, at % self.capacity, True
-                )  # the row may have held padding before it was overwritten
+                )  # the slot may have been padding before it was overwritten
             else:
                 real = self.real[:, seen - t : seen, None]
             sees = self.real[:, None, None, :seen]

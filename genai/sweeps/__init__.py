@@ -33,7 +33,7 @@ from genai.core import files
 from genai.core.errors import UserError
 from genai.sweeps.comparison import Comparison
 from genai.sweeps.jobs import Job, Runner, hold_lock, journal
-from genai.sweeps.search import Basic, Optuna, Settings, clean, literal
+from genai.sweeps.search import Basic, Optuna, Settings, literal, slug
 from genai.sweeps.summary import summarise
 
 RUNS = Path("runs/sweeps")
@@ -109,11 +109,11 @@ class JournalSweeper(Sweeper):
         search = (
             Optuna(settings, parsed, self.check) if settings.search == "optuna" else Basic(settings, parsed, self.check)
         )
-        folder = RUNS / f"{clean(settings.name)}-{search.identity}"
+        folder = RUNS / f"{slug(settings.name)}-{search.identity}"
         with files.check_writable(folder, "run it where runs/ can be written"):
             files.make_folder(folder)
-            held = (folder / ".lock").open("ab")
-        with held as lock:
+            file = (folder / ".lock").open("ab")
+        with file as lock:
             try:
                 with hold_lock(lock, None):
                     finished = sum(record["status"] == "finished" for record in journal(folder).values())

@@ -35,15 +35,15 @@ class Comparison:
                 f"sweep.metric={self.metric} is computed by callbacks.cards, which is off: add callbacks.cards.every_steps= and "
                 f"callbacks.cards.metrics=[{self.metric.removeprefix('card/')}]"
             )
-        found = self.meaning(cfg)
+        found = self.settings(cfg)
         self.first = self.first or found
         for key in sorted(found.keys() | self.first.keys()):
             if found.get(key) != self.first.get(key):
                 axis = next((axis for axis in self.axes if f"{key}.".startswith(f"{axis}.")), key)
                 raise UserError(self.sentence(axis, key, found.get(key)))
 
-    def meaning(self, cfg: DictConfig) -> dict[str, Any]:
-        """Return the settings that determine what a job's metric means, by dotted key."""
+    def settings(self, cfg: DictConfig) -> dict[str, Any]:
+        """Return the settings on which the meaning of a job's metric depends, by dotted key."""
         whole: Any = OmegaConf.to_container(cfg, resolve=True)
         flat = dict(leaves("data", whole.get("data")))
         if not has_own_units(str(self.metric)):

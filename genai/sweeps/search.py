@@ -63,8 +63,8 @@ def literal(value: Any) -> str:
     return repr(value) if isinstance(value, float) else json.dumps(value)
 
 
-def clean(text: str, length: int = 60) -> str:
-    """Replace characters of a text that a folder's name should not have or that need quotes in a shell."""
+def slug(text: str, length: int = 60) -> str:
+    """Return a text as a folder's name: characters that a shell would need quotes for become dashes."""
     return re.sub(r"[^\w.]+", "-", text).strip("-.")[:length]
 
 
@@ -99,7 +99,7 @@ class Basic:
             check(overrides)
             values = dict(o.split("=", 1) for o in overrides if o.split("=", 1)[0] in swept)
             name = "_".join(f"{key.rpartition('.')[2]}-{name_value(value)}" for key, value in values.items())
-            self.jobs.append(Job(f"{clean(name) or 'job'}_{digest(overrides)[:6]}", overrides, values))
+            self.jobs.append(Job(f"{slug(name) or 'job'}_{digest(overrides)[:6]}", overrides, values))
         self.identity, self.total = digest(combinations), len(self.jobs)
 
     def run(self, folder: Path, launch: Launch) -> list[str]:

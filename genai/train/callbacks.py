@@ -111,8 +111,8 @@ class Samples(Between):
                 with progress.task("sampling", unit="steps") as task:
                     batch = self.sample(pl_module, self.n, progress.follow(task))
                 shown = pl_module.data.show(batch, getattr(self.sampler, "keywords", {}).get("columns"))
-                told = list(dict.fromkeys(pl_module.data.describe_cond(self.n)))
-                more = f", of {'; '.join(told[:20])}{'; ...' if len(told) > 20 else ''}" if told else ""
+                asked = list(dict.fromkeys(pl_module.data.describe_cond(self.n)))
+                more = f", of {'; '.join(asked[:20])}{'; ...' if len(asked) > 20 else ''}" if asked else ""
                 more += ", rows of originals above what the model makes of them" if "original" in batch else ""
                 caption = f"seeds {self.seed} to {self.seed + self.n - 1}{more}"
                 pl_module.record.samples(trainer.global_step, "samples", shown, caption)

@@ -49,8 +49,8 @@ def precompute(model: nn.Module, data: Data, cfg: DictConfig) -> None:
     UserError if images are augmented, since there is one latent per image.
     """
     codec: Any = model.codec
-    held = chain(codec.parameters(), codec.buffers(), model.parameters())
-    device = next((tensor.device for tensor in held), torch.device("cpu"))
+    tensors = chain(codec.parameters(), codec.buffers(), model.parameters())
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     first_stage = json.dumps([cfg.codec.sha256, OmegaConf.to_container(cfg.codec.model, resolve=True)], sort_keys=True)
     for name, split in data.splits.items():
         images = without_captions(split)

@@ -209,10 +209,10 @@ class Ranks(ClusterEnvironment):
             if not self.store.check(["error"]):
                 self.store.set("error", str(error))
             if not self.first:
-                self.store.add("told", 1)
+                self.store.add("error_read", 1)
                 raise SystemExit(2) from None
             deadline = time.monotonic() + 3
-            while self.store.add("told", 0) < self.world - 1 and time.monotonic() < deadline:
+            while self.store.add("error_read", 0) < self.world - 1 and time.monotonic() < deadline:
                 time.sleep(0.05)
         except torch.distributed.DistError:  # the store is gone too
             if _is_loss(error):

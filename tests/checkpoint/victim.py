@@ -31,7 +31,7 @@ def main(folder: Path) -> None:
 
     torch.set_num_threads(1)
     first, *others = sorted(folder.glob("*.ckpt"))
-    try_it(first)  # what is imported when first used is no deed of the others
+    try_it(first)  # imports at first use are not changes made by the others
     sys.addaudithook(watch)
     start = peak()
     for path in [first, *others]:
@@ -49,7 +49,7 @@ def main(folder: Path) -> None:
 
 
 def try_it(path: Path) -> str | None:
-    """None if it loads and samples, else what it was refused with; anything but a UserError is told by its name."""
+    """None if it loads and samples, else what it was refused with; anything but a UserError is reported by its name."""
     try:
         genai.sample(genai.load(path), n=2)
     except UserError as error:

@@ -84,12 +84,14 @@ def loaded(steps=4, **rest):
         **rest,
     }
     node["solver"] = {"_target_": "genai.models.diffusion.sampling.tables.ddim", "_partial_": True}
-    told: dict[str, Modality] = {"label": Label(10)}
-    return Loaded(tiny_unet(), {"sampler": node, "data": {}}, Image(), told, 0, Path("runs/x/checkpoints/last.ckpt"))
+    conditions: dict[str, Modality] = {"label": Label(10)}
+    return Loaded(
+        tiny_unet(), {"sampler": node, "data": {}}, Image(), conditions, 0, Path("runs/x/checkpoints/last.ckpt")
+    )
 
 
 def test_a_short_last_batch_is_padded_and_cut_again(graphs):
-    """Five batches, one graph; what is in the batch beside a sample changes nothing of it."""
+    """Five batches, one graph; a sample does not depend on the others of its batch."""
     m = loaded()
     walked = sampling.sample(m, n=18, batch_size=4, sampler={**m.config["sampler"], "cuda_graph": False})["image"]
     assert not graphs

@@ -67,6 +67,6 @@ def test_signals_at_random_moments_of_the_start(tmp_path, command):
         code, lines = interrupted(command, number, "genai.core.interrupt", draw.uniform(0, 4), tmp_path)
         if code in (0, 2) or (code == -number and lines):  # it was done before, or leaving after it had answered
             continue
-        told = [line for line in lines if "stopped by signal" in line]
-        assert code == 128 + number and len(told) == 1, lines
+        printed = [line for line in lines if "stopped by signal" in line]
+        assert code == 128 + number and len(printed) == 1, lines
         assert "Traceback" not in "".join(lines)

@@ -80,13 +80,13 @@ class Shrinks(nn.Module):
 
 @pytest.mark.parametrize("half", HALVES)
 def test_a_thousand_times_are_a_thousand_embeddings(half):
-    model, told = mlp().to(half), []
-    model.net.time.register_forward_pre_hook(lambda module, inputs: told.append(inputs[0][0]))
+    model, times = mlp().to(half), []
+    model.net.time.register_forward_pre_hook(lambda module, inputs: times.append(inputs[0][0]))
     model.net.blocks = nn.ModuleList()
     with torch.inference_mode():
         for t in range(1000):
             model.denoise(torch.zeros(1, 2), t)
-    ours = torch.stack(told)
+    ours = torch.stack(times)
     assert ours.dtype == half
     assert len(ours.unique(dim=0)) == 1000
     assert (ours.double() - time_embedding(torch.arange(1000).double(), 16)).abs().max() < 0.01
@@ -146,7 +146,7 @@ def test_a_state_that_overflows_is_refused_though_the_network_is_finite():
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_levels_are_told_apart_in_half(half):
+def test_neighbouring_times_stay_distinct_in_half(half):
     """Where the noise is below the spacing of the levels, the likelihood decides, and it must see the state unrounded."""
     torch.manual_seed(0)
     schedule = schedules.log_snr(1000, 16.0, -9.0)

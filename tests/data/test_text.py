@@ -299,14 +299,14 @@ def test_a_preparation_cut_short_while_it_is_in_use_ends_in_a_sentence(tmp_path)
 
 
 def folder_of_texts(root):
-    """a.txt, b/c.txt, what tools leave beside them, and links: up, above, to a folder elsewhere, twice, and to a file."""
+    """a.txt, b/c.txt, files that tools leave there, and links: up, above, to a folder elsewhere, twice, and to a file."""
     for name in ("a", "b/c", "b/._c", ".git/d", ".ipynb_checkpoints/a-checkpoint", "b/.e/f/g"):
         path = root / "texts" / f"{name}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"this is {name} " * 30)
     (root / "elsewhere" / "deep").mkdir(parents=True)
     (root / "elsewhere" / "deep" / "h.txt").write_text("this is h " * 30)
-    (root / "beside.txt").write_text("this is beside " * 30)
+    (root / "sibling.txt").write_text("this is a sibling " * 30)
     for name, target in {
         "b/up": "../../texts",
         "b/above": "../..",
@@ -657,7 +657,7 @@ def test_wrong_texts(refused, tmp_path):
         ("data=digits",): "a GPT takes tokens, but this data has image",
     }
     for arguments, message in cases.items():
-        # the cache is beside the folder that must stay as it was
+        # the cache is next to the folder that must stay as it was
         said = refused(
             "train.py",
             "model=gpt",

@@ -1,4 +1,4 @@
-"""Cards: what is measured, by which protocol, beside which floor and which baselines; copies are found; cards meet in a
+"""Cards: figures with their protocol, floor and baselines; copies are found; cards meet in a
 comparison."""
 
 import json
@@ -281,7 +281,7 @@ class Worst(Metric):
 
 
 def test_a_metric_of_reconstructions_has_their_baselines(runs, tmp_path):
-    """The worst pixel of what a VAE gives back, which has PCA beside it."""
+    """The worst pixel of a VAE's reconstructions, with PCA as baseline."""
     vae = train(compose_config("train", ["model=vae", f"run_dir={tmp_path / 'vae'}", *DIGITS], prepare_training))
     worst = "{worst:{_target_:tests.evaluation.test_cards.Worst}}"
     result = evaluate(f"ckpt={vae}", f"metrics=[{worst},reconstruction_psnr_db]", "n=40")

@@ -1,4 +1,4 @@
-"""Losses of two players: the formulae on numbers worked by hand, penalties whose gradients are finite differences'."""
+"""Adversarial losses: formulae against numbers worked out by hand, gradients of penalties against finite differences."""
 
 import math
 

@@ -182,7 +182,7 @@ def test_balls_are_those_of_loops(kind, monkeypatch):
     assert (*precision_recall(x, y), *density_coverage(x, y)) == pytest.approx(expected)
 
 
-def test_fidelity_and_diversity_are_told_apart():
+def test_fidelity_and_diversity_are_separate_figures():
     x, y = normal(500, 4), normal(500, 4, seed=1)
     same = density_coverage(x, y)
     n = len(x)

@@ -86,12 +86,12 @@ def test_a_memoriser_is_flagged():
     train, held_out = digits()
     copy = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:300]]
     exact = memorisation(copy, train, held_out)
-    assert exact.flagged and exact.copies == 300 and exact.ratio == 0 and exact.close == 1
+    assert exact.is_memorised and exact.copies == 300 and exact.ratio == 0 and exact.close == 1
     assert torch.equal(train[exact.nearest], copy) and exact.closest(2)[0][0] == 0
     blurred = memorisation(copy + 0.05 * normal(*copy.shape).float(), train, held_out)
-    assert blurred.flagged and blurred.copies == 0 and 0 < blurred.ratio < 0.5
+    assert blurred.is_memorised and blurred.copies == 0 and 0 < blurred.ratio < 0.5
     mixed = memorisation(torch.cat([held_out[:180], copy[:20]]), train, held_out[180:])
-    assert mixed.flagged and mixed.copies == 20 and mixed.ratio > 0.5 and 0.1 <= mixed.close < 0.2
+    assert mixed.is_memorised and mixed.copies == 20 and mixed.ratio > 0.5 and 0.1 <= mixed.close < 0.2
     assert {i for i, _ in mixed.closest(20)} == set(range(180, 200))
     with pytest.raises(UserError, match="samples have 32 numbers each and held-out items 64"):
         memorisation(copy[:, :, :4], train, held_out)
@@ -105,17 +105,17 @@ def test_models_that_learned_are_not_flagged():
     quantize = (torch.from_numpy(samples).clamp(-1, 1) * 8).round() / 8
     for given in (samples, quantize):
         found = memorisation(given, train.flatten(1), held_out.flatten(1))
-        assert found.flagged is False and found.copies == 0 and found.ratio > 0.8, found
-    assert not memorisation(held_out[::2], train, held_out[1::2]).flagged
+        assert found.is_memorised is False and found.copies == 0 and found.ratio > 0.8, found
+    assert not memorisation(held_out[::2], train, held_out[1::2]).is_memorised
     few = memorisation(held_out[::2], train, held_out[1:20:2])
-    assert few.flagged is None and few.reason == (
+    assert few.is_memorised is None and few.reason == (
         "too few to tell: 180 samples and 10 held-out items cannot tell 5% of copies from chance"
     )
     words = torch.arange(4)[:, None].repeat(
         50, 1
     )  # data of four values: every sample is a copy, and so is what is held out
     found = memorisation(words, words, words)
-    assert found.copies == 200 and found.ratio == 1 and found.close == 0 and not found.flagged
+    assert found.copies == 200 and found.ratio == 1 and found.close == 0 and not found.is_memorised
 
 
 @pytest.mark.parametrize("spread", [0.1, 2.0])
@@ -139,7 +139,7 @@ def test_an_honest_model_is_hardly_ever_called_a_memoriser(n, m, spread):
 def verdict(ours, theirs):
     ratio = (ours.quantile(0.5) / theirs.quantile(0.5)).item()
     close = (ours < theirs.quantile(0.01)).double().mean().item()
-    return Memorisation(ours, torch.zeros(len(ours)), theirs, int((ours == 0).sum()), ratio, close).flagged
+    return Memorisation(ours, torch.zeros(len(ours)), theirs, int((ours == 0).sum()), ratio, close).is_memorised
 
 
 def test_the_tail_is_that_of_samples_drawn():

@@ -194,7 +194,7 @@ def test_what_means_something_else_is_said_in_words():
     stored = nodes_of(Image(), {"label": Label(2, ["a", "b"])})
     assert difference(stored, Image(), {"label": Label(2, ["a", "b"])}) is None
     assert difference(stored, Image(), {"label": Label(2, ["b", "a"])}) == "list of classes"
-    assert difference(stored, Image(), {}) is None, "a model that is told no label knows no names"
+    assert difference(stored, Image(), {}) is None, "a model without labels stores no names"
     assert difference(nodes_of(Text(Char("ab")), {}), Text(Char("abc")), {}) == "vocabulary"
 
 
@@ -207,7 +207,7 @@ def test_data_show_and_tell_by_their_modalities():
 
 
 def test_files_of_images_and_their_captions_name_each_other(tmp_path):
-    """Where a model is told both, a caption's line names the file that its label's number is part of."""
+    """Where a model takes both, a caption's line names the file that its label's number is part of."""
     batch = {"image": torch.zeros(2, 1, 4, 4), "label": torch.tensor([3, 4]), "seeds": torch.tensor([5, 6])}
     names, request = sampling.file_names(batch["seeds"], batch["label"]), {"prompt": ["three", "four"]}
     Image().write(tmp_path, batch, names, request, None)

@@ -282,7 +282,7 @@ def test_no_number_of_any_config_may_be_nan_or_infinite_and_no_text_empty():
     assert not [(range_, value) for range_ in rows for value in wrong if range_.holds(value)]
 
 
-REFUSED = {  # a command -> what it is told
+REFUSED = {  # a command -> the sentence that refuses it
     "clip_norm=0": "clip_norm=0 must be a number greater than 0 and at most 10^6, or null",
     "clip_norm=-1": "clip_norm=-1 must be",
     "ema.power=nan": "ema.power=nan must be a number greater than 0",

@@ -1,4 +1,4 @@
-"""The loop of two players: rounds are steps, each player learns from its own loss, and nothing of a game is forgotten."""
+"""The adversarial loop: rounds are steps, each network learns from its own loss, and a resumed run forgets nothing."""
 
 import functools
 
@@ -23,7 +23,7 @@ from tests.conftest import CONFIG
 from tests.train.test_train import Masked, data, flat, ranks
 
 
-class Game(nn.Module):
+class TinyGAN(nn.Module):
     """Fakes are a function of the batch, so that how it is cut into micro-batches and ranks changes nothing; notes who is asked
     for what. NaN in one network's gradient at a step."""
 
@@ -71,13 +71,13 @@ class Game(nn.Module):
         return Losses(total, float(n), {f"{who}_seen": (total.detach(), float(n))})
 
 
-def play(folder, model=None, steps=6, critic_steps=1, accumulate=1, batch_size=8, callbacks=(), **arguments):
+def train(folder, model=None, steps=6, critic_steps=1, accumulate=1, batch_size=8, callbacks=(), **arguments):
     folder.mkdir(exist_ok=True)
     record = Record(folder)
     record.cut(None)
     optim = functools.partial(adamw, lr=0.02, betas=(0.0, 0.9))
     lit = LitAdversarial(
-        model or Game(),
+        model or TinyGAN(),
         data(batch_size=batch_size),
         optim,
         functools.partial(EMA, decay=0.9),
@@ -109,7 +109,7 @@ def play(folder, model=None, steps=6, critic_steps=1, accumulate=1, batch_size=8
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("critic_steps", [1, 5])
 def test_max_steps_is_that_many_rounds(tmp_path, critic_steps, accumulate, share_fake):
-    lit = play(tmp_path / "run", Game(share_fake), 4, critic_steps, accumulate, batch_size=2)
+    lit = train(tmp_path / "run", TinyGAN(share_fake), 4, critic_steps, accumulate, batch_size=2)
     model = lit.model
     assert isinstance(model, AdversarialModel)
     assert lit.trainer.global_step == 4 and lit.ema.updates == 4 and model.rounds == 4 * accumulate
@@ -129,8 +129,8 @@ def test_max_steps_is_that_many_rounds(tmp_path, critic_steps, accumulate, share
 
 
 def test_a_round_is_a_step_of_each_by_hand(tmp_path):
-    lit = play(tmp_path / "run", steps=5)
-    twin = Game()
+    lit = train(tmp_path / "run", steps=5)
+    twin = TinyGAN()
     optims = [
         torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.0, 0.9), weight_decay=0.0)
         for net, lr in ((twin.generator, 0.02), (twin.discriminator, 0.03))
@@ -154,13 +154,13 @@ def test_a_round_is_a_step_of_each_by_hand(tmp_path):
 
 def test_accumulation_of_four_equals_one_batch_of_four_parts(tmp_path):
     for critic_steps in (1, 2):
-        one = play(tmp_path / "one", critic_steps=critic_steps, batch_size=32)
-        four = play(tmp_path / "four", critic_steps=critic_steps, batch_size=8, accumulate=4)
+        one = train(tmp_path / "one", critic_steps=critic_steps, batch_size=32)
+        four = train(tmp_path / "four", critic_steps=critic_steps, batch_size=8, accumulate=4)
         assert (flat(one.model) - flat(four.model)).abs().max() < 1e-10
 
 
 def test_the_average_is_of_the_generator_with_its_buffers(tmp_path):
-    lit = play(tmp_path / "run", callbacks=[Save(3)])
+    lit = train(tmp_path / "run", callbacks=[Save(3)])
     average = lit.ema.module
     assert torch.equal(average.rounds, lit.model.rounds) and average.rounds == 6
     for mine, live in zip(average.discriminator.parameters(), lit.model.discriminator.parameters(), strict=True):
@@ -171,8 +171,8 @@ def test_the_average_is_of_the_generator_with_its_buffers(tmp_path):
     assert len(content["trainer"]["optimizer_states"]) == 2
 
 
-def test_both_players_are_logged_and_evaluated(tmp_path):
-    lit = play(tmp_path / "run", callbacks=[Evaluate(3), Save(3)])
+def test_both_networks_are_logged_and_evaluated(tmp_path):
+    lit = train(tmp_path / "run", callbacks=[Evaluate(3), Save(3)])
     rows = [line.split(",")[1] for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[1:]]
     logged = {
         "loss",
@@ -191,10 +191,10 @@ def test_both_players_are_logged_and_evaluated(tmp_path):
 
 
 @pytest.mark.parametrize("who", ["generator", "discriminator"])
-def test_nan_in_either_player_stops_the_game_and_is_named(tmp_path, who):
-    model = Game(nan=(who, 5))
+def test_nan_in_either_network_stops_training_and_is_named(tmp_path, who):
+    model = TinyGAN(nan=(who, 5))
     with pytest.raises(UserError, match=rf"the {who}'s loss was not finite at step 5: .* last good checkpoint is kept"):
-        play(tmp_path / "run", model, steps=9, callbacks=[Save(2)])
+        train(tmp_path / "run", model, steps=9, callbacks=[Save(2)])
     content = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert content["step"] == 4 and all(t.isfinite().all() for t in content["model"].values())
     assert flat(model).isfinite().all()
@@ -202,9 +202,9 @@ def test_nan_in_either_player_stops_the_game_and_is_named(tmp_path, who):
 
 @pytest.mark.parametrize("critic_steps", [1, 3])
 def test_resumed_equals_uninterrupted(tmp_path, critic_steps):
-    whole = play(tmp_path / "whole", steps=6, critic_steps=critic_steps)
-    play(tmp_path / "part", steps=3, critic_steps=critic_steps, callbacks=[Save(3)])
-    again = play(
+    whole = train(tmp_path / "whole", steps=6, critic_steps=critic_steps)
+    train(tmp_path / "part", steps=3, critic_steps=critic_steps, callbacks=[Save(3)])
+    again = train(
         tmp_path / "part", steps=6, critic_steps=critic_steps, ckpt_path=tmp_path / "part" / "checkpoints" / "last.ckpt"
     )
     assert torch.equal(flat(whole.model), flat(again.model)) and torch.equal(whole.model.rounds, again.model.rounds)
@@ -213,9 +213,9 @@ def test_resumed_equals_uninterrupted(tmp_path, critic_steps):
     assert torch.equal(*draws)
 
 
-def test_one_player_is_no_game(tmp_path):
+def test_the_loop_needs_an_adversarial_model(tmp_path):
     with pytest.raises(UserError, match="must train an AdversarialModel, got Masked"):
-        play(tmp_path / "run", Masked())
+        train(tmp_path / "run", Masked())
 
 
 TWO_RANKS = """
@@ -223,11 +223,11 @@ import functools, sys, torch, lightning as L
 sys.path.insert(0, {root!r})
 torch.set_num_threads(1)
 from pathlib import Path
-from tests.train.test_lit_adversarial import Game, LitAdversarial, EMA, Record, adamw, data
+from tests.train.test_lit_adversarial import TinyGAN, LitAdversarial, EMA, Record, adamw, data
 devices, batch, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 folder.mkdir(exist_ok=True)
 optim = functools.partial(adamw, lr=0.02, betas=(0.0, 0.9))
-lit = LitAdversarial(Game(), data(batch_size=batch), optim, functools.partial(EMA, decay=0.9), Record(folder, writes=False),
+lit = LitAdversarial(TinyGAN(), data(batch_size=batch), optim, functools.partial(EMA, decay=0.9), Record(folder, writes=False),
                      discriminator_optim=optim, critic_steps=2, accumulate=2)
 trainer = L.Trainer(max_steps=8, max_epochs=-1, logger=False, enable_checkpointing=False, accelerator="cpu",
                     enable_progress_bar=False, enable_model_summary=False, devices=devices, precision="64-true",

@@ -83,9 +83,9 @@ def test_muon_skips_a_step_on_the_device_and_changes_no_other():
 def test_muon_never_waits_for_the_device():
     """Tensors that only pretend to be on a GPU have no values to wait for."""
     with FakeTensorMode():
-        found, player = torch.zeros((), device="cuda"), SimpleNamespace(guard=SimpleNamespace(stop_if_bad=pytest.fail))
+        found, group = torch.zeros((), device="cuda"), SimpleNamespace(guard=SimpleNamespace(stop_if_bad=pytest.fail))
         net, optimizer = chained([found], lambda k, i, p: torch.ones_like(p), "cuda")
-        LitModel.skip_step_if_bad(None, optimizer, player, found)  # type: ignore[arg-type]
+        LitModel.skip_step_if_bad(None, optimizer, group, found)  # type: ignore[arg-type]
         assert optimizer.found_inf is found and net.inner.weight.is_cuda
 
 
@@ -161,7 +161,7 @@ def test_tied_weights_are_averaged_under_both_names():
     assert torch.equal(other.embed.weight, ema.module.embed.weight)
 
 
-def test_a_lazy_regulariser_slows_its_player():
+def test_a_lazy_regulariser_slows_its_optimiser():
     """lr c and betas^c with c = k / (k + 1) (Karras et al., 2020, appendix B), of named parameters."""
     optimizer = adamw([("w", nn.Parameter(torch.ones(2, 2)))], lr=0.017, betas=(0.0, 0.99), lazy_every=16)
     (group,) = optimizer.param_groups

@@ -102,7 +102,7 @@ class Launched:
             process.join()
 
     def codes(self, seconds: float = SECONDS) -> list[int | None]:
-        """Exit codes; None of one that still runs after `seconds`."""
+        """Exit codes; None stands for a rank that still runs after `seconds`."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))

@@ -90,7 +90,7 @@ def child(overrides, kill_at, log):
             inner_link(path, name)
 
         checkpoint.link = link
-    if kind == "generator":  # a game between the updates of its players
+    if kind == "generator":  # adversarial training, stopped between two updates
         from genai.models.gan.gan import GAN
 
         inner_loss = GAN.generator_loss
@@ -323,7 +323,7 @@ ADVERSARIAL = [
 ]
 
 
-def test_a_game_killed_between_its_players_equals_one_that_was_not(tmp_path):
+def test_a_run_killed_between_the_two_updates_equals_one_that_was_not(tmp_path):
     """Both optimisers, the average, batch norms and spectral vectors come back."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert train(whole, *ADVERSARIAL, base=[]) == 0
@@ -372,7 +372,7 @@ def test_old_weights_are_of_the_same_classes(uninterrupted):
     load_initial_weights(loaded.model, other, {**strict, "init_strict": False})
 
 
-def test_both_players_may_be_given_a_schedule_on_resume(tmp_path):
+def test_both_optimisers_may_be_given_a_schedule_on_resume(tmp_path):
     folder, long = tmp_path / "run", ["max_steps=6", "optim.decay_steps=6"]
     assert train(folder, *ADVERSARIAL, "max_steps=4", "model.generator.multipliers=[1,2]", base=[]) == 0
     with pytest.raises(UserError, match=r"give discriminator_optim.decay_steps=6 "):

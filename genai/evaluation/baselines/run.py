@@ -46,10 +46,10 @@ def run(cfg: Any) -> dict[str, Any]:
     chosen = baselines(cfg, data)
     learned = training_data(data, fit)
     sampled = any(hasattr(baseline, "sample") for _, _, baseline in chosen)
-    judged = sampled and data.classes is not None and cfg.features is not None
+    compares = sampled and data.classes is not None and cfg.features is not None
     real = (
         extract_features(data.splits[split], data.field, classifier(data, node, "cpu"), ("features",))
-        if judged
+        if compares
         else None
     )
     found = []
@@ -125,10 +125,10 @@ def score(
             values.setdefault(name, []).append(value)
     whole: Any = data.splits[split]
     own = {"split": split, "n": whole.tokens - 1 if data.modality.windowed else n}
-    judged = (
+    on_samples = (
         {} if real is None else {"extractor": real.extractor.facts["extractor"], "real": split, "n": real.moments.n}
     )
-    return {name: figure(name, found, judged if name in SAMPLE_METRICS else own) for name, found in values.items()}
+    return {name: figure(name, found, on_samples if name in SAMPLE_METRICS else own) for name, found in values.items()}
 
 
 def figure(name: str, found: list[float], protocol: dict[str, Any]) -> dict[str, Any]:

@@ -48,11 +48,11 @@ class Diffusion(KeepBufferPrecision):
         field: name of the batch's tensor to model, scaled to [-1, 1] if `clip` is 1.
         classes: number of labels; None for a model without labels.
         label_dropout: probability of training a sample on the null label and caption, for classifier-free guidance.
-        guidance: default weight of classifier-free guidance when sampling; 1 is none.
+        guidance: default weight of classifier-free guidance when sampling; 1 switches it off.
         clip: bound of |x0| while sampling; None for unbounded data.
         latent: latent space to work in instead of the field's own; `shape` is then the shape of its latents.
 
-    Raises UserError if label_dropout is no probability, or if network, guidance or latent space do not fit the model.
+    Raises UserError if label_dropout is not a probability, or if network, guidance or latent space do not fit the model.
     """
 
     path: Path
@@ -164,8 +164,8 @@ class Diffusion(KeepBufferPrecision):
         """
         if self.latent is not None:
             raise UserError(
-                f"this {type(self).__name__} works in the latents of a first stage: what it gives those is no likelihood of "
-                f"{self.latent.field}; evaluate a model of the data itself"
+                f"this {type(self).__name__} works in the latents of a first stage, whose density is not a likelihood of "
+                f"{self.latent.field}: evaluate a model of the data itself"
             )
         if levels is None:
             raise UserError(
@@ -190,8 +190,8 @@ class Diffusion(KeepBufferPrecision):
         """
         if w != 1 and not 0 < self.label_dropout < 1:
             raise UserError(
-                f"{key}={w} leads from what the network says without its conditions to what it says with them, and "
-                f"model.label_dropout={self.label_dropout} trains one of the two only: give {key}=1, which is none"
+                f"{key}={w} extrapolates from the unconditional to the conditional prediction, and "
+                f"model.label_dropout={self.label_dropout} trains only one of the two: give {key}=1, which switches guidance off"
             )
 
     def fill_conditions(self, cond: Batch | None, n: int) -> Batch:
@@ -204,7 +204,7 @@ class Diffusion(KeepBufferPrecision):
         for name, c in found.items():
             if c.shape != nulls[name].shape or c.is_floating_point():
                 kind, wanted = f"{str(c.dtype).removeprefix('torch.')} {list(c.shape)}", list(nulls[name].shape)
-                raise UserError(f"{name} is {kind}, but {n} samples of this model are told int64 {wanted}")
+                raise UserError(f"{name} is {kind}, but {n} samples of this model take int64 {wanted}")
         return {**nulls, **found}
 
     def encode_conditions(self, cond: Batch | None, n: int) -> Condition:

@@ -64,7 +64,7 @@ class DDPM(Diffusion):
             self.objective = None
         self.variance: vlb.Variance = variance
         _, q = to_x0(parameterization, schedule.alpha, schedule.sigma)
-        # Indexed by t in training. They stay float64 until used, and are no part of the state: the config defines them.
+        # Indexed by t in training. They stay float64 until used, and are not saved: the config defines them.
         self.register_buffer("alpha", schedule.alpha, persistent=False)
         self.register_buffer("sigma", schedule.sigma, persistent=False)
         self.register_buffer("weight", weighting(schedule, q), persistent=False)

@@ -185,13 +185,13 @@ class GAN(nn.Module):
             raise UserError("sampler.standing_batches: this generator has no batch norm, set it to 0")
         norms, what = batch_norms(self.generator), (batches, truncation, batch_size, self.device, self._versions())
         trained = [dict(norm._buffers) for norm in norms]
-        known = self._stood[1] if self._stood[0] == what else None
+        cached = self._stood[1] if self._stood[0] == what else None
         try:
             for k, norm in enumerate(norms):
                 norm._buffers.update(
-                    known[k] if known else {name: t.clone() for name, t in trained[k].items() if t is not None}
+                    cached[k] if cached else {name: t.clone() for name, t in trained[k].items() if t is not None}
                 )
-            if known is None:
+            if cached is None:
                 standing_statistics(self.generator, self._inputs(batches, truncation, batch_size))
                 self._stood = what, [dict(norm._buffers) for norm in norms]
             yield

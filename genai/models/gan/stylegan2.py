@@ -40,10 +40,10 @@ class StyleGAN2(KeepBufferPrecision):
     """
 
     lazy: dict[str, int]
-    """Every how many steps each player's regulariser is computed. With k, and it in an optimiser step of its own, the paper
-    takes Adam's lr and the logarithms of its betas times k / (k + 1); here it shares the step of the loss."""
+    """The interval k, in steps, of each network's regulariser. The paper gives it an optimiser step of its own, and so scales
+    Adam's lr and the logarithms of its betas by k / (k + 1); here it shares the step of the loss."""
     images_per_step: int = 0
-    """What counts images here counts those it sees."""
+    """Real images per update over all devices, in which the model measures its own schedules, see `AdversarialModel`."""
     path_mean: Tensor
 
     def __init__(

@@ -21,7 +21,7 @@ from tests.models.autoregressive.test_gpt import SHAPES, V, gpt, replay_of
 
 
 class Recurrent(nn.Module):
-    """An LSTM that a label may start. Its first token is no token of a sample."""
+    """An LSTM that a label may start. Its first token is not part of a sample."""
 
     vocab_size, length, first, starts = V, 15, V, 0
 
@@ -190,7 +190,7 @@ def test_tokens_of_a_seed_depend_neither_on_the_batch_nor_on_stops(kind):
         assert (batch["log_prob"][b, length + 1 :] == 0).all() and batch["log_prob"][b, length] < 0
 
 
-def test_a_model_is_told_its_conditions_once_a_call():
+def test_a_model_reads_its_conditions_once_a_call():
     model = made(Recurrent)
     labels = torch.tensor([0, 2, 1])
     for cond, rows in (({"label": labels}, [torch.tensor([V])] * 3), ({**PROMPTS, "label": labels}, ROWS)):
@@ -211,8 +211,8 @@ def test_a_decoder_attends_to_its_source_by_keys_and_values_projected_once(monke
     cond = {**PROMPTS, "source": source}
     batch = decode.generate(model, torch.arange(3), cond, max_new_tokens=12, top_k=5)
     assert len(calls) == 1
-    for b, (row, told) in enumerate(zip(ROWS, sources, strict=True)):
-        assert batch["tokens"][b].tolist() == naive(model, row, b, 12, told, top_k=5)
+    for b, (row, source) in enumerate(zip(ROWS, sources, strict=True)):
+        assert batch["tokens"][b].tolist() == naive(model, row, b, 12, source, top_k=5)
     other = decode.generate(model, torch.arange(3), {**cond, "source": source.flip(0)}, max_new_tokens=12, top_k=5)
     assert not torch.equal(other["tokens"][0], batch["tokens"][0])
     monkeypatch.setattr(decode, "capture", replay_of)

@@ -227,8 +227,8 @@ def test_a_batch_without_targets_weighs_nothing():
         no_sync=contextlib.nullcontext,
         manual_backward=lambda total: total.backward(),
     )
-    player = ParameterGroup(model.named_parameters())
-    losses = LitModel.accumulate_gradients(lit, player, [masked, masked], lambda b: model(b, 0), 0)
+    group = ParameterGroup(model.named_parameters())
+    losses = LitModel.accumulate_gradients(lit, group, [masked, masked], lambda b: model(b, 0), 0)
     assert len(losses) == 2 and all((p.grad == 0).all() for p in model.parameters())
 
 
@@ -486,8 +486,8 @@ def chi_square(tokens, p):
 
 
 @pytest.mark.parametrize("shape", [{}, {"top_k": 6}, {"top_p": 0.8}, {"min_p": 0.2, "temperature": 0.8}], ids=str)
-def test_speculative_judgement_keeps_the_target_distribution(shape):
-    """100,000 draws: a draft proposes, the judge keeps or corrects; what comes out is the target's."""
+def test_speculative_verification_keeps_the_target_distribution(shape):
+    """100,000 draws: a draft proposes, the target accepts or corrects; the result has the target's distribution."""
     from scipy.stats import chi2
 
     torch.manual_seed(0)

@@ -231,7 +231,7 @@ def test_preconditioning_is_table_1_of_edm(sigma):
 
 
 class Zero(nn.Module):
-    """A network that answers 0 and remembers the times it was told."""
+    """A network that returns 0 and records the times it was called with."""
 
     def __init__(self):
         super().__init__()
@@ -483,12 +483,12 @@ def test_a_level_posterior_predicts_the_data_alone(kind):
 
 @pytest.mark.parametrize("make", [lambda net: Flow(net, [1, 4, 4]), lambda net: EDM(net, [1, 4, 4], 0.5)])
 def test_a_level_posterior_is_of_a_ddpm_alone(make):
-    """What a flow or EDM trains its network for is no mean of grey levels."""
+    """The target of a flow or EDM is not a mean of grey levels."""
     unet = UNet([1, 4, 4], 8, [1], 1, attention_depths=[], out_per_channel=4)
     net = LevelPosterior(unet, 4, schedules.cosine(4))
     with pytest.raises(UserError, match=r"predicts the data of a DDPM, and this model is of type (Flow|EDM): choose"):
         make(net)
-    with stored.building():
+    with stored.build_context():
         assert make(net).net is net
 
 
@@ -558,7 +558,7 @@ def test_what_one_step_cannot_be_is_refused():
 
 
 @pytest.mark.parametrize("width", [1, 2, 7, 33])
-def test_any_width_is_told_the_time(width):
+def test_a_network_of_any_width_reads_the_time(width):
     times = torch.tensor([0.0, 1.0, 30.0, 999.0])
     emb = time_embedding(times, width)
     assert emb.shape == (4, width)
@@ -579,7 +579,7 @@ def test_guidance_needs_both_of_its_answers_trained(rate):
         UserError, match=rf"model.guidance=1.1 leads .* model.label_dropout={rate} .* model.guidance=1,"
     ):
         DDPM(net, guidance=1.1, **node)
-    with stored.building():  # as it was trained and sampled
+    with stored.build_context():  # as it was trained and sampled
         assert DDPM(net, guidance=1.1, **node).guidance == 1.1
     model = DDPM(net, **node).eval()
     cond = {"label": torch.tensor([3])}
@@ -616,7 +616,7 @@ def test_likelihoods_are_given_what_the_batch_says_and_null_for_the_rest(score):
         caption, nats(caption=batch["caption"], label=null["label"])
     )
     assert not torch.allclose(alone, caption, atol=1e-3) and not torch.allclose(caption, both, atol=1e-3)
-    with pytest.raises(UserError, match=r"label is int64 \[1\], but 3 samples of this model are told int64 \[3\]"):
+    with pytest.raises(UserError, match=r"label is int64 \[1\], but 3 samples of this model take int64 \[3\]"):
         nats(label=batch["label"][:1])
 
 

@@ -263,9 +263,7 @@ def test_networks_see_the_caption_and_not_its_padding(kind):
     assert change[0] > 1e-3 and change[1:].max() < 1e-5
     assert torch.equal(net(x, time, **context._asdict(), projected=net.project(context)), out)
     elsewhere = net(x, time, **context._asdict(), projected=net.project(context._replace(states=within)))
-    assert torch.allclose(
-        elsewhere, changed, atol=1e-5
-    )  # no first state changed, which is what else the network is told
+    assert torch.allclose(elsewhere, changed, atol=1e-5)  # no first state changed, which is the network's other input
     with torch.no_grad():
         text.embed.weight[255] += 5  # what padding looks up
         text.transformer.position.table.weight[5:] += 5
@@ -387,7 +385,7 @@ def test_captions_of_files_go_with_them(tmp_path):
     assert seen == {10 * i: f"grey {10 * i}" for i in range(24)}
 
 
-def test_captions_lie_beside_the_images_of_a_zip_too(tmp_path):
+def test_captions_may_be_in_the_zip_of_their_images(tmp_path):
     lines = [json.dumps({"file_name": f"./{i:02d}.png", "text": f"grey \\ud800 {10 * i}"}) for i in range(24)]
     folder(tmp_path / "a", [*lines, ""])
     shutil.make_archive(str(tmp_path / "pictures"), "zip", tmp_path, "a")
@@ -567,8 +565,10 @@ def test_a_caption_alone_leaves_the_label_out():
     alone = ddim(model, seeds, {"caption": caption}, steps=2)["image"]
     null = ddim(model, seeds, {"caption": caption, "label": torch.full((3,), 10)}, steps=2)["image"]
     assert torch.allclose(alone, null, atol=1e-5)
-    told = {"caption": Caption(8), "label": Label(10)}
-    loaded = checkpoint.Loaded(model, {"model": {"classes": 10}, "sampler": DDIM}, Vector("image"), told, 0, Path("x"))
+    conditions = {"caption": Caption(8), "label": Label(10)}
+    loaded = checkpoint.Loaded(
+        model, {"model": {"classes": 10}, "sampler": DDIM}, Vector("image"), conditions, 0, Path("x")
+    )
     assert "label" not in genai.sample(loaded, n=3, prompt="one")
     assert genai.sample(loaded, n=3, prompt="one", label=4)["label"].tolist() == [4, 4, 4]
     assert genai.sample(loaded, n=3)["label"].tolist() == [0, 1, 2]

@@ -85,7 +85,7 @@ def test_noise_of_a_forward_process_equals_diffusers():
 
 
 def test_unet_has_the_size_of_ddpms():
-    """Ho et al. 2020 report 35.7 M parameters for CIFAR-10; ours adds scale beside shift and the class embedding."""
+    """Ho et al. 2020 report 35.7 M parameters for CIFAR-10; ours adds a scale to the shift, and the class embedding."""
     net = UNet([3, 32, 32], 128, [1, 2, 2, 2], 2, [16])
     parameters = sum(p.numel() for p in net.parameters())
     scale = sum(

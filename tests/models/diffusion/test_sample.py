@@ -27,8 +27,10 @@ MEANS, STD, SHAPE = (-0.5, 0.5), 0.15, (1, 2, 2)
 
 
 class Mixture(nn.Module):
-    """The exact network of a model whose data have a label, 0 or 1, that says about which of two means each pixel is normal; told
-    the null, 2, it is that of both. `scale` blurs the data it believes in."""
+    """The exact denoiser of a mixture of two Gaussians, one for each label 0 and 1; the null label 2 stands for both.
+
+    `scale` blurs the data that it assumes.
+    """
 
     def __init__(self, kind: str, scale: float = 1.0):
         super().__init__()
@@ -238,7 +240,7 @@ def test_frames_show_the_way(kind, solver):
 
 @pytest.mark.parametrize("kind", ["ddpm", "edm", "flow"])
 def test_ancestral_sampling_takes_one_call_a_step(kind, monkeypatch):
-    """All T of a discrete path, and as many as it is told, or as many as the papers', of others."""
+    """All T of a discrete path; the number asked for, or the papers', of others."""
     assert samplers.CONTINUOUS_STEPS == 1000
     monkeypatch.setattr(samplers, "CONTINUOUS_STEPS", 30)
     for steps, calls in ((7, 7), (None, 200 if kind == "ddpm" else 30)):
@@ -288,7 +290,9 @@ REFUSED = {
         "strength": 0.5,
     },
     r"mask is \[6, 1, 2, 3\], but the image is \[6, 1, 2, 2\]": {"image": images(), "mask": torch.ones(6, 1, 2, 3)},
-    r"sampler.sigma_max=1000 is out of range: this model knows sigma / alpha from 0.002 to 80": {"sigma_max": 1000},
+    r"sampler.sigma_max=1000 is out of range: this model is trained for sigma / alpha from 0.002 to 80": {
+        "sigma_max": 1000
+    },
     r"sampler.sigma_min=0.001 is out of range: .* from 0.002 to 80": {"sigma_min": 0.001},
     r"sampler.sigma_min=30 is out of range: .*, and it must lie below sampler.sigma_max=20": {
         "sigma_min": 30,

@@ -572,7 +572,7 @@ def test_inpainting_ends_in_the_known_part_and_follows_it_with_noise(name):
     assert torch.allclose(out[:, 1:], free[:, 1:])  # coordinates of this Gaussian are independent
 
 
-# Where they start, and what they are told
+# Where they start, and their conditions
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -605,7 +605,7 @@ def test_every_solver_starts_at_the_state_its_first_level_says(kind, solver, spa
             {"label": torch.tensor([1, 2]), "negative": torch.tensor([1, 2])},
             "cond has negative, but this model takes label",
         ),
-        ({"label": torch.tensor([1])}, r"label is int64 \[1\], but 2 samples of this model are told int64 \[2\]"),
+        ({"label": torch.tensor([1])}, r"label is int64 \[1\], but 2 samples of this model take int64 \[2\]"),
         ({"label": torch.tensor(1)}, r"label is int64 \[\], but 2 samples"),
         ({"label": torch.tensor([1.0, 2.0])}, r"label is float32 \[2\], but 2 samples"),
     ],
@@ -617,7 +617,7 @@ def test_conditions_that_a_model_does_not_take_are_refused(cond, sentence):
             sample(model, torch.arange(2), cond, solver=solver, steps=1)
 
 
-def test_what_data_say_beside_the_conditions_is_left_out():
+def test_fields_that_are_not_conditions_are_left_out():
     model, seeds = tiny_unet(classes=None), torch.arange(2)
     model.classes = None
     plain = ddim(model, seeds, None, steps=2)["image"]

@@ -142,7 +142,7 @@ def test_attention_that_would_be_nowhere_is_refused(arguments, sentence):
         UNet(**DIGITS, **arguments)
 
 
-def test_a_network_that_is_told_nothing_attends_at_its_least_size():
+def test_a_network_attends_at_its_least_size_by_default():
     assert where(UNet(**DIGITS)) == where(UNet(**DIGITS, attention_depths=[-1])) != []
 
 

@@ -1,4 +1,4 @@
-"""The GAN family: networks against their formulae, the losses of the game, statistics, truncation, the samplers."""
+"""The GAN family: networks against their formulae, the adversarial losses, statistics, truncation, the samplers."""
 
 import functools
 import itertools
@@ -188,7 +188,7 @@ def test_convolutions_begin_as_in_the_paper():
     assert weights.std().item() == pytest.approx(0.02, rel=0.02) and abs(weights.mean().item()) < 1e-3
 
 
-# The game
+# Adversarial training
 
 
 def make_gan(kind="mlp", loss=None, classes=3, model=GAN, **arguments):
@@ -212,7 +212,7 @@ LOSSES = [
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda m: type(m).__name__)
-def test_the_players_minimise_what_they_should(loss):
+def test_both_networks_minimise_their_losses(loss):
     model, data = make_gan(loss=loss, r1=3.0, r2=0.5, gradient_penalty=10.0), batch()
     fake = model.generate(data, 0)
     real, false = (model.discriminator(x, data["label"]) for x in (data["image"], fake["fake"]))
@@ -257,7 +257,7 @@ def test_a_loss_of_ones_own_is_two_functions_alone():
     assert model.generator_loss(data, fake, 0).total.isfinite()
 
 
-def test_each_player_moves_its_own_parameters():
+def test_each_update_moves_its_own_parameters():
     model, data = make_gan(r1=1.0), batch()
     fake = model.generate(data, 0)
     model.discriminator_loss(data, fake, 0).total.backward()
@@ -297,8 +297,8 @@ def test_big_gans_pay_for_filters_that_are_alike():
 def test_a_few_rounds_teach_the_discriminator(kind):
     norm = kind == "dcgan"
     model, data = make_gan(kind, r1=0.0 if norm else 0.1), batch()
-    players = [model.discriminator_parameters(), model.generator_parameters()]
-    optimizers = [torch.optim.Adam([p for _, p in player], 1e-2, betas=(0.5, 0.99)) for player in players]
+    groups = [model.discriminator_parameters(), model.generator_parameters()]
+    optimizers = [torch.optim.Adam([p for _, p in group], 1e-2, betas=(0.5, 0.99)) for group in groups]
     for step in range(12):
         fake = model.generate(data, step)
         detached = {"fake": fake["fake"].detach()}

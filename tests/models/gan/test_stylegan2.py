@@ -227,16 +227,16 @@ def test_the_recipe_of_cifar10_is_the_published_one():
     assert (
         sum(p.numel() for _, p in built.discriminator_parameters()) == sum(sizes.values()) + 9 * 512 + 1
     )  # and biases
-    for player, every in (("optim", 4), ("discriminator_optim", 16)):
+    for key, every in (("optim", 4), ("discriminator_optim", 16)):
         group, c = (
-            build_typed(cfg[player])([("w", torch.nn.Parameter(torch.zeros(2, 2)))]).param_groups[0],
+            build_typed(cfg[key])([("w", torch.nn.Parameter(torch.zeros(2, 2)))]).param_groups[0],
             every / (every + 1),
         )
         assert group["lr_max"] == pytest.approx(0.0025 * c) and group["decay_steps"] is None and group["eps"] == 1e-8
         assert group["betas"] == pytest.approx((0, 0.99**c)) and group["weight_decay"] == group["warmup_steps"] == 0
 
 
-# The game
+# Adversarial training
 
 
 def numeric(function, x, index, eps=1e-6):
@@ -274,12 +274,12 @@ def test_r1_is_the_gradients_square_and_has_a_gradient(augment):
     x, p = batch["image"], torch.tensor(0.0 if augment is None else 1.0)
     fake = {"fake": x.flip(2) / 2}
 
-    def judged():
+    def scores():
         if augment is not None:
             augment.p.copy_(p)  # update moves it
         return model.discriminate(x, None).sum()
 
-    slopes = [numeric(again(judged), x, i) for i in np.ndindex(*x.shape)]
+    slopes = [numeric(again(scores), x, i) for i in np.ndindex(*x.shape)]
     expected = np.square(slopes).reshape(4, -1).sum(1).mean()
 
     def loss(step):
@@ -346,7 +346,7 @@ def test_regularisation_is_lazy_and_the_path_mean_follows():
     assert {"path_mean", "generator.mapping.average"} <= set(model.state_dict())
 
 
-def test_players_parameters_are_theirs_alone():
+def test_generator_and_discriminator_share_no_parameters():
     model, batch = build(classes=3), example(classes=3)
     fake = model.generate(batch, 0)
     loss = model.discriminator_loss(batch, fake, 0)
@@ -422,7 +422,7 @@ def test_styles_mix_from_a_layer_on():
     assert torch.equal(w, w[:, :1].expand_as(w))
 
 
-def test_labels_reach_both_players():
+def test_labels_reach_generator_and_discriminator():
     model, batch = build(classes=3), example(classes=3)
     z, noise = torch.randn(4, 5), seeded_noise(torch.arange(4))
     other = (batch["label"] + 1) % 3
@@ -435,7 +435,7 @@ def test_labels_reach_both_players():
     assert gradient.abs().sum(1).gt(0).all()
 
 
-def test_compiled_networks_play_the_same_game():
+def test_compiled_networks_train_the_same():
     from torch._dynamo.backends.registry import lookup_backend
 
     graphs, aot = [], lookup_backend("aot_eager")
@@ -463,7 +463,7 @@ def test_compiled_networks_play_the_same_game():
     assert all(torch.allclose(x, y, atol=1e-4) for x, y in zip(grads, others, strict=True))
 
 
-def test_mixed_precision_plays_nearly_the_same_game():
+def test_mixed_precision_trains_nearly_the_same():
     """Augmentation, whose coordinates bf16 would spoil, and the sum of images stay in full precision."""
     model, batch = build(shape=(3, 8, 8), augment=ADA(Augment(), p=0.8)), example((3, 8, 8))
     totals = []

@@ -1,4 +1,4 @@
-"""The autoencoder's adversarial term: the weight that balances it, the warm-up, the game it is played in."""
+"""The autoencoder's adversarial term: the weight that balances it, the warm-up, the adversarial loop."""
 
 import pytest
 import torch

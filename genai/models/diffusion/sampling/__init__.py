@@ -1,1 +1,1 @@
-"""From noise to data: levels, solvers, guidance, and the sampler."""
+"""Sampling: the times to visit, solvers, guidance, and the sampler."""

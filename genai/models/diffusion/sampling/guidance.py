@@ -22,7 +22,8 @@ def conditional_denoiser(model: Diffusion, condition: Condition) -> Denoiser:
 def classifier_free_guidance(model: Diffusion, condition: Condition, w: float) -> Denoiser:
     """Return the denoiser out = u + w (c - u), one call on twice the batch (Ho & Salimans 2022).
 
-    w = 1 is no guidance (the paper's w is this one minus 1) and w = 0 unconditional; both call the batch alone.
+    w = 1 switches guidance off and w = 0 samples unconditionally; both call the network on the batch alone. The paper's w is
+    this one minus 1.
     """
     given, null = condition
     if w == 1:
@@ -111,7 +112,7 @@ def resolve_guidance(
     w = model.guidance if w is None else w
     if w == 1 and (worse is not None or interval is not None):
         key = "autoguidance" if worse is not None else "guidance_interval"
-        raise UserError(f"{key}= changes nothing at guidance=1, which is none: give guidance= above 1")
+        raise UserError(f"{key}= changes nothing at guidance=1, which switches guidance off: give guidance= above 1")
     if w == 0 and worse is not None:
         raise UserError(
             "autoguidance= at guidance=0 is the worse model alone: give guidance= above 1, or sample from that"

@@ -112,7 +112,8 @@ def sample(
         steps: steps of the solver; None visits all times of a discrete path, 1,000 of a continuous one.
         spacing, rho, shift, sigma_min, sigma_max: times to visit, see `tables.discretize`; spacing None is the path's
             own.
-        guidance: weight of classifier-free guidance or autoguidance; None is the model's own, 1 none, 0 unconditional.
+        guidance: weight of classifier-free guidance or autoguidance; None is the model's own, 1
+            switches it off, 0 samples unconditionally.
         guidance_interval: (low, high) of sigma / alpha in which guidance acts; None for an end leaves it open.
         autoguidance: a worse model that guidance leads away from, instead of from the unconditional prediction.
         image: (n, *data_shape) in [-1, 1], the image to start from, or to keep a part of.
@@ -225,7 +226,7 @@ def _invert(model: Diffusion, marginals: Sequence[Marginal], x: Tensor) -> Tenso
     low = path.marginal(path.t_min) if path.marginal(path.t_min).sigma else path.marginal_of_ratio(INVERSION_SIGMA)
     up = [*([low] if low.ratio < marginals[-2].ratio else []), *marginals[-2::-1]]
     if len(up) < 2:
-        raise UserError("invert=true needs at least two levels to go up: give more sampler.steps")
+        raise UserError("invert=true needs at least two points of the path above the data: give more sampler.steps")
     denoise = guides.conditional_denoiser(model, model.encode_conditions(None, len(x)))
     seeds = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     return run_table(denoise, tables.midpoint(path, up), x, seeds, clip=model.clip)

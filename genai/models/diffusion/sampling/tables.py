@@ -114,7 +114,7 @@ def _ends(path: Path, sigma_min: float | None, sigma_max: float | None) -> tuple
     """Return the least and the most noisy point. Raises UserError if one lies outside the path."""
     low, high = path.marginal(path.t_min), path.marginal(path.t_max)
     least, most = low.ratio, high.ratio
-    trained = f"this model knows sigma / alpha from {least:g} to {most:g}"
+    trained = f"this model is trained for sigma / alpha from {least:g} to {most:g}"
     if sigma_max is not None:
         if not least < number(sigma_max, "sampler.sigma_max", 0, open_low=True) <= most * (1 + 1e-9):
             raise UserError(f"sampler.sigma_max={sigma_max} is out of range: {trained}")
@@ -148,7 +148,7 @@ def start_at_strength(path: Path, marginals: Sequence[Marginal], share: float) -
     ratio, least = share / (1 - share), path.marginal(path.t_min)
     if ratio < least.ratio:
         raise UserError(
-            f"strength={share} must be at least {least.noise_fraction:g}, the least noise that this model knows"
+            f"strength={share} must be at least {least.noise_fraction:g}, the least noise that this model is trained for"
         )
     nearest = min(range(len(marginals) - 1), key=lambda k: abs(math.log(marginals[k].ratio / ratio)))
     return [path.marginal_of_ratio(ratio), *marginals[nearest + 1 :]]
