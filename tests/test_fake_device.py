@@ -57,7 +57,10 @@ WAITS: dict[tuple[str, str, str], tuple[str, str]] = {
     ("call", "samplers.sample", "read"): ("model=ddpm_mlp", "whether samples are finite, once a call"),
     ("call", "decode.prompt_of", "copy"): ("model=gpt_nano", GIVEN),
     ("call", "decode.generate", "copy"): ("model=gpt_nano", SEEDS),
-    ("call", "decode.generate", "read"): ("model=gpt_nano", "whether all texts have ended, every LOOK_EVERY tokens"),
+    ("call", "decode.generate", "read"): (
+        "model=gpt_nano",
+        "whether all texts have ended, every CHECK_STOP_EVERY tokens",
+    ),
     ("call", "speculative.speculative", "copy"): ("model=gpt_nano", SEEDS),
     ("call", "speculative.speculative", "read"): ("model=gpt_nano", "where texts begin and end, once a call"),
     ("call", "speculative._speculate", "read"): ("model=gpt_nano", "which tokens were kept, once a round"),
@@ -152,7 +155,7 @@ def gpu(monkeypatch) -> Iterator[FakeGPU]:
         monkeypatch.setattr(torch.autograd, "grad", grad)
         monkeypatch.setattr(samplers, "find_graph", lambda model, kind, *graph: capture(*graph))
         monkeypatch.setattr(decode, "capture", capture)
-        monkeypatch.setattr(decode, "LOOK_EVERY", 2)
+        monkeypatch.setattr(decode, "CHECK_STOP_EVERY", 2)
         monkeypatch.setattr(rng, "philox", remembered(rng.philox))
         monkeypatch.setattr(affine_step, "_triton", torch.ops.genai.affine_step)
         yield gpu

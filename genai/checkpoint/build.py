@@ -276,6 +276,7 @@ class _SizeLimit(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+# Operations whose output size is a number among their arguments, not a list of sizes.
 _SIZE_FROM_NUMBERS = ("arange", "linspace", "logspace", "eye", "randperm", "tril_indices", "triu_indices")
 
 

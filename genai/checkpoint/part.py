@@ -40,9 +40,9 @@ def pretrained(
 
     Args:
         ckpt: a run or checkpoint, see `locate`; None for a model that needs no training.
-        sha256: of the checkpoint, see `digest`. It is filled in when a run starts; a file with another one is refused then.
+        sha256: SHA-256 of the checkpoint, see `digest`; filled in when a run starts, which refuses a file with a different one.
         weights: "ema" or "raw", which of the file's weights to take.
-        frozen: train nothing of it: no gradients, always in evaluation mode.
+        frozen: keep its weights: no gradients, always in evaluation mode.
         shape: of the latents of a Codec; filled in when a run starts, so that other keys can refer to it.
         model: the built model; its node is filled in when a run starts.
 
@@ -50,11 +50,11 @@ def pretrained(
     """
     check_weights(weights)
     if ckpt is None and model is None:
-        raise UserError(f"a node of {stored.PRETRAINED} has no ckpt: give it the run or checkpoint that it is to be")
+        raise UserError(f"a node of {stored.PRETRAINED} has no ckpt: name the run or checkpoint whose model it is")
     if not isinstance(model, nn.Module):
         raise UserError(
-            f"ckpt={ckpt} was not read: another checkpoint is read where a new run or a call names it, "
-            "to be part of a model, never because a file does"
+            f"ckpt={ckpt} must be named by a new run or a call to become a part of its model: a "
+            "checkpoint file cannot make another one be read"
         )
     if frozen:
         model.requires_grad_(False).eval()
@@ -142,8 +142,8 @@ def adopt(node: dict, key: str, trust: Sequence[str] = ()) -> Part:
 def adopt_all(cfg: DictConfig, build: Callable[[Any], Any], trust: Sequence[str], resumed: bool) -> dict[str, Part]:
     """Read the checkpoints that are to be parts of a run's model, and complete their nodes in `cfg`; returns them by key.
 
-    A resumed run has their weights in its own checkpoint: nothing is noted, and an empty dict is returned; files that still
-    exist are checked all the same.
+    A resumed run has their weights in its own checkpoint: it changes no node and returns an empty dict, but still checks the
+    files that exist.
 
     Raises UserError if a file has changed (see `adopt`).
     """
@@ -191,6 +191,6 @@ def fill(model: nn.Module, adopted: Mapping[str, Part]) -> None:
     for key, part in adopted.items():
         mine = [module for module in found if module.pretrained_from == part.model.pretrained_from]
         if not mine:
-            raise UserError(f"{key} is not a module of this model, which must have it as an attribute to store it")
+            raise UserError(f"{key} must be an attribute of this model: the weights of anything else are not saved")
         for module in mine:
             module.load_state_dict(part.model.state_dict())

@@ -17,8 +17,8 @@ from genai.core.errors import UserError
 from genai.core.spellings import canonical
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true")
-"""As Lightning spells them: weights and network in float32; weights in float32, matrix products and convolutions in half; weights
-and network in half. "auto" is bf16-mixed on a GPU that can, else 32-true."""
+"""Precisions as Lightning spells them: weights and network in float32; weights in float32, matrix products and
+convolutions in half; weights and network in half. "auto" is bf16-mixed on a GPU that can, else 32-true."""
 
 HALF_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16-true": torch.bfloat16}
 MATMUL_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -35,7 +35,7 @@ def precision_of(name: object, device: str | torch.device, key: str = "precision
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """The autocast context for a model that `cast_for_inference` prepared; a null context unless the precision is mixed."""
+    """Return the autocast context for a model from `cast_for_inference`; a null context unless the precision is mixed."""
     if not precision.endswith("-mixed"):
         return contextlib.nullcontext()
     return torch.autocast(device.type, HALF_DTYPES[precision])
@@ -75,7 +75,7 @@ def cast_for_inference(model: nn.Module, precision: str) -> nn.Module:
 
 
 def _round(module: nn.Module, dtype: torch.dtype, kept: set[int]) -> None:
-    """Convert the layers in MATMUL_LAYERS to dtype, except those whose weight's id is in `keep_precision`."""
+    """Convert the layers in MATMUL_LAYERS to dtype, except those whose weight's id is in `kept` and modules of KeepPrecision."""
     if isinstance(module, KeepPrecision):
         return
     if type(module) in MATMUL_LAYERS and id(module.weight) not in kept:
@@ -87,6 +87,7 @@ def _round(module: nn.Module, dtype: torch.dtype, kept: set[int]) -> None:
 def allow_tf32(device: torch.device, precision: str) -> str | None:
     """Let float32 networks on a GPU multiply in TF32 (10 bits of mantissa); returns a sentence that says so, else
     None."""
+    # Compute capability 8 (Ampere) is the first with TF32.
     if device.type != "cuda" or precision != "32-true" or torch.cuda.get_device_capability(device)[0] < 8:
         return None
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

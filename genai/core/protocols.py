@@ -71,7 +71,7 @@ class AdversarialModel(Protocol):
     """Real samples per update over all devices; the loop sets it before the first step."""
 
     def generate(self, batch: Batch, step: int) -> Batch:
-        """Generate one fake per sample of the batch; returns them with whatever the losses need besides."""
+        """Generate one fake per sample of the batch; returns them with further tensors that the losses need."""
         ...
 
     def discriminator_loss(self, batch: Batch, fake: Batch, step: int) -> Losses:
@@ -252,7 +252,7 @@ Called = TypeVar("Called", bound=Callable)
 
 
 def for_models(*kinds: type, **parts: type) -> Callable[[Called], Called]:
-    """Mark a sampler, or a likelihood, with the models it is for: classes, or runtime-checkable protocols.
+    """Mark a sampler, or a likelihood, with the types of models that it takes: classes, or runtime-checkable protocols.
 
     `parts` names those of its arguments that are models of other checkpoints. The marks are the attributes
     `model_types` and `model_parts` of a function, or of a class of callables; without the first it is for any model.

@@ -86,6 +86,7 @@ def words(seeds: Tensor, blocks: Tensor, row: int, stream: int) -> Tensor:
 def _unit(word: Tensor) -> Tensor:
     """Map a uint32 word (upper bits ignored) to float32 in [0, 1], as Triton's `uint_to_uniform_float` does."""
     signed = word.to(torch.int32)
+    # x ^ (x >> 31) is -x - 1 for negative x: the two halves of the range fold onto 0, ..., 2^31 - 1, scaled by 2^-31.
     return signed.bitwise_xor_(signed >> 31).float().mul_(4.6566127342e-10)
 
 

@@ -17,19 +17,18 @@ PRETRAINED = "genai.checkpoint.pretrained"
 DIFFUSION = "genai.models.diffusion"
 
 
-def solver_node(solver: str, own: Node, **meant: Any) -> Callable[[Node], Node]:
-    """Return a value of MOVED for a diffusion sampler of its own that is now a solver of the one sampler.
+def solver_node(solver: str, own: Node, **old_defaults: object) -> Callable[[Node], Node]:
+    """Return a value of MOVED that turns the node of an old sampler function into the one sampler with that solver.
 
-    `own` holds the solver's keys with their old defaults; other keys that an older file lacks get the defaults of then,
-    `meant`.
+    `own` holds the solver's keys with their old defaults, and `old_defaults` those of keys that an older file may lack.
     """
-    levels = {"rho": 7.0, "shift": 1.0, "sigma_min": None, "sigma_max": None}
+    times = {"rho": 7.0, "shift": 1.0, "sigma_min": None, "sigma_max": None}
     target = {"_target_": f"{DIFFUSION}.sampling.tables.{solver}", "_partial_": True}
 
     def move(node: Node) -> Node:
         rest = {key: value for key, value in node.items() if key not in own}
         options = {**target, **{key: node.get(key, value) for key, value in own.items()}}
-        return {**meant, **levels, **rest, "_target_": f"{DIFFUSION}.sampling.samplers.sample", "solver": options}
+        return {**old_defaults, **times, **rest, "_target_": f"{DIFFUSION}.sampling.samplers.sample", "solver": options}
 
     return move
 
@@ -53,7 +52,8 @@ MOVED: dict[str, str | Callable[[Node], Node]] = {
     "genai.evaluation.features.judge": "genai.evaluation.features.classifier",
 }
 """Old `_target_` -> its name today or, where its keys change too, a function from the old node to the new, as `solver_node`
-makes one; old module -> its name today, for every target in it that has no row of its own. A row stays for ever."""
+makes one; old module -> its name today, for every target in it that has no row of its own. Rows are never removed: old
+files stay readable."""
 
 
 RENAMED_OVERRIDES = {
@@ -65,7 +65,7 @@ RENAMED_OVERRIDES = {
     "sampler=flow_heun": "sampler=heun",
     "sampler=flow_midpoint": "sampler=midpoint",
 }
-"""Overrides of the command line, and of files of sweeps, under names of before -> as they are written today."""
+"""Old spelling of an override, on the command line or in a sweep's file -> its spelling today."""
 
 
 def new_target(target: str) -> str | Callable[[Node], Node] | None:
@@ -88,12 +88,12 @@ def up_to_date(node: Any) -> Any:
         and target not in passed
         and (move := new_target(target)) is not None
     ):
-        passed.add(target)  # whose keys alone may have changed
+        passed.add(target)  # a move may change keys and keep the target: it must not be applied twice
         node = move(node) if callable(move) else {**node, "_target_": move}
-    return _named_first_stage(node) if "codec" in node and "model" in node else node
+    return _name_first_stage(node) if "codec" in node and "model" in node else node
 
 
-def _named_first_stage(config: Node) -> Node:
+def _name_first_stage(config: Node) -> Node:
     """Return a run's config with the first stage named in its latent space; up to format 2 only `codec` named it."""
     codec, model = config["codec"], config["model"]
     latent = model.get("latent") if isinstance(model, dict) else None
@@ -107,7 +107,7 @@ def _named_first_stage(config: Node) -> Node:
     return {**config, "model": {**model, "latent": {**latent, "codec": node}}}
 
 
-_building = ContextVar("building what a file says", default=False)
+_building = ContextVar("building from a file", default=False)
 
 
 @contextlib.contextmanager

@@ -24,8 +24,8 @@ class Extractor:
 
     Args:
         net: the network; it is put into evaluation mode, without gradients.
-        see: computes (features, logits or None) of a batch of images by that network.
-        labels: whether the logits are of the data's own classes.
+        extract: computes (features, logits or None) of a batch of images by that network.
+        labels: True if the logits are of the data's own classes.
         device: to compute on.
         resize: how the images are resized first, in words, for the protocol of cards.
         batch: images per call.
@@ -34,22 +34,22 @@ class Extractor:
     def __init__(
         self,
         net: nn.Module,
-        see: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+        extract: Callable[[Tensor], tuple[Tensor, Tensor | None]],
         labels: bool,
         device: str,
         resize: str | None = None,
         batch: int = 256,
     ):
-        self.net, self.see, self.labels = net.eval().requires_grad_(False).to(device), see, labels
+        self.net, self.extract, self.labels = net.eval().requires_grad_(False).to(device), extract, labels
         self.device, self.batch = device, batch
         self.facts = {"extractor": {"kind": type(net).__name__, "sha256": sha256(net)}, "resize": resize}
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         with full_precision(torch.device(self.device)):
-            seen = [self.see(part.to(self.device)) for part in images.split(self.batch)]
-        features = torch.cat([part.flatten(1).cpu() for part, _ in seen])
-        logits = [part.cpu() for _, part in seen if part is not None]
+            found = [self.extract(part.to(self.device)) for part in images.split(self.batch)]
+        features = torch.cat([part.flatten(1).cpu() for part, _ in found])
+        logits = [part.cpu() for _, part in found if part is not None]
         return features, torch.cat(logits) if logits else None
 
 
@@ -109,11 +109,11 @@ def classifier(data: Data, node: Any, device: str) -> Extractor:
         return extractor
     net = classifiers.load_or_train(data)
 
-    def see(images: Tensor) -> tuple[Tensor, Tensor]:
+    def extract(images: Tensor) -> tuple[Tensor, Tensor]:
         features = net.features(images)
         return features, net.head(features)
 
-    return Extractor(net, see, True, device)
+    return Extractor(net, extract, True, device)
 
 
 def modality_extractor(data: Data) -> Extractor | None:
@@ -141,9 +141,8 @@ def inception(data: Data, node: Any, device: str, weights: str | None = None) ->
     except ModuleNotFoundError as error:
         raise UserError("extractor=inception needs the package torch-fidelity: pip install torch-fidelity") from error
     if weights is not None:
-        _read_state_dict(
-            weights, f"torch-fidelity's {INCEPTION}"
-        )  # checks the file, which torch-fidelity would unpickle
+        # Only checks the file: torch-fidelity would unpickle it, which may run code.
+        _read_state_dict(weights, f"torch-fidelity's {INCEPTION}")
     try:
         with progress.task("loading the Inception network"):
             net = FeatureExtractorInceptionV3(
@@ -155,11 +154,11 @@ def inception(data: Data, node: Any, device: str, weights: str | None = None) ->
             f"{torch.hub.get_dir()}/checkpoints, or name it with extractor.weights="
         ) from error
 
-    def see(images: Tensor) -> tuple[Tensor, Tensor]:
+    def extract(images: Tensor) -> tuple[Tensor, Tensor]:
         features, logits = net(to_uint8(images).expand(-1, 3, -1, -1))
         return features, logits
 
-    return Extractor(net, see, False, device, "299 bilinear, as TensorFlow 1", batch=32)
+    return Extractor(net, extract, False, device, "299 bilinear, as TensorFlow 1", batch=32)
 
 
 def module(data: Data, node: Any, device: str, net: nn.Module | None = None, weights: str | None = None) -> Extractor:

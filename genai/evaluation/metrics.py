@@ -24,8 +24,8 @@ from genai.metrics import frechet, images, inception_score, kid, manifold, text
 class RealFakePair:
     """The features of real images, all of a split, and of n generated ones.
 
-    Metrics that share a costly computation find it here, done once. Both are compared at equal n, as precision and recall
-    depend on it.
+    Computations that several metrics share are cached here. Precision, recall, density and coverage depend on n, so as many real
+    images are used as generated ones.
     """
 
     real: features.FeatureSet
@@ -68,12 +68,12 @@ class Metric:
     better: str = "lower"
     unit: str = ""
     reads: tuple[str, ...] = ()
-    """What the metric needs of every sample: any of "features", "probabilities" and "images", which are then kept in memory.
+    """Parts of every sample that the metric needs, kept in memory: any of "features", "probabilities" and "images".
 
-    A metric that needs none of them uses `moments` and `right`, which are updated batch by batch in constant memory.
+    A metric without them uses `moments` and `right`, which are updated batch by batch in constant memory.
     """
     uses_labels = False
-    """Whether the metric compares samples with the labels they were asked for; there is no floor of real samples then."""
+    """True if the metric compares samples with the labels asked for; such a metric has no floor of real samples."""
 
     def __call__(self, *given: Any) -> Any:
         """Compute the metric; see the class for arguments and result."""
@@ -267,7 +267,7 @@ class Plan:
         batch_size: items or samples per call of the model.
         extractor: builds the extractor of features from the data, its config and a device.
         likelihood: config node of a likelihood; None for the model's own.
-        baselines: whether cards list trivial models.
+        baselines: True for cards that list trivial models too.
     """
 
     metrics: Sequence[str | Mapping[str, Metric]] | None

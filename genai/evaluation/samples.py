@@ -24,8 +24,8 @@ from genai.metrics.intervals import over_seeds
 from genai.metrics.memorisation import memorisation
 from genai.modalities.base import save
 
-SEARCHED = 1000  # samples, and held-out items, whose nearest training item is searched for
-FIRST = 16  # samples in the first batch, from which the time is estimated
+SEARCHED = 1000  # number of samples, and of held-out items, whose nearest training item is searched for
+FIRST = 16  # size of the first batch, so that a time left is shown early
 CHARACTERS = 10_000_000  # length of training text in which copies are searched for
 
 
@@ -108,7 +108,7 @@ def _floors(
 ) -> tuple[str | None, dict[str, float]]:
     """Return (name, scores) of another split: the metrics of n of its items against this split's; (None, {}) if none has n.
 
-    Validation and test come before training, which the classifier of the features has learned from.
+    The training split comes last, since the classifier that extracts the features was trained on it.
     """
     for other in ("val", "test", "train"):
         if other != split and other in data.splits and len(data.splits[other]) >= n:

@@ -20,9 +20,9 @@ from genai.core.protocols import Prediction
 
 Impl = Literal["auto", "triton", "torch", "compiled"]
 
-# Seconds that compiling the step saves per element (without and with noise), and seconds that it costs, on one core, measured
-# by benchmarks/step.py.
-SAVED, SAVED_NOISY, COMPILING = 0.7e-9, 30e-9, 20.0
+# Measured on one core by benchmarks/step.py: seconds that a compiled step saves per element, without and with noise, and
+# seconds that compiling takes.
+SAVED_SECONDS, SAVED_SECONDS_NOISY, COMPILE_SECONDS = 0.7e-9, 30e-9, 20.0
 
 
 class Row(NamedTuple):
@@ -69,8 +69,8 @@ def affine_step(
         index: number of the step, which selects the noise.
         clip: bound of |x0|, None for none.
         x0_prev, x_base: x0 of the previous step and the state before it; needed if c or d is not 0.
-        known, mask: a clean sample and how much of it (0 to 1) to keep; one needs the other.
-        noisy: whether the kernel draws noise, by default s != 0; True lets one kernel serve a whole table.
+        known, mask: a clean sample and how much of it (0 to 1) to keep; given together or not at all.
+        noisy: True if the kernel draws noise, by default if s is not 0; always True lets one kernel serve all rows of a table.
         keep_x0: also return x0.
         impl: "triton" raises where it cannot run, "auto" then takes torch and warns once; "compiled" is torch by
             Inductor, which takes seconds at first, see `choose_impl`.
@@ -92,29 +92,33 @@ def affine_step(
 NAMES = "out", "out_uncond", "x0_prev", "x_base", "known", "mask"
 
 
-def _check(x: Tensor, others: Sequence[Tensor | None], seeds: Tensor, row: Row, drawn: bool) -> bool:
+def _check(x: Tensor, others: Sequence[Tensor | None], seeds: Tensor, row: Row, draws: bool) -> bool:
     """Return True if all tensors that are read are contiguous; seeds count only if noise is drawn.
 
     `others` is in the order of NAMES. Raises UserError if the arguments do not fit. Plain loops: for small states each
     attribute looked up shows in the time of a step.
     """
     shape, dtype, device = x.shape, x.dtype, x.device
-    contiguous = x.is_contiguous() and (not drawn or seeds.is_contiguous())
+    contiguous = x.is_contiguous() and (not draws or seeds.is_contiguous())
     for tensor in others:
         if tensor is None:
             continue
         if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
             name = next(name for name, other in zip(NAMES, others, strict=True) if other is tensor)
-            raise UserError(f"{name} is {_kind(tensor)}, but the state of the sampler is {_kind(x)}: they must agree")
+            raise UserError(
+                f"{name} is {_describe(tensor)}, but the state of the sampler is {_describe(x)}: they must agree"
+            )
         contiguous = contiguous and tensor.is_contiguous()
-    fits = not drawn or (seeds.shape == shape[:1] and seeds.dtype == torch.int64 and seeds.device == device)
+    fits = not draws or (seeds.shape == shape[:1] and seeds.dtype == torch.int64 and seeds.device == device)
     if not shape or not fits:
         wanted = f"int64 {list(shape[:1])} on {device}"
-        raise UserError(f"seeds is {_kind(seeds)}, but the state is {_kind(x)}: one seed a sample is needed, {wanted}")
+        raise UserError(
+            f"seeds is {_describe(seeds)}, but the state is {_describe(x)}: one seed a sample is needed, {wanted}"
+        )
     *_, x0_prev, x_base, known, mask = others
     if (known is None) != (mask is None):
         name, other = ("known", "mask") if mask is None else ("mask", "known")
-        raise UserError(f"{name} was given without {other}: inpainting needs both, and a step without it neither")
+        raise UserError(f"{name} was given without {other}: inpainting needs both, and any other step neither")
     if row.c and x0_prev is None:
         raise UserError(f"x0_prev was not given, but the row's factor of it is c={row.c:g}, not 0")
     if row.d and x_base is None:
@@ -122,7 +126,7 @@ def _check(x: Tensor, others: Sequence[Tensor | None], seeds: Tensor, row: Row, 
     return contiguous
 
 
-def _kind(x: Tensor) -> str:
+def _describe(x: Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
 
 
@@ -235,7 +239,7 @@ def _run_compiled(x: Tensor, *args) -> tuple[Tensor, Tensor]:
 def choose_impl(x: Tensor, steps: int, noisy: bool) -> Impl:
     """Return the fastest implementation for `steps` steps of a state like x: "compiled" on a CPU where that pays
     off."""
-    pays = steps * x.numel() * (SAVED_NOISY if noisy else SAVED) > COMPILING
+    pays = steps * x.numel() * (SAVED_SECONDS_NOISY if noisy else SAVED_SECONDS) > COMPILE_SECONDS
     compiler = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
     return "compiled" if pays and x.device.type == "cpu" and compiler else "auto"
 
@@ -272,7 +276,7 @@ def _auto(x: Tensor, *args) -> tuple[Tensor, Tensor]:
         return _torch(x, *args)
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return torch.ops.genai.affine_step(x, *args)
-    return (_on_gpu if x.is_cuda else _torch)(x, *args)  # without the dispatcher, which takes 20 us
+    return (_on_gpu if x.is_cuda else _torch)(x, *args)  # directly: torch's dispatcher takes 20 us per call
 
 
 def _on_gpu(x: Tensor, *args) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Callbacks between training steps, in this order: evaluate, sample, save, show progress, stop."""
+"""Callbacks that run between training steps, in this order: evaluate, sample, save, show progress, stop."""
 
 import contextlib
 import re
@@ -29,7 +29,7 @@ Kind = TypeVar("Kind", bound=L.Callback)
 
 
 class Between(L.Callback):
-    """Base of callbacks that do nothing within a step: Lightning skips a hook that is None."""
+    """The base class of callbacks that do nothing within a step: Lightning skips a hook that is None."""
 
     on_train_batch_start = on_before_zero_grad = on_before_backward = on_after_backward = None  # type: ignore[assignment]
     on_before_optimizer_step = None  # type: ignore[assignment]
@@ -63,7 +63,7 @@ class Evaluate(Between):
 
     def __init__(self, every_steps: int | None, n: int | None = None):
         self.every_steps, self.n = _check_interval(every_steps, "evaluate.every_steps"), n
-        self.loss, self.step = float("inf"), -1
+        self.loss, self.step = float("inf"), -1  # the latest val/loss, and its step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitModel) -> None:
         if trainer.global_step == 0:
@@ -96,14 +96,14 @@ class Samples(Between):
         self.try_out(pl_module)
 
     def try_out(self, lit: LitModel, n: int = 1) -> None:
-        """Make one network call for n samples, so that a sampler that cannot run fails at the start and not after hours."""
+        """Make one network call for n samples, so that a sampler that cannot run raises at the start and not after hours."""
 
-        def enough(i: int, n: int, state: Batch) -> None:
-            raise _Enough
+        def stop_at_once(i: int, n: int, state: Batch) -> None:
+            raise _StopSampling
 
         check_sampler(self.sampler, lit.model)
-        with contextlib.suppress(_Enough):
-            self.sample(lit, n, enough)
+        with contextlib.suppress(_StopSampling):
+            self.sample(lit, n, stop_at_once)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
         if is_due(trainer, self.every_steps):
@@ -173,7 +173,7 @@ class Cards(Between):
         lit.record.cards(trainer.global_step, evaluate(loaded, lit.data, self.plan)[1])
 
 
-class _Enough(Exception):
+class _StopSampling(Exception):
     """An on_step raises this to leave a sampler early."""
 
 
@@ -234,7 +234,7 @@ class Stop(Between):
     def __init__(self):
         self.signal: int | None = None
         self.group: Any = None
-        self.asked: tuple[torch.Tensor, Any] | None = None
+        self.pending: tuple[torch.Tensor, torch.distributed.Work] | None = None
 
     @contextlib.contextmanager
     def handle_signals(self) -> Iterator[None]:
@@ -275,21 +275,20 @@ class Stop(Between):
     def agree_on_signal(self) -> int:
         """Return the signal that any rank had received by the step before, 0 if none.
 
-        The question of this step is answered in the next one, when the asynchronous all-reduce has ended without a wait.
+        The all-reduce that a step starts is read by the next one: it runs meanwhile, so no step waits for it.
         """
         number = 0
-        if self.asked is not None:
-            heard, work = self.asked
+        if self.pending is not None:
+            highest, work = self.pending
             work.wait()
-            number = int(heard)
-        heard = torch.tensor(self.signal or 0, dtype=torch.int32)
-        highest = torch.distributed.ReduceOp.MAX
-        self.asked = heard, torch.distributed.all_reduce(heard, highest, group=self.group, async_op=True)
+            number = int(highest)
+        highest, largest = torch.tensor(self.signal or 0, dtype=torch.int32), torch.distributed.ReduceOp.MAX
+        self.pending = highest, torch.distributed.all_reduce(highest, largest, group=self.group, async_op=True)
         return number
 
     def on_train_end(self, trainer: L.Trainer, pl_module: LitModel) -> None:
-        if self.asked is not None:
-            self.asked[1].wait()
+        if self.pending is not None:
+            self.pending[1].wait()
 
 
 class Progress(Between):
@@ -332,7 +331,9 @@ class Progress(Between):
         """Update the task after a step. Losses are read from the device at most every 5 seconds."""
         task.done = step
         validated = self.has_validated(trainer)
-        if step == self.first + 1 and step < trainer.max_steps:  # it compiles, and starts workers
+        if (
+            step == self.first + 1 and step < trainer.max_steps
+        ):  # the first step compiles kernels and starts workers: the rate leaves it out
             task.restart(now, step)
         if validated or step % lit.log_every_steps == 0 or now - self.looked_at > 5:
             self.looked_at, self.latest = now, self.losses(lit)
@@ -347,7 +348,7 @@ class Progress(Between):
         return any(c.step == trainer.global_step for c in callbacks(trainer, Evaluate))
 
     def losses(self, lit: LitModel) -> str:
-        """The means of the training losses since they were logged, or as logged last, and the latest validation losses."""
+        """Return the training losses (their means since the last log, or the last log) and the latest validation losses."""
         found = {**lit.record.latest, **{name: total / weight for name, (total, weight) in lit.means.sums.items()}}
         shown = sorted(name for name in found if re.fullmatch(r"(train|val)/(\w+_)?loss", name))
         return "  ".join(f"{name} {float(found[name]):.4f}" for name in shown)

@@ -46,16 +46,16 @@ class NonFiniteGuard:
 
         Raises UserError, which names step and tensor, if a value was not finite.
         """
-        seen, self.pending = self.pending, []
-        if not seen:
+        pending, self.pending = self.pending, []
+        if not pending:
             return
-        values = torch.stack([values for _, values in seen])  # (steps, names)
+        values = torch.stack([values for _, values in pending])  # (steps, names)
         finite = values.sum(1).isfinite()
         if not finite.all():
             first = int(finite.int().argmin())
             name = self.names[int(values[first].nan_to_num(nan=math.inf).argmax())]
             raise UserError(
-                f"{name} was not finite at step {seen[first][0]}: that update was skipped and training stopped, the last "
+                f"{name} was not finite at step {pending[first][0]}: that update was skipped and training stopped, the last "
                 "good checkpoint is kept (try a smaller optim.lr, a smaller clip_norm, or trainer.precision=32-true)"
             )
 
@@ -73,6 +73,7 @@ class ParameterGroup:
         Returns two scalars: the norm before, and 1 if a loss or gradient of this step was not finite, else 0.
         """
         grads = [p.grad for _, p in self.named_parameters if p.grad is not None]
+        # Norms of half-precision gradients are summed in float32, where the squares do not overflow.
         wide = torch.promote_types(grads[0].dtype, torch.float32) if grads else None
         norms, total = iter(torch._foreach_norm(grads, 2, wide)) if grads else iter(()), losses[0].total
         total = sum((loss.total for loss in losses[1:]), total)
@@ -80,6 +81,7 @@ class ParameterGroup:
         values = torch.stack([total, *each]).float()
         norm = torch.linalg.vector_norm(values[1:])
         if clip_norm is not None and grads:
+            # 1e-6 as in torch's clip_grad_norm_; scaling by 1 instead of testing the norm spares the host a wait.
             torch._foreach_mul_(grads, (clip_norm / (norm + 1e-6)).clamp_max(1.0))
         return norm, self.guard.check(values, step)
 
@@ -221,12 +223,11 @@ class LitModel(L.LightningModule):
             grads, ranks = [p.grad for _, p in group.named_parameters if p.grad is not None], 1
             if self.trainer.world_size > 1:
                 torch.distributed.all_reduce(weight)
-                ranks = (
-                    self.trainer.world_size if self.overlaps else 1
-                )  # DDP has averaged, so multiply its mean up to the sum
+                # DDP has averaged over ranks; the factor turns its mean back into the sum.
+                ranks = self.trainer.world_size if self.overlaps else 1
                 if not self.overlaps:
                     sum_over_ranks(grads)
-            if grads:  # dividing by 1 where there are no targets, so that their gradient is 0 and not nan
+            if grads:  # without any target the sum is divided by 1: the gradient is then 0 and not nan
                 torch._foreach_mul_(grads, ranks / torch.where(weight.gt(0), weight, 1))
         return losses
 
@@ -257,7 +258,7 @@ class LitModel(L.LightningModule):
         return self.model.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False):
-        """Load the model's state, see `state_dict`."""
+        """Load the state of the model alone, see `state_dict`."""
         return self.model.load_state_dict(state, strict=strict, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -268,7 +269,10 @@ class LitModel(L.LightningModule):
         checkpoint["means"] = self.means.reduce(keep=self.global_rank == 0).sums
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the average and the running means, and take learning rates from the present config."""
+        """Restore the average and the running means, and take learning rates from the present config.
+
+        The optimisers of `fresh` are built only to be read: Lightning restores the stored state into its own.
+        """
         fresh = cast(Optimizer | list[Optimizer], self.configure_optimizers())
         pairs = zip(checkpoint["optimizer_states"], fresh if isinstance(fresh, list) else [fresh], strict=False)
         for stored, optimizer in pairs:
@@ -285,7 +289,9 @@ class LitModel(L.LightningModule):
         """
         means = Means().to(self.device)
         for i, batch in enumerate(batches(self.data.splits[split], self.data.batch_size, limit)):
-            if i % self.trainer.world_size == self.trainer.global_rank:
+            if (
+                i % self.trainer.world_size == self.trainer.global_rank
+            ):  # the seed is the batch's: ranks change no figure
                 batch = self.transfer_batch_to_device(batch, self.device, 0)
                 rng.seed_torch(rng.mix(EVALUATION, i), self.device)  # training seeds itself anew each step
                 with torch.no_grad(), self.trainer.precision_plugin.forward_context():

@@ -58,6 +58,7 @@ class LitAdversarial(LitModel):
             raise UserError(
                 f"loop=LitAdversarial must train an AdversarialModel, got {type(model).__name__}: use loop=LitModel"
             )
+        # The average is the generator's; the discriminator in it is the live one, for evaluation losses.
         averaged = lambda whole: ema(whole, named_parameters=model.generator_parameters())  # noqa: E731
         super().__init__(model, data, optim, averaged, record, seed, accumulate, clip_norm, log_every_steps)
         self.discriminator_optim = discriminator_optim
@@ -74,6 +75,7 @@ class LitAdversarial(LitModel):
         try:
             return [generator, self.discriminator_optim(self.adversarial.discriminator_parameters())]
         except UserError as error:
+            # Errors of an optimiser name the keys of `optim`; here the user has to change those of discriminator_optim.
             message = re.sub(r"\boptim=", "optim@discriminator_optim=", str(error))
             raise UserError(re.sub(r"\boptim\.", "discriminator_optim.", message)) from None
 
@@ -90,7 +92,7 @@ class LitAdversarial(LitModel):
         return train_loader(self.data, micro_batches, self.seed, t.global_step, t.global_rank, t.world_size)
 
     def on_fit_start(self) -> None:
-        """Tell the model how many images a step has, besides what `LitModel` does."""
+        """Prepare as `LitModel` does, and set the model's `images_per_step`."""
         super().on_fit_start()
         self.adversarial.images_per_step = self.data.batch_size * self.accumulate * self.trainer.world_size
 
@@ -115,7 +117,8 @@ class LitAdversarial(LitModel):
             fake = fakes.pop(0) if self.adversarial.share_fake else self.adversarial.generate(batch, step)
             return self.adversarial.generator_loss(batch, fake, step)
 
-        # Gradients still pass through the discriminator to the fakes; only its own parameters take none.
+        # The generator's gradient passes through the discriminator, whose own parameters need none. `part` holds the
+        # micro-batches of the last discriminator update, which the generator reuses.
         with frozen(discriminator):
             losses = self.accumulate_gradients(generator, part, generator_loss_of, step, GENERATOR)
         norm, bad = generator.clip(losses, self.clip_norm, step)
@@ -143,7 +146,7 @@ class LitAdversarial(LitModel):
         """Return the losses of generator and discriminator on a batch, name -> (mean, weight), for the averaged
         generator.
 
-        GAN losses do not track sample quality, so none of them is called `loss`, and there is no best checkpoint.
+        GAN losses do not track sample quality, so they are not called `loss`, and a run has no best.ckpt.
         """
         step = self.trainer.global_step
         model = cast(AdversarialModel, average)

@@ -1,4 +1,4 @@
-"""The ranks of a distributed run: which one this process is, and how they start, agree, wait for each other and end."""
+"""The ranks of a distributed run: how they are detected and started, agree, wait for each other and end."""
 
 import contextlib
 import os
@@ -21,10 +21,11 @@ from torch.distributed import PrefixStore, TCPStore
 from genai import progress
 from genai.core.errors import UserError
 
-STARTING = 300  # seconds in which all ranks have to find each other
-WAITING = 6 * 3600  # and in which they wait for what one of them does alone: preparing data, samples, cards
-TIMEOUT = 600  # and for each other in a collective
-ENDING = 20  # and in which the others end once one has
+# Time-outs in seconds.
+START_SECONDS = 300  # for all ranks to find each other
+WAIT_SECONDS = 6 * 3600  # for work that one rank does alone while the others wait: preparing data, samples, cards
+TIMEOUT = 600  # for a collective, after which a rank counts as lost
+END_SECONDS = 20  # for the other ranks to end once one has
 LAUNCHER = "GENAI_LAUNCHER"  # the id of the process that started this one as one of its ranks
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -32,18 +33,18 @@ OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_R
 
 
 class Ranks(ClusterEnvironment):
-    """The processes that train together, as a context in which one trains; for Lightning, an environment like SLURM's.
+    """The processes of one run, as a context manager around training and as Lightning's ClusterEnvironment.
 
     Args:
         rank: of this process, among all.
-        world: how many there are.
+        world: number of ranks.
         local: rank of this process on its machine.
-        here: how many there are on this machine.
-        launcher: what started them; "" if nothing did, and those above rank zero are started by `start`.
+        here: number of ranks on this machine.
+        launcher: program that started them; "" for none, and `start` starts those above rank zero.
 
     Before the collectives of torch.distributed can be used, and where one rank works alone, ranks meet in a key-value
     store that rank zero (or torchrun) serves. On leaving the context, a UserError of any rank is raised by rank zero
-    alone, the others exit with code 2; whatever a lost rank breaks becomes one sentence and exit code 1.
+    alone, and the others exit with code 2; an error that follows from a lost rank becomes one sentence and exit code 1.
     """
 
     def __init__(self, rank: int = 0, world: int = 1, local: int = 0, here: int = 1, launcher: str = ""):
@@ -76,9 +77,9 @@ class Ranks(ClusterEnvironment):
             elif self.store is not None and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
         finally:
-            deadline = time.monotonic() + (ENDING if error is None or isinstance(error, SystemExit) else 3)
+            deadline = time.monotonic() + (END_SECONDS if error is None or isinstance(error, SystemExit) else 3)
             for child in self.children if error is not None else ():
-                child.terminate()  # which one that has agreed to stop knows already
+                child.terminate()  # a rank that has agreed to stop ignores it
             for child in self.children:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(max(0.0, deadline - time.monotonic()))
@@ -87,7 +88,7 @@ class Ranks(ClusterEnvironment):
     def agree(self, decide: Callable[[], str]) -> str:
         """Return in every rank the string that rank zero decides; to be called before `start`."""
         if not self.first:
-            return self._get("decided", WAITING, "rank 0 did not choose the run directory")
+            return self._get("decided", WAIT_SECONDS, "rank 0 did not choose the run directory")
         self.decided = decide()
         if self.store is not None:
             self.store.set("decided", self.decided)
@@ -104,7 +105,7 @@ class Ranks(ClusterEnvironment):
             self._launch()
         self.store.set(f"ready/{self.rank}", "")
         for rank in range(self.world):
-            self._get(f"ready/{rank}", WAITING, f"rank {rank} did not get ready to train")
+            self._get(f"ready/{rank}", WAIT_SECONDS, f"rank {rank} did not get ready to train")
         device = torch.device("cuda", self.local) if gpu else None
         if device is not None:
             torch.cuda.set_device(device)
@@ -124,7 +125,7 @@ class Ranks(ClusterEnvironment):
         if self.first:
             self.store.set(what, "")
         else:
-            self._get(what, WAITING, f"rank 0 has not finished {what}")
+            self._get(what, WAIT_SECONDS, f"rank 0 has not finished {what}")
 
     def _launch(self) -> None:
         port = self._open("127.0.0.1", 0, serves=True)
@@ -138,9 +139,8 @@ class Ranks(ClusterEnvironment):
             "WORLD_SIZE": str(self.world),
             "LOCAL_WORLD_SIZE": str(self.world),
         }
-        before = signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # until they train, a Ctrl-C reaches them through this one
+        # Children inherit the ignored SIGINT: until they train, a Ctrl-C reaches them through this process alone.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             for rank in range(1, self.world):
                 own = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -149,12 +149,12 @@ class Ranks(ClusterEnvironment):
             signal.signal(signal.SIGINT, before)
 
     def _join(self) -> None:
-        host, port, deadline = self.main_address, self.main_port, time.monotonic() + STARTING
+        host, port, deadline = self.main_address, self.main_port, time.monotonic() + START_SECONDS
         serves = self.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         while not serves and not _answers(host, port):
             if time.monotonic() > deadline:
                 raise SystemExit(
-                    f"error: rank {self.rank} waited {STARTING} s, but rank 0 does not answer at {host}:{port}"
+                    f"error: rank {self.rank} waited {START_SECONDS} s, but rank 0 does not answer at {host}:{port}"
                 )
             time.sleep(0.2)
         self._open(host, port, serves)
@@ -162,8 +162,8 @@ class Ranks(ClusterEnvironment):
         for rank in range(self.world):
             self._get(
                 f"here/{rank}",
-                STARTING,
-                f"{self.launcher} is to start {self.world} processes, but rank {rank} is missing",
+                START_SECONDS,
+                f"{self.launcher} must start {self.world} processes, but rank {rank} is missing",
             )
 
     def _open(self, host: str, port: int, serves: bool) -> int:
@@ -175,7 +175,7 @@ class Ranks(ClusterEnvironment):
     def _get(self, key: str, seconds: float, otherwise: str) -> str:
         """Wait for a value of the store and return it. Raises UserError if a rank reports an error meanwhile.
 
-        In Python and not in the store, so that signals are heard meanwhile.
+        It polls instead of waiting in the store's C++ code, where no signal handler of Python would run.
         """
         deadline, pause = time.monotonic() + seconds, 0.01
         while not self.store.check([key]):
@@ -184,10 +184,10 @@ class Ranks(ClusterEnvironment):
                 raise UserError(self.store.get("error").decode())
             if child is not None:
                 raise SystemExit(
-                    self._sentence_of_loss(f"rank {self.children.index(child) + 1} ended with code {child.returncode}")
+                    self._rank_failure(f"rank {self.children.index(child) + 1} ended with code {child.returncode}")
                 )
             if time.monotonic() > deadline:
-                raise SystemExit(self._sentence_of_loss(f"{otherwise} within {seconds} s"))
+                raise SystemExit(self._rank_failure(f"{otherwise} within {seconds} s"))
             time.sleep(pause)
             pause = min(0.2, 2 * pause)
         return self.store.get(key).decode()
@@ -196,12 +196,12 @@ class Ranks(ClusterEnvironment):
         """Report an error of any rank once, by rank zero."""
         error = caught
         try:
-            if _is_loss(error):
-                time.sleep(0.5)  # the lost one may tell why
+            if _is_rank_failure(error):
+                time.sleep(0.5)  # the lost rank may report its own error first
                 if not self.store.check(["error"]):
                     reason = re.sub(r"^\[[^]]*\] ?", "", str(error).strip()).split(". ")[0].splitlines()[0][:200]
                     raise SystemExit(
-                        self._sentence_of_loss(f"another rank is gone or does not answer ({reason})")
+                        self._rank_failure(f"another rank is gone or does not answer ({reason})")
                     ) from None
                 error = UserError(self.store.get("error").decode())
             if not isinstance(error, UserError):
@@ -215,12 +215,12 @@ class Ranks(ClusterEnvironment):
             while self.store.add("error_read", 0) < self.world - 1 and time.monotonic() < deadline:
                 time.sleep(0.05)
         except torch.distributed.DistError:  # the store is gone too
-            if _is_loss(error):
-                raise SystemExit(self._sentence_of_loss("rank 0 is gone")) from None
+            if _is_rank_failure(error):
+                raise SystemExit(self._rank_failure("rank 0 is gone")) from None
         if error is not caught:
             raise error from None
 
-    def _sentence_of_loss(self, what: str) -> str:
+    def _rank_failure(self, what: str) -> str:
         return f"error: {what}: rank {self.rank} ends too, and what was saved last is kept: resume= goes on from there"
 
     def _end_with_launcher(self, launcher: int) -> None:
@@ -236,9 +236,9 @@ class Ranks(ClusterEnvironment):
         """End this process if one that it started fails and this one, perhaps waiting for it, does not notice."""
         while not self.ended.wait(0.5):
             for rank, child in enumerate(self.children, 1):
-                if child.poll() and not self.ended.wait(ENDING):
+                if child.poll() and not self.ended.wait(END_SECONDS):
                     print(
-                        self._sentence_of_loss(f"rank {rank} ended with code {child.returncode}"),
+                        self._rank_failure(f"rank {rank} ended with code {child.returncode}"),
                         file=sys.stderr,
                         flush=True,
                     )
@@ -246,7 +246,7 @@ class Ranks(ClusterEnvironment):
                         other.kill()
                     os._exit(1)
 
-    # What Lightning asks for
+    # The interface of ClusterEnvironment
 
     creates_processes_externally = True  # type: ignore[assignment]
 
@@ -354,7 +354,7 @@ def _answers(host: str, port: int) -> bool:
     return False
 
 
-def _is_loss(error: BaseException) -> bool:
+def _is_rank_failure(error: BaseException) -> bool:
     """Return True for the errors that torch.distributed raises when a rank is gone or does not answer."""
     return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError)

@@ -1,4 +1,4 @@
-"""Experiment trackers: functions of a run directory, a title and a config. None of them may prompt, hang or stop a run."""
+"""Experiment trackers: functions of a run directory, a title and a config. They never prompt, hang or stop a run."""
 
 import contextlib
 import functools
@@ -24,7 +24,7 @@ from genai.core.files import write_text
 from genai.evaluation.cards import direction, table
 
 Tracker = Callable[[Path, str, dict], Logger | None]
-REACHED_SECONDS = 5.0  # for a first answer of the server
+REACHED_SECONDS = 5.0  # time-out for the server's first answer
 _own_variables: set[str] = set()  # of the environment, set until the end of the W&B run that is open
 
 
@@ -104,7 +104,7 @@ class WandB(WandbLogger):
             self.keep_best({row.name: row.value})
 
     def keep_best(self, metrics: Mapping[str, float]) -> None:
-        """Note in the summary the values that are better than all before them; nan never is."""
+        """Write values that are better than all before them to the summary; nan is never better."""
         for key, value in metrics.items():
             better = direction(self.folder, key.removeprefix("card/")) if key.startswith("card/") else None
             if key == "val/loss" or better is not None:
@@ -147,7 +147,7 @@ def check(tracker: Any) -> Tracker:
 def _run_id(folder: Path) -> str:
     """Return the id of a directory's W&B run from its file `wandb_id`, which is made with a new id if there is none.
 
-    A run that is older than this file keeps the id that followed from its path.
+    An older run, without this file, keeps the id that was derived from its path.
     """
     path = folder / "wandb_id"
     if path.is_file() and re.fullmatch(r"[\w-]{1,64}", found := path.read_text(errors="replace").strip()):
@@ -161,17 +161,18 @@ def _run_id(folder: Path) -> str:
 
 
 def _start(folder: Path, timeout_seconds: float, **arguments: Any) -> Any:
-    """Start the W&B run of a directory, online or offline; None if neither works. Prints which, and why; raises nothing.
+    """Start the W&B run of a directory, online or offline; None if neither works. Prints which, and why; never raises.
 
     Errors of wandb, about accounts, networks or home directories, become part of that line.
     """
-    reason, run, said = "", None, io.StringIO()
+    reason, run, output = "", None, io.StringIO()
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # of wandb's own telemetry, which may fail as well
     with _own_home(folder):
         try:
-            import wandb  # not redirected, as little as its start is: both put themselves between us and sys.stdout
+            # Neither the import nor wandb.init is redirected: both wrap sys.stdout, and would wrap the redirection.
+            import wandb
 
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
                 arguments |= {
                     "dir": folder,
                     "id": _run_id(folder),
@@ -189,7 +190,7 @@ def _start(folder: Path, timeout_seconds: float, **arguments: Any) -> Any:
             except Exception as error:
                 reason = _first_line(error)
                 with contextlib.suppress(Exception):
-                    wandb.teardown()  # or the service, where the run failed, has its id in use
+                    wandb.teardown()  # otherwise wandb's service still holds the id of the failed run
     if run is None:
         _restore_home()
         print(f"wandb: no run ({reason}); what was measured is in {folder} all the same")
@@ -255,10 +256,9 @@ def _reason_offline(wandb: Any) -> str:
     """Return why a run must be offline, "" if it can be online. Never prompts; takes at most REACHED_SECONDS."""
     if (mode := os.environ.get("WANDB_MODE") or "online") != "online":
         return f"WANDB_MODE={mode}"
-    settings = wandb.setup(
-        wandb.Settings(silent=True)
-    ).settings  # not silent, a login asks the server for the user's name
-    if not wandb.login(prompt=False, verify=False):  # to verify would raise if the server does not answer
+    # silent: otherwise a login asks the server for the user's name. verify=False: it would raise without a server.
+    settings = wandb.setup(wandb.Settings(silent=True)).settings
+    if not wandb.login(prompt=False, verify=False):
         return "not logged in, see wandb login"
     return _reason_unreachable(settings.base_url)
 
@@ -277,7 +277,7 @@ def _reason_unreachable(url: str) -> str:
             inner = getattr(error.args[0] if error.args else None, "reason", None)
             found.append(f"{url} does not answer, {type(inner or error).__name__}")
 
-    asking = threading.Thread(target=ask, daemon=True)  # the search for a host's address knows no limit of its own
+    asking = threading.Thread(target=ask, daemon=True)  # in a thread, since resolving a host name has no time-out
     asking.start()
     asking.join(REACHED_SECONDS)
     return found[-1]

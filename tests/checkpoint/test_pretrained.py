@@ -277,7 +277,7 @@ def test_a_stored_node_builds_what_it_says_and_reads_no_file(teacher, unread):
     assert build_stored(node).latent_shape == (4, 4, 4)
     assert build_stored({**node, "model": node}).latent_shape == (4, 4, 4)
     for model, message in (
-        (None, "was not read: another checkpoint is read where a new run or a call names it"),
+        (None, "must be named by a new run or a call to become a part of its model"),
         (5, "was not read"),
         ({"_target_": "os.mkdir", "path": "ran"}, "wants to build os.mkdir"),
     ):

@@ -2,8 +2,8 @@
 
 Sampler functions `(model, seeds, cond, on_step, ...) -> Batch`. `cond` may hold prompts, `tokens` int64 (B, T) padded
 on the left, and with them `pad` (B,), the number of padding tokens, `lead` (B,), the number of tokens after the padding
-that only begin a text and are not the prompt's own, and `stop` (B,), the id that ends a sample. Everything else in it
-is for the model. The returned Batch holds
+that begin every text (such as a begin-of-text token) and do not count as the prompt's own, and `stop` (B,), the id that
+ends a sample. Everything else in it is for the model. The returned Batch holds
 
     tokens    int64 (B, max_new_tokens), `stop` after the end
     length    (B,) tokens before the end
@@ -24,7 +24,8 @@ from genai.core.cuda_graph import capture, warn_no_graph
 from genai.core.errors import UserError, at_least, number
 from genai.core.protocols import Autoregressive, Batch, Capturable, OnStep, for_models
 
-LOOK_EVERY = 32  # tokens between two checks whether all samples have stopped, for which the host waits
+# Tokens between two checks whether all samples have stopped. The host waits for the device at each check, so they are rare.
+CHECK_STOP_EVERY = 32
 
 
 @for_models(Autoregressive)
@@ -52,15 +53,15 @@ def generate(
 
     Returns the Batch described above. Raises UserError for an argument out of range.
     """
-    shape = temperature, top_k, top_p, min_p
-    check_options(*shape)
+    options = temperature, top_k, top_p, min_p
+    check_options(*options)
     number(repetition_penalty, "sampler.repetition_penalty", 0, open_low=True)
     if cuda_graph not in (None, True, False):
         raise UserError(f"sampler.cuda_graph={cuda_graph} must be true, false or null")
     n = model.length if max_new_tokens is None else at_least(max_new_tokens, 1, "sampler.max_new_tokens")
     prompt = prompt_of(model, seeds, cond)
     stop = prompt.stop
-    writer = _Writer(model, prompt, n, shape, repetition_penalty)
+    writer = _Writer(model, prompt, n, options, repetition_penalty)
     with torch.inference_mode(), _small_kernels(model):
         token = writer.begin(rng.uniform(seeds.to(prompt.tokens.device), (n,), stream=rng.TOKENS))
         step = _Graph(writer.step) if _uses_graph(cuda_graph, writer) else writer.step
@@ -70,7 +71,11 @@ def generate(
             written = writer.new_tokens(i + 1)
             if on_step is not None:
                 on_step(i, n, {"tokens": written})
-            if stop is not None and i % LOOK_EVERY == LOOK_EVERY - 1 and (written == stop[:, None]).any(1).all():
+            if (
+                stop is not None
+                and i % CHECK_STOP_EVERY == CHECK_STOP_EVERY - 1
+                and (written == stop[:, None]).any(1).all()
+            ):
                 break
     return cut_at_stop(writer.new_tokens(n), writer.logs, stop)
 
@@ -106,9 +111,8 @@ def draw(p: Tensor, u: Tensor) -> Tensor:
     """Draw by inverse CDF from p (B, V): the first index whose cumulative sum reaches u (B, n) of the total -> (B,
     n)."""
     cdf = p.cumsum(-1)
-    return torch.searchsorted(
-        cdf, u.to(cdf).clamp_min(1e-8) * cdf[:, -1:]
-    )  # u = 0 would pick a leading token of probability 0
+    # u = 0 would pick a leading token of probability 0, and rounding leaves the sum next to 1: u is scaled by it.
+    return torch.searchsorted(cdf, u.to(cdf).clamp_min(1e-8) * cdf[:, -1:])
 
 
 class Prompt(NamedTuple):
@@ -151,12 +155,12 @@ class _Writer:
 
     Args:
         n: tokens to draw.
-        shape: temperature, top_k, top_p and min_p.
+        options: temperature, top_k, top_p and min_p, see `distribution`.
         penalty: repetition penalty.
     """
 
-    def __init__(self, model: Autoregressive, prompt: Prompt, n: int, shape: tuple, penalty: float):
-        self.model, self.prompt, self.n, self.shape, self.penalty = model, prompt, n, shape, penalty
+    def __init__(self, model: Autoregressive, prompt: Prompt, n: int, options: tuple, penalty: float):
+        self.model, self.prompt, self.n, self.options, self.penalty = model, prompt, n, options, penalty
         tokens = prompt.tokens
         self.given = tokens.shape[1]
         # Made outside inference mode: autograd refuses to save inference tensors.
@@ -178,11 +182,11 @@ class _Writer:
 
     def write(self, logits: Tensor) -> Tensor:
         """Draw the next token (B, 1) from logits (B, V) and store it with its log-probability."""
-        shaped = logits if self.occurs is None else torch.where(self.occurs, self.penalise(logits), logits)
-        if self.shape[0] == 0:
-            token = shaped.argmax(-1, keepdim=True)
+        penalised = logits if self.occurs is None else torch.where(self.occurs, self.penalise(logits), logits)
+        if self.options[0] == 0:
+            token = penalised.argmax(-1, keepdim=True)
         else:
-            token = draw(distribution(shaped, *self.shape), self.uniforms.index_select(1, self.at))
+            token = draw(distribution(penalised, *self.options), self.uniforms.index_select(1, self.at))
         self.text.index_copy_(1, self.at + self.given, token)
         self.logs.index_copy_(1, self.at, logits.log_softmax(-1).gather(1, token))
         if self.occurs is not None:

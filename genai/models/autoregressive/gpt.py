@@ -66,7 +66,7 @@ class GPT(nn.Module):
     """A model of the next token, trained by maximum likelihood; it decodes with a key-value cache.
 
     Texts may be longer than the context: each position then attends to the last `length`. With relative positions a
-    ring buffer does that; learned positions have to encode anew, see `Window`.
+    ring buffer does that; with learned ones the whole window is encoded again for each token, see `Window`.
 
     Args:
         field: field of the data; must be `tokens`.
@@ -119,19 +119,21 @@ class GPT(nn.Module):
     ) -> Cache | Window:
         """Return an empty cache for `batch` texts of `total` tokens, see `Rewindable.start`."""
         net, window = self.net.transformer, min(total, self.length)
-        anew = total > self.length and net.positions is not None
-        if anew and rewinds:
+        encodes_again = total > self.length and net.positions is not None
+        if encodes_again and rewinds:
             raise UserError(
-                f"prompt and sampler.max_new_tokens are longer than the {self.length} learned positions a model has: shorten "
+                f"prompt and sampler.max_new_tokens must fit into the {self.length} learned positions of a model: shorten "
                 "them, or use sampler=generate"
             )
         if rewinds:
             return Cache(net, batch, total, total, pad, self.length)
         if total > self.length:
-            how = "reading it anew for each token" if anew else "by a sliding cache"
-            sentence = f"past the {window} tokens the model was trained on, each new one sees the last {window}, {how}"
+            how = "encoded again for each token" if encodes_again else "kept in a sliding cache"
+            sentence = (
+                f"past the {window} tokens of the model's context each new token attends to the last {window}, {how}"
+            )
             print(sentence, file=sys.stderr)
-        if anew:
+        if encodes_again:
             return Window(net, batch, window, pad)
         return Cache(net, batch, window, total, pad)
 

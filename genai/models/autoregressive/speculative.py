@@ -28,25 +28,27 @@ def speculative(
     """Draw from `generate`'s distribution in fewer calls of the model (Leviathan et al., 2023, algorithm 1).
 
     A small `draft` proposes `ahead` tokens and one call of the model verifies them. Samples are drawn one by one, since
-    each accepts another number of tokens. The uniforms of token i come from Philox stream 3, rows 1 (proposal), 2
+    each accepts a different number of tokens. The uniforms of token i come from Philox stream 3, rows 1 (proposal), 2
     (verification) and 3 (correction), element i. Past the context each position attends to the last `length` of its own
     model, as in `generate`.
 
     Returns the Batch described in `decode`. Raises UserError for a draft that cannot rewind or has another vocabulary,
     and for a text longer than either model can read.
     """
-    shape = temperature, top_k, top_p, min_p
-    check_options(*shape)
+    options = temperature, top_k, top_p, min_p
+    check_options(*options)
     at_least(ahead, 1, "sampler.ahead")
     if temperature == 0:
-        raise UserError("sampler.temperature=0 is not for speculative decoding: use sampler=generate")
+        raise UserError(
+            "sampler.temperature=0 must be above 0 for speculative decoding: set it, or use sampler=generate"
+        )
     if draft is None or isinstance(draft, str):
         raise UserError(
             f"sampler.draft={draft}: name the run or checkpoint of a smaller model, and sample with sample.py"
         )
     for part in (model, draft):
         if not isinstance(part, Rewindable):
-            raise UserError(f"a {type(part).__name__} cannot take back what it has read: use sampler=generate")
+            raise UserError(f"a {type(part).__name__} cannot rewind the tokens it has read: use sampler=generate")
     if draft.vocab_size != model.vocab_size:
         raise UserError(
             f"sampler.draft has {draft.vocab_size} tokens, this model {model.vocab_size}: they must share one tokenizer"
@@ -62,10 +64,10 @@ def speculative(
         ends, starts = (None if t is None else t.cpu().tolist() for t in (stop, pad))
         for b in range(len(tokens)):
             own = None if cond is None else {name: value[b : b + 1] for name, value in cond.items()}
-            judging, drafting = (_Reader(m, own, tokens.shape[1] + n - 1) for m in (model, draft))
+            target, drafter = (_Reader(m, own, tokens.shape[1] + n - 1) for m in (model, draft))
             prompt = tokens[b : b + 1, 0 if starts is None else starts[b] :]
             until = None if ends is None else ends[b]
-            parts = _speculate(judging, drafting, prompt, n, ahead, [u[b : b + 1] for u in uniforms], shape, until)
+            parts = _speculate(target, drafter, prompt, n, ahead, [u[b : b + 1] for u in uniforms], options, until)
             for whole, part in zip((written, logs), parts, strict=True):
                 whole[b].copy_(part)
             if on_step is not None:
@@ -105,7 +107,7 @@ def _speculate(
     n: int,
     ahead: int,
     uniforms: list[Tensor],
-    shape: tuple,
+    options: tuple,
     stop: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Return n new tokens (n,) of one prompt (1, T), and their ln p by the model (n,)."""
@@ -115,15 +117,14 @@ def _speculate(
         g = min(ahead, n - at - 1)
         qs, drafted = [], text
         for j in range(g):
-            qs.append(distribution(draft.next(drafted), *shape))
+            qs.append(distribution(draft.next(drafted), *options))
             drafted = torch.cat([drafted, draw(qs[-1], uniforms[0][:, at + j : at + j + 1])], 1)
-        raw = model.scores(drafted)[:, -g - 1 :]  # (1, g + 1, V)
-        p = distribution(raw, *shape)
+        raw = model.scores(drafted)[:, -g - 1 :]  # (1, g + 1, V): at each proposal, and after the last one
+        p = distribution(raw, *options)
         q = torch.stack(qs, 1) if qs else p[:, :0]
         kept, token = verify(p, q, drafted[:, given + at :], *(u[:, at : at + g + 1] for u in uniforms[1:]))
-        keep, *read = (
-            torch.cat([kept, drafted[0, given + at :], token[0]]).cpu().tolist()
-        )  # the only time per round that the host waits
+        # The only time in a round that the host waits for the device: one copy brings all numbers that it needs.
+        keep, *read = torch.cat([kept, drafted[0, given + at :], token[0]]).cpu().tolist()
         text = torch.cat([drafted[:, : given + at + keep], token], 1)
         fresh = text[0, given + at :]
         logs.append(raw[0, : len(fresh)].log_softmax(-1).gather(1, fresh[:, None])[:, 0])
@@ -144,6 +145,7 @@ def verify(p: Tensor, q: Tensor, drafted: Tensor, accept: Tensor, correct: Tenso
     g + 1).
     """
     g, at = drafted.shape[1], drafted[..., None]
+    # u q >= p rejects with probability 1 - p / q, without dividing by a q that may be 0.
     refused = accept[:, :g] * q.gather(2, at)[..., 0] >= p[:, :g].gather(2, at)[..., 0]
     kept = torch.cat([refused, refused.new_ones(len(refused), 1)], 1).long().argmax(1)
     rows = torch.arange(len(kept), device=kept.device)

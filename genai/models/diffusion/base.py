@@ -1,4 +1,4 @@
-"""The base of all diffusion models: the modelled field, its conditions, latents, and the draw of training times."""
+"""The base class of diffusion models: their data or latents, their conditions, and the training times they draw."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +24,7 @@ network's `project`."""
 
 
 class Condition(NamedTuple):
-    """The encoded conditions of one sampling call: what guidance leads to, and what it leads away from.
+    """The encoded conditions of one sampling call, and the null conditions from which guidance extrapolates.
 
     Both map keyword arguments of the network to tensors, encoded once per call by the model that will read them.
     """
@@ -60,7 +60,7 @@ class Diffusion(KeepBufferPrecision):
         "its loss weighs noise levels for the look of samples, not by the variational bound; experiment=ddpm_digits_nll "
         "(model=ddpm_levels) trains for likelihood"
     )
-    """Why the model's likelihood is not the best it could have; None if it is trained for likelihood."""
+    """The reason why the model's likelihood could be better, for cards; None if it is trained for likelihood."""
     predicts_data = False
     """True if the network may be a LevelPosterior, which predicts x0 at the times of a schedule."""
 
@@ -211,8 +211,8 @@ class Diffusion(KeepBufferPrecision):
         """Encode the conditions of a sampling call of n samples.
 
         Args:
-            cond: label int64 (n,) and caption int64 (n, length), as data come with them (those that the model does not
-                take are ignored), and `negative` int64 (n, length), the caption that guidance leads away from.
+            cond: label int64 (n,) and caption int64 (n, length), of which those that the model does not take are ignored,
+                and `negative` int64 (n, length), the caption that guidance leads away from.
 
         Raises UserError for any other name, and as `fill_conditions` does.
         """
@@ -231,7 +231,7 @@ class Diffusion(KeepBufferPrecision):
     def net_inputs(self, cond: Batch | None, n: int) -> NetInputs:
         """Return the network's keyword arguments for n samples, null where `cond` has none.
 
-        Whatever stays the same at every step of a sampler is computed here once. Raises UserError as `fill_conditions`
+        Inputs that stay the same at every step of a sampler are computed here, once. Raises UserError as `fill_conditions`
         does.
         """
         return self.project_context(self.encode_caption(self.fill_conditions(cond, n)))
@@ -284,7 +284,7 @@ class Diffusion(KeepBufferPrecision):
         Each is uniform, but one random offset places all of them evenly, so their mean varies far less than that of
         independent draws (Kingma et al. 2021, appendix I.1). In evaluation mode they are always the same.
         """
-        u = torch.arange(n, device=self.device) / n
+        u = torch.arange(n, device=self.device) / n  # evaluation takes the middles of n equal intervals
         return (u + torch.rand((), device=self.device) if self.training else u + 0.5 / n) % 1
 
     def losses(self, per_sample: Tensor, noise: Tensor) -> Losses:

@@ -80,6 +80,7 @@ class DDPM(Diffusion):
         alpha, sigma = expand_like(self.alpha[t], x0), expand_like(self.sigma[t], x0)
         x_t = alpha * x0 + sigma * eps  # eq. 4
         u, v = combination(self.parameterization, alpha, sigma)
+        # The network's time is in [0, 1000) for any T, so its embedding has the scale that it has for the paper's T = 1000.
         out = self.predict(x_t, (t * (1000 / len(self.schedule))).to(x0.dtype), **self.training_conditions(batch))
         # The target u x0 + v eps is that of the parameterization; see `combination`.
         per_sample = self.weight[t].to(x0.dtype) * mean_flat((out - (u * x0 + v * eps)) ** 2)
@@ -87,6 +88,7 @@ class DDPM(Diffusion):
 
     def draw_t(self, n: int) -> Tensor:
         """Draw time steps int64 (n,), each uniform over 0, ..., T - 1."""
+        # Clamped, since in float32 u T rounds up to T for u next to 1.
         return (self.uniforms(n) * len(self.schedule)).long().clamp_max(len(self.schedule) - 1)
 
     def draw_eps(self, x0: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ class DDPM(Diffusion):
         return torch.randn_like(x0)
 
     def denoise(self, x: Tensor, t: float, cond: NetInputs | None = None) -> Prediction:
-        """Predict x0 from x (B, *shape) at time step t, which a solver may put between whole steps; see `Diffusion`."""
+        """Predict x0 from x (B, *shape) at time step t, which need not be a whole number; see `Diffusion`."""
         p, q = to_x0(self.parameterization, *self.schedule.alpha_sigma(t))
         return Prediction(self.call_net(x, t * 1000 / len(self.schedule), cond), p=p, q=q)
 
@@ -115,6 +117,7 @@ class DDPM(Diffusion):
         cond = self.net_inputs(batch, len(x0))
         seeds = rng.seed_range(seed, len(x0)).to(x0.device)
         kl, decoder = [], x0.new_zeros(len(x0))
+        # The network runs at the precision of sampling; its output is widened before it enters a term.
         for t in reversed(range(len(schedule))):
             alpha, sigma = schedule.alpha_sigma(t)
             x_t = alpha * x0 + sigma * rng.normal(seeds, self.shape, row=t, stream=rng.MODEL).double()

@@ -55,7 +55,7 @@ class EDM(Diffusion):
         self.log_sigma_mean, self.log_sigma_std = log_sigma_mean, log_sigma_std
 
     def prepare(self, batches: Iterable[Batch]) -> dict[str, Any]:
-        """Measure sigma_data to four digits if it is not given (in latents it is 1), and what `Diffusion.prepare` does.
+        """Prepare as `Diffusion` does, then measure sigma_data to four digits unless it is given; in latents it is 1.
 
         Returns {"sigma_data": ...} if it was measured, for the stored config. Raises UserError for data that never
         vary.
@@ -65,12 +65,13 @@ class EDM(Diffusion):
         if self.sigma_data is not None:
             return found
         if self.latent is not None:
-            self.sigma_data = 1.0
+            self.sigma_data = 1.0  # `Latent` scales its latents to unit variance
         else:
             n, total, squares = 0, 0.0, 0.0
             for batch in itertools.chain([first], stream):
                 x = batch[self.field].double()
                 n, total, squares = n + x.numel(), total + x.sum().item(), squares + x.square().sum().item()
+            # Rounding errors make the variance of constant data slightly negative: the maximum lets `_positive` refuse it.
             self.sigma_data = _positive(round(max(squares / n - (total / n) ** 2, 0.0) ** 0.5, 4))
         return {**found, "sigma_data": self.sigma_data}
 
@@ -89,7 +90,7 @@ class EDM(Diffusion):
     def forward(self, batch: Batch, step: int) -> Losses:
         """Return the loss of eq. 8 on x0 = batch[field] (B, *shape).
 
-        Its weight lambda(sigma) = 1 / c_out^2 cancels c_out, so what remains is the plain squared error of F.
+        Its weight lambda(sigma) = 1 / c_out^2 cancels c_out, which leaves the squared error of F alone.
         """
         x0 = self.encode_data(batch)
         u = self.uniforms(len(x0))

@@ -52,7 +52,7 @@ class Flow(Diffusion):
         u = self.uniforms(len(x0))
         # By inverse CDF from stratified uniforms; clamped, since the normal quantile of 0 or 1 is infinite.
         t = self.logit_mean + self.logit_std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
-        t = torch.sigmoid(t) if self.logit_std else u
+        t = torch.sigmoid(t) if self.logit_std else u  # std 0 would give every sample one t; it selects uniform times
         eps, t_ = torch.randn_like(x0), expand_like(t, x0)
         out = self.predict((1 - t_) * x0 + t_ * eps, 1000 * t, **self.training_conditions(batch))
         return self.losses(mean_flat((out - (eps - x0)) ** 2), u)

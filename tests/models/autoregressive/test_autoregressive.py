@@ -183,7 +183,7 @@ def test_tokens_of_a_seed_depend_neither_on_the_batch_nor_on_stops(kind):
     stop = torch.arange(12) % 3
     batch = decode.generate(model, seeds, {"stop": stop}, lambda i, n, s: calls.append(i), max_new_tokens=10_000)
     ended = min(len(calls), 100)
-    assert ended > batch["length"].unique().numel() > 3 and len(calls) % decode.LOOK_EVERY == 0
+    assert ended > batch["length"].unique().numel() > 3 and len(calls) % decode.CHECK_STOP_EVERY == 0
     for b, length in enumerate(batch["length"].tolist()):
         assert torch.equal(batch["tokens"][b, : min(length, 100)], free[b, : min(length, 100)])
         assert stop[b] not in batch["tokens"][b, :length] and (batch["tokens"][b, length:] == stop[b]).all()
@@ -211,8 +211,8 @@ def test_a_decoder_attends_to_its_source_by_keys_and_values_projected_once(monke
     cond = {**PROMPTS, "source": source}
     batch = decode.generate(model, torch.arange(3), cond, max_new_tokens=12, top_k=5)
     assert len(calls) == 1
-    for b, (row, source) in enumerate(zip(ROWS, sources, strict=True)):
-        assert batch["tokens"][b].tolist() == naive(model, row, b, 12, source, top_k=5)
+    for b, (row, own) in enumerate(zip(ROWS, sources, strict=True)):
+        assert batch["tokens"][b].tolist() == naive(model, row, b, 12, own, top_k=5)
     other = decode.generate(model, torch.arange(3), {**cond, "source": source.flip(0)}, max_new_tokens=12, top_k=5)
     assert not torch.equal(other["tokens"][0], batch["tokens"][0])
     monkeypatch.setattr(decode, "capture", replay_of)
@@ -257,7 +257,10 @@ def test_what_a_model_cannot_do_is_refused_by_its_name():
         check_sampler(speculative.speculative, model)
     with pytest.raises(UserError, match="generate is for an Autoregressive, and this model is a Linear"):
         check_sampler(decode.generate, nn.Linear(1, 1))
-    with pytest.raises(UserError, match=r"^a Recurrent cannot take back what it has read: use sampler=generate$"):
+    with pytest.raises(
+        UserError,
+        match=r"^a Recurrent cannot rewind the tokens it has read: use sampler=generate$",
+    ):
         speculative.speculative(gpt(), torch.tensor([0]), draft=model)
 
 

@@ -343,7 +343,7 @@ def test_stop_tokens_end_a_sample_and_save_the_rest():
         assert (batch["tokens"][b, :length] != 4).all() and (batch["tokens"][b, length:] == 4).all()
         assert torch.equal(batch["tokens"][b, :length], free["tokens"][b, :length])
         assert (batch["log_prob"][b, length + 1 :] == 0).all() and batch["log_prob"][b, length] < 0
-    assert batch["length"].max() < len(calls) <= batch["length"].max() + decode.LOOK_EVERY
+    assert batch["length"].max() < len(calls) <= batch["length"].max() + decode.CHECK_STOP_EVERY
 
 
 def test_the_first_token_of_a_vocabulary_can_end_a_sample_too():
@@ -351,12 +351,12 @@ def test_the_first_token_of_a_vocabulary_can_end_a_sample_too():
     model, stop = gpt(length=200), torch.tensor([0])
     for seed in torch.arange(40).split(1):
         free = decode.generate(model, seed, max_new_tokens=100)["tokens"][0].tolist()
-        if 0 not in free[: decode.LOOK_EVERY]:
+        if 0 not in free[: decode.CHECK_STOP_EVERY]:
             break
     cond = {"tokens": torch.zeros(1, 1, dtype=torch.int64), "stop": stop}
     batch = decode.generate(model, seed, cond, max_new_tokens=100)
     length = free.index(0) if 0 in free else 100
-    assert length > decode.LOOK_EVERY and batch["length"].item() == length
+    assert length > decode.CHECK_STOP_EVERY and batch["length"].item() == length
     assert batch["tokens"][0, :length].tolist() == free[:length]
 
 
@@ -576,7 +576,7 @@ def test_wrong_drafts_and_networks():
     with pytest.raises(UserError, match="name the run or checkpoint"):
         speculative.speculative(gpt(), torch.tensor([0]))
     long = {"tokens": torch.zeros(1, 20, dtype=torch.int64)}
-    with pytest.raises(UserError, match="are longer than the 12 learned positions a model has"):
+    with pytest.raises(UserError, match="must fit into the 12 learned positions of a model"):
         speculative.speculative(gpt(), torch.tensor([0]), long, draft=gpt(length=12, position="learned"))
     with pytest.raises(UserError, match="are longer than the 24 learned positions"):
         speculative.speculative(gpt(position="learned"), torch.tensor([0]), draft=gpt(), max_new_tokens=40)

@@ -517,7 +517,7 @@ def test_autoguidance_extrapolates_from_the_worse_model():
     better, other = model.denoise(x, 20, cond), worse.denoise(x, 20, cond)
     assert torch.allclose(guided.x0(x), other.x0(x) + 2 * (better.x0(x) - other.x0(x)), atol=1e-4)
     worse.parameterization = "v"
-    with pytest.raises(UserError, match="autoguidance needs two models of one parameterisation"):
+    with pytest.raises(UserError, match="autoguidance= must be a model of the same path"):
         autoguidance(ours, theirs, 2.0)(x, 20)
 
 

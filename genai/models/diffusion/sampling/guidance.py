@@ -1,4 +1,4 @@
-"""Guidance: functions from denoisers to denoisers. Networks know nothing of it."""
+"""Guidance: functions that return a guided denoiser. Networks are the same with and without it."""
 
 import math
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def autoguidance(better: Denoiser, worse: Denoiser, w: float) -> Denoiser:
         ours, other = better(x, t), worse(x, t)
         if (ours.p, ours.q) != (other.p, other.q):
             raise UserError(
-                "autoguidance needs two models of one parameterisation and one path: retrain one of them alike"
+                "autoguidance= must be a model of the same path and parameterization as this one: name another run"
             )
         return ours._replace(out_uncond=other.out, w=w)
 
@@ -82,15 +82,14 @@ class Guidance(NamedTuple):
 
 
 def first_stage(model: Diffusion) -> object:
-    """Return what identifies the first stage of a latent model, as far as its checkpoint tells."""
+    """Return the origin of a latent model's first stage (see `checkpoint.part.Origin`); None where there is none."""
     return getattr(model.codec, "pretrained_from", None)
 
 
 def resolve_guidance(
     model: Diffusion, cond: Batch, w: float | None, interval: Sequence[float | None] | None, worse: Diffusion | None
 ) -> Guidance:
-    """Return the guidance of a call: the model's own weight if w is None, and no bound for an end of `interval` that is
-    None.
+    """Return the guidance of a call. w None means the model's own weight; an end of `interval` that is None is open.
 
     Raises UserError for guidance that the model cannot give, and for options that would change nothing.
     """
@@ -132,12 +131,16 @@ def guided_denoiser(model: Diffusion, cond: Batch, n: int, guide: Guidance) -> D
     """Return the model with its guidance as a denoiser for n samples; each model encodes the conditions itself."""
     condition, (w, low, high, worse) = model.encode_conditions(cond, n), guide
     if worse is not None:
-        led = autoguidance(
+        guided = autoguidance(
             conditional_denoiser(model, condition), conditional_denoiser(worse, worse.encode_conditions(cond, n)), w
         )
     elif condition.null:
-        led = classifier_free_guidance(model, condition, w)
+        guided = classifier_free_guidance(model, condition, w)
     else:
         return conditional_denoiser(model, condition)
     everywhere = (low, high) == (0, math.inf)
-    return led if everywhere else limit_to_interval(led, conditional_denoiser(model, condition), model.path, low, high)
+    return (
+        guided
+        if everywhere
+        else limit_to_interval(guided, conditional_denoiser(model, condition), model.path, low, high)
+    )

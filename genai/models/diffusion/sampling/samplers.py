@@ -44,11 +44,12 @@ def run_table(
     known, mask = (None if t is None else t.to(x.dtype) for t in (known, mask))
     noisy = any(row.s for row in table.rows)
     impl = choose_impl(x, len(table.rows), noisy or mask is not None) if impl == "auto" else impl
-    x_base = x0_prev = None  # a row with c or d not 0 reads these; others keep no extra tensor alive
+    # Only rows with c or d read these, and only they get them: any other row would keep a tensor alive for nothing.
+    x_base = x0_prev = None
     for k, (t, row) in enumerate(zip(table.times, table.rows, strict=True)):
         keep = k + 1 < len(table.rows) and table.rows[k + 1].c != 0
         prediction = denoiser(x, t)
-        if prediction.out.dtype != x.dtype:
+        if prediction.out.dtype != x.dtype:  # a network in half precision; the affine step takes one dtype
             out, uncond = prediction.out.to(x.dtype), prediction.out_uncond
             prediction = prediction._replace(out=out, out_uncond=None if uncond is None else uncond.to(x.dtype))
         x_new, x0 = affine_step(
@@ -112,8 +113,8 @@ def sample(
         steps: steps of the solver; None visits all times of a discrete path, 1,000 of a continuous one.
         spacing, rho, shift, sigma_min, sigma_max: times to visit, see `tables.discretize`; spacing None is the path's
             own.
-        guidance: weight of classifier-free guidance or autoguidance; None is the model's own, 1
-            switches it off, 0 samples unconditionally.
+        guidance: weight of classifier-free guidance or autoguidance; None is the model's own, 1 switches guidance off,
+            0 samples unconditionally.
         guidance_interval: (low, high) of sigma / alpha in which guidance acts; None for an end leaves it open.
         autoguidance: a worse model that guidance leads away from, instead of from the unconditional prediction.
         image: (n, *data_shape) in [-1, 1], the image to start from, or to keep a part of.
@@ -163,7 +164,7 @@ def sample(
     on_step = recorder or on_step
     graph = None
     if _uses_graph(cuda_graph, model, autoguidance, on_step):
-        # A graph is specific to everything it captured as a constant.
+        # A graph holds Python numbers as constants: every one of them is part of the key under which it is cached.
         half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         kind = table.start, tuple(table.times), tuple(table.rows), guide, model.clip, impl, half
         graph = find_graph(model, kind, trajectory, inputs)
@@ -219,8 +220,8 @@ def _check_image(
 def _invert(model: Diffusion, marginals: Sequence[Marginal], x: Tensor) -> Tensor:
     """Run the unconditional ODE from x up to the noisiest point below pure noise; returns the state at marginals[0].
 
-    The midpoint method takes two network calls per step. The data count as the state at the path's least noisy point.
-    The noisiest point is never evaluated: there eps determines nothing.
+    The midpoint method takes two network calls per step. The data are taken as the state at the path's least noisy
+    point. The network is not called at marginals[0]: in pure noise the state says nothing about x0.
     """
     path = model.path
     low = path.marginal(path.t_min) if path.marginal(path.t_min).sigma else path.marginal_of_ratio(INVERSION_SIGMA)
@@ -233,7 +234,7 @@ def _invert(model: Diffusion, marginals: Sequence[Marginal], x: Tensor) -> Tenso
 
 
 class _FrameRecorder:
-    """An on_step that keeps the states of the first samples."""
+    """An on_step that keeps the states of the first samples, scaled by 1 / (alpha + sigma) to one range."""
 
     def __init__(self, table: Table, x: Tensor, on_step: OnStep | None):
         self.table, self.on_step, numbers = table, on_step, x[0].numel() * (len(table.rows) + 1)

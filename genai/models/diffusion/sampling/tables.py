@@ -38,7 +38,7 @@ Solver = Callable[[Path, Sequence[Marginal]], Table]
 """A solver: it plans the steps between consecutive points of a path."""
 
 
-# Which times to visit
+# The times that a sampler visits
 
 
 def discretize(
@@ -64,7 +64,7 @@ def discretize(
     Raises UserError for a number of steps, a spacing or an end that the path does not have.
     """
     low, high = _ends(path, sigma_min, sigma_max)
-    T = int(path.t_max) + 1 if path.discrete else 10**6
+    T = int(path.t_max) + 1 if path.discrete else 10**6  # continuous time has no natural limit; this one catches typos
     if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= T:
         raise UserError(f"sampler.steps={steps} must be between 1 and the model's T={T}, a whole number")
     fractions = [k / (steps - 1) if steps > 1 else 0.0 for k in range(steps)]
@@ -79,7 +79,8 @@ def discretize(
             )
         if spacing == "karras":
             number(rho, "sampler.rho", 0, open_low=True)
-            if math.log(max(high.ratio, 1 / low.ratio, high.ratio / low.ratio)) > 30 * rho:  # float64 has 16 digits
+            # The roots would span e^30, 13 of float64's 16 digits: interpolating between them would lose the rest.
+            if math.log(max(high.ratio, 1 / low.ratio, high.ratio / low.ratio)) > 30 * rho:
                 raise UserError(
                     f"sampler.rho={rho} is too small for noise from {low.ratio:g} to {high.ratio:g}: give 1 or more"
                 )
@@ -116,6 +117,7 @@ def _ends(path: Path, sigma_min: float | None, sigma_max: float | None) -> tuple
     least, most = low.ratio, high.ratio
     trained = f"this model is trained for sigma / alpha from {least:g} to {most:g}"
     if sigma_max is not None:
+        # 1e-9 lets the ends of the path itself pass, whatever their last digits.
         if not least < number(sigma_max, "sampler.sigma_max", 0, open_low=True) <= most * (1 + 1e-9):
             raise UserError(f"sampler.sigma_max={sigma_max} is out of range: {trained}")
         high = path.marginal_of_ratio(min(sigma_max, most))
@@ -154,13 +156,13 @@ def start_at_strength(path: Path, marginals: Sequence[Marginal], share: float) -
     return [path.marginal_of_ratio(ratio), *marginals[nearest + 1 :]]
 
 
-# How to step between them
+# The steps between them
 
 
 def _table(marginals: Sequence[Marginal], steps: Sequence[tuple[Marginal, Marginal, Row]]) -> Table:
-    """Build a table from the point at which the network is called, the point reached, and the row of each step."""
+    """Build a table. A step is (the point at which the network is called, the point it reaches, its row)."""
     rows = [row._replace(alpha=to.alpha, sigma=to.sigma) for _, to, row in steps]
-    return Table(marginals[0], [seen.t for seen, _, _ in steps], rows)
+    return Table(marginals[0], [called.t for called, _, _ in steps], rows)
 
 
 def euler_row(t: Marginal, s: Marginal, eta: float = 0.0) -> Row:
@@ -171,6 +173,7 @@ def euler_row(t: Marginal, s: Marginal, eta: float = 0.0) -> Row:
     if not eta:
         a = s.sigma / t.sigma
         return Row(a=a, b=s.alpha - a * t.alpha)
+    # sigma_s^2 - std^2 is expanded: at eta = 1 and small r the difference would cancel.
     r = s.ratio / t.ratio
     a = s.sigma / t.sigma * (1 - eta**2 + (eta * r) ** 2) ** 0.5
     return Row(a=a, b=s.alpha - a * t.alpha, s=eta * s.sigma * max(1 - r**2, 0.0) ** 0.5)
@@ -257,8 +260,9 @@ def midpoint(path: Path, marginals: Sequence[Marginal], *, space: Space = "flow"
 def dpmpp_2m(path: Path, marginals: Sequence[Marginal], *, eta: float = 0.0) -> Table:
     """Solve by DPM-Solver++ 2M (Lu et al. 2022, algorithm 2), an exponential integrator in h = log SNR / 2.
 
-    x0 is extrapolated from its last two values; the first and the last step are of first order. eta = 1 solves the SDE
-    (the paper's appendix on SDE solvers, midpoint variant). Raises UserError for a negative eta.
+    x0 is extrapolated from its last two values; the first step, which has one value only, and the last, where h is
+    infinite, are of first order. eta = 1 solves the SDE (the paper's appendix on SDE solvers, midpoint variant). Raises
+    UserError for a negative eta.
     """
     if eta < 0:
         raise UserError(f"sampler.solver.eta={eta} must be at least 0 (deterministic); 1 is the SDE")
