@@ -81,7 +81,7 @@ def name_of(sampler: Any) -> str:
     return str((sampler.get("solver") or sampler).get("_target_")).rpartition(".")[2]
 
 
-def _has_keys(node: Any) -> bool:
+def _has_keys(node: object) -> bool:
     return isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation()
 
 

@@ -32,18 +32,18 @@ def sample(
     loaded: Loaded,
     n: int = 16,
     seed: int = 0,
-    label: Any = None,
-    prompt: Any = None,
-    negative_prompt: Any = None,
+    label: object = None,
+    prompt: object = None,
+    negative_prompt: object = None,
     stop: str | None = None,
     sampler: dict | None = None,
     batch_size: int = 256,
     on_step: OnStep | None = None,
-    image: Any = None,
-    mask: Any = None,
+    image: object = None,
+    mask: object = None,
     frames: bool = False,
     progress: bool = False,
-    **arguments: Any,
+    **arguments: object,
 ) -> Batch:
     """Draw n samples; sample i depends only on seed + i, its label or prompt, its image, and the sampler.
 
@@ -229,7 +229,7 @@ def run(cfg: Any) -> Path:
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
-def unescape(stop: Any) -> Any:
+def unescape(stop: object) -> Any:
     """Replace \n, \t, \r and \\ in what was typed by the characters they stand for; a shell passes them on as they
     are."""
     return re.sub(r"\\([ntr\\])", lambda m: ESCAPES[m[1]], stop) if isinstance(stop, str) else stop

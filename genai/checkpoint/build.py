@@ -83,7 +83,10 @@ def build_typed(node: Any) -> Any:
 
 
 def build_stored(
-    node: Any, trust: Sequence[str] = (), kinds: Sequence[str] = (MODELS,), weights: Mapping[str, Tensor] | None = None
+    node: object,
+    trust: Sequence[str] = (),
+    kinds: Sequence[str] = (MODELS,),
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Any:
     """Build a config node that was read from a checkpoint file, inner nodes first.
 
@@ -122,7 +125,7 @@ def build_modality(node: Any, trust: Sequence[str] = ()) -> Modality:
         raise UserError(f"the checkpoint's modalities are refused: {kind.__name__}: {reason(error)}") from error
 
 
-def check_stored(node: Any, trust: Sequence[str] = (), kinds: Sequence[str] = (MODELS,)) -> None:
+def check_stored(node: object, trust: Sequence[str] = (), kinds: Sequence[str] = (MODELS,)) -> None:
     """Raise UserError for a config node of a file that is more than data, or names a target that is not admitted."""
     _check_node(node, "", lambda target: check_target(target, trust, kinds), None, 0)
 
@@ -176,7 +179,7 @@ def _refusal(reason: str) -> UserError:
     return UserError(f"the checkpoint's config is refused: {reason}")
 
 
-def _build(node: Any, trusted: bool) -> Any:
+def _build(node: object, trusted: bool) -> Any:
     """Carry out the Calls of a checked node, inner ones first."""
     if type(node) is list:
         return [_build(value, trusted) for value in node]
@@ -236,7 +239,7 @@ def check_target(target: Any, trust: Sequence[str] = (), kinds: Sequence[str] = 
     return found
 
 
-def _returns_data(found: Any) -> bool:
+def _returns_data(found: object) -> bool:
     """Tell whether a class is a Data set, or a function is annotated to return one."""
     try:
         made = found if inspect.isclass(found) else get_type_hints(found).get("return")
@@ -245,7 +248,7 @@ def _returns_data(found: Any) -> bool:
     return inspect.isclass(made) and issubclass(made, Data)
 
 
-def packages_of(node: Any) -> tuple[str, ...]:
+def packages_of(node: object) -> tuple[str, ...]:
     """Return the packages other than genai that a config's targets are in, sorted."""
     if isinstance(node, dict):
         below = {package for value in node.values() for package in packages_of(value)}
@@ -266,6 +269,7 @@ class _SizeLimit(TorchDispatchMode):
 
     def __init__(self, numbers: int, tensors: int):
         super().__init__()
+        # The constants let the smallest models through, whose overhead outweighs their weights.
         self.numbers, self.operations = 8 * numbers + 2**24, 30 * tensors + 5000
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:

@@ -6,7 +6,6 @@ may build is decided in `genai.checkpoint.build`.
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,7 +128,7 @@ SCHEMA = {"format": int, "step": int, "config": dict, "model": dict, "ema": dict
 PLAIN = {"config", "modalities", "assets"}  # up to format 2 `assets` was in the place of `modalities`
 
 
-def _check_plain(node: Any, key: str) -> None:
+def _check_plain(node: object, key: str) -> None:
     """Raise ValueError unless a node consists of dicts, lists, strings, numbers, booleans and None."""
     if type(node) is dict:
         for name, value in node.items():

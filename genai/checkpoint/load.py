@@ -16,6 +16,7 @@ from genai.core import precision as precisions
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
 from genai.core.spellings import canonical
+from genai.core.stored import Node
 from genai.modalities.base import Modality
 from genai.modalities.stored import legacy_nodes
 
@@ -59,7 +60,7 @@ class Loaded:
         return precisions.autocast(self.precision, self.device)
 
 
-def device_of(name: Any) -> str:
+def device_of(name: object) -> str:
     """Return the name of a device: "auto" is cuda if there is a GPU, else cpu. Raises UserError for one that is not here."""
     name = canonical("device", name)
     if name == "auto":
@@ -126,7 +127,7 @@ def load(
     return Loaded(model, content["config"], output, conditions, content["step"], path, trust, precision, weights)
 
 
-def modalities(content: dict, model: Any = None) -> dict[str, Any]:
+def modalities(content: dict, model: object = None) -> Node:
     """Return the nodes of a file's modalities: `output`, and `conditions` by name.
 
     Files up to format 2 have none; theirs follow from the config, and from the model's null conditions for captions.
@@ -141,7 +142,7 @@ def null_conditions(model: Any) -> Batch:
     return model.null() if hasattr(model, "null") else {}
 
 
-def model_conditions(model: Any, config: dict, conditions: dict[str, Modality]) -> dict[str, Modality]:
+def model_conditions(model: object, config: dict, conditions: dict[str, Modality]) -> dict[str, Modality]:
     """Return those of a data set's conditions that a model takes: each that it has a null for, and labels if it has classes."""
     names = {*null_conditions(model), *(() if config["model"].get("classes") is None else ("label",))}
     return {name: modality for name, modality in conditions.items() if name in names}

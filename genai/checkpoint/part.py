@@ -15,6 +15,7 @@ from genai.checkpoint.file import locate
 from genai.checkpoint.load import check_weights, restore_model, weights_of
 from genai.core import stored
 from genai.core.errors import UserError
+from genai.core.stored import Node
 
 
 class Origin(NamedTuple):
@@ -71,7 +72,7 @@ def _stay_frozen(module: nn.Module, mode: bool = True) -> nn.Module:
     return type(module).train(module, False)
 
 
-def pretrained_nodes(node: Any, key: str) -> Iterator[tuple[str, dict]]:
+def pretrained_nodes(node: object, key: str) -> Iterator[tuple[str, dict]]:
     """Yield (key, node) of every node of `pretrained` in the config node of this key.
 
     Nodes inside such a node are left out: the outer one's file holds their weights.
@@ -106,7 +107,7 @@ class Part(NamedTuple):
         model: with its weights.
     """
 
-    node: dict[str, Any]
+    node: Node
     content: dict
     path: Path
     model: nn.Module

@@ -9,7 +9,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -20,12 +19,12 @@ from genai.compare.page import report
 from genai.compare.runs import MARKS, cell, check_protocols, columns, rank_runs, read_all, table
 from genai.core import files
 from genai.core.errors import UserError
-from genai.core.runs import runs_below
+from genai.core.runs import Facts, runs_below
 
 ELSEWHERE = "name another folder with --out"
 
 
-def compare(folders: Sequence[Path], out: Path, unranked: bool = False) -> list[dict[str, Any]]:
+def compare(folders: Sequence[Path], out: Path, unranked: bool = False) -> list[Facts]:
     """Write report.html and report.csv to `out`; returns the rows of the table, best first.
 
     Raises UserError without runs, or unless `unranked` for cards of different protocols.

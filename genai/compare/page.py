@@ -7,7 +7,6 @@ import base64
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from genai.compare.runs import (
     MARKS,
@@ -21,13 +20,14 @@ from genai.compare.runs import (
     same_model_class,
     table,
 )
+from genai.core.runs import Facts
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999933", "#882255")
 CHARTS = 24  # number of charts, of the curves that most runs have
 CHARACTERS = 1500  # of a text sample
 
 
-def chart(name: str, runs: Sequence[Run]) -> dict[str, Any] | None:
+def chart(name: str, runs: Sequence[Run]) -> Facts | None:
     """Return the data of one chart, a curve for each run, in the coordinates of the page's SVG; None if no value is finite.
 
     The axis is logarithmic where positive values span more than a factor of 30.
@@ -68,7 +68,7 @@ def tick(value: float) -> str:
     return f"{value:.3g}"
 
 
-def metric_cards(metric: str, runs: Sequence[Run]) -> dict[str, Any]:
+def metric_cards(metric: str, runs: Sequence[Run]) -> Facts:
     """Return the data of one metric's chart: runs with their intervals, the floor of real data, and the baselines."""
     found = [(k, run, run.cards[metric]) for k, run in enumerate(runs) if metric in run.cards]
     floor = found[0][2].get("floor")
@@ -82,7 +82,7 @@ def metric_cards(metric: str, runs: Sequence[Run]) -> dict[str, Any]:
     def at(value: float) -> float:
         return 100 * (scale(value) - scale(low)) / ((scale(high) - scale(low)) or 1.0)
 
-    rows: list[dict[str, Any]] = []
+    rows: list[Facts] = []
     for k, run, card in found:
         bar = (at(card["low"]), at(card["high"]) - at(card["low"])) if "low" in card else None
         rows.append(
@@ -114,7 +114,7 @@ def metric_cards(metric: str, runs: Sequence[Run]) -> dict[str, Any]:
     return {"metric": metric, "better": found[0][2]["better"], "log": log, "rows": rows, "protocol": protocol}
 
 
-def notes(card: Mapping[str, Any]) -> list[str]:
+def notes(card: Mapping[str, object]) -> list[str]:
     """Return a card's remarks: why memorisation could not be decided, and why a likelihood is poor."""
     unknown = [f"whether it memorises: {card['memorised_reason']}"] if "memorised_reason" in card else []
     return unknown + ([str(card["why"])] if "why" in card else [])

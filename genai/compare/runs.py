@@ -16,6 +16,7 @@ from genai import progress
 from genai.cli import flatten
 from genai.core import metrics_csv
 from genai.core.errors import UserError
+from genai.core.runs import Card, Facts
 
 Curve = list[tuple[int, float]]
 BEATS = " beats baseline"
@@ -36,12 +37,12 @@ class Run:
     """The content of a run directory that is compared."""
 
     folder: Path
-    config: dict[str, Any]
+    config: Facts
     curves: dict[str, Curve] = field(default_factory=dict)
     grid: Path | None = None
     texts: Path | None = None
     nearest: Path | None = None
-    cards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cards: dict[str, Card] = field(default_factory=dict)
     label: str = ""  # its name in tables
 
     @property
@@ -87,7 +88,7 @@ def read(folder: Path) -> Run:
     return run
 
 
-def up_to_date(card: dict[str, Any]) -> dict[str, Any]:
+def up_to_date(card: Card) -> Card:
     """Rename what an older card's protocol calls differently, so that it can be ranked with newer ones."""
     extractor = card["protocol"].get("extractor")
     if isinstance(extractor, dict) and extractor.get("kind") == "Judge":
@@ -146,13 +147,13 @@ def same_model_class(runs: Sequence[Run]) -> bool:
     return len({run.config["model"]["_target_"] for run in runs}) == 1
 
 
-def table(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def table(runs: Sequence[Run]) -> list[Facts]:
     """Return a row for each run: model, data, last step, losses if all models are of one class, speed, and cards."""
     metrics = dict.fromkeys(name for run in runs for name in run.cards)
     rows = []
     for run in runs:
         steps = [curve[-1][0] for curve in run.curves.values()]
-        row: dict[str, Any] = {
+        row: Facts = {
             "run": run.label,
             "model": run.config["model"]["_target_"].rpartition(".")[2],
             "data": run.config["data"]["_target_"].rpartition(".")[2],
@@ -174,7 +175,7 @@ def memorisation_text(card: Mapping[str, Any]) -> bool | str:
     return "too few to tell" if card["memorised"] is None else card["memorised"]
 
 
-def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def columns(rows: Sequence[Mapping[str, object]]) -> list[str]:
     """Return the columns to display; the cell of a metric includes whether it beats its baselines."""
     return [name for name in rows[0] if not name.endswith(BEATS)]
 

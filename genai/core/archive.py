@@ -182,14 +182,14 @@ class _Reader:
                 raise UnsafeArchive(f"its pickle uses {name}")
         raise DamagedArchive("its pickle is cut off")
 
-    def call(self, function: Any, arguments: tuple) -> Any:
+    def call(self, function: object, arguments: tuple) -> Any:
         if function == ORDERED_DICT and not arguments:
             return {}
         if function == REBUILD and len(arguments) == 6:
             return _tensor(*arguments[:4])
         raise UnsafeArchive(f"it calls {function.name if type(function) is Name else type(function).__name__}")
 
-    def storage(self, kind: Any, dtype: Any, key: Any, location: Any, numel: Any) -> Storage:
+    def storage(self, kind: object, dtype: object, key: object, location: object, numel: object) -> Storage:
         if kind != "storage" or type(dtype) is not Name or type(key) is not str or type(numel) is not int:
             raise UnsafeArchive("it refers to something other than the numbers of a tensor")
         of = DTYPES[dtype.name.removeprefix("torch ").removesuffix("Storage")]
@@ -219,7 +219,7 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def _check_type(value: Any, kind: type) -> Any:
+def _check_type(value: object, kind: type) -> Any:
     if type(value) is not kind:
         raise UnsafeArchive(f"its pickle treats a {type(value).__name__} as a {kind.__name__}")
     return value
@@ -248,7 +248,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> Tensor:
     return torch.empty(0, dtype=numbers.dtype).set_(numbers.untyped_storage(), offset, shape, strides)
 
 
-def _check_nesting(value: Any, limit: int) -> Any:
+def _check_nesting(value: object, limit: int) -> Any:
     """Return the value. Raises UnsafeArchive if it is nested too deep, or as a tree is larger than the bytes that
     spell it."""
     seen, waiting = 0, [(value, 0)]

@@ -116,10 +116,12 @@ def mix(*keys: int) -> int:
     streams."""
     h = 0
     for key in keys:
+        # The increment and the multipliers are those of splitmix64 (Steele et al., 2014).
         h = (h + key + 0x9E3779B97F4A7C15) % 2**64
         h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         h = (h ^ (h >> 27)) * 0x94D049BB133111EB % 2**64
         h ^= h >> 31
+    # 63 bits, since torch's int64 seeds have a sign.
     return h >> 1
 
 

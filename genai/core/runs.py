@@ -1,6 +1,13 @@
-"""Run directories on disk: a folder with a config.yaml."""
+"""Run directories on disk (a folder with a config.yaml), and the types of what is recorded about runs."""
 
 from pathlib import Path
+from typing import Any
+
+Card = dict[str, Any]
+"""A metric card, one JSON record; `genai.evaluation.cards` lists its fields."""
+
+Facts = dict[str, Any]
+"""Plain values by name that come with a figure: a protocol, settings, the columns of a table."""
 
 
 def is_run(folder: Path) -> bool:
@@ -8,13 +15,13 @@ def is_run(folder: Path) -> bool:
 
 
 def runs_below(folder: Path) -> list[Path]:
-    """The run directories below a folder, sorted; not what a tracker keeps inside a run."""
+    """Return the run directories below a folder, sorted; not what a tracker keeps inside a run."""
     found = {path.parent for path in folder.glob("**/config.yaml")}
     return sorted(run for run in found if not found.intersection(run.parents))
 
 
 def newest_run(folder: Path) -> Path | None:
-    """The run below a folder that was written to last; None if there is none."""
+    """Return the run below a folder that was written to last; None if there is none."""
 
     def written(run: Path) -> float:
         last = run / "checkpoints" / "last.ckpt"

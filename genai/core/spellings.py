@@ -18,7 +18,7 @@ SPELLINGS = {
 }
 
 
-def canonical(key: str, value: Any) -> Any:
+def canonical(key: str, value: object) -> Any:
     """The value of a key as it is stored: numbers and other spellings become the name that they stand for.
 
     Raises UserError for training in fp16, whose loss would have to be scaled.

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 
 Node = dict[str, Any]
+"""A config node as plain values, with a `_target_` where it builds an object."""
 PRETRAINED = "genai.checkpoint.pretrained"
 """Target of the one node for a module whose weights are another checkpoint's."""
 
@@ -75,7 +76,7 @@ def new_target(target: str) -> str | Callable[[Node], Node] | None:
     return MOVED.get(target, f"{found}.{name}" if isinstance(found, str) else None)
 
 
-def up_to_date(node: Any) -> Any:
+def up_to_date(node: object) -> Any:
     """Return a stored config, or a part of one, with every node translated by MOVED, inner nodes first; it is not
     changed."""
     if isinstance(node, list):

@@ -25,7 +25,7 @@ RACY_NS = 2_000_000_000  # a file this new may change again within one tick of i
 CHUNK_BYTES = 2**20
 
 
-def checksum(*parts: Any, quick: bool = False) -> str:
+def checksum(*parts: object, quick: bool = False) -> str:
     """Return a checksum of parts, in order, as 16 hexadecimal digits.
 
     Tensors and arrays count with type, shape and bytes (by CRC-32 if `quick`, in a fifth of the time), plain values as JSON.
@@ -64,7 +64,7 @@ def split_checksum(split: "Split", quick: bool = False) -> str:
     return checksum(found)
 
 
-def dataset_checksum(data: "Data", splits: Sequence[str], *more: Any) -> str:
+def dataset_checksum(data: "Data", splits: Sequence[str], *more: object) -> str:
     """Return a checksum of some splits, without captions, and of further plain values."""
     items = {name: split_checksum(without_captions(data.splits[name])) for name in splits}
     return checksum(data.field, data.shape, data.levels, data.classes, items, *more)

@@ -31,7 +31,7 @@ class Source(Protocol):
     documents: bool
     size_bytes: int
 
-    def fingerprint(self, digest: Any) -> None:
+    def fingerprint(self, digest: object) -> None:
         """Update a hashlib digest with everything that determines the text."""
         ...
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from genai.core import files
+from genai.core.runs import Card, Facts
 from genai.data.fingerprint import split_checksum
 from genai.evaluation.baselines.vectors import TrainingCopy
 from genai.evaluation.metrics import CheckedPlan, Metric, custom_facts
 
 
-def data_facts(checked: CheckedPlan) -> dict[str, Any]:
+def data_facts(checked: CheckedPlan) -> Facts:
     """Return the fields of the protocol that describe the data: class, image shape, and checksum of the split's items."""
     data = checked.images
     shape = {} if data.modality.windowed else {"shape": list(data.shape)}
@@ -36,7 +37,7 @@ def card(
     floor: float | None,
     baselines: Mapping[str, float],
     facts: Mapping[str, Any],
-) -> dict[str, Any]:
+) -> Facts:
     """Make one card.
 
     A baseline counts as beaten if even the worse end of the interval is better. Copies of the training data are listed, but
@@ -63,7 +64,7 @@ def card(
     }
 
 
-def write(cards: list[dict[str, Any]], run: Path) -> None:
+def write(cards: list[Card], run: Path) -> None:
     """Write each card to cards/<metric>.json of a run, replacing an earlier one of that metric."""
     for found in cards:
         path = run / "cards" / f"{found['metric']}.json"
@@ -78,7 +79,7 @@ def direction(run: Path, metric: str) -> str | None:
         return None
 
 
-def table(cards: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+def table(cards: list[Card]) -> tuple[list[str], list[list[Any]]]:
     """Return (column names, rows) of cards, as a table for a tracker."""
     head = ["metric", "value", "low", "high", "floor", "beats_baseline", "memorised", "step"]
     rows = [

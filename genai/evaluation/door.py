@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from genai.checkpoint import Loaded
 from genai.cli.door import compose
 from genai.core.errors import UserError
+from genai.core.runs import Facts
 from genai.evaluation.run import Entries, measure
 from genai.ranges import check as ranges
 
@@ -19,11 +19,11 @@ def evaluate(
     repeats: int = 5,
     seed: int = 0,
     batch_size: int = 256,
-    extractor: str | Mapping[str, Any] | None = None,
-    likelihood: str | Mapping[str, Any] | None = None,
+    extractor: str | Mapping[str, object] | None = None,
+    likelihood: str | Mapping[str, object] | None = None,
     baselines: bool = True,
     root: str | Path | None = None,
-) -> dict[str, Any]:
+) -> Facts:
     """Measure a loaded model on a split of the data it was trained on; the numbers are those of `evaluate.py`.
 
     The cards are also written to the checkpoint's folder and to the run's `cards/`, where `genai compare` finds it.

@@ -100,7 +100,7 @@ def sha256(net: nn.Module) -> str:
     return found.hexdigest()[:16]
 
 
-def classifier(data: Data, node: Any, device: str) -> Extractor:
+def classifier(data: Data, node: object, device: str) -> Extractor:
     """Build the default extractor: the modality's own features, or for images a classifier trained on the data's labels.
 
     The classifier is trained once per data set. Raises UserError for images without labels.
@@ -126,7 +126,7 @@ def modality_extractor(data: Data) -> Extractor | None:
     return extractor
 
 
-def inception(data: Data, node: Any, device: str, weights: str | None = None) -> Extractor:
+def inception(data: Data, node: object, device: str, weights: str | None = None) -> Extractor:
     """Build the Inception network of published Fréchet distances (Heusel et al. 2017), by torch-fidelity.
 
     It gives 2048 features of uint8 images, resized to 299 x 299 as TensorFlow 1 did; grey images get three equal channels.
@@ -161,7 +161,9 @@ def inception(data: Data, node: Any, device: str, weights: str | None = None) ->
     return Extractor(net, extract, False, device, "299 bilinear, as TensorFlow 1", batch=32)
 
 
-def module(data: Data, node: Any, device: str, net: nn.Module | None = None, weights: str | None = None) -> Extractor:
+def module(
+    data: Data, node: object, device: str, net: nn.Module | None = None, weights: str | None = None
+) -> Extractor:
     """Build an extractor of your own network: images (B, C, H, W) in [-1, 1] -> features (B, ...).
 
     Args:

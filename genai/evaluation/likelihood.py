@@ -14,6 +14,7 @@ from genai.checkpoint.build import build_typed
 from genai.checkpoint.load import null_conditions
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, Reconstructor, Scorable, check_sampler
+from genai.core.runs import Facts
 from genai.data.base import Data, first_items
 from genai.data.stream import batches
 from genai.evaluation.metrics import CheckedPlan, compute
@@ -25,7 +26,7 @@ REPORTED_BOUND = {"lower bound": "upper bound"}  # a lower bound of ln p is an u
 ODE_BOUND = "upper bound up to the error of the ODE's solver"
 
 
-def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[dict[str, Any], dict[str, Interval]]:
+def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[Facts, dict[str, Interval]]:
     """Evaluate the model on the first n items of the split.
 
     Returns the facts of the pass, and the mean of each metric with its bootstrap interval. All metrics of a pass that the model
@@ -55,7 +56,7 @@ def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[dict[str, Any
             if "mask" in batch:
                 targets.append(batch["mask"][:, 1:].sum(1).cpu())
             clock.add(len(next(iter(batch.values()))))
-    facts: dict[str, Any] = {}
+    facts: Facts = {}
     means: dict[str, Interval] = {}
     if nats:
         each = torch.cat(nats).double() + 0.0  # turns -0 into 0 for items of probability 1
@@ -73,7 +74,7 @@ def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[dict[str, Any
     return facts, means
 
 
-def scorer(loaded: Loaded, data: Data, method: Any) -> Score | None:
+def scorer(loaded: Loaded, data: Data, method: object) -> Score | None:
     """Return `score(batch, seed) -> ln p` (B,) in nats: the model's own likelihood, or that of the config node `method`.
 
     Returns None for a model that only reconstructs. Raises UserError for a model with neither.
@@ -93,7 +94,7 @@ def scorer(loaded: Loaded, data: Data, method: Any) -> Score | None:
     )
 
 
-def to_units(nats: Tensor, tokens: int | None, data: Any, split: str, values: int | None) -> dict[str, Any]:
+def to_units(nats: Tensor, tokens: int | None, data: Any, split: str, values: int | None) -> Facts:
     """Convert nats (N,) to the unit of the data: bits/dim of images, nats/token and bits/character of texts.
 
     Args:
@@ -114,7 +115,7 @@ def _interval(values: Tensor) -> Interval:
     return bootstrap(values)
 
 
-def _codes(counts: Tensor, n: int) -> dict[str, Any]:
+def _codes(counts: Tensor, n: int) -> Facts:
     """Return the code perplexity of a VQ-VAE's token counts (K,) over n samples, and a sample's bits by their entropy."""
     perplexity, tokens = units.perplexity(counts), int(counts.sum()) // n
     bits = {"bits_per_sample": round(tokens * math.log2(perplexity), 1), "tokens_per_sample": tokens}

@@ -15,6 +15,7 @@ from genai.checkpoint.build import build_typed, reason
 from genai.cli import conf_dir
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Reconstructor, Scorable
+from genai.core.runs import Facts
 from genai.data.base import Data
 from genai.evaluation import features
 from genai.metrics import frechet, images, inception_score, kid, manifold, text
@@ -83,7 +84,7 @@ class Metric:
         """Tell whether the metric makes sense for a model on this data, apart from its `kind`."""
         return True
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Facts:
         """Return the settings that determine the figure, as plain values: figures with different ones are not compared."""
         kind = type(self)
         plain = {key: value for key, value in vars(self).items() if isinstance(value, str | int | float | list | None)}
@@ -235,12 +236,12 @@ def compute(name: str, metric: Metric, *given: Any) -> Tensor:
     return values.reshape(count)
 
 
-def custom_facts(name: str, metric: Metric) -> dict[str, Any]:
+def custom_facts(name: str, metric: Metric) -> Facts:
     """Return the settings of a metric that is not the standard one of that name; an empty dict for the standard one."""
     return {} if standard_metrics().get(name) is metric else metric.facts()
 
 
-def can_compute(metric: Metric, loaded: Loaded, data: Data, method: Any = None) -> bool:
+def can_compute(metric: Metric, loaded: Loaded, data: Data, method: object = None) -> bool:
     """Tell whether a metric can be computed for a model.
 
     Args:
@@ -277,7 +278,7 @@ class Plan:
     seed: int = 0
     batch_size: int = 256
     extractor: Callable[[Data, Any, str], features.Extractor] = features.classifier
-    likelihood: dict[str, Any] | None = None
+    likelihood: Facts | None = None
     baselines: bool = True
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from genai import checkpoint, progress, sampling
 from genai.checkpoint import Loaded, folder_of
@@ -17,6 +17,7 @@ from genai.checkpoint.build import DATA, MODELS, build_stored, build_typed
 from genai.cli import stored_config
 from genai.core import files, rng
 from genai.core.errors import UserError, at_least
+from genai.core.runs import Card, Facts
 from genai.data.base import Data
 from genai.data.pixels import underlying_images
 from genai.evaluation import cards, likelihood, samples
@@ -40,7 +41,7 @@ Entries = Sequence[str | Mapping[str, Any]]
 """Metrics: names of conf/metrics.yaml, and {name: config node or metric}."""
 
 
-def run(cfg: Any) -> dict[str, Any]:
+def run(cfg: DictConfig) -> Facts:
     """Run `evaluate.py`.
 
     Prints one JSON line for the pass over the split, which is also written next to the checkpoint, and one for each card; cards
@@ -58,7 +59,7 @@ def run(cfg: Any) -> dict[str, Any]:
     return {**facts, "cards": found}
 
 
-def measure(loaded: Loaded, cfg: Any, metrics: Entries | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def measure(loaded: Loaded, cfg: DictConfig, metrics: Entries | None) -> tuple[Facts, list[Card]]:
     """Return the facts of the pass over the split and the cards of `metrics`, by the settings of conf/evaluate.yaml.
 
     The facts are also written next to the checkpoint, and the cards to `cards/` of the run. Raises UserError for a metric that
@@ -88,7 +89,7 @@ def build_metrics(entry: str | Mapping[str, Any]) -> str | dict[str, Metric]:
     return {name: build_typed(node) if isinstance(node, Mapping) else node for name, node in entry.items()}
 
 
-def tracked_run(found: Sequence[dict[str, Any]]) -> Path | None:
+def tracked_run(found: Sequence[Card]) -> Path | None:
     """Return the run directory of cards if that run was tracked by W&B, else None."""
     for card in found[:1]:
         config = folder_of(Path(card["checkpoint"])) / "config.yaml"
@@ -139,7 +140,7 @@ def check(loaded: Loaded, data: Data, plan: Plan) -> CheckedPlan:
     return CheckedPlan(plan, images, node, n, can, wanted, passes, sampled, extractor)
 
 
-def resolve(entry: str | Mapping[str, Metric]) -> dict[str, Any]:
+def resolve(entry: str | Mapping[str, Metric]) -> Facts:
     """Return one entry of `metrics=` as {name: metric}; None for a name that conf/metrics.yaml lacks.
 
     Raises UserError for an object that is not a valid Metric.
@@ -164,7 +165,7 @@ def resolve(entry: str | Mapping[str, Metric]) -> dict[str, Any]:
     return dict(entry)
 
 
-def evaluate(loaded: Loaded, data: Data, plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def evaluate(loaded: Loaded, data: Data, plan: Plan) -> tuple[Facts, list[Card]]:
     """Carry out a plan; returns (facts of the pass, cards in the order of the plan). The cards are written to the run.
 
     Raises UserError before anything is computed if the plan cannot be carried out or the run cannot be written.
@@ -172,8 +173,8 @@ def evaluate(loaded: Loaded, data: Data, plan: Plan) -> tuple[dict[str, Any], li
     checked, folder = check(loaded, data, plan), folder_of(loaded.path)
     if folder.exists() and not os.access(folder, os.W_OK):
         raise UserError(f"{folder} cannot be written, and cards are kept there: copy the run to a folder that can")
-    facts: dict[str, Any] = {}
-    found: list[dict[str, Any]] = []
+    facts: Facts = {}
+    found: list[Card] = []
     if checked.pass_metrics or plan.metrics is None:
         facts, found = _pass(loaded, data, checked)
     if checked.extractor is not None:
@@ -185,7 +186,7 @@ def evaluate(loaded: Loaded, data: Data, plan: Plan) -> tuple[dict[str, Any], li
     return facts, sorted(found, key=lambda card: [*checked.requested].index(card["metric"]))
 
 
-def _pass(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _pass(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[Facts, list[Card]]:
     """Return (facts, cards) of one pass over the first n items of the split."""
     plan, images, n, metrics = checked.plan, checked.images, checked.n, checked.pass_metrics
     facts, means = likelihood.run(loaded, data, checked)

@@ -14,6 +14,7 @@ from genai.checkpoint import Loaded
 from genai.checkpoint.build import reason
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
+from genai.core.runs import Card
 from genai.data.base import Data, first_items, random_order
 from genai.data.stream import batches
 from genai.evaluation.baselines.reference import reference_scores
@@ -57,7 +58,7 @@ def check_extractor(extractor: Extractor, data: Data, split: str, metrics: Mappi
             )
 
 
-def sample_cards(loaded: Loaded, checked: CheckedPlan, extractor: Extractor, folder: Path) -> list[dict[str, Any]]:
+def sample_cards(loaded: Loaded, checked: CheckedPlan, extractor: Extractor, folder: Path) -> list[Card]:
     """Make a card for each metric of samples, from `repeats` sets of n samples and the items of a split.
 
     Also writes a picture of the samples that lie nearest to training items to `folder`.
@@ -121,7 +122,7 @@ def _floors(
     return None, {}
 
 
-def _copies(data: Data, samples: Tensor, folder: Path) -> dict[str, Any]:
+def _copies(data: Data, samples: Tensor, folder: Path) -> Card:
     """Return the card's facts on memorisation, and write the ten nearest pairs to nearest.png or nearest.txt."""
     whole = data.splits["train"]
     parts = progress.track(
@@ -151,7 +152,7 @@ def _copies(data: Data, samples: Tensor, folder: Path) -> dict[str, Any]:
     }
 
 
-def text_cards(loaded: Loaded, checked: CheckedPlan) -> list[dict[str, Any]]:
+def text_cards(loaded: Loaded, checked: CheckedPlan) -> list[Card]:
     """Make a card for each metric of texts, from `repeats` sets of n texts; the floor is n pieces of the split, as long."""
     plan, n, metrics = checked.plan, checked.n, checked.sample_metrics
     data: Any = checked.images

@@ -30,4 +30,5 @@ def _can_fuse(norm: nn.GroupNorm, x: Tensor) -> bool:
     """Tell whether the fused kernels can take x: a non-empty tensor on a GPU, with fewer than 2^31 elements per sample."""
     if not x.is_cuda or torch.compiler.is_compiling() or type(x) is not Tensor or not x.numel() or not norm.affine:
         return False
+    # Triton computes offsets within a sample in 32 bits.
     return triton_obstacle(x) is None and x[0].numel() < 2**31

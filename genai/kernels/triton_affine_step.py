@@ -51,6 +51,7 @@ def uniforms(seed, block, row, stream):
 def normals(seed, block, row, stream: tl.constexpr):
     """Return standard normals of the elements of consecutive blocks of four, (4 * len(block),)."""
     u0, v0, u1, v1 = uniforms(seed, block, row, stream)
+    # 1e-7 bounds ln u at u = 0, as `core.rng.normal` does.
     r0, r1 = tl.sqrt(-2 * tl.log(tl.maximum(u0, 1e-7))), tl.sqrt(-2 * tl.log(tl.maximum(u1, 1e-7)))
     c0, s0 = cos_sin(v0 * _TWO_PI)
     c1, s1 = cos_sin(v1 * _TWO_PI)

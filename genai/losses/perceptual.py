@@ -100,7 +100,7 @@ class LPIPS(KeepPrecision):
             net._apply(lambda t: keep_precision(t, fn(t)), recurse)
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: object) -> None:
         """Load nothing: files of an older format may hold the network's weights."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LPIPS":

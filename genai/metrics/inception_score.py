@@ -24,6 +24,7 @@ def inception_score(probabilities: Array, splits: int = 10, seed: int = 0) -> In
     Raises UserError if a row is not a distribution or there are fewer samples than splits.
     """
     p = rows(probabilities, "probabilities").double()
+    # 1e-3 allows probabilities that were rounded to half precision.
     if (p < 0).any() or ((p.sum(1) - 1).abs() > 1e-3).any():
         raise UserError("probabilities must not be negative, and each row must add up to 1: give the softmax of logits")
     if at_least(splits, 1, "splits") > len(p):

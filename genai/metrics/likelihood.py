@@ -5,12 +5,13 @@ reconstruction errors and losses with other weights are not likelihoods of the d
 """
 
 import math
-from typing import Any
 
 from torch import Tensor
 
+from genai.core.runs import Facts
 
-def per_dimension(nats: Tensor, dimensions: int, levels: int | None) -> dict[str, Any]:
+
+def per_dimension(nats: Tensor, dimensions: int, levels: int | None) -> Facts:
     """Convert nats (N,) to bits per dimension: the mean over samples with its standard error.
 
     `levels` is the number of values of each dimension, which is reported with it.
@@ -24,7 +25,7 @@ def per_dimension(nats: Tensor, dimensions: int, levels: int | None) -> dict[str
     }
 
 
-def per_token(nats: Tensor, tokens: int, characters: float) -> dict[str, Any]:
+def per_token(nats: Tensor, tokens: int, characters: float) -> Facts:
     """Convert nats (N,) of a text to nats per token, and to bits per character, which are comparable across tokenizers."""
     each = nats.sum().item() / tokens
     return {

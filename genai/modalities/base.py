@@ -163,7 +163,7 @@ def to_pil(picture: Picture) -> Any:
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
-def repeat_strings(given: Any, n: int, key: str) -> list[str]:
+def repeat_strings(given: object, n: int, key: str) -> list[str]:
     """Return n strings: one string n times, or a list cyclically. Raises UserError for an empty list."""
     texts = [str(t) for t in (given if isinstance(given, list | tuple) else [given])]
     if not texts:

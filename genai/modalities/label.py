@@ -46,7 +46,7 @@ class Label(Modality):
         indices = torch.tensor([self.index(value) for value in wanted])
         return {"label": indices.repeat(-(-n // len(indices)))[:n]}
 
-    def index(self, value: Any) -> int:
+    def index(self, value: object) -> int:
         """Return the index of a class given by name or index. Raises UserError for an unknown one."""
         if self.names and not isinstance(value, bool) and str(value) in self.names:
             return self.names.index(str(value))

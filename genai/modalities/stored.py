@@ -55,5 +55,5 @@ def difference(stored: Node, output: Modality, conditions: Mapping[str, Modality
     return next((modality.meaning for node, modality in pairs if node["state"] != modality.state()), None)
 
 
-def _node(kind: type[Modality], state: Any) -> Node:
+def _node(kind: type[Modality], state: object) -> Node:
     return {"_target_": f"{kind.__module__}.{kind.__qualname__}", "state": state}

@@ -28,7 +28,7 @@ def matches(pattern: Sequence[str], key: Sequence[str]) -> bool:
 Rows = dict[str, list[tuple[int, list[str], Any]]]
 
 
-def index_by_last_part(table: Mapping[str, Any]) -> Rows:
+def index_by_last_part(table: Mapping[str, object]) -> Rows:
     """Index the rows of a table of patterns, with their positions, by the last part of each pattern."""
     found: Rows = {}
     for place, (pattern, said) in enumerate(table.items()):
@@ -128,7 +128,7 @@ def check(cfg: DictConfig, script: str, given: Iterable[Any] = (), before: Itera
         rule(cfg, typed)
 
 
-def sentence(range_: Range, value: Any) -> str:
+def sentence(range_: Range, value: object) -> str:
     """Return the part of the error after "key=value"."""
     if isinstance(range_, Choice) and range_.values != (True, False):
         return f"must be one of {', '.join(map(format_value, range_.values))}{', null' if range_.null else ''}"

@@ -11,7 +11,7 @@ from genai.core.errors import SEED
 class Range(Protocol):
     """The interface of ranges."""
 
-    def holds(self, value: Any) -> bool:
+    def holds(self, value: object) -> bool:
         """Tell whether a value is allowed."""
         ...
 
@@ -20,7 +20,7 @@ class Range(Protocol):
         ...
 
 
-def format_value(value: Any) -> str:
+def format_value(value: object) -> str:
     """Format a value as on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
@@ -50,7 +50,7 @@ class Number:
     above: bool = False
     below: bool = False
 
-    def holds(self, value: Any) -> bool:
+    def holds(self, value: object) -> bool:
         if value is None:
             return self.null
         if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
@@ -74,7 +74,7 @@ class Choice:
     values: tuple[Any, ...]
     null: bool = False
 
-    def holds(self, value: Any) -> bool:
+    def holds(self, value: object) -> bool:
         if value is None:
             return self.null
         return any(type(value) is type(one) and value == one for one in self.values)
@@ -91,7 +91,7 @@ class Text:
     match: str = r"(?s).*\S.*"
     null: bool = False
 
-    def holds(self, value: Any) -> bool:
+    def holds(self, value: object) -> bool:
         return self.null if value is None else isinstance(value, str) and re.fullmatch(self.match, value) is not None
 
     def __str__(self) -> str:
@@ -108,7 +108,7 @@ class Many:
     null: bool = False
     alone: bool = False
 
-    def holds(self, value: Any) -> bool:
+    def holds(self, value: object) -> bool:
         if value is None:
             return self.null
         if not isinstance(value, list):
@@ -128,7 +128,7 @@ class Node:
 
     null: bool = False
 
-    def holds(self, value: Any) -> bool:
+    def holds(self, value: object) -> bool:
         return self.null if value is None else isinstance(value, dict) and "_target_" in value
 
     def __str__(self) -> str:
@@ -138,7 +138,7 @@ class Node:
 class Named:
     """A name, or {name: node}."""
 
-    def holds(self, value: Any) -> bool:
+    def holds(self, value: object) -> bool:
         if isinstance(value, dict):
             return len(value) == 1 and all(isinstance(key, str) and Node().holds(node) for key, node in value.items())
         return isinstance(value, str) and value.strip() != ""
@@ -150,7 +150,7 @@ class Named:
 class Group:
     """A group of keys, which are set one by one."""
 
-    def holds(self, value: Any) -> bool:
+    def holds(self, value: object) -> bool:
         return isinstance(value, dict)
 
     def __str__(self) -> str:
@@ -160,7 +160,7 @@ class Group:
 class Row:
     """A baseline by name, with the keys that differ from its file."""
 
-    def holds(self, value: Any) -> bool:
+    def holds(self, value: object) -> bool:
         return isinstance(value, dict) and "baseline" in value
 
     def __str__(self) -> str:
@@ -170,7 +170,7 @@ class Row:
 class Free:
     """Any value but a dict, or a non-empty list of such values; the code that uses it checks more."""
 
-    def holds(self, value: Any) -> bool:
+    def holds(self, value: object) -> bool:
         if isinstance(value, list):
             return bool(value) and all(self.holds(one) and one is not None for one in value)
         return value is None or not isinstance(value, dict)

@@ -17,6 +17,7 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from genai.cli import (
@@ -81,7 +82,7 @@ class JournalSweeper(Sweeper):
 
     given: Sequence[str] = ()  # the command line's overrides, without Hydra's own
 
-    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context, self.options = hydra_context, config
         self.config_dir = arguments().config_dir
 

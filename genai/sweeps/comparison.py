@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from genai.cli import conf_dir
 from genai.core.errors import UserError
+from genai.core.runs import Facts
 
 DATA = "batch_size", "num_workers"  # keys of the data that do not change what a metric means
 MODEL = "net", "encoder", "decoder", "generator", "discriminator", "latents", "guidance", "clip", "importance_samples"
@@ -23,7 +24,7 @@ class Comparison:
 
     def __init__(self, metric: str | None, axes: Iterable[str]):
         self.metric, self.axes = metric, list(axes)
-        self.first: dict[str, Any] | None = None
+        self.first: Facts | None = None
 
     def add(self, cfg: DictConfig) -> None:
         """Check a job's config against the first one's. Raises UserError if the metric is not comparable, or never computed."""
@@ -42,7 +43,7 @@ class Comparison:
                 axis = next((axis for axis in self.axes if f"{key}.".startswith(f"{axis}.")), key)
                 raise UserError(self.sentence(axis, key, found.get(key)))
 
-    def settings(self, cfg: DictConfig) -> dict[str, Any]:
+    def settings(self, cfg: DictConfig) -> Facts:
         """Return the settings on which the meaning of a job's metric depends, by dotted key."""
         whole: Any = OmegaConf.to_container(cfg, resolve=True)
         flat = dict(leaves("data", whole.get("data")))
@@ -75,7 +76,7 @@ def has_own_units(metric: str) -> bool:
     return metric.rpartition("/")[2] in OmegaConf.load(Path(conf_dir()) / "metrics.yaml")
 
 
-def leaves(prefix: str, node: Any) -> Iterable[tuple[str, Any]]:
+def leaves(prefix: str, node: object) -> Iterable[tuple[str, Any]]:
     """Yield (dotted key, value) of all leaves of a node; a list counts as a value."""
     if isinstance(node, dict):
         for key, value in node.items():

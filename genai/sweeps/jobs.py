@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from genai import progress
 from genai.core import metrics_csv
 from genai.core.errors import UserError
+from genai.core.runs import Facts
 from genai.progress import duration
 
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a run that saved and stopped, see callbacks.Stop
@@ -171,7 +172,7 @@ def last_line(log: Path) -> str:
     return lines[-1].strip()[:200] if lines else ""
 
 
-def note(folder: Path, job: Job, status: str, **more: Any) -> None:
+def note(folder: Path, job: Job, status: str, **more: object) -> None:
     """Append a line to the journal in one write, and flush it to the disk."""
     record = {
         "job": job.key,
@@ -185,9 +186,9 @@ def note(folder: Path, job: Job, status: str, **more: Any) -> None:
         os.fsync(file.fileno())
 
 
-def journal(folder: Path) -> dict[str, dict[str, Any]]:
+def journal(folder: Path) -> dict[str, Facts]:
     """Read the last record of every job; an incomplete line is skipped."""
-    records: dict[str, dict[str, Any]] = {}
+    records: dict[str, Facts] = {}
     if (path := folder / "journal.jsonl").exists():
         for line in path.read_text(errors="replace").splitlines():
             with contextlib.suppress(json.JSONDecodeError, TypeError, KeyError):

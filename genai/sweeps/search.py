@@ -54,7 +54,7 @@ class Settings:
                 raise UserError(f"sweep.over.{key}={axis} must be a list of values{more}")
 
 
-def literal(value: Any) -> str:
+def literal(value: object) -> str:
     """Format a value for Hydra's command line."""
     if isinstance(value, list):
         return f"[{','.join(map(literal, value))}]"
@@ -73,7 +73,7 @@ def name_value(value: str) -> str:
     return re.sub(r"(?<![\w.])-(?=[\d.])", "minus", value.replace("e+", "e"))
 
 
-def digest(*parts: Any) -> str:
+def digest(*parts: object) -> str:
     """Return the first 8 digits of the SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from genai.core import files
 from genai.core.errors import UserError
+from genai.core.runs import Facts
 from genai.sweeps.jobs import journal, last_values
 from genai.sweeps.search import Settings, metric_value
 
@@ -29,12 +30,12 @@ def summarise(folder: Path, settings: Settings, unfinished: Sequence[str]) -> No
         metric_value(folder / finished[0]["job"], settings.metric)
 
 
-def rank_jobs(folder: Path, settings: Settings) -> list[dict[str, Any]]:
+def rank_jobs(folder: Path, settings: Settings) -> list[Facts]:
     """Return a row for each job with status, swept values, metric and reason of failure; best first if there is a metric."""
     metric, sign = settings.metric, 1 if settings.direction == "minimize" else -1
     rows = []
     for key, record in journal(folder).items():
-        reached: dict[str, Any] = {"reason": record.get("reason")}
+        reached: Facts = {"reason": record.get("reason")}
         if metric is not None:
             value = last_values(folder / key).get(metric) if record["status"] == "finished" else None
             reached = {metric: value, **reached}
@@ -44,7 +45,7 @@ def rank_jobs(folder: Path, settings: Settings) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: math.inf if row[metric] is None else sign * row[metric])
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
+def show(rows: Sequence[Facts]) -> None:
     import sys
 
     from rich.console import Console
@@ -56,7 +57,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
 
 
-def plot(folder: Path, metric: str, rows: Sequence[dict[str, Any]]) -> str:
+def plot(folder: Path, metric: str, rows: Sequence[Facts]) -> str:
     """Plot the metric against every axis to summary.png; returns the end of the sentence that reports it."""
     rows = [row for row in rows if row[metric] is not None]
     axes = [key for key in (rows[0] if rows else ()) if key not in ("job", "status", metric, "reason")]

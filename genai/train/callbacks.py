@@ -69,7 +69,7 @@ class Evaluate(Between):
         if trainer.global_step == 0:
             self.evaluate(pl_module)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: object) -> None:
         if is_due(trainer, self.every_steps):
             self.evaluate(pl_module)
 
@@ -105,7 +105,7 @@ class Samples(Between):
         with contextlib.suppress(_StopSampling):
             self.sample(lit, n, stop_at_once)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: object) -> None:
         if is_due(trainer, self.every_steps):
             if trainer.is_global_zero:
                 with progress.task("sampling", unit="steps") as task:
@@ -161,7 +161,7 @@ class Cards(Between):
         conditions = checkpoint.model_conditions(model, config, data.conditions)
         return Loaded(model, config, data.modality, conditions, step, path, self.trust)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: object) -> None:
         if self.every_steps is not None and is_due(trainer, self.every_steps):
             if trainer.is_global_zero:
                 self.evaluate(trainer, pl_module)
@@ -189,7 +189,7 @@ class Save(Between):
         self.keep_every_steps = _check_interval(keep_every_steps, "save.keep_every_steps")
         self.best = float("inf")
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: object) -> None:
         if is_due(trainer, self.every_steps):
             step, names = trainer.global_step, []
             fresh = [c.loss for c in callbacks(trainer, Evaluate) if c.step == step]
@@ -248,7 +248,7 @@ class Stop(Between):
                     signal.signal(number, handler)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitModel) -> None:
-        def remember(number: int, frame: Any) -> None:
+        def remember(number: int, frame: object) -> None:
             if self.signal is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.signal = number
@@ -258,7 +258,7 @@ class Stop(Between):
         if trainer.world_size > 1:
             self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT))
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: object) -> None:
         number = self.signal if self.group is None else self.agree_on_signal()
         if number:
             for save in callbacks(trainer, Save):
@@ -316,7 +316,7 @@ class Progress(Between):
             if self.has_validated(trainer):
                 self.board.tick(at_once=True)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: object) -> None:
         now, step = self.board.clock(), trainer.global_step
         if step % pl_module.log_every_steps == 0:
             rate = (step - self.logged) / (now - self.logged_at)

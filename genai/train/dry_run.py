@@ -65,7 +65,7 @@ def watch_shapes(model: nn.Module) -> Iterator[dict[nn.Module, tuple[int, ...]]]
     """Note the shape of the first tensor that each module returns, while the context lasts."""
     shapes: dict[nn.Module, tuple[int, ...]] = {}
 
-    def note(module: nn.Module, _: Any, output: Any) -> None:
+    def note(module: nn.Module, _: object, output: object) -> None:
         first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
         if first is not None:
             shapes[module] = tuple(first.shape)
@@ -124,7 +124,7 @@ class Measure(Between):
             pl_module.losses(pl_module.model, batch)
         self.rows = layers(pl_module.model, shapes)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: object) -> None:
         done = trainer.global_step - min(WARM_UP, trainer.max_steps - 1)
         if done < 0:
             return

@@ -252,12 +252,12 @@ class LitModel(L.LightningModule):
         for group in self.groups:
             group.guard.stop_if_bad()
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+    def state_dict(self, *args: object, **kwargs: object) -> Mapping[str, Any]:
         """Return the model's state alone: the average, the optimiser and the means have keys of their own in a
         checkpoint."""
         return self.model.state_dict(*args, **kwargs)
 
-    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False):
+    def load_state_dict(self, state: Mapping[str, object], strict: bool = True, assign: bool = False):
         """Load the state of the model alone, see `state_dict`."""
         return self.model.load_state_dict(state, strict=strict, assign=assign)
 

@@ -16,6 +16,7 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     It runs in bfloat16 on a GPU; on a CPU, where that is slower, in g's own precision.
     """
     a, b, c = COEFFICIENTS
+    # 1e-7 avoids 0 / 0. The iteration tolerates bfloat16's rounding; on a CPU bfloat16 would only be slower.
     x = (g / (g.norm() + 1e-7)).to(torch.bfloat16 if g.is_cuda else g.dtype)
     x = x.mT if g.shape[0] > g.shape[1] else x
     with no_autocast(x.device):

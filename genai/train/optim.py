@@ -64,7 +64,11 @@ def _schedule(
 
 
 def _adamw(
-    parameters: Sequence[nn.Parameter], lr: float, betas: Sequence[float], weight_decay: float, rates: dict[str, Any]
+    parameters: Sequence[nn.Parameter],
+    lr: float,
+    betas: Sequence[float],
+    weight_decay: float,
+    rates: Mapping[str, object],
 ) -> Optimizer:
     """Return AdamW with a group that decays, for parameters of two and more dimensions, and one that does not."""
     by_decay: dict[float, list[nn.Parameter]] = {weight_decay: [], 0.0: []}  # one group if nothing decays

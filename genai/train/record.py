@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from genai import checkpoint
 from genai.core import files, metrics_csv
+from genai.core.runs import Card
 from genai.evaluation.cards import table
 from genai.modalities.base import Picture, Texts, save
 
@@ -21,7 +23,7 @@ class Record:
     The tracker is a Lightning Logger. Only rank zero writes. Raises UserError if a file cannot be written.
     """
 
-    def __init__(self, folder: Path, tracker: Any = None, writes: bool = True):
+    def __init__(self, folder: Path, tracker: Logger | None = None, writes: bool = True):
         self.folder, self.tracker, self.writes = folder, tracker, writes
         self.csv = folder / "metrics.csv"
         self.latest: dict[str, float] = {}
@@ -56,13 +58,13 @@ class Record:
             self._track("log_image", name, [str(path)], step=step, caption=[below])
             self._track("add_image", name, shown, step)
 
-    def cards(self, step: int, found: list[dict[str, Any]]) -> None:
+    def cards(self, step: int, found: list[Card]) -> None:
         """Log the figures of an evaluation as `card/<metric>`, and all of them as a table of the tracker."""
         self.log(step, {f"card/{card['metric']}": card["value"] for card in found})
         if self.writes:
             self._track("log_table", "cards", *table(found), step=step)
 
-    def _track(self, method: str, *arguments: Any, **more: Any) -> None:
+    def _track(self, method: str, *arguments: object, **more: object) -> None:
         """Call a method of the tracker, or of its experiment, if it exists; a tracker that raises is dropped."""
         try:
             for owner in (self.tracker, getattr(self.tracker, "experiment", None)):

@@ -69,7 +69,7 @@ class Ranks(ClusterEnvironment):
             self._join()
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.ended.set()
         try:
             if self.store is not None and error is not None:

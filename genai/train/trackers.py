@@ -21,6 +21,7 @@ from genai.cli import stored_config
 from genai.core import metrics_csv
 from genai.core.errors import UserError
 from genai.core.files import write_text
+from genai.core.runs import Card
 from genai.evaluation.cards import direction, table
 
 Tracker = Callable[[Path, str, dict], Logger | None]
@@ -296,7 +297,7 @@ def finish(failed: bool, logger: Logger | None = None) -> None:
     _restore_home()
 
 
-def log_cards(folder: Path, found: Sequence[dict[str, Any]]) -> None:
+def log_cards(folder: Path, found: Sequence[Card]) -> None:
     """Log cards as a table of the W&B run of a run directory, which is opened again for it."""
     config = stored_config(folder / "config.yaml")
     arguments = {key: value for key, value in config["logger"].items() if key != "_target_" and key != "_partial_"}
@@ -308,7 +309,7 @@ def log_cards(folder: Path, found: Sequence[dict[str, Any]]) -> None:
         finish(False)
 
 
-def log_comparison(rows: Sequence[Mapping[str, Any]], page: Path, project: str) -> None:
+def log_comparison(rows: Sequence[Mapping[str, object]], page: Path, project: str) -> None:
     """Log the table of `genai.compare` and its page as one W&B run."""
     check(functools.partial(wandb, project=project))
     run = _start(page.parent, 10, project=project, name="compare", job_type="compare")

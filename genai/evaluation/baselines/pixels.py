@@ -89,7 +89,7 @@ class Mixture(Baseline):
         with np.errstate(divide="ignore"):
             self.log_weight = np.log(share.mean(0))  # -inf for a component without images
 
-    def joint(self, hot: Any) -> np.ndarray:
+    def joint(self, hot: object) -> np.ndarray:
         """Return ln(weight * probability) of each component for each image, (N, K)."""
         return hot @ self.log_p.reshape(self.components, -1).T + self.log_weight
 

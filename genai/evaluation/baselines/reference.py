@@ -17,6 +17,7 @@ from genai.cli import conf_dir, config_folders, group_choices, nearest
 from genai.core import files
 from genai.core.cache import CACHE_HINT, cache_folder
 from genai.core.errors import UserError
+from genai.core.stored import Node
 from genai.data.base import Data, first_items
 from genai.data.fingerprint import checksum, dataset_checksum
 from genai.data.stream import batches
@@ -103,7 +104,7 @@ def can_score(baseline: Baseline, metric: Metric) -> bool:
 
 
 def score_baseline(
-    baseline: Any,
+    baseline: object,
     data: Data,
     metrics: Mapping[str, Metric],
     split: str,
@@ -150,7 +151,7 @@ def _items(baseline: Any, data: Any, kind: str, split: str, n: int) -> tuple[Ten
     return nats, to_units(nats, items[data.field].shape[1] - 1 if windowed else None, data, split, data.levels)
 
 
-def row_node(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def row_node(row: Mapping[str, object]) -> tuple[str, Node]:
     """Return (name, node) of a row of conf/baselines.yaml: the baseline's own file, with the row's keys on top.
 
     Raises UserError for a baseline that does not exist.

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -13,6 +13,8 @@ from genai import progress
 from genai.checkpoint.build import build_typed
 from genai.core import files
 from genai.core.errors import UserError, at_least
+from genai.core.runs import Facts
+from genai.core.stored import Node
 from genai.data.base import Data
 from genai.data.pixels import underlying_images
 from genai.evaluation.baselines.base import Baseline, TrainingData, check, name_of, training_data
@@ -25,7 +27,7 @@ SAMPLE_METRICS = "frechet", "precision", "recall"  # in the features of cards
 DECIMALS = {"bits_per_dim": 3, "precision": 3, "recall": 3, "frechet": 2, "reconstruction_psnr_db": 2}  # else 4
 
 
-def run(cfg: Any) -> dict[str, Any]:
+def run(cfg: DictConfig) -> Facts:
     """Run `python -m genai.evaluation.baselines`; returns what is written to the JSON file."""
     node: Any = OmegaConf.to_container(cfg.data, resolve=True)
     data, node = underlying_images(build_typed(node), node)
@@ -71,12 +73,12 @@ def run(cfg: Any) -> dict[str, Any]:
     return result
 
 
-def title(node: dict[str, Any]) -> str:
+def title(node: Node) -> str:
     """Return the name of a data set for a file's name: the name of its text file, or its class."""
     return Path(node["path"]).stem if node.get("path") else node["_target_"].rpartition(".")[2].lower()
 
 
-def baselines(cfg: Any, data: Data) -> list[tuple[str, dict[str, Any], Baseline]]:
+def baselines(cfg: DictConfig, data: Data) -> list[tuple[str, Node, Baseline]]:
     """Build the one baseline of `baseline=`, or all of `rows` that suit this data; returns (name, arguments, baseline) of each.
 
     Raises UserError if `baseline=` does not suit the data, or none does.
@@ -103,7 +105,7 @@ def baselines(cfg: Any, data: Data) -> list[tuple[str, dict[str, Any], Baseline]
 
 def score(
     baseline: Any, learned: TrainingData, data: Data, split: str, real: FeatureSet | None, repeats: int, seed: int
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Facts]:
     """Fit a baseline and compute all its metrics; returns {metric: figure}, see `figure`.
 
     Only a baseline with a random fit is fitted more than once, and only samples are drawn anew for each repeat.
@@ -131,7 +133,7 @@ def score(
     return {name: figure(name, found, on_samples if name in SAMPLE_METRICS else own) for name, found in values.items()}
 
 
-def figure(name: str, found: list[float], protocol: dict[str, Any]) -> dict[str, Any]:
+def figure(name: str, found: list[float], protocol: Facts) -> Facts:
     """Summarise the values of a metric over repeats: mean, least and greatest, with the protocol."""
     spread = over_seeds(found)
     values = {"value": spread.mean, "low": spread.min, "high": spread.max}
@@ -139,7 +141,7 @@ def figure(name: str, found: list[float], protocol: dict[str, Any]) -> dict[str,
     return {**rounded, "repeats": spread.n, "better": standard_metrics()[name].better, **protocol}
 
 
-def rows_with_metrics(rows: list[dict[str, Any]], chosen: Any) -> list[dict[str, Any]]:
+def rows_with_metrics(rows: list[Facts], chosen: object) -> list[Facts]:
     """Return the rows that have a metric. Raises UserError if none has."""
     found = [row for row in rows if row["metrics"]]
     if not found:
@@ -150,7 +152,7 @@ def rows_with_metrics(rows: list[dict[str, Any]], chosen: Any) -> list[dict[str,
     return found
 
 
-def show(result: dict[str, Any], out: Path) -> None:
+def show(result: Facts, out: Path) -> None:
     """Print the table of scores, with least and greatest in brackets where there are several repeats."""
     metrics = [name for name in standard_metrics() if any(name in row["metrics"] for row in result["rows"])]
     table = Table("baseline", *metrics)
@@ -168,7 +170,7 @@ def show(result: dict[str, Any], out: Path) -> None:
     print(f"fitted on {'+'.join(result['fit'])}; {scored}; mean over repeats, least to greatest in brackets\n{out}")
 
 
-def cell(name: str, found: dict[str, Any] | None) -> str:
+def cell(name: str, found: Facts | None) -> str:
     """Format one cell of the table."""
     if found is None:
         return ""

@@ -108,6 +108,7 @@ class GPT(nn.Module):
         if "mask" not in batch:
             return Losses(nats.sum() / nats.numel(), nats.numel())
         weight = batch["mask"][:, 1:].sum()
+        # Without a target the loss is 0 / 1 and its weight 0, not nan.
         return Losses(nats.sum() / weight.clamp_min(1), weight)
 
     def log_prob(self, batch: Batch, seed: int) -> Tensor:

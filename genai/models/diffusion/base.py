@@ -271,7 +271,7 @@ class Diffusion(KeepBufferPrecision):
         x = upcast(x)
         return self.predict(x, x.new_full(x.shape[:1], time), **cond)
 
-    def predict(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
+    def predict(self, x: Tensor, time: Tensor, **cond: object) -> Tensor:
         """Run the network on x (B, *shape) at time (B,) and return its output in the dtype of x.
 
         Raises UserError if the output has another shape, which a loss would broadcast silently.

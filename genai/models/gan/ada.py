@@ -231,6 +231,7 @@ class ADA(KeepBufferPrecision):
         signs = self.signs.clone()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(signs)
+        # Without real images since the last move both are 0, and so is r.
         r = signs[0] / signs[1].clamp_min(1)
         self.p.add_((r - self.target).sign() * signs[1] / self.ramp_images).clamp_(0, 1)
         self.signs.zero_()

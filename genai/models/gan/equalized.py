@@ -21,6 +21,7 @@ def leaky(x: Tensor) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     """Scale x (B, D) to mean square 1."""
+    # 1e-8 as in the paper: a zero vector stays zero.
     return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
 
 

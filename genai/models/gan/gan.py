@@ -267,5 +267,6 @@ def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
     cosine = torch.cosine_similarity(a, b, dim=-1)[..., None].clamp(-1, 1)
     angle = cosine.acos()
     sine = angle.sin()
+    # Slerp divides by the sine of the angle: for nearly parallel latents a straight line takes its place.
     arc = (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / sine.clamp_min(1e-6)
     return torch.where(sine > 1e-3, arc, a + share * (b - a))

@@ -25,6 +25,7 @@ def spectral_normalize(weight: Tensor, u: Tensor, keep: bool) -> Tensor:
             left = F.normalize(matrix @ v, dim=0)
             if keep:
                 u.copy_(left)
+        # A zero weight has norm 0: the bound keeps it zero instead of nan.
         return (weight / (left @ (matrix @ v)).clamp_min(1e-12)).to(weight.dtype)
 
 

@@ -25,6 +25,7 @@ def seeded_noise(seeds: Tensor) -> Noise:
 
 def demodulation(weight: Tensor, style: Tensor) -> Tensor:
     """Return the factors (B, O) that bring each output map to variance 1 (eq. 3): weight (O, I, k, k), style (B, I)."""
+    # 1e-8 keeps the root finite where all weights of a channel are 0.
     return (F.linear(style.square(), weight.square().sum((2, 3))) + 1e-8).rsqrt()
 
 
@@ -243,6 +244,7 @@ def minibatch_std(x: Tensor, group: int) -> Tensor:
             "together (model.discriminator.group)"
         )
     grouped = x.unflatten(0, (-1, group))  # (B / group, group, C, H, W)
+    # 1e-8 keeps the gradient of the root finite where a group's samples are equal.
     deviation = (grouped.var(1, correction=0) + 1e-8).sqrt().mean((1, 2, 3))
     deviation = deviation.repeat_interleave(group)[:, None, None, None]
     return torch.cat([x, deviation.expand(-1, 1, *x.shape[2:])], 1)

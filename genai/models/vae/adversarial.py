@@ -97,6 +97,7 @@ class AdversarialAutoencoder(Autoencoder):
 def balance(loss: Tensor, adversarial: Tensor, layer: Tensor) -> Tensor:
     """Return ||d loss / d layer|| / (||d adversarial / d layer|| + 1e-4), a scalar of at most 1e4, detached."""
     first, second = (upcast(torch.autograd.grad(t, layer, retain_graph=True)[0]).norm() for t in (loss, adversarial))
+    # 1e-4 and the bound 1e4 are those of the VQGAN code: the discriminator's gradient may vanish.
     return (first / (second + 1e-4)).clamp_max(1e4).detach()
 
 

@@ -124,6 +124,7 @@ class DiscretizedLogistic(Likelihood):
 
     def log_prob(self, out: Tensor, x: Tensor) -> Tensor:
         location, log_scale = self.parts(out)
+        # A scale below e^-7 is far below one grey level; smaller ones would overflow.
         inverse = torch.exp(-log_scale.clamp_min(-7))
         upper, lower = (x + self.half_bin - location) * inverse, (x - self.half_bin - location) * inverse
         # sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - exp(l - u)), whose logarithm underflows nowhere
@@ -137,6 +138,7 @@ class DiscretizedLogistic(Likelihood):
 
     def draw(self, out: Tensor, u: Tensor) -> Tensor:
         location, log_scale = self.parts(out)
+        # torch.logit clamps u to [1e-6, 1 - 1e-6], since the logistic quantile of 0 or 1 is infinite.
         x = location + log_scale.clamp_min(-7).exp() * torch.logit(u, 1e-6)
         return ((x.clamp(-1, 1) + 1) / (2 * self.half_bin)).round() * (2 * self.half_bin) - 1
 
@@ -158,6 +160,7 @@ class Gaussian(Likelihood):
         return self.parts(out)[0]
 
     def draw(self, out: Tensor, u: Tensor) -> Tensor:
+        # The normal quantile of 0 or 1 is infinite.
         return self.parts(out)[0] + self.log_sigma.exp() * torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7))
 
 

@@ -113,6 +113,7 @@ class VectorQuantizer(Quantizer):
         dead = self.counts < self.restart
         self.counts.masked_fill_(dead, max(self.restart, 1.0))
         self.sums.copy_(torch.where(dead[:, None], fresh * max(self.restart, 1.0), self.sums))
+        # The count of a code without assignments decays towards 0; the bound avoids 0 / 0.
         self.book.copy_(self.sums / self.counts.clamp_min(1e-5)[:, None])
 
 
@@ -192,7 +193,7 @@ class FiniteScalarQuantizer(Quantizer):
         """The offset o of each element, (D,)."""
         return torch.where(self.count % 2 == 0, 0.5, 0.0)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: object) -> None:
         if f"{prefix}height" not in state_dict and f"{prefix}shift" not in state_dict:
             half = (self.count - 1) * (1 + 1e-3) / 2
             state_dict |= {f"{prefix}height": half, f"{prefix}shift": torch.atanh(self.offset / half)}

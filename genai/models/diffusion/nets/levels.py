@@ -65,7 +65,7 @@ class LevelPosterior(KeepBufferPrecision):
         if len(schedule) != self.steps:
             raise UserError(f"model.net.schedule.steps={self.steps} must be model.schedule.steps={len(schedule)}")
 
-    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, **context: Any) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, **context: object) -> Tensor:
         """Predict x0_hat (B, C, H, W) from x (B, C, H, W), time (B,) in [0, 1000) and label int64 (B,).
 
         Raises UserError if the network makes another number of logits.
@@ -91,6 +91,7 @@ class LevelPosterior(KeepBufferPrecision):
         j, share = (i + 1).clamp_max(self.steps - 1), t - early
         low, high = self.log_ratio[i], self.log_ratio[j]
         log = torch.where(high.isinf(), low - torch.log1p(-share), low + share * (high - low))
+        # Solvers may call at times between steps; float32 times count as whole within 1e-6 of the range.
         on, k = (t - whole).abs() <= 1e-6 * self.steps, whole.long()
         alpha = torch.where(on, self.alpha[k], torch.sigmoid(-2 * log).sqrt())
         return alpha, torch.where(on, self.precision[k], 1 + torch.exp(-2 * log))

@@ -102,6 +102,7 @@ def _check_steps(steps: int) -> int:
 def linear(steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
     """Return the schedule with beta_t linear from beta_start to beta_end, scaled by 1000 / T (Ho et al. 2020,
     section 4)."""
+    # Fewer steps take proportionally larger betas; 0.999 keeps each below 1, so that alpha stays above 0.
     scale = 1000 / _check_steps(steps)
     beta = torch.linspace(beta_start * scale, beta_end * scale, steps, dtype=torch.float64).clamp_max(0.999)
     return from_alpha_bar(torch.cumprod(1 - beta, 0))
