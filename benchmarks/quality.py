@@ -68,7 +68,7 @@ def main() -> None:
     diffusion: Any = loaded.model
     rows: dict[str, dict[int, float]] = {}
     calls: dict[str, int] = {}
-    distances: dict[str, float] = {}  # by table: two names may be one solver on the same levels
+    distances: dict[str, float] = {}  # by table: two names may be one solver at the same times
     for path in sorted((ROOT / "conf" / "sampler").glob("*.yaml")):
         node: Any = OmegaConf.to_container(OmegaConf.load(path))
         if node["_target_"] != SAMPLER:

@@ -66,23 +66,23 @@ def errors(path: Path, denoise: Denoiser, n: int, steps: list[int]) -> dict[str,
     seeds = rng.seed_range(0, n)
     eps, start = rng.normal(seeds, (64,)).double(), path.marginal(path.t_max)
 
-    def solved(solver: tables.Solver, levels: list) -> Tensor:
-        return run_table(denoise, solver(path, levels), levels[0].sigma * eps, seeds)
+    def solve(solver: tables.Solver, marginals: list) -> Tensor:
+        return run_table(denoise, solver(path, marginals), marginals[0].sigma * eps, seeds)
 
     high = start if start.alpha else path.marginal_of_ratio(1e4)
     low = path.marginal(path.t_min) if path.marginal(path.t_min).sigma else path.marginal_of_ratio(1e-3)
     ratios = [high.ratio * (low.ratio / high.ratio) ** (k / 400) for k in range(401)]
-    exact = solved(tables.heun, [start, *(path.marginal_of_ratio(ratio) for ratio in ratios[1:]), CLEAN])
+    exact = solve(tables.heun, [start, *(path.marginal_of_ratio(ratio) for ratio in ratios[1:]), CLEAN])
     found: dict[str, dict[str, list[float | None]]] = {}
     for spacing in SPACINGS:
         for name, solver in SOLVERS.items():
             row = found.setdefault(spacing, {}).setdefault(name, [])
             for k in steps:
                 try:
-                    levels = tables.discretize(path, k, spacing)  # type: ignore[arg-type]
+                    marginals = tables.discretize(path, k, spacing)  # type: ignore[arg-type]
                 except UserError:
-                    levels = tables.discretize(path, k, spacing, **ENDS)  # type: ignore[arg-type]
-                row.append(round((solved(solver, levels) - exact).square().mean().sqrt().item(), 3))
+                    marginals = tables.discretize(path, k, spacing, **ENDS)  # type: ignore[arg-type]
+                row.append(round((solve(solver, marginals) - exact).square().mean().sqrt().item(), 3))
     return found
 
 

@@ -190,9 +190,8 @@ class Images:
 
     def fingerprint(self, quick: bool) -> str:
         files = self.files.fingerprint(self.names.tolist(), quick)
-        reading = (
-            [] if self.reading == DecodeOptions(self.shape[0]) else [self.reading]
-        )  # a run from before has its old checksum
+        # Default options are left out, so that data of older runs keep their checksum.
+        reading = [] if self.reading == DecodeOptions(self.shape[0]) else [self.reading]
         return checksum(files, list(self.shape), self.crop, self.labels, *reading)
 
     def pixels(self, name: str, u: float, v: float) -> np.ndarray:

@@ -153,10 +153,8 @@ class Windows:
         return max(-(-(self.tokens - 1 - self.overlap) // (self.length - self.overlap)), 1)
 
     def batch(self, index: Tensor, draws: Tensor | None) -> Batch:
-        starts, stride = (
-            self.tokens - self.length,
-            self.length - self.overlap,
-        )  # of windows: first positions, distance
+        # Number of positions at which a window may start, and the distance between windows.
+        starts, stride = self.tokens - self.length, self.length - self.overlap
         if self.augments and draws is not None:
             first = (index * self.length + (draws[:, 0] * self.length).long()) % starts
         else:

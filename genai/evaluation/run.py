@@ -193,9 +193,8 @@ def _pass(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[Facts, list
     model: Any = loaded.model
     levels = facts.get("levels", data.levels)
     latents = torch.Size(getattr(model, "latent_shape", (getattr(model, "latents", 0),))).numel()
-    whole = not images.modality.windowed or n == len(
-        data.splits[plan.split]
-    )  # an n-gram model scores a whole text only
+    # The n-gram baseline scores a whole text only, so a part of one has no baselines.
+    whole = not images.modality.windowed or n == len(data.splits[plan.split])
     others = {}
     if plan.baselines and whole and levels == data.values:
         others = reference_scores(images, metrics, plan.split, n, latent_dim=latents)

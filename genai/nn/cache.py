@@ -157,9 +157,8 @@ class Cache:
             mask = mask & (index > at[:, None] - self.window) if narrow else mask
         if self.pad is not None:
             if t == 1:
-                self.real.index_fill_(
-                    1, at % self.capacity, True
-                )  # the slot may have been padding before it was overwritten
+                # The token overwrites its slot, which may have held padding.
+                self.real.index_fill_(1, at % self.capacity, True)
             else:
                 real = self.real[:, seen - t : seen, None]
             sees = self.real[:, None, None, :seen]

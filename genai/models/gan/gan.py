@@ -66,10 +66,8 @@ class GAN(nn.Module):
         self.generator, self.discriminator, self.loss, self.share_fake = generator, discriminator, loss, share_fake
         self.r1, self.r2 = number(r1, "model.r1", 0), number(r2, "model.r2", 0)
         self.gradient_penalty = number(gradient_penalty, "model.gradient_penalty", 0)
-        self._stood: tuple[Any, Any] = (
-            None,
-            None,
-        )  # the key of the standing statistics measured last, and the statistics
+        # The standing statistics that were measured last, after the key of what they were measured for.
+        self._standing: tuple[object, Any] = (None, None)
         if self.penalises and batch_norms(discriminator):
             raise UserError(
                 "model.r1, model.r2 and model.gradient_penalty are on the gradient of each sample, but batch norm in "
@@ -185,7 +183,7 @@ class GAN(nn.Module):
             raise UserError("sampler.standing_batches: this generator has no batch norm, set it to 0")
         norms, what = batch_norms(self.generator), (batches, truncation, batch_size, self.device, self._versions())
         trained = [dict(norm._buffers) for norm in norms]
-        cached = self._stood[1] if self._stood[0] == what else None
+        cached = self._standing[1] if self._standing[0] == what else None
         try:
             for k, norm in enumerate(norms):
                 norm._buffers.update(
@@ -193,7 +191,7 @@ class GAN(nn.Module):
                 )
             if cached is None:
                 standing_statistics(self.generator, self._inputs(batches, truncation, batch_size))
-                self._stood = what, [dict(norm._buffers) for norm in norms]
+                self._standing = what, [dict(norm._buffers) for norm in norms]
             yield
         finally:
             for norm, buffers in zip(norms, trained, strict=True):
