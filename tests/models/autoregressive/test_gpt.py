@@ -386,14 +386,14 @@ def test_past_the_context_by_a_sliding_cache(capsys, shift, lengths):
 
 
 @pytest.mark.parametrize("lengths", [(3, 6), (3, 19), (8, 7), (12, 9)])
-def test_past_the_context_with_learned_positions_the_window_is_read_anew(capsys, lengths):
+def test_past_the_context_with_learned_positions_the_window_is_encoded_again(capsys, lengths):
     model = gpt(length=8, position="learned").double()
     rows = [torch.randint(1, V, (n,)) for n in lengths]
     pad = torch.tensor([max(lengths) - n for n in lengths])
     tokens = torch.stack([F.pad(row, (n, 0)) for row, n in zip(rows, pad.tolist(), strict=True)])
     cond = {"tokens": tokens, "pad": pad}
     batch = decode.generate(model, torch.arange(2), cond, max_new_tokens=20)
-    assert "reading it anew" in capsys.readouterr().err
+    assert "encoded again" in capsys.readouterr().err
     for b, row in enumerate(rows):
         assert torch.equal(batch["tokens"][b], plain(model, row, b, 20, window=8))
 
