@@ -161,7 +161,7 @@ def test_the_trained_weights_or_their_average(student, tmp_path):
         student("model.teacher.weights=best", name="best")
     with pytest.raises(UserError, match=r"model.teacher.frozen=3 must be true or false"):
         student("model.teacher.frozen=3", name="best")
-    with pytest.raises(UserError, match=r"genai.checkpoint.pretrained has no ckpt: give it the run or checkpoint"):
+    with pytest.raises(UserError, match=r"genai.checkpoint.pretrained has no ckpt: name the run or checkpoint"):
         student("model.teacher.ckpt=null", name="best")
 
 
@@ -278,7 +278,7 @@ def test_a_stored_node_builds_what_it_says_and_reads_no_file(teacher, unread):
     assert build_stored({**node, "model": node}).latent_shape == (4, 4, 4)
     for model, message in (
         (None, "must be named by a new run or a call to become a part of its model"),
-        (5, "was not read"),
+        (5, "must be named by a new run"),
         ({"_target_": "os.mkdir", "path": "ran"}, "wants to build os.mkdir"),
     ):
         with pytest.raises(UserError, match=message):
