@@ -176,7 +176,7 @@ def test_what_is_no_longer_what_it_was_is_refused(student, tmp_path):
     student(f"model.teacher.sha256={sha256}", name="same", steps=1)
     with pytest.raises(UserError, match=r"model.teacher: there is no checkpoint nowhere: name a run"):
         student("model.teacher.ckpt=nowhere", name="other")
-    with pytest.raises(UserError, match=r"model.teacher is not a module of this model"):
+    with pytest.raises(UserError, match=r"model.teacher must be an attribute of this model"):
         student("model._target_=my_student.Hidden", name="other")
     for path in (tmp_path / "teacher" / "checkpoints").iterdir():
         content = checkpoint.read(path)
