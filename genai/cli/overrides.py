@@ -13,9 +13,21 @@ from genai.core.stored import RENAMED_OVERRIDES
 
 # Last parts of keys whose value is a path, and of those whose value is prose: both are taken as they were typed.
 PATHS = (
-    "run_dir", "resume", "init_from", "ckpt", "root", "path", "file", "out", "cache", "draft", "weights", "image", "mask",
+    "run_dir",
+    "resume",
+    "init_from",
+    "ckpt",
+    "root",
+    "path",
+    "file",
+    "out",
+    "cache",
+    "draft",
+    "weights",
+    "image",
+    "mask",
     "autoguidance",
-)  # fmt: skip
+)
 PROMPTS = "prompt", "negative_prompt", "stop"  # where even ${ is text, for they are in no stored config
 PROSE = *PROMPTS, "label", "name", "project", "notes", "url"
 LISTS = "prompt", "negative_prompt", "label"

@@ -105,9 +105,16 @@ def prepare_training(cfg: DictConfig, overrides: list[Override]) -> list[Overrid
 
 
 NEEDED = (  # values that no run can be resumed without
-    "name", "max_steps", "seed", "debug", "accumulate", "log_every_steps",
-    "trainer.devices", "trainer.accelerator", "trainer.precision",
-)  # fmt: skip
+    "name",
+    "max_steps",
+    "seed",
+    "debug",
+    "accumulate",
+    "log_every_steps",
+    "trainer.devices",
+    "trainer.accelerator",
+    "trainer.precision",
+)
 RUN_GROUPS = ("model", "data", "loop", "optim", "sampler", "trainer", "callbacks")
 
 

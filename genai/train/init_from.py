@@ -26,9 +26,10 @@ def load_initial_weights(
     if strict:
         check_same_modalities(content, path, *modalities, "or init_strict=false, if only the weights matter")
     frozen = tuple(
-        f"{name}." for name, part in checkpoint.pretrained_modules(model)
+        f"{name}."
+        for name, part in checkpoint.pretrained_modules(model)
         if part.pretrained_from.frozen and part.pretrained_from in own
-    )  # fmt: skip
+    )
     state = {name: tensor for name, tensor in checkpoint.weights_of(content).items() if not name.startswith(frozen)}
     state |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith(frozen)}
     skipped = checkpoint.load_weights(model, state, path, strict)

@@ -15,9 +15,14 @@ from genai.train.record import Record
 
 
 def build_loop(
-    cfg: DictConfig, config: dict[str, Any], build: Any, model: torch.nn.Module, data: Data, record: Record,
+    cfg: DictConfig,
+    config: dict[str, Any],
+    build: Any,
+    model: torch.nn.Module,
+    data: Data,
+    record: Record,
     resumed: dict | None,
-) -> LitModel:  # fmt: skip
+) -> LitModel:
     """Return the training loop, after its optimisers were built once so that a wrong key is found before anything is written.
 
     Args:
@@ -41,9 +46,16 @@ def build_loop(
         raise UserError(f"loop._target_={cfg.loop._target_} is not a training loop: leave loop._target_= out")
     try:
         lit = loop(
-            model, data, optim, ema, record,
-            seed=cfg.seed, accumulate=cfg.accumulate, clip_norm=cfg.clip_norm, log_every_steps=cfg.log_every_steps,
-        )  # fmt: skip
+            model,
+            data,
+            optim,
+            ema,
+            record,
+            seed=cfg.seed,
+            accumulate=cfg.accumulate,
+            clip_norm=cfg.clip_norm,
+            log_every_steps=cfg.log_every_steps,
+        )
     except TypeError as error:
         if "argument" not in str(error):
             raise

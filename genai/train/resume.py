@@ -12,9 +12,16 @@ Modalities = tuple[Modality, dict[str, Modality]]
 """The modality of what a model generates, and those of its conditions."""
 
 STATE = {
-    "epoch": int, "global_step": int, "pytorch-lightning_version": str, "loops": dict, "callbacks": dict,
-    "optimizer_states": list, "lr_schedulers": list, "ema_updates": int, "means": dict,
-}  # fmt: skip
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "ema_updates": int,
+    "means": dict,
+}
 
 
 def check_state(content: dict, path: Path) -> None:

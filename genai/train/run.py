@@ -180,11 +180,20 @@ def _run(cfg: DictConfig, ranks: Ranks, locks: contextlib.ExitStack, dry: int = 
             net.compile()
     ranks.start(device.type == "cuda")
     trainer_of = functools.partial(
-        L.Trainer, **{**hardware, "precision": hardware["precision"].replace("bf16-true", "32-true")},  # the model is in it
-        max_steps=cfg.max_steps, max_epochs=-1, logger=False, default_root_dir=folder,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        limit_val_batches=0, use_distributed_sampler=False, profiler=Unprofiled(),
-    )  # fmt: skip
+        L.Trainer,
+        **{**hardware, "precision": hardware["precision"].replace("bf16-true", "32-true")},  # the model is in it
+        max_steps=cfg.max_steps,
+        max_epochs=-1,
+        logger=False,
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        profiler=Unprofiled(),
+    )
     if dry:
         measure = Measure(callbacks)
         print(report(trainer_of(callbacks=[measure], plugins=[ranks]), lit, measure, dry))
