@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import pkgutil
 import re
 import shlex
 import shutil
@@ -46,36 +47,73 @@ def test_a_family_in_ones_own_package(tmp_path, command):
 # Every command is one that the command line understands
 
 TEXTS = [path.read_text() for path in [*OWN_PAGES, *(ROOT / "conf").rglob("*.yaml"), *DOCS.glob("*.yaml")]]
-COMMANDS = sorted(
-    {
-        re.sub("<[^>]*>", "x", line).strip()
-        for text in TEXTS
-        for line in re.findall(r"python (?:\w+\.py|-m genai[.\w]+)(?![.\w:])[^|`\n#&;]*?(?=  |[|`\n#&;])", text)
-        if not re.search(r"my_lab|import_gpt2|--|=\]|\.\.\.|import_|\{|<Tab|=$", line)
-    }
-)
+FREE = ["run_dir", "ckpt", "out", "codec.ckpt", "data.root", "n", "seed", "label", "debug", "max_steps", "repeats"]
+"""Keys whose values are any path or number."""
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_every_command_of_pages_and_configs_composes(line):
+def commands():
+    """Return the arguments of every command of pages and configs, once where they differ in values of FREE keys only.
+
+    Commands that only choose files of conf are left to `test_every_choice_of_pages_and_configs_is_a_file`.
+    """
+    found, chosen = {}, set()
+    for text in TEXTS:
+        for line in re.findall(r"python (?:\w+\.py|-m genai[.\w]+)(?![.\w:])[^|`\n#&;]*?(?=  |[|`\n#&;])", text):
+            if re.search(r"my_lab|import_gpt2|--|=\]|\.\.\.|import_|\{|<Tab|=$", line):
+                continue
+            words = shlex.split(re.sub("<[^>]*>", "x", line))[1:]
+            given = [word for word in words if word.partition("=")[0] not in FREE]
+            if any(word.startswith(("resume=", "init_from=")) for word in words) or "genai.compare" in words:
+                assert all(not word.startswith("-") for word in words[2:]), line
+            elif given[0] == "train.py" and all(re.fullmatch(r"\w+=[a-z]\w*", word) for word in given[1:]):
+                chosen |= {*given[1:]}
+            else:
+                found.setdefault(tuple(given), words)
+    return sorted(found.values()), sorted(chosen)
+
+
+COMMANDS, CHOSEN = commands()
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_of_pages_and_configs_composes(words):
     """Those of sample.py with the sampler of some model: which one, the run decides."""
-    words = shlex.split(line)
-    script = words[1].removesuffix(".py") if words[1] != "-m" else words[2].rpartition(".")[2]
-    arguments = [a for a in words[2 if words[1] != "-m" else 3 :] if a != "-m"]
-    if script == "compare" or any(a.startswith(("resume=", "init_from=")) for a in arguments):
-        assert all(not a.startswith("-") for a in arguments)
-    elif script == "sample" and not any(a.startswith("sampler=") for a in arguments):
-        for sampler in ("ddim", "generate", "gan"):
+    script = words[0].removesuffix(".py") if words[0] != "-m" else words[1].rpartition(".")[2]
+    arguments = [word for word in words[1 if words[0] != "-m" else 2 :] if word != "-m"]
+    if script == "sample" and not any(word.startswith("sampler=") for word in arguments):
+        text = " ".join(arguments)
+        first = "gan" if "truncation" in text else "generate" if "max_new_tokens" in text else "ddim"
+        for sampler in dict.fromkeys([first, "ddim", "generate", "gan"]):
             with contextlib.suppress(UserError):
                 compose_config("sample", [*arguments, f"sampler={sampler}"], prepare_sampling)
                 break
         else:
             pytest.fail("it fits no sampler")
     else:
-        prepare = {"train": sweeps.prepare if "sweep=" in line else prepare_training, "sample": prepare_sampling}.get(
-            script
-        )
-        compose_config(script, arguments, prepare, sweep=" -m " in line)
+        sweep = script == "train" and "-m" in words
+        prepare = {"train": sweeps.prepare if "sweep=" in " ".join(words) else prepare_training, "sample": prepare_sampling}
+        compose_config(script, arguments, prepare.get(script), sweep=sweep)
+
+
+@pytest.mark.parametrize("choice", CHOSEN)
+def test_every_choice_of_pages_and_configs_is_a_file(choice):
+    """test_configs composes and trains those of model and experiment."""
+    group, _, name = choice.partition("=")
+    assert (ROOT / "conf" / group / f"{name}.yaml").exists()
+
+
+@pytest.mark.parametrize("path", [*OWN_PAGES, ROOT / "CONTRIBUTING.md"], ids=name)
+def test_names_of_the_package_on_a_page_exist(path):
+    """Dotted names, and what code imports."""
+    text = path.read_text()
+    names = {*re.findall(r"\bgenai(?:\.\w+)+", text)}
+    for module, imported in re.findall(r"from (genai[\w.]*) import ([\w, ]+)", text):
+        names |= {f"{module}.{word.split()[0]}" for word in imported.split(",")}
+    for dotted in names:
+        with contextlib.suppress(ModuleNotFoundError):
+            pkgutil.resolve_name(dotted)
+            continue
+        pytest.fail(f"{dotted} is not there")
 
 
 # Every page is run from top to bottom
