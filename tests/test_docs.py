@@ -12,6 +12,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from genai import checkpoint, sweeps
@@ -95,6 +96,19 @@ def test_every_command_of_pages_and_configs_composes(words):
         compose_config(script, arguments, prepare.get(script), sweep=sweep)
 
 
+def test_arguments_of_a_sweep_of_weights_and_biases_compose():
+    """The agent calls `program` with name=value for each of `parameters`."""
+    sweep = yaml.safe_load((DOCS / "wandb_sweep.yaml").read_text())
+    values = {
+        name: given.get("value", given.get("min", given.get("values"))) for name, given in sweep["parameters"].items()
+    }
+    arguments = [f"{name}={value[0] if isinstance(value, list) else value}" for name, value in values.items()]
+    cfg = composed("train", arguments, resumed)
+    assert (ROOT / sweep["program"]).exists() and sweep["command"][-2:] == ["${program}", "${args_no_hyphens}"]
+    assert cfg.callbacks.evaluate.every_steps <= cfg.max_steps
+    assert sweep["metric"]["name"] == yaml.safe_load((ROOT / "conf/sweep/ddpm_digits_lr.yaml").read_text())["metric"]
+
+
 @pytest.mark.parametrize("choice", CHOSEN)
 def test_every_choice_of_pages_and_configs_is_a_file(choice):
     """test_configs composes and trains those of model and experiment."""
@@ -120,6 +134,7 @@ def test_names_of_the_package_on_a_page_exist(path):
 
 SKIPPED = {  # beginnings of lines that a test cannot run
     "pip install": "it installs packages",
+    "pytest": "it is this test",
     "wandb ": "it needs an account",
     "eval ": "it changes a shell",
 }
@@ -197,7 +212,7 @@ def shorten_code(text: str) -> str:
 def test_every_command_and_snippet_of_a_page_runs(path, tmp_path):
     make_inputs(tmp_path)
     prepare_page(path, tmp_path)
-    code, left_out = "", []
+    code, left_out, done = "", [], None
     for block in blocks(path):
         if block.title:
             (tmp_path / block.title).parent.mkdir(parents=True, exist_ok=True)
@@ -207,14 +222,17 @@ def test_every_command_and_snippet_of_a_page_runs(path, tmp_path):
             done = python("-c", f"import sys; sys.path.insert(0, '.')\n{code}", cwd=tmp_path)
             assert done.returncode == 0, f"{block.text}\n{done.stderr[-3000:]}"
         elif block.language == "bash":
-            for line in [re.sub(r"\s+# .*", "", line) for line in block.text.splitlines() if line.strip()]:
-                if line.startswith(tuple(SKIPPED)) or (words := shortened(line)) is None:
+            for line in [re.sub(r"^pip install .* && |\s+# .*", "", line) for line in block.text.splitlines()]:
+                if not line or line.startswith(tuple(SKIPPED)) or (words := shortened(line)) is None:
                     left_out.append(line)
                     continue
                 if words[0] in ("train.py", "sample.py", "evaluate.py"):
                     words[0] = str(ROOT / words[0])
                 done = python(*words, cwd=tmp_path)
                 assert done.returncode == 0, f"{line}\n{' '.join(words)}\n{done.stdout[-1000:]}{done.stderr[-3000:]}"
+        elif block.language == "text":  # what the last command prints
+            printed = done.stdout.splitlines()
+            assert all(text in printed for text in block.text.splitlines()), f"{block.text}\n{done.stdout}"
     print("left out:", *left_out, sep="\n")
 
 
