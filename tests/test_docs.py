@@ -130,6 +130,16 @@ def test_names_of_the_package_on_a_page_exist(path):
         pytest.fail(f"{dotted} is not there")
 
 
+def test_contributing_names_tests_and_code_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    code = "".join(path.read_text() for part in ("genai", "tests") for path in (ROOT / part).rglob("*.py"))
+    for word in re.findall(r"`(\w+)`", text[text.index("## Add a solver") :]):
+        found = (ROOT / "genai" / word).exists() or re.search(
+            rf"(?:def|class) {word}\b|^{word}\b.* = ", code, re.MULTILINE
+        )
+        assert found or word in ("_target_", "solver", "levels"), word
+
+
 # Every page is run from top to bottom
 
 SKIPPED = {  # beginnings of lines that a test cannot run
