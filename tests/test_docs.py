@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 
 import numpy as np
@@ -238,7 +239,9 @@ def test_every_command_and_snippet_of_a_page_runs(path, tmp_path):
                     continue
                 if words[0] in ("train.py", "sample.py", "evaluate.py"):
                     words[0] = str(ROOT / words[0])
+                start = time.monotonic()
                 done = python(*words, cwd=tmp_path)
+                print(f"{time.monotonic() - start:4.0f} s  {line}")
                 assert done.returncode == 0, f"{line}\n{' '.join(words)}\n{done.stdout[-1000:]}{done.stderr[-3000:]}"
         elif block.language == "text":  # what the last command prints
             printed = done.stdout.splitlines()
