@@ -143,7 +143,7 @@ RUN = [
 def shortened(line: str) -> list[str] | None:
     """The arguments of `python` for a line of a page with few steps and samples; None for data that are not here."""
     words = shlex.split(line)[1:]
-    script = words[2 if words[0] == "-m" else 1 :] and words[1 if words[0] == "-m" else 0]
+    script = words[1] if words[0] == "-m" else words[0]
     if re.search("mnist|tiny_shakespeare|cifar10|celeba", line):
         if "baselines" not in line or not (SHARED / "tinyshakespeare.txt").exists():
             return None
