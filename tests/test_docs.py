@@ -92,7 +92,10 @@ def test_every_command_of_pages_and_configs_composes(words):
             pytest.fail("it fits no sampler")
     else:
         sweep = script == "train" and "-m" in words
-        prepare = {"train": sweeps.prepare if "sweep=" in " ".join(words) else prepare_training, "sample": prepare_sampling}
+        prepare = {
+            "train": sweeps.prepare if "sweep=" in " ".join(words) else prepare_training,
+            "sample": prepare_sampling,
+        }
         compose_config(script, arguments, prepare.get(script), sweep=sweep)
 
 
