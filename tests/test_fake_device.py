@@ -30,7 +30,7 @@ from genai.kernels import affine_step
 from genai.models.autoregressive import decode
 from genai.models.diffusion.base import Diffusion
 from genai.models.diffusion.sampling import samplers
-from genai.train import codec, run
+from genai.train import codec, hardware, run
 from genai.train.callbacks import Evaluate
 from genai.train.ema import EMA
 from genai.train.record import Record
@@ -296,5 +296,9 @@ def test_latents_are_measured_and_precomputed_where_the_run_trains(gpu, tmp_path
 
 
 def test_each_rank_has_a_device_of_its_own():
-    assert run._device({"accelerator": "gpu"}, Ranks(rank=5, world=8, local=1, here=4)) == torch.device("cuda", 1)
-    assert run._device({"accelerator": "cpu"}, Ranks(rank=5, world=8, local=1, here=4)) == torch.device("cpu")
+    assert hardware.choose_device({"accelerator": "gpu"}, Ranks(rank=5, world=8, local=1, here=4)) == torch.device(
+        "cuda", 1
+    )
+    assert hardware.choose_device({"accelerator": "cpu"}, Ranks(rank=5, world=8, local=1, here=4)) == torch.device(
+        "cpu"
+    )

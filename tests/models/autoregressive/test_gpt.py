@@ -578,7 +578,7 @@ def test_wrong_drafts_and_networks():
     long = {"tokens": torch.zeros(1, 20, dtype=torch.int64)}
     with pytest.raises(UserError, match="must fit into the 12 learned positions of a model"):
         speculative.speculative(gpt(), torch.tensor([0]), long, draft=gpt(length=12, position="learned"))
-    with pytest.raises(UserError, match="are longer than the 24 learned positions"):
+    with pytest.raises(UserError, match="must fit into the 24 learned positions"):
         speculative.speculative(gpt(position="learned"), torch.tensor([0]), draft=gpt(), max_new_tokens=40)
     with pytest.raises(UserError, match="heads=3 must divide width=16"):
         gpt(heads=3)

@@ -576,7 +576,7 @@ def test_guidance_needs_both_of_its_answers_trained(rate):
     net = UNet([1, 8, 8], 8, [1], 1, attention_depths=[], classes=10)
     node = {"label_dropout": rate, "schedule": schedules.cosine(10), "shape": [1, 8, 8], "classes": 10}
     with pytest.raises(
-        UserError, match=rf"model.guidance=1.1 leads .* model.label_dropout={rate} .* model.guidance=1,"
+        UserError, match=rf"model.guidance=1.1 extrapolates .* model.label_dropout={rate} .* model.guidance=1,"
     ):
         DDPM(net, guidance=1.1, **node)
     with stored.build_context():  # as it was trained and sampled
@@ -585,7 +585,7 @@ def test_guidance_needs_both_of_its_answers_trained(rate):
     cond = {"label": torch.tensor([3])}
     for plain in (None, 1.0):
         ddim(model, torch.arange(1), cond, steps=1, guidance=plain)
-    with pytest.raises(UserError, match=r"^guidance=2.0 leads from .*: give guidance=1"):
+    with pytest.raises(UserError, match=r"^guidance=2.0 extrapolates from .*: give guidance=1"):
         ddim(model, torch.arange(1), cond, steps=1, guidance=2.0)
     assert DDPM(UNet([1, 8, 8], 8, [1], 1, attention_depths=[]), guidance=2.0, **{**node, "classes": None}).null() == {}
 

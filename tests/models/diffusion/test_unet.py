@@ -132,7 +132,7 @@ def test_depths_count_halvings_from_either_end(depths, heights):
     [
         ({"attention_depths": [2]}, r"attention_depths=\[2\] .* 0 to 1, or -2 to -1"),
         ({"attention_depths": [0, -3]}, r"attention_depths=\[0, -3\] .* 0 to 1, or -2 to -1"),
-        ({"attention": [16]}, r"attention=\[16\] .* heights \[8, 4\], .*\.attention_depths, such as"),
+        ({"attention": [16]}, r"attention=\[16\] .* heights \[8, 4\] .*\.attention_depths, such as"),
         ({"attention": [4], "attention_depths": [1]}, "give attention_depths alone"),
         ({"attention_depths": [], "text": TextEncoder(4, 8)}, r"attention_depths=\[\] .* caption"),
     ],
