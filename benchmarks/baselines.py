@@ -26,8 +26,8 @@ def table(folder: str, *overrides: str) -> list[dict]:
     return json.loads(out.read_text())["rows"]
 
 
-def shown(figure: dict | None, digits: int) -> str:
-    """A figure with its range, where it has one; empty for None."""
+def format_figure(figure: dict | None, digits: int) -> str:
+    """Format a figure with its range, where it has one; empty for None."""
     if figure is None:
         return ""
     value, low, high = (f"{figure[key]:.{digits}f}" for key in ("value", "low", "high"))
@@ -58,7 +58,7 @@ def main() -> None:
             ("tiny Shakespeare", ["data=tiny_shakespeare", f"data.path={Path(args.text).resolve()}", "split=val"]),
         ):
             for row in table(folder, *overrides):
-                figures = {title: shown(row["metrics"].get(name), n) for name, (title, n) in columns.items()}
+                figures = {title: format_figure(row["metrics"].get(name), n) for name, (title, n) in columns.items()}
                 rows.append({"data": data, "baseline": row["what"], **figures})
     report("baselines", args, device, rows, ("data", "baseline"))
 

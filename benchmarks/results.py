@@ -323,13 +323,13 @@ TABLES |= {name: lambda name=name: table(load(f"{name}_cpu")["rows"]) for part i
 def with_tables(text: str, path: str) -> str:
     """A page's text with all its marked tables made from their records. Raises SystemExit for a name without a table."""
 
-    def made(match: re.Match) -> str:
+    def fill(match: re.Match) -> str:
         name = match[2] or "models"
         if name not in TABLES:
             raise SystemExit(f"{path}: the marked table {name!r} must be one of {', '.join(TABLES)}")
         return f"{match[1]}\n{TABLES[name]()}\n{match[3]}"
 
-    return MARKED.sub(made, text)
+    return MARKED.sub(fill, text)
 
 
 def pages() -> dict[Path, str]:

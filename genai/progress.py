@@ -64,7 +64,7 @@ class Board:
     def __init__(self, clock: Callable[[], float] = time.monotonic, threaded: bool = True):
         self.clock, self.threaded = clock, threaded
         self.silent = False
-        """Whether nothing is shown, as in all ranks but the first."""
+        """True if nothing is shown, as in all ranks but the first."""
         self.tasks: list[Task] = []
         self.lock = threading.RLock()
         self.closed = threading.Event()

@@ -24,7 +24,7 @@ Texts = list[str]
 """Samples as text for display, one string each."""
 
 Request = Mapping[str, Any]
-"""What a user asks samples for, by key: `label`, `prompt`, `negative_prompt`, `stop`; None or absent where nothing is asked."""
+"""A request for samples, by key: `label`, `prompt`, `negative_prompt`, `stop`; None or absent where nothing is asked."""
 
 MAX_SHOWN = 400  # samples in one picture
 
@@ -40,13 +40,13 @@ class Modality:
     keys: tuple[str, ...] = ()
     """Keys of a request that `condition` uses."""
     meaning = "modality"
-    """What two data sets must have in common for a model of one to work on the other, in words for an error."""
+    """The facts that two data sets must share for a model of one to work on the other, as text for an error."""
     likelihoods: tuple[str, ...] = ("bits_per_dim",)
     """Names of the metrics that report a likelihood."""
     comparison: str | None = "samples"
     """Kind of metrics for sets of samples: "samples" (by features), "texts" (by words) or None."""
     windowed = False
-    """Whether items are windows of one long sequence, so that a likelihood is per token."""
+    """True if items are windows of one long sequence, so that a likelihood is per token."""
 
     def __init__(self, field: str | None = None):
         if field is not None and not isinstance(field, str):

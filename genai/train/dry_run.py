@@ -1,4 +1,4 @@
-"""What a run would be, before it is one: layers, data, optimiser, and memory and time of a step, measured on a few steps.
+"""The summary and dry run of a training: layers, data, optimiser, and memory and time of a step, measured on a few steps.
 
 Nothing is written: the steps train a model that is thrown away, with the run's own loop, data stream and precision.
 """

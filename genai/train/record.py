@@ -1,4 +1,4 @@
-"""What a run records: always metrics.csv, and a tracker's run if there is one."""
+"""The records of a run: always metrics.csv, and a tracker's run if there is one."""
 
 import csv
 from collections.abc import Mapping

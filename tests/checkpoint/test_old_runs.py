@@ -99,7 +99,7 @@ class Recorded:
         self.runs = sorted({key.partition("/")[0] for key in self.values})
 
     def differences(self, name: str, found: dict[str, np.ndarray]) -> dict[str, str]:
-        """What of `found` is not as it was recorded of the run `name`, and by how much."""
+        """Return the keys of `found` that differ from the record of the run `name`, with the size of the difference."""
         wrong = {}
         for key, value in found.items():
             if f"{name}/{key}" not in self.values or (key.endswith(".bits") and not self.same_machine):
