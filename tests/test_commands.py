@@ -453,6 +453,7 @@ def test_a_training_that_diverges_says_so(runs):
 
     wild = [
         "optim.lr=1000",
+        "optim.weight_decay=1",
         "clip_norm=null",
         "optim.warmup_steps=0",
         "ema.decay=0.01",

@@ -86,9 +86,8 @@ def test_training_twice_in_one_process_gives_the_same_run_and_leaves_nothing_beh
 
 def test_what_stops_training_is_an_exception(tmp_path):
     before = state_of_the_process()
-    cfg = genai.compose(
-        [*TINY, "optim.lr=1000", "clip_norm=null", "optim.warmup_steps=0", "logger=none", f"run_dir={tmp_path / 'run'}"]
-    )
+    diverges = ["optim.lr=1000", "optim.weight_decay=1", "optim.warmup_steps=0", "clip_norm=null"]
+    cfg = genai.compose([*TINY, *diverges, "logger=none", f"run_dir={tmp_path / 'run'}"])
     with pytest.raises(UserError, match="was not finite at step"):
         genai.train(cfg)
     cfg.max_steps = 0

@@ -78,7 +78,8 @@ def test_an_old_run_samples_and_goes_on_as_it_did(tmp_path, monkeypatch, name):
     norms = go_on(Path(name))
     assert [*norms] == expected.pop("weights").tolist()
     if name != "gpt" or sys.version_info[:3] == (3, 11, 7):  # it learns Python's own documentation
-        np.testing.assert_allclose(list(norms.values()), expected["norms"], rtol=2e-3, atol=1e-6)
+        # a bias before a norm has a gradient of rounding alone, which another processor rounds otherwise and Adam makes steps of
+        np.testing.assert_allclose(list(norms.values()), expected["norms"], rtol=2e-3, atol=2e-3)
     assert [*expected] == ["norms"]
 
 
