@@ -3,17 +3,13 @@
 import contextlib
 import copy
 import functools
-import logging
 import os
 import signal
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.profilers import PassThroughProfiler
 from omegaconf import DictConfig, OmegaConf
 
 from genai import checkpoint, progress
@@ -39,6 +35,7 @@ from genai.train.loop import build_loop
 from genai.train.record import Record
 from genai.train.resume import check_same_items, check_same_modalities
 from genai.train.strategy import Ranks, detect_ranks
+from genai.train.trainer import build_trainer, silence_lightning
 
 PREPARE_SAMPLES = 4096  # at most so many training samples are measured before the first step
 
@@ -79,7 +76,7 @@ def run(cfg: DictConfig, command: bool = True) -> Path:
             "train, or start this script by torchrun"
         )
     cfg.trainer.devices = ranks.here
-    with _silence_lightning(), ranks, contextlib.ExitStack() as locks:
+    with silence_lightning(), ranks, contextlib.ExitStack() as locks:
         return _run(cfg, ranks, locks)
 
 
@@ -92,7 +89,7 @@ def dry_run(cfg: DictConfig) -> None:
     if cfg.resume is not None:
         raise UserError("--dry-run measures a new run: leave resume= out, or --dry-run")
     ranks = detect_ranks(os.environ, at_least(cfg.trainer.devices, 1, "trainer.devices"))
-    with _silence_lightning(), contextlib.ExitStack() as locks:
+    with silence_lightning(), contextlib.ExitStack() as locks:
         cfg.trainer.devices = 1
         _run(cfg, Ranks(), locks, ranks.world)
 
@@ -109,43 +106,18 @@ def _run(cfg: DictConfig, ranks: Ranks, locks: contextlib.ExitStack, dry: int = 
     build = (
         build_typed if cfg.resume is None else functools.partial(build_stored, trust=trust, kinds=(MODELS, DATA, RUN))
     )
-    if cfg.debug and cfg.resume is None:
-        _shorten(cfg)
-    at_least(cfg.max_steps, 1, "max_steps")
-    at_least(cfg.seed, 0, "seed")
-    hardware = choose_hardware(cfg.trainer, ranks)
-    device = choose_device(hardware, ranks)
-    if (tf32 := precision.allow_tf32(device, hardware["precision"])) and ranks.first:
-        precision.print_once(tf32)
-    for key in ("codec.cache", "data.cache"):
-        if (cache := OmegaConf.select(cfg, key)) is not None:
-            files.check_folder(Path(cache), key)
+    hardware, device = _check_settings(cfg, ranks)
     if ranks.first and cfg.resume is not None:
         locks.enter_context(lock_run(Path(cfg.resume)))
     folder, resumed = choose_folder(cfg, ranks)
-    with progress.task("loading the data"):
-        data = build(OmegaConf.to_container(cfg.data, resolve=True))
-    for fact in ("shape", "classes", "levels"):
-        cfg.data[fact] = getattr(data, fact)
-    if cfg.resume is None:
-        ranges.check_agreement(cfg)
-    with progress.task("reading the training data"):
-        train_split = {"items": len(data.splits["train"]), "checksum": split_checksum(data.splits["train"], quick=True)}
+    data, train_split = _load_data(cfg, build)
     with progress.task("loading other checkpoints"):
         adopted = checkpoint.adopt_all(cfg, build, trust, resumed is not None)
     config: dict[str, Any] = {**OmegaConf.to_container(cfg, resolve=True), "resume": None}  # type: ignore[dict-item]
     if resumed is not None:
         check_same_modalities(*resumed, data.modality, data.conditions)
         check_same_items(resumed[0]["trainer"].get("train_split"), train_split, resumed[1])
-    torch.manual_seed(rng.mix(cfg.seed))
-    model: Any = (
-        build(config["model"])
-        if resumed is None
-        else checkpoint.build_model(config["model"], resumed[0]["model"], trust)
-    )
-    _check_model(model, data, cfg)
-    modalities = data.modality, checkpoint.model_conditions(model, config, data.conditions)
-    checkpoint.fill(model, adopted)
+    model, modalities = _build_model(cfg, config, build, trust, data, resumed, adopted)
     own = {part.model.pretrained_from for part in adopted.values()}
     del adopted  # and all that their files hold
     if device.type == "cuda":
@@ -156,20 +128,15 @@ def _run(cfg: DictConfig, ranks: Ranks, locks: contextlib.ExitStack, dry: int = 
             load_initial_weights(model, modalities, config, own)
         with progress.task("measuring the training data"):
             config["model"] |= _prepare(model, data, device)
-    model = (
-        precision.cast_for_inference(model, hardware["precision"]) if hardware["precision"] == "bf16-true" else model
-    )
+    if hardware["precision"] == "bf16-true":
+        model.to(torch.bfloat16)
     record = Record(folder, writes=ranks.first and not dry)
     lit = build_loop(cfg, config, build, model, data, record, resumed[0] if resumed else None)
+    # what follows is tried before anything is written; a callback is tried once more on its device
     callbacks = [build(node) for node in config["callbacks"].values() if node is not None]
-    for callback in callbacks:  # before anything is written; on its device it is tried once more
-        with progress.task("trying out the sampler and the metrics"):
-            if isinstance(callback, Samples):
-                callback.try_out(lit)
-            elif isinstance(callback, Cards) and ranks.first:
-                callback.try_out(lit, config, packages_of(config) if cfg.resume is None else trust)
+    _try_out(callbacks, lit, config, packages_of(config) if cfg.resume is None else trust, ranks.first)
     tracker = trackers.none
-    if config["logger"] is not None:  # before anything is written
+    if config["logger"] is not None:
         tracker = trackers.check(build({**config["logger"], "_partial_": True}))
     if cfg.get("codec") is not None and cfg.codec.cache is not None and not dry:
         if resumed is not None:
@@ -179,21 +146,7 @@ def _run(cfg: DictConfig, ranks: Ranks, locks: contextlib.ExitStack, dry: int = 
         for net in model.nets().values():
             net.compile()
     ranks.start(device.type == "cuda")
-    trainer_of = functools.partial(
-        L.Trainer,
-        **{**hardware, "precision": hardware["precision"].replace("bf16-true", "32-true")},  # the model is in it
-        max_steps=cfg.max_steps,
-        max_epochs=-1,
-        logger=False,
-        default_root_dir=folder,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-        profiler=Unprofiled(),
-    )
+    trainer_of = functools.partial(build_trainer, hardware, cfg.max_steps, folder)
     if dry:
         measure = Measure(callbacks)
         print(report(trainer_of(callbacks=[measure], plugins=[ranks]), lit, measure, dry))
@@ -209,13 +162,11 @@ def _run(cfg: DictConfig, ranks: Ranks, locks: contextlib.ExitStack, dry: int = 
         parameters = sum(p.numel() for p in model.parameters())
         with progress.task("starting the tracker"):
             record.tracker = tracker(folder, cfg.name, {**config, "parameters": parameters})
-        where = f"{trainer.strategy.root_device}" + (f", {ranks.world} ranks" if ranks.world > 1 else "")
         print(summarise(lit, cfg.max_steps, ranks.world))
+        where = f"{trainer.strategy.root_device}" + (f", {ranks.world} ranks" if ranks.world > 1 else "")
         started = f" that {ranks.launcher} started" if ranks.launcher else ""
         print(f"{folder}: {parameters:,} parameters, {cfg.max_steps} steps on {where}{started}")
     failed = True
-    # a collective, which hangs if one rank gets SIGTERM
-    trainer._signal_connector.register_signal_handlers = lambda: None
     try:
         with stop.handle_signals():
             trainer.fit(lit, ckpt_path=resumed[1] if resumed else None)
@@ -227,20 +178,70 @@ def _run(cfg: DictConfig, ranks: Ranks, locks: contextlib.ExitStack, dry: int = 
     return folder
 
 
-def _check_model(model: Any, data: Data, cfg: DictConfig) -> None:
-    """Raise UserError unless the model has parameters to train and is for this kind of data."""
+def _check_settings(cfg: DictConfig, ranks: Ranks) -> tuple[dict[str, Any], torch.device]:
+    """Return Lightning's arguments and the device; raises UserError for settings that the rest of the config does not decide."""
+    if cfg.debug and cfg.resume is None:
+        _shorten(cfg)
+    at_least(cfg.max_steps, 1, "max_steps")
+    at_least(cfg.seed, 0, "seed")
+    hardware = choose_hardware(cfg.trainer, ranks)
+    device = choose_device(hardware, ranks)
+    if (tf32 := precision.allow_tf32(device, hardware["precision"])) and ranks.first:
+        precision.print_once(tf32)
+    for key in ("codec.cache", "data.cache"):
+        if (cache := OmegaConf.select(cfg, key)) is not None:
+            files.check_folder(Path(cache), key)
+    return hardware, device
+
+
+def _load_data(cfg: DictConfig, build: Any) -> tuple[Data, dict[str, Any]]:
+    """Return the data, whose facts go into `cfg`, and what a checkpoint notes of its training split."""
+    with progress.task("loading the data"):
+        data = build(OmegaConf.to_container(cfg.data, resolve=True))
+    for fact in ("shape", "classes", "levels"):
+        cfg.data[fact] = getattr(data, fact)
+    if cfg.resume is None:
+        ranges.check_agreement(cfg)
+    with progress.task("reading the training data"):
+        train = data.splits["train"]
+        return data, {"items": len(train), "checksum": split_checksum(train, quick=True)}
+
+
+def _build_model(
+    cfg: DictConfig,
+    config: dict[str, Any],
+    build: Any,
+    trust: tuple[str, ...],
+    data: Data,
+    resumed: tuple[dict, Path] | None,
+    adopted: dict[str, Any],
+) -> tuple[Any, tuple[Any, dict[str, Any]]]:
+    """Return the model on the CPU, with the weights of its `adopted` parts, and the modalities of its output and conditions.
+
+    Raises:
+        UserError: it has no parameters to train, or is for another kind of data.
+    """
+    torch.manual_seed(rng.mix(cfg.seed))
+    node = config["model"]
+    model: Any = build(node) if resumed is None else checkpoint.build_model(node, resumed[0]["model"], trust)
     target = cfg.model.get("_target_")
     if not isinstance(model, torch.nn.Module) or not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"model._target_={target} has nothing to train: choose another model=, or give it its networks")
     if isinstance(field := getattr(model, "field", None), str) and field != data.field:
         raise UserError(f"model.field={field}, but this data has {data.field}: leave model.field= out")
+    modalities = data.modality, checkpoint.model_conditions(model, config, data.conditions)
+    checkpoint.fill(model, adopted)
+    return model, modalities
 
 
-class Unprofiled(PassThroughProfiler):
-    """A profiler that does nothing. Lightning's own makes a generator for each of the fifty sections of a step."""
-
-    def profile(self, action_name: str) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()
+def _try_out(callbacks: list[Any], lit: Any, config: dict[str, Any], trust: tuple[str, ...], first: bool) -> None:
+    """Sample and measure once as the callbacks will; raises UserError where one cannot. Cards are of the first rank alone."""
+    for callback in callbacks:
+        with progress.task("trying out the sampler and the metrics"):
+            if isinstance(callback, Samples):
+                callback.try_out(lit)
+            elif isinstance(callback, Cards) and first:
+                callback.try_out(lit, config, trust)
 
 
 def _shorten(cfg: DictConfig) -> None:
@@ -257,26 +258,6 @@ def _prepare(model: Any, data: Data, device: torch.device) -> dict[str, Any]:
         return {}
     measured = batches(random_subset(data.splits["train"], PREPARE_SAMPLES), data.batch_size)
     return dict(model.prepare({name: value.to(device) for name, value in batch.items()} for batch in measured))
-
-
-@contextlib.contextmanager
-def _silence_lightning() -> Iterator[None]:
-    """Suppress what Lightning prints about itself, but for warnings that concern a user."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    with warnings.catch_warnings():
-        logger.setLevel(logging.ERROR)
-        for message in (
-            ".*does not have many workers.*",
-            ".*`isinstance.treespec, LeafSpec.*",
-            ".*exists and is not empty.*",
-            ".*in eval mode at the start of training.*",  # a first stage that is not trained
-        ):
-            warnings.filterwarnings("ignore", message)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
 
 
 if __name__ == "__main__":
