@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import genai
-from genai.core import interrupt
+from genai.core import interrupt, streams
 
 HELP = """\
 Train, sample and measure generative models:  genai <command> [key=value ...]
@@ -25,9 +25,15 @@ Completion of commands and keys:  eval "$(genai -sc install=bash)", or zsh; fish
 """
 
 
+def start() -> None:
+    """Begin a command, before its imports, which take long."""
+    interrupt.exit_on_signal()
+    streams.protect_output()
+
+
 def main() -> None:
     """Run the command that the first argument of `genai` names; exits with code 2 and a sentence if there is no such command."""
-    interrupt.exit_on_signal()  # before the imports, which take long
+    start()
     name, rest = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
     if name in COMMANDS:
         sys.argv = [f"genai {name}", *rest]
@@ -62,7 +68,7 @@ def complete() -> None:
 
 def train() -> None:
     """Train a model: `python train.py`, `genai train`."""
-    interrupt.exit_on_signal()
+    start()
     from genai import sweeps
     from genai.cli import fail, main
     from genai.core.errors import UserError
@@ -84,7 +90,7 @@ def train() -> None:
 
 def sample() -> None:
     """Sample from a checkpoint: `python sample.py`, `genai sample`."""
-    interrupt.exit_on_signal()
+    start()
     from genai.cli import main, prepare_sampling
 
     def task(cfg: Any) -> None:
@@ -97,7 +103,7 @@ def sample() -> None:
 
 def evaluate() -> None:
     """Measure a checkpoint: `python evaluate.py`, `genai evaluate`."""
-    interrupt.exit_on_signal()
+    start()
     from genai.cli import main
 
     def task(cfg: Any) -> None:
@@ -115,7 +121,7 @@ def evaluate() -> None:
 
 def compare() -> None:
     """Compare finished runs: `genai compare`, `python -m genai.compare`."""
-    interrupt.exit_on_signal()
+    start()
     from genai.compare.__main__ import main
 
     with interrupt.raise_on_signal():
@@ -124,7 +130,7 @@ def compare() -> None:
 
 def baselines() -> None:
     """Measure trivial models of a data set: `genai baselines`, `python -m genai.evaluation.baselines`."""
-    interrupt.exit_on_signal()
+    start()
     from genai.evaluation.baselines.__main__ import main
 
     main()

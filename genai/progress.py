@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+from genai.core import streams
+
 SOON, OFTEN = 5.0, 25.0  # seconds until the first line of a task, and between lines: 30 with the thread's own delay
 AFTER = 0.5  # seconds until a bar is drawn, so that quick tasks do not flicker
 
@@ -79,7 +81,7 @@ class Board:
             self.tasks.append(task)
             if len(self.tasks) == 1 and not self.silent:
                 self.stream, self.kept, self.printed_at = stream, kept, task.start
-                self.terminal = getattr(sys, stream).isatty()
+                self.terminal = streams.is_terminal(getattr(sys, stream))
                 self.closed = threading.Event()
                 if self.threaded:
                     threading.Thread(target=self._run, args=(self.closed,), daemon=True).start()
@@ -172,6 +174,13 @@ def track(
 def follow(shown: Task) -> Callable[[int, int, Any], None]:
     """An on_step, see `core.protocols.OnStep`, that shows a sampler's steps as those of a task."""
     return lambda i, n, state: shown.to(i + 1, n)
+
+
+def console(**options: Any) -> Any:
+    """Return a rich console that prints tables on stdout, 200 columns wide where it is not a terminal."""
+    from rich.console import Console
+
+    return Console(width=None if streams.is_terminal(sys.stdout) else 200, **options)
 
 
 def duration(seconds: float) -> str:

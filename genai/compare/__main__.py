@@ -1,16 +1,16 @@
 """Run `python -m genai.compare runs/a runs/b`: prints a table, and writes a CSV file and a self-contained HTML page."""
 
-from genai.core import interrupt
+from genai.core import interrupt, streams
 
 if __name__ == "__main__":
     interrupt.exit_on_signal()  # before the imports, which take long
+    streams.protect_output()
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from genai import progress
@@ -79,7 +79,7 @@ def main() -> None:
     terminal = Table(*names, caption=MARKS if len(names) < len(rows[0]) else None)
     for row in rows:
         terminal.add_row(*(cell(row, name) for name in names))
-    Console(width=None if sys.stdout.isatty() else 200).print(terminal)
+    progress.console().print(terminal)
     print(f"{args.out}/report.html, report.csv")
     if args.wandb:
         from genai.train.trackers import log_comparison

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from genai import progress
 from genai.core import files
 from genai.core.errors import UserError
 from genai.core.runs import Facts
@@ -46,15 +47,12 @@ def rank_jobs(folder: Path, settings: Settings) -> list[Facts]:
 
 
 def show(rows: Sequence[Facts]) -> None:
-    import sys
-
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*("-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console(width=None if sys.stdout.isatty() else 200, markup=False).print(table)
+    progress.console(markup=False).print(table)
 
 
 def plot(folder: Path, metric: str, rows: Sequence[Facts]) -> str:

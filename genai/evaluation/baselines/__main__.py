@@ -1,9 +1,10 @@
 """`python -m genai.evaluation.baselines data=digits [baseline=] [key=value ...]`: the trivial baselines of a data set."""
 
-from genai.core import interrupt
+from genai.core import interrupt, streams
 
 if __name__ == "__main__":
     interrupt.exit_on_signal()  # before the imports, which take long
+    streams.protect_output()
 
 from omegaconf import DictConfig
 

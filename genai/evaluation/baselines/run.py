@@ -1,12 +1,10 @@
 """Fit all baselines of a data set, print the table of their scores and write it as JSON."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from genai import progress
@@ -158,7 +156,7 @@ def show(result: Facts, out: Path) -> None:
     table = Table("baseline", *metrics)
     for row in result["rows"]:
         table.add_row(row["what"], *(cell(name, row["metrics"].get(name)) for name in metrics))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    progress.console().print(table)
     sizes = sorted(
         {
             (figure["n"], figure.get("split") or f"{figure['real']} (samples)")
