@@ -3,6 +3,7 @@
 A run is therefore resumed exactly from its step alone.
 """
 
+import signal
 from collections.abc import Callable, Iterator
 
 import torch
@@ -81,6 +82,12 @@ class Loader(DataLoader):
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
 
 
+def _ignore_signals(worker: int) -> None:
+    """Leave a signal to the whole process group to the training process, which needs its workers to finish the step."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def train_loader(data: Data, accumulate: int, seed: int, start: int, rank: int = 0, world: int = 1) -> DataLoader:
     """Build the loader of the training stream from step `start`; it yields one step at a time, see `Stream`."""
     stream = Stream(data.splits["train"], data.batch_size, accumulate, seed, start, rank, world)
@@ -90,6 +97,7 @@ def train_loader(data: Data, accumulate: int, seed: int, start: int, rank: int =
         batch_size=None,
         num_workers=workers,
         persistent_workers=workers > 0,
+        worker_init_fn=_ignore_signals,
         pin_memory=torch.cuda.is_available(),
     )
 

@@ -405,15 +405,18 @@ def test_a_flipped_byte_is_detected(uninterrupted, tmp_path):
     ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
 def test_a_signal_saves_and_exits(tmp_path, number, code):
-    """Through the real command line."""
+    """Through the real command line. The signal reaches the loader's workers too, as one to a process group does."""
     folder = tmp_path / "run"
-    command = [str(ROOT / "train.py"), *TINY, f"run_dir={folder}", "max_steps=100000"]
+    command = [str(ROOT / "train.py"), *TINY, f"run_dir={folder}", "max_steps=100000", "data.num_workers=1"]
     process = context.Process(target=as_python, args=(command, str(tmp_path), dict(os.environ), str(tmp_path)))
     process.start()
     deadline = time.time() + 120
     while not (folder / "checkpoints" / "last.ckpt").exists() and time.time() < deadline:
         time.sleep(0.1)
-    os.kill(process.pid, number)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert workers
+    for pid in (*workers, process.pid):
+        os.kill(int(pid), number)
     process.join(60)
     output = "".join((tmp_path / name).read_text() for name in ("stdout", "stderr"))
     assert process.exitcode == code, output
