@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
+import lightning as L
 import pytest
 import torch
 from hydra import initialize_config_dir
@@ -65,7 +67,9 @@ def state_of_the_process():
     logger = logging.getLogger("lightning.pytorch")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     wandb = getattr(sys.modules.get("wandb"), "run", None)
-    return handlers, logger.level, [*warnings.filters], GlobalHydra.instance().hydra, wandb, sys.excepthook, os.getcwd()
+    random = torch.get_rng_state().tolist()
+    hydra = GlobalHydra.instance().hydra
+    return handlers, logger.level, [*warnings.filters], hydra, wandb, sys.excepthook, os.getcwd(), random
 
 
 def test_training_twice_in_one_process_gives_the_same_run_and_leaves_nothing_behind(trained, tmp_path):
@@ -82,6 +86,28 @@ def test_training_twice_in_one_process_gives_the_same_run_and_leaves_nothing_beh
     more = genai.train([f"resume={second}", "max_steps=6"])
     assert more == second
     assert genai.load(second).step == 6
+
+
+class Interrupting(L.Callback):
+    def on_train_batch_end(self, *_):
+        raise KeyboardInterrupt
+
+
+def test_training_in_a_thread_leaves_signals_alone(tmp_path):
+    with ThreadPoolExecutor() as pool:
+        run = pool.submit(genai.train, [*TINY, f"run_dir={tmp_path / 'run'}"]).result()
+    assert genai.load(run).step == 5
+
+
+def test_a_callback_may_interrupt_and_must_be_one(tmp_path):
+    def node(name):
+        return f"+callbacks.own={{_target_: {name}}}"
+
+    with pytest.raises(KeyboardInterrupt):
+        genai.train([*TINY, node("tests.test_door.Interrupting"), f"run_dir={tmp_path / 'one'}"])
+    with pytest.raises(UserError, match=r"callbacks.own._target_=collections.Counter is not a subclass"):
+        genai.train([*TINY, node("collections.Counter"), f"run_dir={tmp_path / 'two'}"])
+    assert not (tmp_path / "two").exists()
 
 
 def test_what_stops_training_is_an_exception(tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -239,7 +240,7 @@ class Stop(Between):
     @contextlib.contextmanager
     def handle_signals(self) -> Iterator[None]:
         """Restore the signal handlers on leaving, except in ranks above zero, which ignore signals while they end."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.getsignal(number) for number in self.signals()}
         try:
             yield
         finally:
@@ -247,13 +248,18 @@ class Stop(Between):
                 for number, handler in before.items():
                     signal.signal(number, handler)
 
+    @staticmethod
+    def signals() -> tuple[signal.Signals, ...]:
+        """Return the signals that are handled: none outside the main thread, where Python allows no handlers."""
+        return (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+
     def on_train_start(self, trainer: L.Trainer, pl_module: LitModel) -> None:
         def remember(number: int, frame: object) -> None:
             if self.signal is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.signal = number
 
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in self.signals():
             signal.signal(number, remember)
         if trainer.world_size > 1:
             self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=TIMEOUT))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from genai import progress
 from genai.data.stream import batches
 from genai.train.callbacks import Between, Evaluate, Samples, peak_memory_bytes
 from genai.train.lit import LitModel
@@ -153,7 +154,8 @@ class Measure(Between):
 def report(trainer: L.Trainer, lit: LitModel, measure: Measure, ranks: int) -> str:
     """Train a few steps with a trainer that has `measure` among its callbacks; return what --dry-run prints."""
     summary = summarise(lit, trainer.max_steps, ranks)
-    trainer.fit(lit)
+    with progress.task("measuring steps"):
+        trainer.fit(lit)
     per_step, left = measure.step_seconds, str(timedelta(seconds=round(measure.step_seconds * trainer.max_steps)))
     gib, where = measure.peak_bytes / 2**30, lit.device.type
     memory = "of the GPU at its peak" if where == "cuda" else "of this process at its peak (resident set)"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from omegaconf import DictConfig, OmegaConf
 
@@ -47,10 +48,12 @@ def train(cfg: DictConfig | Sequence[str]) -> Path:
     if "max_steps" not in cfg:
         raise UserError("this is not a config of training: compose it with genai.compose([...])")
     ranges.check(cfg, "train")
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     try:
-        return run(cfg, command=False)
-    except SystemExit as stopped:
-        if stopped.code == 128 + signal.SIGINT:
+        with torch.random.fork_rng(devices):
+            return run(cfg, command=False)
+    except SystemExit as stopped:  # Lightning answers a KeyboardInterrupt of a callback with code 1
+        if stopped.code == 128 + signal.SIGINT or isinstance(stopped.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
 
@@ -58,7 +61,8 @@ def train(cfg: DictConfig | Sequence[str]) -> Path:
 def run(cfg: DictConfig, command: bool = True) -> Path:
     """Train as `cfg` says and return the run directory.
 
-    Everything is built before anything is written, and the directory is locked against other processes.
+    Everything is built before anything is written, and the directory is locked against other processes. In another thread than
+    the main one, signals are left to the program.
 
     Args:
         cfg: a composed config, which is changed.
@@ -133,7 +137,7 @@ def _run(cfg: DictConfig, ranks: Ranks, locks: contextlib.ExitStack, dry: int = 
     record = Record(folder, writes=ranks.first and not dry)
     lit = build_loop(cfg, config, build, model, data, record, resumed[0] if resumed else None)
     # what follows is tried before anything is written; a callback is tried once more on its device
-    callbacks = [build(node) for node in config["callbacks"].values() if node is not None]
+    callbacks = _build_callbacks(config["callbacks"], build)
     _try_out(callbacks, lit, config, packages_of(config) if cfg.resume is None else trust, ranks.first)
     tracker = trackers.none
     if config["logger"] is not None:
@@ -232,6 +236,16 @@ def _build_model(
     modalities = data.modality, checkpoint.model_conditions(model, config, data.conditions)
     checkpoint.fill(model, adopted)
     return model, modalities
+
+
+def _build_callbacks(nodes: dict[str, Any], build: Any) -> list[L.Callback]:
+    """Return the callbacks of a config; raises UserError for an object that is not one."""
+    callbacks = [build(node) for node in nodes.values() if node is not None]
+    for name, callback in zip((name for name, node in nodes.items() if node is not None), callbacks, strict=True):
+        if not isinstance(callback, L.Callback):
+            target = nodes[name].get("_target_")
+            raise UserError(f"callbacks.{name}._target_={target} is not a subclass of lightning.Callback: make it one")
+    return callbacks
 
 
 def _try_out(callbacks: list[Any], lit: Any, config: dict[str, Any], trust: tuple[str, ...], first: bool) -> None:
