@@ -295,7 +295,10 @@ def gpu(name: str) -> str:
         else:
             result = entry["error"][-1] if "error" in entry else entry["figures"]["summary"]
             where = f"{entry['date']}, commit `{entry['commit'][:7]}`"
-            parts.append(f"### {part}\n\n```bash\n{entry['command']}\n```\n\nMeasured {where}: {result.strip('= ')}.\n")
+            title = "Tests that need a GPU" if part == "tests" else part
+            parts.append(
+                f"### {title}\n\n```bash\n{entry['command']}\n```\n\nMeasured {where}: {result.strip('= ')}.\n"
+            )
     return "\n".join(parts)
 
 
