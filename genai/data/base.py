@@ -47,7 +47,7 @@ class Data:
         splits: by name, of train, val and test. Items of val and test must be in random order, as often only the first are used.
         found_shape: shape of one sample, as the data has it.
         class_names: name of each label, None without labels.
-        found_levels: number of grey levels (or ids) of the data, None if it is continuous.
+        found_levels: number of grey levels of the data, or vocabulary size of tokens; None if it is continuous.
         modality: of the items; None for an image where field is "image", else a vector.
 
     Raises UserError where shape, classes or levels differ from the data's own.

@@ -29,7 +29,7 @@ class Text(Data):
         overlap: tokens of context that consecutive evaluation windows share.
         cache: folder of prepared texts, default $XDG_CACHE_HOME/genai or ~/.cache/genai.
         shape: [context length in tokens].
-        levels: number of ids; None takes the tokenizer's.
+        levels: vocabulary size; None takes the tokenizer's.
         field, classes, batch_size, num_workers: see `Data`.
 
     Raises UserError for shares that leave nothing to train on, or a split that is too short for one window.
