@@ -51,7 +51,7 @@ def sample(
         label: index, name, or a list of them; shorter lists repeat. None takes the classes in turn.
         prompt: for models of text, or with captions, a string or a list of them; shorter lists repeat. None starts a
             new text, or leaves the caption out.
-        negative_prompt: caption that guidance leads away from.
+        negative_prompt: caption that samples are guided away from.
         stop: string of one token at which a sample ends; None is the end of a document, if the model has one.
         sampler: a config node; None is the sampler that the checkpoint was trained with.
         batch_size: samples drawn at once.

@@ -231,7 +231,7 @@ def test_wrong_samplers_are_refused_before_the_first_step(refused, tmp_path):
     from genai.core.errors import UserError
     from genai.train.run import run
 
-    with pytest.raises(UserError, match=r"sampler\.steps=500 must be between 1 and the model's T=10"):
+    with pytest.raises(UserError, match=r"sampler\.steps=500 must be a whole number between 1 and the model's T=10"):
         run(compose_config("train", [*DEBUG, "sampler.steps=500", f"run_dir={tmp_path / 'run'}"]))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -258,7 +258,7 @@ SAMPLE = {
     "seed=-3": "seed=-3",
     "weights=best": "one of ema, raw",
     "steps=0": "sampler.steps=0 must be a whole number of steps, at least 1",
-    "sampler.steps=11": "sampler.steps=11 must be between 1 and the model's T=10",
+    "sampler.steps=11": "sampler.steps=11 must be a whole number between 1 and the model's T=10",
     "sampler.step=3": "the sampler ddim has no step; it has eta, solver, steps, spacing, rho, shift,",
     "temperature=2": "there is no key temperature",
     "eta=2": "sampler.solver.eta=2",

@@ -33,7 +33,7 @@ class Caption(Modality):
         return {"length": self.length}
 
     def condition(self, request: Request, n: int) -> Batch:
-        """Return `caption`, the prompts, and `negative`, those that guidance leads away from; empty without a prompt.
+        """Return `caption`, the prompts, and `negative`, those that samples are guided away from; empty without a prompt.
 
         Raises UserError for a prompt that is too long, and for a negative prompt without a prompt.
         """

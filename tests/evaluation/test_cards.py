@@ -123,7 +123,7 @@ def test_a_likelihood_below_trivial_models_says_why(runs):
         assert card.get("why") == result.get("why")
         if model == "ddpm":
             assert re.match(
-                r"no better than a .* \(\d\.\d+\): its loss weighs .*experiment=ddpm_digits_nll", card["why"]
+                r"no better than a .* \(\d\.\d+\): its loss weights .*experiment=ddpm_digits_nll", card["why"]
             )
         else:
             assert "why" not in card

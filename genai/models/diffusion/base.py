@@ -57,7 +57,7 @@ class Diffusion(KeepBufferPrecision):
 
     path: Path
     objective: str | None = (
-        "its loss weighs noise levels for the look of samples, not by the variational bound; experiment=ddpm_digits_nll "
+        "its loss weights noise levels for the look of samples, not by the variational bound; experiment=ddpm_digits_nll "
         "(model=ddpm_levels) trains for likelihood"
     )
     """The reason why the model's likelihood could be better, for cards; None if it is trained for likelihood."""
@@ -212,7 +212,7 @@ class Diffusion(KeepBufferPrecision):
 
         Args:
             cond: label int64 (n,) and caption int64 (n, length), of which those that the model does not take are ignored,
-                and `negative` int64 (n, length), the caption that guidance leads away from.
+                and `negative` int64 (n, length), the caption that samples are guided away from.
 
         Raises UserError for any other name, and as `fill_conditions` does.
         """

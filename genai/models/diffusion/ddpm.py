@@ -25,7 +25,7 @@ class DDPM(Diffusion):
             / T.
         schedule: alpha_t and sigma_t for t = 0, ..., T - 1.
         parameterization: what the network predicts: eps, x0, v or flow.
-        weighting: `(schedule, q) -> (T,)`, the loss weight of each t, see `weightings`.
+        weighting: `(schedule, q) -> (T,)`, the loss weight of each t, with q (T,) of `to_x0`; see `weightings`.
         levels: number of grey levels of the data, for the likelihood; None if the data have none.
         variance: variance of the reverse steps in the likelihood, "small" (beta tilde) or "large" (beta).
 
@@ -57,11 +57,11 @@ class DDPM(Diffusion):
         super().__init__(net, shape, field, classes, label_dropout, guidance, clip, latent)
         self.path = self.schedule = schedule
         self.parameterization: Parameterization = parameterization
-        if isinstance(net, LevelPosterior) and not stored.is_building():
+        if isinstance(net, LevelPosterior) and not stored.is_building():  # a stored model was checked before training
             net.check(parameterization, schedule)
         self.levels = levels
-        if getattr(weighting, "func", weighting) is weightings.vlb:
-            self.objective = None
+        if getattr(weighting, "func", weighting) is weightings.vlb:  # also where a partial binds it
+            self.objective = None  # trained for likelihood, see `Diffusion.objective`
         self.variance: vlb.Variance = variance
         _, q = to_x0(parameterization, schedule.alpha, schedule.sigma)
         # Indexed by t in training. They stay float64 until used, and are not saved: the config defines them.

@@ -649,7 +649,9 @@ def test_each_model_encodes_its_own_captions_once_a_call(kind):
     assert torch.allclose(
         ddim(model, seeds, cond, steps=4, guidance=0)["image"], ddim(model, seeds, None, steps=4)["image"], atol=1e-5
     )
-    with pytest.raises(UserError, match="autoguidance= leads away from a worse model, negative_prompt= from a caption"):
+    with pytest.raises(
+        UserError, match="autoguidance= guides away from a worse model, negative_prompt= away from a caption"
+    ):
         ddim(model, seeds, {**cond, "negative": caption}, steps=1, autoguidance=worse)
 
 

@@ -285,11 +285,14 @@ REFUSED = {
     "mask= says what to do with an image": {"mask": torch.ones(6, *SHAPE)},
     "invert= says what to do with an image": {"invert": True},
     "image= alone changes nothing: give strength= below 1": {"image": images()},
-    r"image is \[5, 1, 2, 2\], but 6 samples of this model start from \[6, 1, 2, 2\]": {
+    r"image has shape \[5, 1, 2, 2\], but 6 samples of this model start from \[6, 1, 2, 2\]": {
         "image": images()[:5],
         "strength": 0.5,
     },
-    r"mask is \[6, 1, 2, 3\], but the image is \[6, 1, 2, 2\]": {"image": images(), "mask": torch.ones(6, 1, 2, 3)},
+    r"mask has shape \[6, 1, 2, 3\], but the image has \[6, 1, 2, 2\]": {
+        "image": images(),
+        "mask": torch.ones(6, 1, 2, 3),
+    },
     r"sampler.sigma_max=1000 is out of range: this model is trained for sigma / alpha from 0.002 to 80": {
         "sigma_max": 1000
     },
@@ -310,7 +313,7 @@ REFUSED = {
         "guidance": 2.0,
         "autoguidance": Flow(nn.Identity(), [3], "image"),
     },
-    r"autoguidance= has another first stage than this model": {"guidance": 2.0, "autoguidance": ELSEWHERE},
+    r"autoguidance= has a different first stage from this model": {"guidance": 2.0, "autoguidance": ELSEWHERE},
 }
 
 

@@ -87,7 +87,9 @@ def test_the_level_of_a_ratio_has_it(path, ratio):
 
 @pytest.mark.parametrize("steps", [0, 11, -1])
 def test_impossible_step_counts_are_refused(steps):
-    with pytest.raises(UserError, match=rf"sampler\.steps={steps} must be between 1 and the model's T=10"):
+    with pytest.raises(
+        UserError, match=rf"sampler\.steps={steps} must be a whole number between 1 and the model's T=10"
+    ):
         tables.discretize(schedules.linear(10), steps)
 
 

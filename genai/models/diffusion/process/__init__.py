@@ -1,1 +1,1 @@
-"""What is added to data, and how much at which time."""
+"""The forward process: paths from data to noise, noise schedules, and loss weightings over time."""

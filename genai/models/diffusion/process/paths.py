@@ -38,10 +38,11 @@ class Marginal(NamedTuple):
 
 
 CLEAN = Marginal(-1, 1.0, 0.0)
+"""Clean data, the last point of every sampler. Its time -1 is never given to a network."""
 
 
 class Path(Protocol):
-    """A way from data to noise: alpha and sigma as functions of time. Noise grows with time, from t_min to t_max."""
+    """A path from data to noise: alpha and sigma as functions of time. sigma / alpha grows from t_min to t_max."""
 
     spacing: ClassVar[Spacing]
     """Default spacing of a sampler's times on this path: the best of those that `benchmarks.solvers` measures."""
@@ -58,7 +59,7 @@ class Path(Protocol):
 
     @property
     def discrete(self) -> bool:
-        """True if only whole times are trained."""
+        """True if the network is trained at whole times only."""
         ...
 
     def marginal(self, t: float) -> Marginal:
@@ -119,7 +120,9 @@ def combination(kind: Parameterization, alpha: Number, sigma: Number) -> tuple[N
 
 
 def to_x0(kind: Parameterization, alpha: Number, sigma: Number) -> tuple[Number, Number]:
-    """Return (p, q) with x0 = p x + q out, for floats or tensors of one shape; sigma > 0.
+    """Return the coefficients (p, q) of x0 = p x + q out, for floats or tensors of one shape; sigma > 0.
+
+    `out` is the network's output, a prediction of the target of `combination`.
 
     Raises UserError for eps where alpha = 0: there the noise determines nothing about x0.
     """

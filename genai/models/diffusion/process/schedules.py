@@ -46,9 +46,9 @@ class Schedule:
         if t == int(t):
             return self._pairs[int(t)]
         low, high = self._log_ratios[int(t)], self._log_ratios[int(t) + 1]
-        share = t - int(t)
+        fraction = t - int(t)
         return _variance_preserving(
-            math.exp(low) / (1 - share) if math.isinf(high) else math.exp(low + share * (high - low))
+            math.exp(low) / (1 - fraction) if math.isinf(high) else math.exp(low + fraction * (high - low))
         )
 
     def marginal(self, t: float) -> Marginal:
@@ -56,7 +56,7 @@ class Schedule:
         return Marginal(t, *self.alpha_sigma(t))
 
     def marginal_of_ratio(self, ratio: float) -> Marginal:
-        """Return the point where sigma / alpha is `ratio`; its time is in general not a whole one."""
+        """Return the point where sigma / alpha is `ratio`; its time is in general not whole."""
         logs, log = self._log_ratios, math.log(ratio)
         # logs rise with t; the last one is infinite where the schedule ends in pure noise.
         i = min(max(bisect.bisect_right(logs, log) - 1, 0), max(len(logs) - 2, 0))
@@ -132,8 +132,8 @@ def karras(steps: int = 1000, sigma_min: float = 0.002, sigma_max: float = 80.0,
 def log_snr(steps: int = 1000, log_snr_max: float = 9.0, log_snr_min: float = -9.0) -> Schedule:
     """Return the schedule whose log SNR falls linearly in t (Variational Diffusion Models, Kingma et al. 2021, sec.
     3)."""
-    ratio = torch.linspace(log_snr_max, log_snr_min, _check_steps(steps), dtype=torch.float64)
-    return from_alpha_bar(torch.sigmoid(ratio))
+    log_snrs = torch.linspace(log_snr_max, log_snr_min, _check_steps(steps), dtype=torch.float64)
+    return from_alpha_bar(torch.sigmoid(log_snrs))
 
 
 def zero_terminal_snr(schedule: Schedule) -> Schedule:
@@ -144,7 +144,8 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
     """
     if len(schedule) < 2:
         raise UserError(
-            f"a schedule that ends in pure noise needs at least 2 steps, got {len(schedule)} (steps of its schedule)"
+            f"a schedule that ends in pure noise needs at least 2 steps, got {len(schedule)}: "
+            "set model.schedule.schedule.steps="
         )
     first, last = schedule.alpha[0], schedule.alpha[-1]
     return from_alpha_bar(((schedule.alpha - last) * first / (first - last)) ** 2)

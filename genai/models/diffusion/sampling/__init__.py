@@ -1,1 +1,1 @@
-"""Sampling: the times to visit, solvers, guidance, and the sampler."""
+"""Sampling: the times to visit, the solvers, guidance, and the sampler that runs them."""

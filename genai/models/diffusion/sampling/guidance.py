@@ -72,8 +72,8 @@ def limit_to_interval(guided: Denoiser, unguided: Denoiser, path: Path, low: flo
 
 
 class Guidance(NamedTuple):
-    """The guidance of one sampling call: weight w where low < sigma / alpha <= high, away from `worse` if there is
-    one."""
+    """The guidance of one sampling call: weight w where low < sigma / alpha <= high, away from the model `worse` if it is
+    given, else from the unconditional prediction."""
 
     w: float
     low: float = 0.0
@@ -91,7 +91,7 @@ def resolve_guidance(
 ) -> Guidance:
     """Return the guidance of a call. w None means the model's own weight; an end of `interval` that is None is open.
 
-    Raises UserError for guidance that the model cannot give, and for options that would change nothing.
+    Raises UserError for guidance that the model does not support, and for options that would change nothing.
     """
     if worse is None and w is not None:
         if not model.null():
@@ -103,10 +103,12 @@ def resolve_guidance(
             f"autoguidance= is a model of {list(worse.shape)}, and this one is of {list(model.shape)}: they must agree"
         )
     if worse is not None and first_stage(worse) != first_stage(model):
-        raise UserError("autoguidance= has another first stage than this model: name a run over the same one")
+        raise UserError(
+            "autoguidance= has a different first stage from this model: name a run in the latents of the same one"
+        )
     if worse is not None and "negative" in cond:
         raise UserError(
-            "autoguidance= leads away from a worse model, negative_prompt= from a caption: give one of them"
+            "autoguidance= guides away from a worse model, negative_prompt= away from a caption: give only one of them"
         )
     w = model.guidance if w is None else w
     if w == 1 and (worse is not None or interval is not None):
@@ -114,7 +116,7 @@ def resolve_guidance(
         raise UserError(f"{key}= changes nothing at guidance=1, which switches guidance off: give guidance= above 1")
     if w == 0 and worse is not None:
         raise UserError(
-            "autoguidance= at guidance=0 is the worse model alone: give guidance= above 1, or sample from that"
+            "autoguidance= at guidance=0 is the worse model alone: give guidance= above 1, or sample from that model"
         )
     if interval is None:
         return Guidance(w, worse=worse)

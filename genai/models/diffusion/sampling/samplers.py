@@ -1,5 +1,5 @@
-"""The sampler of all diffusion models: one function runs the table of any solver, a network call and an affine step
-per row."""
+"""The sampler of all diffusion models: one function runs the table of any solver, with one network call and one affine
+step per row."""
 
 import itertools
 from collections.abc import Sequence
@@ -35,10 +35,11 @@ def run_table(
     mask: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Carry x (B, ...) from the table's start to its end: one network call and one affine step per row.
+    """Integrate x (B, ...) from the table's start to its end, with one network call and one affine step per row.
 
     With `known` and `mask`, shaped like x, the masked part is replaced after each step by `known` with as much noise as
-    the state has (inpainting). The state is float32 or wider, whatever dtype the denoiser returns.
+    the state has (inpainting). `seeds` int64 (B,) seed the noise of the steps, `clip` bounds |x0|; see `affine_step`. The
+    state is float32 or wider, whatever dtype the denoiser returns.
     """
     x = upcast(x)
     known, mask = (None if t is None else t.to(x.dtype) for t in (known, mask))
@@ -105,23 +106,24 @@ def sample(
     cuda_graph: bool | None = None,
     impl: Impl = "auto",
 ) -> Batch:
-    """Draw samples by carrying noise, or a noised image, along the path to data with any solver.
+    """Draw samples by integrating from noise, or from a noised image, to data along the path with any solver.
 
     Args:
+        seeds: int64 (n,), one seed per sample, which determines all of its noise.
         cond: conditions of n samples, see `Diffusion.encode_conditions`.
-        solver: a function of `tables`, its own options bound.
+        solver: a solver of `tables` with its own options bound, such as partial(ddim, eta=1.0).
         steps: steps of the solver; None visits all times of a discrete path, 1,000 of a continuous one.
         spacing, rho, shift, sigma_min, sigma_max: times to visit, see `tables.discretize`; spacing None is the path's
             own.
         guidance: weight of classifier-free guidance or autoguidance; None is the model's own, 1 switches guidance off,
             0 samples unconditionally.
         guidance_interval: (low, high) of sigma / alpha in which guidance acts; None for an end leaves it open.
-        autoguidance: a worse model that guidance leads away from, instead of from the unconditional prediction.
+        autoguidance: a worse model that samples are guided away from, instead of from the unconditional prediction.
         image: (n, *data_shape) in [-1, 1], the image to start from, or to keep a part of.
         strength: sigma / (alpha + sigma) of the starting state, above 0; None or 1 is the path's noisiest.
         mask: broadcasts to image, in [0, 1]: how much of it to keep; the rest is filled in.
-        invert: start from the image's own noise, found by running the unconditional ODE upwards (Song et al. 2021,
-            section 4.3), instead of from noise by seed.
+        invert: start from the noise that encodes the image, found by integrating the unconditional ODE from data to
+            noise (DDIM inversion, Song et al. 2021, section 4.3), instead of from noise by seed.
         frames: also return `frames` (N, K + 1, *data_shape) of the first N samples: x / (alpha + sigma) before the
             first step and after each.
         cuda_graph: replay batches from the second on as one CUDA graph, which calls on_step for the last step only;
@@ -164,9 +166,9 @@ def sample(
     on_step = recorder or on_step
     graph = None
     if _uses_graph(cuda_graph, model, autoguidance, on_step):
-        # A graph holds Python numbers as constants: every one of them is part of the key under which it is cached.
-        half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        kind = table.start, tuple(table.times), tuple(table.rows), guide, model.clip, impl, half
+        # A graph holds Python numbers as constants, so all of them are in the key under which it is cached.
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        kind = table.start, tuple(table.times), tuple(table.rows), guide, model.clip, impl, autocast
         graph = find_graph(model, kind, trajectory, inputs)
     if graph is None:
         out = retry_without_graphs(model, lambda: trajectory(inputs, on_step))
@@ -178,7 +180,8 @@ def sample(
         # Only now look for the step: checking each one would make the host wait for the device every time.
         trajectory(inputs, watch=True)
         raise UserError(
-            "samples are not finite, though the network's outputs are: its numbers are too large, sample with clip"
+            "samples are not finite, though the network's outputs are: the state overflows, so use a lower guidance=, "
+            "or a model trained with model.clip="
         )
     out = model.decode_data(out)
     if mask is not None and image is not None and model.latent is not None:
@@ -200,25 +203,25 @@ def _check_image(
         return
     if list(image.shape) != [n, *model.data_shape]:
         raise UserError(
-            f"image is {list(image.shape)}, but {n} samples of this model start from {[n, *model.data_shape]}"
+            f"image has shape {list(image.shape)}, but {n} samples of this model start from {[n, *model.data_shape]}"
         )
     if mask is None and not invert and strength in (None, 1):
         raise UserError(
-            "image= alone changes nothing: give strength= below 1, how much noise to add, mask= or invert=true"
+            "image= alone changes nothing: give strength= below 1 (how much noise to add), mask= or invert=true"
         )
     fits = mask is None or (
         mask.ndim == image.ndim and all(m in (1, k) for m, k in zip(mask.shape, image.shape, strict=True))
     )
     if mask is not None and not fits:
-        raise UserError(f"mask is {list(mask.shape)}, but the image is {list(image.shape)}: they must agree")
+        raise UserError(f"mask has shape {list(mask.shape)}, but the image has {list(image.shape)}: they must agree")
     if invert and model.null() and model.label_dropout == 0:
         raise UserError(
-            "invert=true asks the model without its conditions, and model.label_dropout=0 never trained that: leave invert= out"
+            "invert=true needs unconditional predictions, which model.label_dropout=0 never trained: leave invert= out"
         )
 
 
 def _invert(model: Diffusion, marginals: Sequence[Marginal], x: Tensor) -> Tensor:
-    """Run the unconditional ODE from x up to the noisiest point below pure noise; returns the state at marginals[0].
+    """Integrate the unconditional ODE from x up to the noisiest point below pure noise; returns the state at marginals[0].
 
     The midpoint method takes two network calls per step. The data are taken as the state at the path's least noisy
     point. The network is not called at marginals[0]: in pure noise the state says nothing about x0.
@@ -275,7 +278,7 @@ def _check_outputs(denoiser: Denoiser, steps: int) -> Denoiser:
         if not prediction.out.isfinite().all():
             raise UserError(
                 f"the network's output is not finite at step {k} of {steps} (t = {t:g}): training has diverged "
-                "(a lower optim.lr helps), or its numbers are too large for this dtype"
+                "(a lower optim.lr helps), or its activations overflow this dtype"
             )
         return prediction
 

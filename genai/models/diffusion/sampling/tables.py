@@ -1,5 +1,5 @@
-"""Solver tables: pure functions that work out every reverse step of a sampler once, in float64; `run_table` executes
-them.
+"""Solver tables: pure functions that compute the coefficients of every reverse step of a sampler once, in float64;
+`run_table` executes them.
 
 A solver `(path, marginals) -> Table` gets the points of the path to visit and knows nothing of the model, so each
 solver works on every path. Two coordinates keep the formulas short: x / alpha, whose noise is sigma / alpha (the
@@ -35,7 +35,7 @@ class Table:
 
 
 Solver = Callable[[Path, Sequence[Marginal]], Table]
-"""A solver: it plans the steps between consecutive points of a path."""
+"""A solver: returns the table of the steps between consecutive points of a path."""
 
 
 # The times that a sampler visits
@@ -66,7 +66,8 @@ def discretize(
     low, high = _ends(path, sigma_min, sigma_max)
     T = int(path.t_max) + 1 if path.discrete else 10**6  # continuous time has no natural limit; this one catches typos
     if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= T:
-        raise UserError(f"sampler.steps={steps} must be between 1 and the model's T={T}, a whole number")
+        most = f"the model's T={T}" if path.discrete else f"{T}"
+        raise UserError(f"sampler.steps={steps} must be a whole number between 1 and {most}")
     fractions = [k / (steps - 1) if steps > 1 else 0.0 for k in range(steps)]
     if spacing != "trailing" and not low.sigma:
         raise UserError(
