@@ -1,1 +1,1 @@
-"""Autoregressive models: one token after the other."""
+"""Autoregressive models, which generate one token at a time."""

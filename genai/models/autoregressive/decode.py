@@ -1,8 +1,8 @@
-"""Sampling from an autoregressive model: the prompt is read at once, then one token after the other is drawn.
+"""Sampling from an autoregressive model: the prompt is read in one call, then one token at a time is drawn.
 
 Sampler functions `(model, seeds, cond, on_step, ...) -> Batch`. `cond` may hold prompts, `tokens` int64 (B, T) padded
 on the left, and with them `pad` (B,), the number of padding tokens, `lead` (B,), the number of tokens after the padding
-that begin every text (such as a begin-of-text token) and do not count as the prompt's own, and `stop` (B,), the id that
+that begin every text (such as a beginning-of-text token) and do not count as the prompt's own, and `stop` (B,), the id that
 ends a sample. Everything else in it is for the model. The returned Batch holds
 
     tokens    int64 (B, max_new_tokens), `stop` after the end
@@ -24,7 +24,7 @@ from genai.core.cuda_graph import capture, warn_no_graph
 from genai.core.errors import UserError, at_least, number
 from genai.core.protocols import Autoregressive, Batch, Capturable, OnStep, for_models
 
-# Tokens between two checks whether all samples have stopped. The host waits for the device at each check, so they are rare.
+# Tokens between two checks of whether all samples have stopped. The host waits for the device at each, so they are rare.
 CHECK_STOP_EVERY = 32
 
 
@@ -62,7 +62,7 @@ def generate(
     prompt = prompt_of(model, seeds, cond)
     stop = prompt.stop
     writer = _Writer(model, prompt, n, options, repetition_penalty)
-    with torch.inference_mode(), _small_kernels(model):
+    with torch.inference_mode(), _without_onednn(model):
         token = writer.begin(rng.uniform(seeds.to(prompt.tokens.device), (n,), stream=rng.TOKENS))
         step = _Graph(writer.step) if _uses_graph(cuda_graph, writer) else writer.step
         for i in range(n):
@@ -77,7 +77,7 @@ def generate(
                 and (written == stop[:, None]).any(1).all()
             ):
                 break
-    return cut_at_stop(writer.new_tokens(n), writer.logs, stop)
+    return cut_at_stop(writer.new_tokens(n), writer.log_probs, stop)
 
 
 def distribution(
@@ -138,7 +138,7 @@ class Prompt(NamedTuple):
 
 
 def prompt_of(model: Autoregressive, seeds: Tensor, cond: Batch | None) -> Prompt:
-    """Return the prompts in `cond`, one per seed; without `tokens` in it, the model's first token."""
+    """Return the prompts in `cond`, one per seed; without `tokens` in it, each is the model's `first` token alone."""
     device = next(model.parameters()).device
     given = {name: value.to(device) for name, value in (cond or {}).items() if name not in ("tokens", "lead", "pad")}
     stop = given.pop("stop", None)
@@ -151,7 +151,8 @@ def prompt_of(model: Autoregressive, seeds: Tensor, cond: Batch | None) -> Promp
 
 
 class _Writer:
-    """The samples being drawn. The position is a tensor on the device, so that a CUDA graph can advance it.
+    """The buffers of the samples being drawn, and the step that draws a token. The position is a tensor on the device, so that
+    a CUDA graph can advance it.
 
     Args:
         n: tokens to draw.
@@ -162,17 +163,17 @@ class _Writer:
     def __init__(self, model: Autoregressive, prompt: Prompt, n: int, options: tuple, penalty: float):
         self.model, self.prompt, self.n, self.options, self.penalty = model, prompt, n, options, penalty
         tokens = prompt.tokens
-        self.given = tokens.shape[1]
-        # Made outside inference mode: autograd refuses to save inference tensors.
+        self.prompt_length = tokens.shape[1]
+        # Allocated outside inference mode: autograd refuses to save inference tensors.
         self.text = torch.cat([tokens, tokens.new_zeros(len(tokens), n)], 1)
-        self.logs = torch.zeros(len(tokens), n, device=tokens.device)
+        self.log_probs = torch.zeros(len(tokens), n, device=tokens.device)
 
     def begin(self, uniforms: Tensor) -> Tensor:
-        """Read the prompts and draw the first tokens (B, 1); token i is drawn with `uniforms` (B, n) at i."""
+        """Read the prompts (prefill) and draw the first tokens (B, 1); token i of a sample uses `uniforms` (B, n) at i."""
         tokens = self.prompt.tokens
         self.uniforms, self.at = uniforms, torch.zeros(1, dtype=torch.int64, device=tokens.device)
         self.occurs = None if self.penalty == 1 else self.prompt.occurrences(self.model.vocab_size)
-        total = self.given + self.n - 1  # the last token is not read
+        total = self.prompt_length + self.n - 1  # the last token is not read
         self.state = self.model.start(self.prompt.cond, len(tokens), total, self.prompt.pad)
         return self.write(self.model.next(tokens, self.state))
 
@@ -187,8 +188,8 @@ class _Writer:
             token = penalised.argmax(-1, keepdim=True)
         else:
             token = draw(distribution(penalised, *self.options), self.uniforms.index_select(1, self.at))
-        self.text.index_copy_(1, self.at + self.given, token)
-        self.logs.index_copy_(1, self.at, logits.log_softmax(-1).gather(1, token))
+        self.text.index_copy_(1, self.at + self.prompt_length, token)
+        self.log_probs.index_copy_(1, self.at, logits.log_softmax(-1).gather(1, token))
         if self.occurs is not None:
             self.occurs.scatter_(1, token, True)
         self.at.add_(1)
@@ -200,7 +201,7 @@ class _Writer:
 
     def new_tokens(self, n: int) -> Tensor:
         """Return the first n new tokens (B, n)."""
-        return self.text[:, self.given : self.given + n]
+        return self.text[:, self.prompt_length : self.prompt_length + n]
 
 
 class _Graph:
@@ -235,18 +236,18 @@ def _uses_graph(asked: bool | None, writer: _Writer) -> bool:
 
 
 @contextmanager
-def _small_kernels(model: Autoregressive) -> Iterator[None]:
-    """Return a context that turns oneDNN off for float32 models on a CPU with MKL, where only GELU would use it.
+def _without_onednn(model: Autoregressive) -> Iterator[None]:
+    """Return a context in which oneDNN is off for float32 models on a CPU with MKL, where only GELU would use it.
 
     Launching a oneDNN kernel takes 7 us, torch's own 1 us, which shows when single tokens are decoded.
     """
-    weight, was = next(model.parameters()), torch.backends.mkldnn.enabled
-    alone = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkl.is_available()
-    torch.backends.mkldnn.enabled = was and not alone  # type: ignore[assignment]
+    weight, enabled = next(model.parameters()), torch.backends.mkldnn.enabled
+    only_gelu = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkl.is_available()
+    torch.backends.mkldnn.enabled = enabled and not only_gelu  # type: ignore[assignment]
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = was
+        torch.backends.mkldnn.enabled = enabled
 
 
 def check_options(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:

@@ -37,14 +37,14 @@ class Decoder(nn.Module):
             self.head.weight = self.embed.weight
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """Return the logits (B, T, vocab_size) of the tokens after `tokens` int64 (B, T), after those in the cache."""
+        """Return logits (B, T, vocab_size) of the token after each of `tokens` int64 (B, T), which follow those in the cache."""
         return self.head(self.transformer(self.embed(tokens), cache))
 
 
 class Window:
-    """The decoding state of a GPT with learned positions once a text is longer than its context.
+    """The decoding state of a GPT with learned positions for a text longer than its context.
 
-    Within the context it is a cache; past it the last `length` tokens are encoded again for each new token.
+    Up to `length` tokens it is a cache; after that the last `length` tokens are encoded again for each new token.
     """
 
     def __init__(self, net: Transformer, batch: int, length: int, pad: Tensor | None):
@@ -79,15 +79,17 @@ class GPT(nn.Module):
 
     field = "tokens"
     bound = "exact"
+    """What `log_prob` returns: ln p itself, not a bound."""
     first = 0
+    """The id that stands in for an empty prompt."""
 
     def __init__(self, field: str, vocab_size: int, length: int, net: Decoder):
         super().__init__()
         if field != self.field:
-            raise UserError(f"a GPT takes {self.field}, but this data has {field}: choose a text with data=")
-        most = net.transformer.positions
-        if most is not None and length > most:
-            raise UserError(f"data.shape=[{length}] is longer than the {most} positions of model.net")
+            raise UserError(f"a GPT takes {self.field}, but this data has {field}: choose a text data set with data=")
+        positions = net.transformer.positions
+        if positions is not None and length > positions:
+            raise UserError(f"data.shape=[{length}] is longer than the {positions} positions of model.net")
         self.vocab_size, self.length, self.net = vocab_size, length, net
 
     def nets(self) -> Mapping[str, nn.Module]:

@@ -44,7 +44,7 @@ def speculative(
         )
     if draft is None or isinstance(draft, str):
         raise UserError(
-            f"sampler.draft={draft}: name the run or checkpoint of a smaller model, and sample with sample.py"
+            f"sampler.draft={draft} must be the run or checkpoint of a smaller model, named in a call of sample.py"
         )
     for part in (model, draft):
         if not isinstance(part, Rewindable):
@@ -55,10 +55,10 @@ def speculative(
         )
     tokens, _, pad, stop, cond = prompt_of(model, seeds, cond)
     length = min(model.length, draft.length)
-    room = length - tokens.shape[1] + 1
-    free = room if room > 0 else length
-    n = free if max_new_tokens is None else at_least(max_new_tokens, 1, "sampler.max_new_tokens")
-    written, logs = tokens.new_zeros(len(tokens), n), torch.zeros(len(tokens), n, device=tokens.device)
+    room = length - tokens.shape[1] + 1  # the last token is not read
+    most = room if room > 0 else length  # none is left after a longer prompt: as many as the context holds
+    n = most if max_new_tokens is None else at_least(max_new_tokens, 1, "sampler.max_new_tokens")
+    written, log_probs = tokens.new_zeros(len(tokens), n), torch.zeros(len(tokens), n, device=tokens.device)
     with torch.inference_mode():
         uniforms = [rng.uniform(seeds.to(tokens.device), (n,), row, rng.TOKENS) for row in (1, 2, 3)]
         ends, starts = (None if t is None else t.cpu().tolist() for t in (stop, pad))
@@ -68,11 +68,11 @@ def speculative(
             prompt = tokens[b : b + 1, 0 if starts is None else starts[b] :]
             until = None if ends is None else ends[b]
             parts = _speculate(target, drafter, prompt, n, ahead, [u[b : b + 1] for u in uniforms], options, until)
-            for whole, part in zip((written, logs), parts, strict=True):
+            for whole, part in zip((written, log_probs), parts, strict=True):
                 whole[b].copy_(part)
             if on_step is not None:
                 on_step(b, len(tokens), {"tokens": written[b : b + 1]})
-    return cut_at_stop(written, logs, stop)
+    return cut_at_stop(written, log_probs, stop)
 
 
 class _Reader:
@@ -110,10 +110,10 @@ def _speculate(
     options: tuple,
     stop: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return n new tokens (n,) of one prompt (1, T), and their ln p by the model (n,)."""
-    given, text = prompt.shape[1], prompt
-    logs: list[Tensor] = []
-    while (at := text.shape[1] - given) < n:
+    """Return n new tokens (n,) of one prompt (1, T), and their ln p under the model (n,)."""
+    prompt_length, text = prompt.shape[1], prompt
+    log_probs: list[Tensor] = []
+    while (at := text.shape[1] - prompt_length) < n:
         g = min(ahead, n - at - 1)
         qs, drafted = [], text
         for j in range(g):
@@ -122,19 +122,19 @@ def _speculate(
         raw = model.scores(drafted)[:, -g - 1 :]  # (1, g + 1, V): at each proposal, and after the last one
         p = distribution(raw, *options)
         q = torch.stack(qs, 1) if qs else p[:, :0]
-        kept, token = verify(p, q, drafted[:, given + at :], *(u[:, at : at + g + 1] for u in uniforms[1:]))
+        kept, token = verify(p, q, drafted[:, prompt_length + at :], *(u[:, at : at + g + 1] for u in uniforms[1:]))
         # The only time in a round that the host waits for the device: one copy brings all numbers that it needs.
-        keep, *read = torch.cat([kept, drafted[0, given + at :], token[0]]).cpu().tolist()
-        text = torch.cat([drafted[:, : given + at + keep], token], 1)
-        fresh = text[0, given + at :]
-        logs.append(raw[0, : len(fresh)].log_softmax(-1).gather(1, fresh[:, None])[:, 0])
+        keep, *read = torch.cat([kept, drafted[0, prompt_length + at :], token[0]]).cpu().tolist()
+        text = torch.cat([drafted[:, : prompt_length + at + keep], token], 1)
+        fresh = text[0, prompt_length + at :]
+        log_probs.append(raw[0, : len(fresh)].log_softmax(-1).gather(1, fresh[:, None])[:, 0])
         for reader in (model, draft):
             reader.forget_after(text.shape[1] - 1)
         if stop in (*read[:keep], read[-1]):
             break
-    tokens, log = text[0, given:], torch.cat(logs)
+    tokens, log_prob = text[0, prompt_length:], torch.cat(log_probs)
     missing = n - len(tokens)
-    return torch.cat([tokens, tokens.new_zeros(missing)]), torch.cat([log, log.new_zeros(missing)])
+    return torch.cat([tokens, tokens.new_zeros(missing)]), torch.cat([log_prob, log_prob.new_zeros(missing)])
 
 
 def verify(p: Tensor, q: Tensor, drafted: Tensor, accept: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:

@@ -573,7 +573,7 @@ def test_wrong_arguments(arguments, message):
 
 
 def test_wrong_drafts_and_networks():
-    with pytest.raises(UserError, match="name the run or checkpoint"):
+    with pytest.raises(UserError, match="must be the run or checkpoint of a smaller model"):
         speculative.speculative(gpt(), torch.tensor([0]))
     long = {"tokens": torch.zeros(1, 20, dtype=torch.int64)}
     with pytest.raises(UserError, match="must fit into the 12 learned positions of a model"):
