@@ -1,6 +1,6 @@
 """The one generic training loop, the only place where Lightning is imported, and itself the function `genai.train(cfg)`.
 
-A package and a function of one name are one attribute of `genai`, so this module can be called.
+The package and the function share one name, and so one attribute of `genai`: this module can be called.
 """
 
 import sys

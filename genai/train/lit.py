@@ -1,4 +1,4 @@
-"""The training loop: a Model, its loss, its optimiser. One Lightning batch is one step, and one optimiser update."""
+"""The training loop of a Model with one loss and one optimiser. One Lightning batch is one step, and one optimiser update."""
 
 import contextlib
 import math
@@ -157,7 +157,7 @@ class LitModel(L.LightningModule):
         return train_loader(self.data, self.accumulate, self.seed, t.global_step, t.global_rank, t.world_size)
 
     def on_fit_start(self) -> None:
-        """Move the averages to the model's device before the first step."""
+        """Move the EMA and the running means to the model's device, and make the parameter groups, before the first step."""
         self.ema.to(self.device, self.model)
         self.means.to(self.device)
         self.groups = self.make_groups()
@@ -170,7 +170,7 @@ class LitModel(L.LightningModule):
         return [ParameterGroup(self.model.named_parameters())]
 
     def training_step(self, micro_batches: list[Batch], index: int) -> None:
-        """Make one update from its micro-batches: gradients, clipping, optimiser, average, logs."""
+        """Make one update from its micro-batches: gradients, clipping, optimiser, EMA, logs."""
         step, (group,) = self.trainer.global_step, self.groups
         optimizer = cast(LightningOptimizer, self.optimizers())
         lr = set_lr(optimizer.optimizer, step)
@@ -189,7 +189,7 @@ class LitModel(L.LightningModule):
         self.means.add({f"train/{prefix}grad_norm": (norm, 1.0)})
 
     def finish_step(self, step: int, lr: float | None) -> None:
-        """Update the average after a step; on logging steps check for values that are not finite, and log."""
+        """Update the EMA after a step; on logging steps check for values that are not finite, and log."""
         self.ema.update()
         if (step + 1) % self.log_every_steps == 0:
             self.stop_if_bad()
@@ -202,8 +202,8 @@ class LitModel(L.LightningModule):
         """Leave in .grad the gradient of the mean over all targets of all micro-batches and ranks.
 
         A single micro-batch on a single rank yields that directly. Otherwise each loss is weighted by its number of
-        targets, and the sum over micro-batches and ranks is divided once. Micro-batch m draws from a seed mixed of
-        (seed, rank, *counters, m).
+        targets, and the sum over micro-batches and ranks is divided once. Micro-batch m draws from the seed
+        rng.mix(seed, rank, *counters, m).
         """
         alone = len(micro_batches) == 1 and self.trainer.world_size == 1
         losses = []
@@ -253,7 +253,7 @@ class LitModel(L.LightningModule):
             group.guard.stop_if_bad()
 
     def state_dict(self, *args: object, **kwargs: object) -> Mapping[str, Any]:
-        """Return the model's state alone: the average, the optimiser and the means have keys of their own in a
+        """Return the model's state alone: the EMA, the optimiser and the running means have keys of their own in a
         checkpoint."""
         return self.model.state_dict(*args, **kwargs)
 
@@ -262,14 +262,14 @@ class LitModel(L.LightningModule):
         return self.model.load_state_dict(state, strict=strict, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the average and the running means to a checkpoint; never saves a state that is not finite."""
+        """Add the EMA and the running means to a checkpoint; never saves a state that is not finite."""
         self.stop_if_bad()
         checkpoint["ema"] = self.ema.state_dict()
         checkpoint["ema_updates"] = self.ema.updates
         checkpoint["means"] = self.means.reduce(keep=self.global_rank == 0).sums
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the average and the running means, and take learning rates from the present config.
+        """Restore the EMA and the running means, and take learning rates from the present config.
 
         The optimisers of `fresh` are built only to be read: Lightning restores the stored state into its own.
         """
@@ -282,24 +282,25 @@ class LitModel(L.LightningModule):
             self.means.sums = dict(checkpoint["means"])
 
     def evaluate(self, split: str = "val", limit: int | None = None) -> dict[str, float]:
-        """Return the means of the averaged model's `losses` on a split, over at most `limit` batches.
+        """Return the means of the averaged (EMA) model's `losses` on a split, over at most `limit` batches.
 
-        Batch i draws from a seed mixed of (EVALUATION, i), so the noise is the same every time; ranks share the
-        batches.
+        Batch i draws from the seed rng.mix(EVALUATION, i), so the noise is the same every time and on any number of ranks,
+        which share the batches.
         """
         means = Means().to(self.device)
         for i, batch in enumerate(batches(self.data.splits[split], self.data.batch_size, limit)):
-            if (
-                i % self.trainer.world_size == self.trainer.global_rank
-            ):  # the seed is the batch's: ranks change no figure
+            if i % self.trainer.world_size == self.trainer.global_rank:
                 batch = self.transfer_batch_to_device(batch, self.device, 0)
-                rng.seed_torch(rng.mix(EVALUATION, i), self.device)  # training seeds itself anew each step
+                rng.seed_torch(rng.mix(EVALUATION, i), self.device)  # training reseeds at each step
                 with torch.no_grad(), self.trainer.precision_plugin.forward_context():
                     values = self.losses(self.ema.module, batch)
                 means.add(values)
         return means.reduce().read()
 
     def losses(self, average: nn.Module, batch: Batch) -> dict[str, tuple[Tensor, Tensor | float]]:
-        """Return what an evaluation logs of a batch, name -> (mean, weight): the loss and the model's own logs."""
+        """Return what an evaluation logs for a batch, name -> (mean, weight): the loss and the model's own logs.
+
+        `average` is the averaged model.
+        """
         loss: Losses = average(batch, self.trainer.global_step)
         return {"loss": (loss.total, loss.weight), **loss.logs}

@@ -58,7 +58,7 @@ class LitAdversarial(LitModel):
             raise UserError(
                 f"loop=LitAdversarial must train an AdversarialModel, got {type(model).__name__}: use loop=LitModel"
             )
-        # The average is the generator's; the discriminator in it is the live one, for evaluation losses.
+        # The average is the generator's; its discriminator is the one in training, for evaluation losses.
         averaged = lambda whole: ema(whole, named_parameters=model.generator_parameters())  # noqa: E731
         super().__init__(model, data, optim, averaged, record, seed, accumulate, clip_norm, log_every_steps)
         self.discriminator_optim = discriminator_optim
@@ -99,9 +99,10 @@ class LitAdversarial(LitModel):
     def training_step(self, micro_batches: list[Batch], index: int) -> None:
         """Run one round: `critic_steps` updates of the discriminator, then one of the generator."""
         step, (generator, discriminator) = self.trainer.global_step, self.groups
-        optimizer, other = (cast(LightningOptimizer, o) for o in self.optimizers())  # type: ignore[union-attr]
+        optimizers = (cast(LightningOptimizer, o) for o in self.optimizers())  # type: ignore[union-attr]
+        optimizer, discriminator_optimizer = optimizers
         lr = set_lr(optimizer.optimizer, step)
-        set_lr(other.optimizer, step)
+        set_lr(discriminator_optimizer.optimizer, step)
         fakes: list[Batch] = []
         for k in range(self.critic_steps):
             part = micro_batches[k * self.accumulate : (k + 1) * self.accumulate]
@@ -109,8 +110,8 @@ class LitAdversarial(LitModel):
             loss_of = self.discriminator_loss_of(step, keep)
             losses = self.accumulate_gradients(discriminator, part, loss_of, step, DISCRIMINATOR, k)
             norm, bad = discriminator.clip(losses, self.clip_norm, step)
-            self.skip_step_if_bad(other.optimizer, discriminator, bad)
-            other.optimizer.step()  # not through Lightning, which would count it as a step
+            self.skip_step_if_bad(discriminator_optimizer.optimizer, discriminator, bad)
+            discriminator_optimizer.optimizer.step()  # not through Lightning, which would count it as a step
             self.add_losses(losses, norm, "discriminator_")
 
         def generator_loss_of(batch: Batch) -> Losses:
@@ -128,7 +129,7 @@ class LitAdversarial(LitModel):
         self.finish_step(step, lr)
 
     def discriminator_loss_of(self, step: int, keep: list[Batch] | None) -> Callable[[Batch], Losses]:
-        """Return the discriminator's loss of a batch as a function, on fresh fakes.
+        """Return a function that draws fakes for a batch and returns the discriminator's loss.
 
         With `keep` the fakes are appended to it along with their graph, which the generator's gradient needs.
         """
@@ -151,12 +152,12 @@ class LitAdversarial(LitModel):
         step = self.trainer.global_step
         model = cast(AdversarialModel, average)
         fake = model.generate(batch, step)
-        critic = model.discriminator_loss(batch, fake, step)
+        discriminator = model.discriminator_loss(batch, fake, step)
         generator = model.generator_loss(batch, fake, step)
         return {
-            "discriminator_loss": (critic.total, critic.weight),
+            "discriminator_loss": (discriminator.total, discriminator.weight),
             "generator_loss": (generator.total, generator.weight),
-            **critic.logs,
+            **discriminator.logs,
             **generator.logs,
         }
 

@@ -23,20 +23,19 @@ def build_loop(
     record: Record,
     resumed: dict | None,
 ) -> LitModel:
-    """Return the training loop, after its optimisers were built once so that a wrong key is found before anything is written.
+    """Return the training loop. Its optimisers are built once, so that a wrong key is found before anything is written.
 
     Args:
         config: `cfg` as plain values.
-        build: makes an object of a node.
+        build: instantiates a config node.
         resumed: content of the checkpoint to resume from; None in a new run.
 
     Raises:
         UserError: an argument that the loop or an optimiser does not take, or a schedule that ends before the run does.
     """
     for key in ("optim", "discriminator_optim", "ema"):
-        if (config.get(key) or {}).get(
-            "_target_"
-        ) == PRETRAINED:  # it would take the model for the name of a checkpoint
+        # Called with the model, `pretrained` would take it for the name of a checkpoint.
+        if (config.get(key) or {}).get("_target_") == PRETRAINED:
             raise UserError(
                 f"{key}._target_={PRETRAINED} makes a model of a checkpoint: choose another {key}._target_="
             )
@@ -67,7 +66,7 @@ def build_loop(
 def _check_decay(optimizers: Any, steps: int, resumed: dict | None) -> None:
     """Raise UserError if an optimiser's learning rate would be 0 for the last steps of a run.
 
-    A resumed run whose max_steps is as before only gets a warning, for older versions accepted such a schedule.
+    A resumed run whose max_steps is as before only gets a warning, since older versions accepted such a schedule.
     """
     for name, optimizer in zip(
         ("optim", "discriminator_optim"), optimizers if isinstance(optimizers, list) else [optimizers], strict=False

@@ -80,12 +80,12 @@ class Means:
     """Running weighted means on the device; the host waits only when they are read."""
 
     def __init__(self):
-        self.nothing = torch.zeros(())
+        self.zero = torch.zeros(())
         self.sums: dict[str, tuple[Tensor, Tensor | float]] = {}  # name -> sums of value * weight (float64), of weight
 
     def to(self, device: torch.device) -> "Means":
         """Move the sums to a device and return self."""
-        self.nothing = torch.zeros((), device=device)
+        self.zero = torch.zeros((), device=device)
         self.sums = {name: (total.to(device), weight) for name, (total, weight) in self.sums.items()}
         return self
 
@@ -110,7 +110,7 @@ class Means:
             names: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(names, list(self.sums))
             for name in sorted({name for part in names for name in part}):
-                self.add({name: (self.nothing, 0.0)})
+                self.add({name: (self.zero, 0.0)})
                 total, weight = self.sums[name]
                 pair = torch.stack([total, torch.as_tensor(weight).to(total)])
                 torch.distributed.all_reduce(pair)

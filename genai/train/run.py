@@ -77,7 +77,7 @@ def run(cfg: DictConfig, command: bool = True) -> Path:
     if ranks.world > 1 and not ranks.launcher and not command:
         raise UserError(
             f"trainer.devices={cfg.trainer.devices} starts processes, which a call from Python cannot: use the command genai "
-            "train, or start this script by torchrun"
+            "train, or start this script with torchrun"
         )
     cfg.trainer.devices = ranks.here
     with silence_lightning(), ranks, contextlib.ExitStack() as locks:
@@ -104,7 +104,7 @@ def _run(cfg: DictConfig, ranks: Ranks, locks: contextlib.ExitStack, dry: int = 
     Args:
         ranks: the processes that train together, of which this is one.
         locks: takes the lock of the run directory, on the first rank.
-        dry: 0 to train; otherwise only measure one process, of the `dry` that would train.
+        dry: 0 to train; else only measure, in one process, a run of `dry` processes.
     """
     trust = trusted_packages(cfg.trust)
     build = (
@@ -123,7 +123,7 @@ def _run(cfg: DictConfig, ranks: Ranks, locks: contextlib.ExitStack, dry: int = 
         check_same_items(resumed[0]["trainer"].get("train_split"), train_split, resumed[1])
     model, modalities = _build_model(cfg, config, build, trust, data, resumed, adopted)
     own = {part.model.pretrained_from for part in adopted.values()}
-    del adopted  # and all that their files hold
+    del adopted  # frees the content of their files
     if device.type == "cuda":
         torch.cuda.set_device(device)
     model.to(device)
@@ -136,7 +136,7 @@ def _run(cfg: DictConfig, ranks: Ranks, locks: contextlib.ExitStack, dry: int = 
         model.to(torch.bfloat16)
     record = Record(folder, writes=ranks.first and not dry)
     lit = build_loop(cfg, config, build, model, data, record, resumed[0] if resumed else None)
-    # what follows is tried before anything is written; a callback is tried once more on its device
+    # what follows is tried before anything is written; Samples tries again when training starts
     callbacks = _build_callbacks(config["callbacks"], build)
     _try_out(callbacks, lit, config, packages_of(config) if cfg.resume is None else trust, ranks.first)
     tracker = trackers.none

@@ -39,7 +39,7 @@ def build_trainer(hardware: dict[str, Any], max_steps: int, folder: Path, **exte
         profiler=Unprofiled(),
         **extensions,
     )
-    # Lightning's answer to SIGTERM is a collective, which hangs if one rank alone gets it
+    # Lightning's handlers run a collective, which hangs if one rank alone gets SIGTERM; `Stop` handles signals instead.
     trainer._signal_connector.register_signal_handlers = lambda: None
     return trainer
 
