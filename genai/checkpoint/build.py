@@ -1,6 +1,6 @@
 """Build objects from configs: `build_typed` for what the user typed, `build_stored` for what a checkpoint file says.
 
-A checkpoint may come from somebody else, and every `_target_` in its config is a function call. A stored config therefore builds
+A checkpoint may come from anywhere, and every `_target_` in its config is a function call. A stored config therefore builds
 only the targets listed below and those of packages that the user trusts (`trust=`), and is checked as a whole before the first
 call.
 """
@@ -54,8 +54,9 @@ RUN_TARGETS = (
 )
 METRICS = "genai.evaluation.metrics"
 """Module whose classes a resumed run may build too; none of them writes files, downloads or starts processes."""
-MAX_INTEGER = 10**7  # in a stored config, beyond the number of the file's weights: a count of steps, for example
-MAX_DEPTH = 64  # of nested nodes
+# Largest integer in a model's stored config, such as a count of steps, unless its weights have more elements.
+MAX_INTEGER = 10**7
+MAX_DEPTH = 64  # nesting of nodes in a stored config
 
 
 def build_typed(node: Any) -> Any:
@@ -94,16 +95,16 @@ def build_stored(
         node: plain values: dicts (with `_target_` where something is built), lists, strings, numbers, booleans and None.
         trust: packages whose classes and functions may be built too.
         kinds: what may be built, any of MODELS, DATA and RUN.
-        weights: for a model, the file's tensors by name. Building a model with far more numbers than these is stopped,
+        weights: for a model, the file's tensors by name. Building a model with far more elements than these is stopped,
             unless a package is trusted.
 
     Raises UserError for a node of other values, a target that is not admitted, and any error while building.
     """
-    numbers = sum(tensor.numel() for tensor in (weights or {}).values())
+    elements = sum(tensor.numel() for tensor in (weights or {}).values())
     # The config of a run holds step counts of any size; that of a model holds sizes, which its weights bound.
-    largest = None if RUN in kinds else max(MAX_INTEGER, numbers)
+    largest = None if RUN in kinds else max(MAX_INTEGER, elements)
     call = _check_node(node, "", lambda target: check_target(target, trust, kinds), largest, 0)
-    size_limit = contextlib.nullcontext() if weights is None or trust else _SizeLimit(numbers, len(weights))
+    size_limit = contextlib.nullcontext() if weights is None or trust else _SizeLimit(elements, len(weights))
     with stored.build_context(), size_limit:
         return _build(call, bool(trust))
 
@@ -240,7 +241,7 @@ def check_target(target: Any, trust: Sequence[str] = (), kinds: Sequence[str] = 
 
 
 def _returns_data(found: object) -> bool:
-    """Tell whether a class is a Data set, or a function is annotated to return one."""
+    """Return True for a subclass of Data, and for a function that is annotated to return one."""
     try:
         made = found if inspect.isclass(found) else get_type_hints(found).get("return")
     except NameError:  # an annotation that is imported for type checkers only
@@ -263,35 +264,35 @@ def packages_of(node: object) -> tuple[str, ...]:
 class _SizeLimit(TorchDispatchMode):
     """Stop the construction of a model that is far larger than its file, before the memory or the time is spent.
 
-    Every operation counts, with the numbers that it is about to make. The allowance is generous (eight numbers for each stored
-    one, 30 operations for each tensor): initialisations make temporary tensors.
+    Operations and the elements of their outputs are counted. The allowance is generous (eight elements for each stored one, 30
+    operations for each tensor): initialisations make temporary tensors.
     """
 
-    def __init__(self, numbers: int, tensors: int):
+    def __init__(self, elements: int, tensors: int):
         super().__init__()
         # The constants let the smallest models through, whose overhead outweighs their weights.
-        self.numbers, self.operations = 8 * numbers + 2**24, 30 * tensors + 5000
+        self.elements, self.operations = 8 * elements + 2**24, 30 * tensors + 5000
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         self.operations -= 1
-        self.numbers -= _count_numbers(func, [*args, *(kwargs or {}).values()])
-        if self.operations < 0 or self.numbers < 0:
+        self.elements -= _count_elements(func, [*args, *(kwargs or {}).values()])
+        if self.operations < 0 or self.elements < 0:
             raise _refusal("it describes a model that is far larger than the file's weights")
         return func(*args, **(kwargs or {}))
 
 
-# Operations whose output size is a number among their arguments, not a list of sizes.
-_SIZE_FROM_NUMBERS = ("arange", "linspace", "logspace", "eye", "randperm", "tril_indices", "triu_indices")
+# Operations whose output size is a scalar argument, not a list of sizes.
+_SIZE_FROM_SCALARS = ("arange", "linspace", "logspace", "eye", "randperm", "tril_indices", "triu_indices")
 
 
-def _count_numbers(func: Any, arguments: list[Any]) -> float:
-    """Estimate from an operation's arguments how many numbers it is about to make."""
+def _count_elements(func: Any, arguments: list[Any]) -> float:
+    """Estimate from an operation's arguments how many elements its output will have."""
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     sizes = [
         math.prod(map(abs, a)) for a in arguments if isinstance(a, list | tuple) and all(type(n) is int for n in a)
     ]
     name = func.overloadpacket.__name__
-    if name in _SIZE_FROM_NUMBERS:
+    if name in _SIZE_FROM_SCALARS:
         sizes += [abs(a) ** (2 if name == "eye" else 1) for a in arguments if type(a) in (int, float)]
     if name == "repeat":
         sizes = [n * t.numel() for n in sizes for t in tensors]

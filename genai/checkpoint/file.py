@@ -1,6 +1,6 @@
 """The checkpoint file: tensors and plain values, written atomically and read without executing anything in it.
 
-A file may come from somebody else: `read` checks all of its content and sizes before anything is built from it; what its config
+A file may come from anywhere: `read` checks all of its content and sizes before anything is built from it; what its config
 may build is decided in `genai.checkpoint.build`.
 """
 
@@ -59,7 +59,7 @@ def link(path: Path, name: str) -> None:
 def read(path: Path) -> dict:
     """Read a checkpoint onto the CPU and check it; see `check` for its content.
 
-    Targets in its plain values are under the names of today (`stored.MOVED`); `written` is the config as the file has it.
+    Targets in its plain values have their current names (`stored.MOVED`); `written` holds the config as it is in the file.
 
     Raises DamagedError if the file is incomplete or corrupted, and UserError if it cannot be read, is not a checkpoint, holds
     code, or claims to be larger than it is.
@@ -78,7 +78,7 @@ def read(path: Path) -> dict:
         raise UserError(f"{path} is refused, it holds more than tensors and plain values ({error})") from error
     except (OSError, MemoryError, RuntimeError) as error:  # torch raises RuntimeError where CPU memory is short
         why = getattr(error, "strerror", None) or str(error) or "out of memory"
-        raise UserError(f"{path} cannot be read now ({why}): try again when it can") from error
+        raise UserError(f"{path} cannot be read ({why}): try again when that is fixed") from error
     if not isinstance(content, dict) or "format" not in content:
         raise UserError(f"{path} is not a checkpoint of this project: it has no format number")
     if type(content["format"]) is int and content["format"] > FORMAT:
@@ -102,7 +102,7 @@ def check(content: dict) -> None:
         if type(content.get(key)) is not kind:
             raise ValueError(f"{key} must be of type {kind.__name__}, not {type(content.get(key)).__name__}")
     if content["format"] < 1 or content["step"] < 0:
-        raise ValueError(f"format={content['format']}, step={content['step']} count from 1 and 0")
+        raise ValueError(f"format={content['format']}, step={content['step']} must be at least 1 and 0")
     for part in ("model", "ema"):
         for name, tensor in content[part].items():
             if type(name) is not str or type(tensor) is not Tensor:
@@ -125,7 +125,7 @@ def check(content: dict) -> None:
 
 
 SCHEMA = {"format": int, "step": int, "config": dict, "model": dict, "ema": dict, "trainer": dict}
-PLAIN = {"config", "modalities", "assets"}  # up to format 2 `assets` was in the place of `modalities`
+PLAIN = {"config", "modalities", "assets"}  # up to format 2, files had `assets` instead of `modalities`
 
 
 def _check_plain(node: object, key: str) -> None:
@@ -155,7 +155,7 @@ def newest(run: Path) -> tuple[dict, Path] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise UserError(f"{folder} cannot be read now ({error.strerror}): try again when it can") from error
+        raise UserError(f"{folder} cannot be read ({error.strerror}): try again when that is fixed") from error
     recent = [name for name in ("last.ckpt", "previous.ckpt") if name in names]
     for name in recent:
         try:

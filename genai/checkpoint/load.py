@@ -61,7 +61,7 @@ class Loaded:
 
 
 def device_of(name: object) -> str:
-    """Return the name of a device: "auto" is cuda if there is a GPU, else cpu. Raises UserError for one that is not here."""
+    """Return the name of a device: "auto" is cuda if there is a GPU, else cpu. Raises UserError for one that is not available."""
     name = canonical("device", name)
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -143,7 +143,7 @@ def null_conditions(model: Any) -> Batch:
 
 
 def model_conditions(model: object, config: dict, conditions: dict[str, Modality]) -> dict[str, Modality]:
-    """Return those of a data set's conditions that a model takes: each that it has a null for, and labels if it has classes."""
+    """Return those of a data set's conditions that a model takes: each with a null condition, and labels if it has classes."""
     names = {*null_conditions(model), *(() if config["model"].get("classes") is None else ("label",))}
     return {name: modality for name, modality in conditions.items() if name in names}
 
@@ -207,7 +207,8 @@ def load_weights(model: nn.Module, state: dict, path: Path, strict: bool = True)
     own = model.state_dict()
     other = {k for k in own.keys() & state.keys() if own[k].shape != state[k].shape}
     misfit = model.load_state_dict({k: v for k, v in state.items() if k not in other}, strict=False)
-    wrong = other.union(misfit.missing_keys, misfit.unexpected_keys)  # modules convert older states of theirs
+    # Keys of older versions do not count: modules convert them while loading.
+    wrong = other.union(misfit.missing_keys, misfit.unexpected_keys)
     if wrong and (strict or len(wrong) >= len(own.keys() | state.keys())):
         skip = ", or init_strict=false to skip what differs" if len(wrong) < len(own.keys() | state.keys()) else ""
         raise UserError(

@@ -41,10 +41,10 @@ def pretrained(
 
     Args:
         ckpt: a run or checkpoint, see `locate`; None for a model that needs no training.
-        sha256: SHA-256 of the checkpoint, see `digest`; filled in when a run starts, which refuses a file with a different one.
+        sha256: SHA-256 of the checkpoint, see `digest`; filled in when a run starts; if given, a file with another is refused.
         weights: "ema" or "raw", which of the file's weights to take.
         frozen: keep its weights: no gradients, always in evaluation mode.
-        shape: of the latents of a Codec; filled in when a run starts, so that other keys can refer to it.
+        shape: shape of the latents of a Codec; filled in when a run starts, so that other keys can refer to it.
         model: the built model; its node is filled in when a run starts.
 
     Raises UserError if the node was not completed by a run.
@@ -54,8 +54,8 @@ def pretrained(
         raise UserError(f"a node of {stored.PRETRAINED} has no ckpt: name the run or checkpoint whose model it is")
     if not isinstance(model, nn.Module):
         raise UserError(
-            f"ckpt={ckpt} must be named by a new run or a call to become a part of its model: a "
-            "checkpoint file cannot make another one be read"
+            f"ckpt={ckpt} must be named in the config of a new run or in a call, which reads it: a checkpoint's own "
+            "config cannot make another file be read"
         )
     if frozen:
         model.requires_grad_(False).eval()
@@ -116,7 +116,7 @@ class Part(NamedTuple):
 def adopt(node: dict, key: str, trust: Sequence[str] = ()) -> Part:
     """Read the checkpoint that a node of `pretrained` names; `key` is the node's dotted key.
 
-    Raises UserError if there is no such checkpoint, its SHA-256 is not the one noted, or it may not be built.
+    Raises UserError if there is no such checkpoint, its SHA-256 differs from the node's, or it may not be built.
     """
     ckpt, weights, frozen = str(node["ckpt"]), node.get("weights", "ema"), node.get("frozen", True)
     check_weights(weights, f"{key}.weights")
@@ -126,11 +126,11 @@ def adopt(node: dict, key: str, trust: Sequence[str] = ()) -> Part:
         content, path = locate(ckpt)
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
-    found, noted = digest(content, weights), node.get("sha256")
-    if noted not in (None, found):
+    found, expected = digest(content, weights), node.get("sha256")
+    if expected not in (None, found):
         raise UserError(
-            f"{key}.ckpt={ckpt} has changed: its SHA-256 is {found[:16]}..., and {key}.sha256 says {str(noted)[:16]}...; this "
-            f"model was trained with the old file, so bring that back, or train a new model ({key}.sha256=null)"
+            f"{key}.ckpt={ckpt} has changed: its SHA-256 is {found[:16]}..., and {key}.sha256 says {str(expected)[:16]}...; this "
+            f"model was trained with the old file, so restore that, or train a new model ({key}.sha256=null)"
         )
     node = {**node, "sha256": found, "weights": weights, "model": content["config"]["model"]}
     whole = restore_model(content, path, weights, trust)
@@ -192,6 +192,6 @@ def fill(model: nn.Module, adopted: Mapping[str, Part]) -> None:
     for key, part in adopted.items():
         mine = [module for module in found if module.pretrained_from == part.model.pretrained_from]
         if not mine:
-            raise UserError(f"{key} must be an attribute of this model: the weights of anything else are not saved")
+            raise UserError(f"{key} must be a submodule of this model: the weights of anything else are not saved")
         for module in mine:
             module.load_state_dict(part.model.state_dict())

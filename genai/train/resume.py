@@ -1,4 +1,4 @@
-"""Checks of what a run resumes from: that its checkpoint is complete, and that the data means and is what it was."""
+"""Checks before a run is resumed: its checkpoint is complete, and its data has the same items and the same meaning."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def check_state(content: dict, path: Path) -> None:
         wrong.append("train_split")
     if wrong:
         raise UserError(
-            f"{path} cannot be resumed, its trainer has no {', '.join(wrong)}: sample from it, or "
+            f"{path} cannot be resumed, its trainer state has no {', '.join(wrong)}: sample from it, or "
             f"start a new run with init_from={path}"
         )
 
@@ -41,11 +41,11 @@ def check_state(content: dict, path: Path) -> None:
 def check_same_modalities(
     content: dict, path: Path, output: Modality, conditions: dict[str, Modality], other: str = ""
 ) -> None:
-    """Raise UserError if tokens or labels of this data mean something else than those of a checkpoint.
+    """Raise UserError if tokens or labels of this data mean something other than those of a checkpoint.
 
     Args:
         output, conditions: modalities of this run's data.
-        other: another way out, with which the sentence ends.
+        other: an alternative remedy, appended to the sentence of the error.
     """
     if what := difference(checkpoint.modalities(content), output, conditions):
         raise UserError(

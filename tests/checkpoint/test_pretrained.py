@@ -176,7 +176,7 @@ def test_what_is_no_longer_what_it_was_is_refused(student, tmp_path):
     student(f"model.teacher.sha256={sha256}", name="same", steps=1)
     with pytest.raises(UserError, match=r"model.teacher: there is no checkpoint nowhere: name a run"):
         student("model.teacher.ckpt=nowhere", name="other")
-    with pytest.raises(UserError, match=r"model.teacher must be an attribute of this model"):
+    with pytest.raises(UserError, match=r"model.teacher must be a submodule of this model"):
         student("model._target_=my_student.Hidden", name="other")
     for path in (tmp_path / "teacher" / "checkpoints").iterdir():
         content = checkpoint.read(path)
@@ -277,8 +277,8 @@ def test_a_stored_node_builds_what_it_says_and_reads_no_file(teacher, unread):
     assert build_stored(node).latent_shape == (4, 4, 4)
     assert build_stored({**node, "model": node}).latent_shape == (4, 4, 4)
     for model, message in (
-        (None, "must be named by a new run or a call to become a part of its model"),
-        (5, "must be named by a new run"),
+        (None, "must be named in the config of a new run or in a call, which reads it"),
+        (5, "must be named in the config of a new run"),
         ({"_target_": "os.mkdir", "path": "ran"}, "wants to build os.mkdir"),
     ):
         with pytest.raises(UserError, match=message):

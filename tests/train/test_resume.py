@@ -456,8 +456,8 @@ def edited(old, new):
 FORMAT = checkpoint.FORMAT
 REFUSED = {
     "newer": (newer, rf"last\.ckpt has checkpoint format {FORMAT + 1}, this version reads up to {FORMAT}: update"),
-    "input/output": (fail_to_read(OSError(5, "Input/output error")), r"cannot be read now \(Input/output error\)"),
-    "memory": (fail_to_read(MemoryError()), r"cannot be read now \(out of memory\)"),
+    "input/output": (fail_to_read(OSError(5, "Input/output error")), r"cannot be read \(Input/output error\)"),
+    "memory": (fail_to_read(MemoryError()), r"cannot be read \(out of memory\)"),
     "damaged": (all_damaged, "cannot be used: all its 5 checkpoints are damaged"),
     "seed": (edited("\nseed: 0", "\nseed: 1"), r"config\.yaml was changed since .*: seed is 1 and was 0; restore"),
     "batch": (edited("batch_size: 4", "batch_size: 8"), "data.batch_size is 8 and was 4"),
