@@ -1,4 +1,4 @@
-"""The command line: makes a checked config of overrides; a user's mistake ends in one sentence and exit code 2.
+"""The command line: composes a checked config from overrides; a user's mistake ends in one sentence and exit code 2.
 
 Nothing here imports torch, so that help and errors are printed at once.
 """

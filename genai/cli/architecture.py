@@ -16,16 +16,16 @@ from genai.core.stored import PRETRAINED
 
 GROUPS = "model", "codec", "loop", "sampler"
 ADVERSARIAL = "optim", "discriminator_optim", "clip_norm"
-"""Keys that are inherited from a run with two optimisers, too: the defaults of one optimiser do not suit it."""
+"""Keys that are inherited as well from a run with two optimisers, which the defaults for one optimiser do not suit."""
 CHOICES = ("tokenizer", "vocab_size", "shape"), ("size", "channels"), ("length",)
-"""Keys of data that decide the shapes of weights. A row is inherited if the new data has all of its keys."""
+"""Keys of data that determine the shapes of weights. Those of one tuple are inherited if the new data has all of them."""
 
 
 def inherit_architecture(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
     """Put the model, loop and sampler of the run or checkpoint that init_from= names into cfg.
 
-    Nothing is done without init_from=, or if model=, model._target_= or experiment= is given. Keys of data that decide the shapes
-    of weights are inherited as well. Other keys of the command line are applied later and win.
+    Nothing is done without init_from=, or if model=, model._target_= or experiment= is given. Keys of data that determine the
+    shapes of weights are inherited as well. Other keys of the command line are applied later and win.
 
     Returns:
         the overrides, of which init_from= now names a run directory or file.
@@ -97,7 +97,7 @@ def _first_stages(node: Any) -> Iterator[dict[str, Any]]:
 
 
 def _interpolate_duplicates(cfg: DictConfig) -> None:
-    """Replace values that a run stores twice by interpolations, so that setting one key changes both."""
+    """Replace values that a run stores twice with interpolations, so that setting one key changes both."""
     first_stage = OmegaConf.select(cfg, "model.latent.codec")
     if "codec" in cfg and nodes.target_of(first_stage) == PRETRAINED:
         first_stage.update(

@@ -36,7 +36,7 @@ def conf_dir() -> str:
 
 
 def config_folders(config_dir: str | None) -> list[Path]:
-    """Return the folders with configs: the project's, and the user's own if there is one."""
+    """Return the folders with configs: the project's, then the user's own if there is one."""
     return [Path(folder).absolute() for folder in (conf_dir(), config_dir) if folder]
 
 
@@ -141,7 +141,7 @@ class Loader(ConfigLoaderImpl):
 
 
 def _expand_home(cfg: DictConfig) -> None:
-    """Replace ~ at the start of every path by the home directory."""
+    """Replace ~ at the start of every path with the home directory."""
     for key in list(keys(cfg)):
         if key.rpartition(".")[2] in PATHS:
             value = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
@@ -150,7 +150,7 @@ def _expand_home(cfg: DictConfig) -> None:
 
 
 def _expand_metrics(cfg: DictConfig, folders: Iterable[Path]) -> None:
-    """Replace names in metrics= by {name: node} where the user's own metrics.yaml defines them.
+    """Replace names in metrics= with {name: node} where the user's own metrics.yaml defines them.
 
     Raises UserError if that file cannot be read.
     """

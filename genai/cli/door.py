@@ -1,4 +1,4 @@
-"""Composes a config from Python, with the checks of the command line."""
+"""The function `genai.compose`: composes a config from Python, with the checks of the command line."""
 
 from collections.abc import Sequence
 

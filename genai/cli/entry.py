@@ -1,4 +1,4 @@
-"""Runs a task with the config that sys.argv asks for."""
+"""The entry point of every command: runs a task with the config composed from sys.argv."""
 
 import argparse
 import logging
@@ -31,12 +31,11 @@ def main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None =
 
 
 def _main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None) -> None:
-    # By default an OpenMP thread waits by spinning for long, and where another process wants its core, steps get 20 to
-    # 40 times slower. Spinning briefly costs nothing on a quiet machine (102 against 108 ms a step), 3 times on a busy one.
+    # By default OpenMP threads spin for a long time while they wait, and where another process wants the core, steps get 20
+    # to 40 times slower. With brief spinning they get 3 times slower there, and no slower on an idle machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    logging.getLogger("matplotlib").setLevel(
-        logging.ERROR
-    )  # it warns of a home that cannot be written, and does without
+    # matplotlib warns of a home directory that cannot be written, and works without one.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     args = arguments()
     sys.path.append(os.getcwd())  # where a user's own package may be
 

@@ -36,7 +36,8 @@ LISTS = "prompt", "negative_prompt", "label"
 def quote_override(override: str, sweep: bool = False) -> str:
     """Return an override whose value, if it is a path or prose, is in quotes, so that Hydra does not parse its punctuation.
 
-    A value in quotes stays. In a `sweep`, commas separate values, and choice(), shuffle(), sort(), tag() and glob() stay.
+    A value in quotes is left as it is. In a `sweep`, commas separate values, and choice(), shuffle(), sort(), tag() and glob()
+    are left as they are.
     """
     override = RENAMED_OVERRIDES.get(override, override)
     key, _, value = override.partition("=")
@@ -64,12 +65,11 @@ def _split_at_commas(value: str) -> list[str]:
 
 
 def quote(value: str, literally: bool = False) -> str:
-    """Return a string in quotes, by Hydra's grammar; `literally` also escapes ${. A string in quotes stays."""
+    """Return a string in quotes, by Hydra's grammar; `literally` also escapes ${. A string in quotes is left as it is."""
     if re.fullmatch(QUOTED, value, re.DOTALL):
         return value
-    value = re.sub(
-        r'(\\*)("|\Z)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), value
-    )  # a backslash counts before a quote
+    # A backslash is special before a quote only, and the end of the value is followed by one.
+    value = re.sub(r'(\\*)("|\Z)', lambda m: m[1] * 2 + ('\\"' if m[2] else ""), value)
     if literally:
         value = value.replace("${", "\\${")
     return f'"{value}"'

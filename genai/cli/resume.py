@@ -18,12 +18,13 @@ from genai.core.errors import UserError
 from genai.core.stored import PRETRAINED
 
 OPTIMIZERS = "optim", "discriminator_optim"
+# Keys of an optimiser's schedule, with their values in older runs, whose configs lack them.
 SCHEDULE = {
     "decay_steps": None,
     "lr_min": 0.0,
     "schedule": "cosine",
     "cooldown": 0.2,
-}  # key -> its value in runs that lack it
+}
 RESUMABLE = (
     "max_steps",
     "data.root",
@@ -38,7 +39,7 @@ RESUMABLE = (
     *(f"{name}.{key}" for name in OPTIMIZERS for key in SCHEDULE),
 )
 PART_FILE = re.compile(r"model\..+\.ckpt")
-"""Keys that name the file of a part, whose weights a resumed run has in its own checkpoints."""
+"""Keys that name the checkpoint of a part of the model, whose weights a resumed run has in its own checkpoints."""
 
 
 def check_unchanged(config: Mapping[str, Any], stored: Mapping[str, Any], run: Path) -> None:
@@ -67,7 +68,7 @@ def check_unchanged(config: Mapping[str, Any], stored: Mapping[str, Any], run: P
 
 
 def prepare_training(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
-    """Replace cfg by the config of the run that resume= names, or of the newest run in that folder; see also
+    """Replace cfg with the config of the run that resume= names, or of the newest run in that folder; see also
     `inherit_architecture`, for init_from=.
 
     Returns:
@@ -95,7 +96,7 @@ def prepare_training(cfg: DictConfig, overrides: list[Override]) -> list[Overrid
     stored.trust = None  # what a run may build is for the user to say, each time
     missing = [key for key in NEEDED if OmegaConf.select(stored, key) is None]
     if missing:
-        raise UserError(f"{path} is not a config of a run (it has no {', '.join(missing)}): bring the file back")
+        raise UserError(f"{path} is not a config of a run (it has no {', '.join(missing)}): restore the file")
     if "logger" in given:
         stored.logger = cfg.logger
     _complete_old_config(stored, given, cfg)
@@ -119,18 +120,18 @@ RUN_GROUPS = ("model", "data", "loop", "optim", "sampler", "trainer", "callbacks
 
 
 def _complete_old_config(stored: DictConfig, given: Iterable[str], cfg: DictConfig) -> None:
-    """Add keys that are given now to the stored config of a run that is older than they are, with their meaning then."""
+    """Add keys that are given now to the stored config of a run that is older than they are, with the values it ran with."""
     logger = stored.get("logger")
     if logger is not None and cfg.logger is not None and logger._target_ == cfg.logger._target_:
         for key in (key.removeprefix("logger.") for key in given if key.startswith("logger.")):
             if key in cfg.logger:
                 logger.setdefault(key, cfg.logger[key])
     first_stage = OmegaConf.select(stored, "model.latent.codec")
-    if "codec" in stored and nodes.target_of(first_stage) == PRETRAINED:  # its source was stored twice
+    if "codec" in stored and nodes.target_of(first_stage) == PRETRAINED:  # its source is stored there too
         first_stage.update({key: f"${{codec.{key}}}" for key in ("ckpt", "sha256") if key in stored.codec})
     loop = stored.get("loop") or {}
     for name, key in (key.split(".") for key in given if key in RESUMABLE and key.startswith(tuple(OPTIMIZERS))):
         if name in stored:
             stored[name].setdefault(key, SCHEDULE[key])
-            if loop.get(name) is not None:  # it was stored twice
+            if loop.get(name) is not None:  # older runs store the optimiser in the loop too
                 loop[name] = f"${{{name}}}"

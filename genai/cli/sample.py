@@ -1,4 +1,4 @@
-"""The sampler of a checkpoint in the config of `sample.py`."""
+"""The config of `sample.py`: puts the sampler of a checkpoint into it, and resolves bare arguments of the sampler."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ def prepare_sampling(cfg: DictConfig, overrides: list[Override]) -> list[Overrid
     """Put the sampler of the run that ckpt= names into cfg, unless sampler= chose one.
 
     Returns:
-        the overrides, in which a bare argument of the sampler, such as steps=, is sampler.steps=.
+        the overrides, in which a bare argument of the sampler, such as steps=, has become sampler.steps=.
 
     Raises:
         UserError: there is no such run, or the sampler does not take an argument.

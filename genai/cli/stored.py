@@ -13,7 +13,7 @@ from genai.core.errors import UserError
 from genai.core.runs import is_run, newest_run
 from genai.core.stored import up_to_date
 
-CONFIG_BYTES = 2**22
+CONFIG_BYTES = 2**22  # largest size of a config.yaml that is read
 
 
 def find_run(folder: Path, key: str) -> Path | None:
@@ -53,6 +53,6 @@ def stored_config(path: Path, groups: Sequence[str] = ("model", "data", "sampler
         reason = "its logger has no _target_"
     if reason:
         raise UserError(
-            f"{path} is not a config of a run ({reason}): bring the file back, or name a checkpoint file below it with ckpt="
+            f"{path} is not a config of a run ({reason}): restore the file, or name a checkpoint file below it with ckpt="
         )
     return found

@@ -53,7 +53,7 @@ def apply_all(cfg: DictConfig, overrides: Iterable[Override], parts: dict[str, N
 
 
 def apply(cfg: DictConfig, override: Override, parts: dict[str, None] | None = None) -> None:
-    """Set one value; if it gives a node a `_target_`, the path of that node joins `parts`, see `genai.nodes`.
+    """Set one value; if it gives a node a `_target_`, the path of that node is added to `parts`, see `genai.nodes`.
 
     Raises UserError if there is no such key, or the value has another type than the present one.
     """
