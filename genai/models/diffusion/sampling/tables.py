@@ -20,6 +20,7 @@ from genai.kernels.affine_step import Row
 from genai.models.diffusion.process.paths import CLEAN, Marginal, Path, Spacing
 
 Space = Literal["sigma", "flow"]
+"""The coordinate in which a solver takes its slopes: x / alpha ("sigma") or x / (alpha + sigma) ("flow")."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def ddpm(path: Path, marginals: Sequence[Marginal], *, variance: str = "small") 
 
 
 def _coordinate(marginal: Marginal, space: Space) -> tuple[float, float]:
-    """Return (u, m): x / m has noise u at this point."""
+    """Return (u, m) at a point: the coordinate x / m = (alpha / m) x0 + u eps; u is infinite where m = 0."""
     m = marginal.alpha if space == "sigma" else marginal.alpha + marginal.sigma
     return marginal.sigma / m if m else math.inf, m
 
@@ -226,9 +227,9 @@ def _check_space(marginals: Sequence[Marginal], space: Space) -> None:
 def heun(path: Path, marginals: Sequence[Marginal], *, space: Space | None = "flow") -> Table:
     """Solve by Heun's method: an Euler step, then the mean of the slopes at its two ends (Karras et al. 2022, alg. 1).
 
-    The slope is (x / m - x0) / u in either coordinate. The step to sigma = 0 is Euler's alone, since there u = 0.
-    `space` None takes sigma if alpha is 1 throughout, as in the paper, else flow. Raises UserError as `_check_space`
-    does.
+    The slope is (x / m - x0) / u, where x / m is the coordinate and u its noise, see `_coordinate`. The step to sigma = 0 is
+    Euler's alone, since there u = 0. `space` None takes sigma if alpha is 1 throughout, as in the paper, else flow. Raises
+    UserError as `_check_space` does.
     """
     space = space or ("sigma" if all(marginal.alpha == 1 for marginal in marginals) else "flow")
     _check_space(marginals, space)
@@ -244,7 +245,10 @@ def heun(path: Path, marginals: Sequence[Marginal], *, space: Space | None = "fl
 
 
 def midpoint(path: Path, marginals: Sequence[Marginal], *, space: Space = "flow") -> Table:
-    """Solve by the midpoint method: the whole step by the slope half-way, which an Euler step reaches."""
+    """Solve by the midpoint method: the whole step with the slope at its middle, which an Euler step reaches.
+
+    Raises UserError as `_check_space` does.
+    """
     _check_space(marginals, space)
     steps = []
     for t, s in itertools.pairwise(marginals):
