@@ -27,12 +27,12 @@ class Loaded:
 
     Attributes:
         config: the run's config, as plain values.
-        modality: of the model's output.
+        modality: the modality of the model's output.
         conditions: the modalities of the model's conditions (label, caption), by name.
         step: training steps of the checkpoint.
         path: the checkpoint file.
         trust: the user's packages that its config was allowed to build from.
-        precision: of the networks, one of `core.precision.PRECISIONS`.
+        precision: the precision of the networks, one of `core.precision.PRECISIONS`.
         weights: which of the checkpoint's weights these are, "ema" or "raw".
     """
 
@@ -101,7 +101,7 @@ def load(
         weights: "ema" for the averaged weights, "raw" for those that were trained.
         device: "auto", "cpu", "cuda" or "cuda:<n>".
         trust: packages of your own that the checkpoint's config may build from.
-        precision: of the networks, one of `core.precision.PRECISIONS`.
+        precision: the precision of the networks, one of `core.precision.PRECISIONS`.
         compile: compile each network with torch.compile at its first call, which takes up to minutes.
 
     Raises UserError if there is no such checkpoint, it is damaged or refused, or an argument is invalid.

@@ -19,7 +19,13 @@ from genai.core.stored import Node
 
 
 class Origin(NamedTuple):
-    """The origin of a module's weights; the module keeps it as its attribute `pretrained_from`."""
+    """The origin of a module's weights; the module keeps it as its attribute `pretrained_from`.
+
+    Attributes:
+        sha256: see `digest`; None for a model that needs no training.
+        weights: "ema" or "raw", which of the checkpoint's weights these are.
+        frozen: whether the weights are kept as they are.
+    """
 
     sha256: str | None
     weights: str
@@ -103,8 +109,8 @@ class Part(NamedTuple):
 
     Attributes:
         node: the node of `pretrained`, completed.
-        content, path: of the checkpoint file.
-        model: with its weights.
+        content, path: the checkpoint file.
+        model: the built model, with its weights.
     """
 
     node: Node

@@ -46,8 +46,8 @@ def check_unchanged(config: Mapping[str, Any], stored: Mapping[str, Any], run: P
     """Raise UserError if a run's config.yaml was edited since its checkpoint was written, except in keys that may change.
 
     Args:
-        config: of config.yaml.
-        stored: of the checkpoint.
+        config: the content of config.yaml.
+        stored: the config in the checkpoint.
         run: the run directory.
     """
     again: Any = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(dict(stored)))))
