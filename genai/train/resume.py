@@ -57,8 +57,8 @@ def check_same_items(stored: dict[str, Any] | None, found: dict[str, Any], path:
     """Raise UserError if the training items differ from the `stored` ones, which old checkpoints lack (None)."""
     if stored is not None and stored != found:
         number = found["items"]
-        what = f"are {number}" if number != stored["items"] else f"are as many but different ones ({found['checksum']})"
+        what = f"{number}" if number != stored["items"] else f"as many, but different ones ({found['checksum']})"
         raise UserError(
-            f"{path} was trained on {stored['items']} items ({stored['checksum']}), and those of data= now {what}: restore "
+            f"{path} was trained on {stored['items']} items ({stored['checksum']}), and data= now has {what}: restore "
             "the old data (data.root= if they moved), or start a new run from these weights with init_from="
         )

@@ -220,14 +220,12 @@ def test_a_run_goes_on_with_its_own_items_alone(tmp_path):
     photos(moved, shift=3)  # as many files of the same names and sizes pass: their contents are not read at the start
     for i in range(17):
         (moved / "a" / f"{i:02d}.bmp").unlink()
-    with pytest.raises(
-        UserError, match=r"was trained on 34 items \(\w+\), and those of data= now are 19: restore the old"
-    ):
+    with pytest.raises(UserError, match=r"was trained on 34 items \(\w+\), and data= now has 19: restore the old"):
         go_on(3)
     shutil.copytree(root, moved, dirs_exist_ok=True)
     (moved / "a" / "19.bmp").rename(moved / "b" / "20.bmp")
     with pytest.raises(
-        UserError, match=r"was trained on 34 items \(\w+\), and those of data= now are as many but different ones"
+        UserError, match=r"was trained on 34 items \(\w+\), and data= now has as many, but different ones"
     ):
         go_on(3)
     for path in (folder / "checkpoints").glob("*.ckpt"):  # one from before the items were noted goes on as it did
