@@ -156,7 +156,10 @@ def _part(loaded: Loaded, key: str, named: str | dict, kind: type) -> nn.Module:
 
 
 def resolve_images(image: Any, mask: Any, n: int, loaded: Loaded) -> Batch:
-    """Return `image` (n, C, H, W) and `mask` (n, 1 or C, H, W), how much of it to keep, as far as given, on the CPU."""
+    """Return `image` (n, C, H, W) and `mask` (n, 1 or C, H, W), as far as given, on the CPU.
+
+    The argument `mask` is 1 where the image is filled in, the `mask` that is returned 1 where it is kept.
+    """
     shape, read, found = getattr(loaded.model, "data_shape", ()), loaded.modality.read, {}
     if image is not None:
         images = image if isinstance(image, Tensor) else read(Path(image), shape, "image")

@@ -37,8 +37,8 @@ def run_table(
 ) -> Tensor:
     """Integrate x (B, ...) from the table's start to its end, with one network call and one affine step per row.
 
-    With `known` and `mask`, shaped like x, the masked part is replaced after each step by `known` with as much noise as
-    the state has (inpainting). `seeds` int64 (B,) seed the noise of the steps, `clip` bounds |x0|; see `affine_step`. The
+    With `known` and `mask`, shaped like x, the part where `mask` is 1 is replaced after each step by `known` with as much noise
+    as the state has (inpainting). `seeds` int64 (B,) seed the noise of the steps, `clip` bounds |x0|; see `affine_step`. The
     state is float32 or wider, whatever dtype the denoiser returns.
     """
     x = upcast(x)
@@ -121,7 +121,8 @@ def sample(
         autoguidance: a worse model that samples are guided away from, instead of from the unconditional prediction.
         image: (n, *data_shape) in [-1, 1], the image to start from, or to keep a part of.
         strength: sigma / (alpha + sigma) of the starting state, above 0; None or 1 is the path's noisiest.
-        mask: broadcasts to image, in [0, 1]: how much of it to keep; the rest is filled in.
+        mask: broadcasts to image, in [0, 1]: how much of it to keep; the rest is filled in. The `mask` of `genai.sample`
+            is 1 minus this one.
         invert: start from the noise that encodes the image, found by integrating the unconditional ODE from data to
             noise (DDIM inversion, Song et al. 2021, section 4.3), instead of from noise by seed.
         frames: also return `frames` (N, K + 1, *data_shape) of the first N samples: x / (alpha + sigma) before the
