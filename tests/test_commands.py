@@ -125,6 +125,7 @@ TRAIN = {
     "seed={a: 1}": "must be a number",
     "compile=1": "compile=1 must be true or false",
     "model.net=5": "must be a group of keys",
+    "model.schedule=linear": "such as model.schedule._target_=genai.models.diffusion.process.schedules.linear",
     "callbacks.evaluate=5": "must be a group of keys",
     "trainer.devices=1.5": "trainer.devices=1.5 must be a whole number",
     "trainer.devices=auto": "must be a number",

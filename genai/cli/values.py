@@ -107,7 +107,9 @@ def convert_value(key: str, value: Any, present: Any) -> Any:
     elif OmegaConf.is_list(present):
         ok, kind = isinstance(value, list), "a list like [1,2]"
     else:
-        ok, kind = isinstance(value, dict), f"a group of keys ({', '.join(map(str, present))}): set one of them"
+        module, _, name = nodes.target_of(present).rpartition(".")
+        such = f", such as {key}._target_={module}.{value}" if name and str(value).isidentifier() else ""
+        ok, kind = isinstance(value, dict), f"a group of keys ({', '.join(map(str, present))}): set one of them{such}"
     if not ok:
         raise UserError(f"{key}={value} must be {kind}")
     return value

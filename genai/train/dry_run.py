@@ -18,6 +18,7 @@ from genai import progress
 from genai.data.stream import batches
 from genai.train.callbacks import Between, Evaluate, Samples, peak_memory_bytes
 from genai.train.lit import LitModel
+from genai.train.optim import Chain
 
 WARM_UP = 3  # steps that are not measured: they build caches, compile and choose algorithms
 STEPS, SECONDS = 50, 10.0  # at most so many are measured, for about so long, but never fewer than FEWEST
@@ -37,7 +38,8 @@ def summarise(lit: LitModel, steps: int, ranks: int = 1) -> str:
     facts = [f"{data.field} {tuple(data.shape)}", f"{data.classes} classes" if data.classes else ""]
     optimizers: Any = lit.configure_optimizers()
     several = optimizers if isinstance(optimizers, list) else [optimizers]
-    groups = [(type(one).__name__, one.param_groups[0]) for one in several]
+    parts = [part for one in several for part in (one.optimizers if isinstance(one, Chain) else [one])]
+    groups = [(type(part).__name__, part.param_groups[0]) for part in parts]
     rates = " and ".join(f"{name}, lr {group.get('lr_max', group['lr']):g}" for name, group in groups)
     items = data.batch_size * lit.accumulate * ranks
     return "\n".join(

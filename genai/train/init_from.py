@@ -8,6 +8,8 @@ import torch
 from genai import checkpoint
 from genai.train.resume import Modalities, check_same_modalities
 
+SHOWN = 5  # layers that are named where weights are skipped
+
 
 def load_initial_weights(
     model: torch.nn.Module, modalities: Modalities, config: dict[str, Any], own: Collection[Any] = ()
@@ -33,7 +35,9 @@ def load_initial_weights(
     state = {name: tensor for name, tensor in checkpoint.weights_of(content).items() if not name.startswith(frozen)}
     state |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith(frozen)}
     skipped = checkpoint.load_weights(model, state, path, strict)
-    without = f", without {', '.join(skipped)}" if skipped else ""
+    layers = dict.fromkeys(name.rpartition(".")[0] for name in skipped)
+    named = ", ".join([*layers][:SHOWN]) + (f" and {len(layers) - SHOWN} others" if len(layers) > SHOWN else "")
+    without = f" but for {len(skipped)} of {len(model.state_dict())} tensors, in {named}" if skipped else ""
     print(
         f"weights from the average in {path}{without}; also as there: {', '.join(_common_keys(content['config'], config))}"
     )

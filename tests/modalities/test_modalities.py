@@ -206,6 +206,12 @@ def test_data_show_and_tell_by_their_modalities():
     assert Vector().preview({"vector": torch.tensor([[0.5, 1.0, -2.0]])}) == ["0.5 1 -2"]
 
 
+def test_points_outside_the_picture_are_counted(tmp_path, capsys):
+    points = {"vector": torch.tensor([[0.5, 1.0], [0.0, -5.0]]), "seeds": torch.arange(2)}
+    Vector().write(tmp_path, points, ["0", "1"], {}, None)
+    assert capsys.readouterr().err == "1 of 2 points lie outside the picture, [-4, 4]^2\n"
+
+
 def test_files_of_images_and_their_captions_name_each_other(tmp_path):
     """Where a model takes both, a caption's line names the file that its label's number is part of."""
     batch = {"image": torch.zeros(2, 1, 4, 4), "label": torch.tensor([3, 4]), "seeds": torch.tensor([5, 6])}

@@ -54,6 +54,12 @@ def test_a_dry_run_refuses_what_a_run_refuses(tmp_path, monkeypatch, refused, co
     assert "did you mean max_steps?" in refused("train.py", "--dry-run", "max_step=3")
 
 
+def test_every_part_of_a_chain_of_optimisers_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    dry_run(genai.compose(["model=gpt_nano", "optim=muon", "data=digits_pixels", "debug=true", "logger=none"]))
+    assert re.search(r"^optimiser  Muon, lr [\d.e-]+ and AdamW, lr [\d.e-]+$", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_both_networks_of_a_gan_are_in_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cfg = genai.compose(["model=dcgan", "data=digits", "debug=true", "logger=none"])

@@ -1,6 +1,7 @@
 """A new run takes the architecture of the run that it starts from, unless the command line says otherwise."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -52,6 +53,14 @@ def test_a_diffusion_model_keeps_its_network_and_its_sampler(digits, tmp_path, c
     assert same_start(digits, again)
     assert f"weights from the average in {digits}" in (said := capsys.readouterr().out)
     assert "also as there: model, loop, sampler, data\n" in said
+
+
+def test_skipped_weights_are_counted_and_a_few_layers_named(digits, tmp_path, capsys):
+    train(tmp_path / "again", f"init_from={digits}", "init_strict=false", "model.net.channels=16", *FROZEN)
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("weights from the average")]
+    assert (
+        re.search(r" but for \d+ of \d+ tensors, in net\..* and \d+ others; also as there: ", said) and len(said) < 500
+    )
 
 
 def test_a_folder_of_runs_or_a_file_names_the_source_too(digits, tmp_path, capsys):
