@@ -164,8 +164,7 @@ def _run(cfg: DictConfig, ranks: Ranks, locks: contextlib.ExitStack, dry: int = 
         write_config(folder, config)
         record.cut(resumed[0]["step"] if resumed else None)
         parameters = sum(p.numel() for p in model.parameters())
-        with progress.task("starting the tracker"):
-            record.tracker = tracker(folder, cfg.name, {**config, "parameters": parameters})
+        record.tracker = tracker(folder, cfg.name, {**config, "parameters": parameters})
         print(summarise(lit, cfg.max_steps, ranks.world))
         where = f"{trainer.strategy.root_device}" + (f", {ranks.world} ranks" if ranks.world > 1 else "")
         started = f" that {ranks.launcher} started" if ranks.launcher else ""

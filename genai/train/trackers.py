@@ -168,11 +168,11 @@ def _start(folder: Path, timeout_seconds: float, **arguments: Any) -> Any:
     """
     reason, run, output = "", None, io.StringIO()
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # of wandb's own telemetry, which may fail as well
-    with _own_home(folder):
+    with _own_home(folder), contextlib.ExitStack() as stack:
         try:
-            # Neither the import nor wandb.init is redirected: both wrap sys.stdout, and would wrap the redirection.
-            import wandb
+            import wandb  # which wraps sys.stdout: before a progress bar or a redirection stands there
 
+            stack.enter_context(progress.task("starting W&B"))
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
                 arguments |= {
                     "dir": folder,
