@@ -5,6 +5,7 @@ import functools
 import random
 import re
 
+import numpy as np
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -393,13 +394,26 @@ def test_classes_are_compared_again_when_the_data_has_said_how_many(train_config
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), True, "1", None, -1])
 def test_a_number_is_finite_and_a_whole_one_fits_a_tensor(value):
-    with pytest.raises(UserError, match=f"n={value} must be"):
+    shown = repr(value)
+    with pytest.raises(UserError, match=f"n={shown} must be"):
         number(value, "n", 0)
-    with pytest.raises(UserError, match="n="):
+    with pytest.raises(UserError, match=f"n={shown} must be"):
         at_least(value, 0, "n")
     assert at_least(2**63 - 1, 0, "seed") == 2**63 - 1
     with pytest.raises(UserError, match=r"at most 2\^63 - 1"):
         at_least(2**63, 0, "seed")
+
+
+def test_numbers_of_numpy_are_numbers_and_what_is_none_is_named_by_its_type():
+    assert type(at_least(np.int64(2), 1, "n")) is int and type(number(np.float32(0.5), "n", 0)) is float
+    assert number(np.int64(2), "n", 0) == 2
+    for value in (np.array([1, 2]), torch.ones(2), nn.Sequential(*[nn.Linear(1, 1)] * 3)):
+        with pytest.raises(UserError, match=r"n=.* must be a whole number"):
+            at_least(value, 0, "n")
+        with pytest.raises(UserError, match=r"n=.* must be a number"):
+            number(value, "n", 0)
+    with pytest.raises(UserError, match="n=a value of type Sequential must be"):
+        at_least(nn.Sequential(nn.Linear(1, 1)), 1, "n")
 
 
 def test_a_config_name_is_not_passed_over(refused):
