@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -51,6 +52,73 @@ def test_a_config_is_that_of_the_command_line_and_checked_alike(trained):
     for message, call in wrong.items():
         with pytest.raises(UserError, match=message.replace("?", r"\?")):
             call()
+
+
+def test_wrong_arguments_of_compose_are_one_sentence(tmp_path):
+    (file := tmp_path / "file").touch()
+    wrong = {
+        "overrides must be a list of strings such as": [
+            lambda: genai.compose(None),
+            lambda: genai.compose(3),
+            lambda: genai.compose(tmp_path),
+            lambda: genai.train(None),
+            lambda: genai.train(3),
+            lambda: genai.train(tmp_path),
+        ],
+        "config=['train'] must be one of train": [lambda: genai.compose([], config=["train"])],
+        "config_dir=3 is not a folder": [lambda: genai.compose([], config_dir=3)],
+        f"config_dir={tmp_path / 'gone'} is not a folder": [
+            lambda: genai.compose([], config_dir=str(tmp_path / "gone"))
+        ],
+        f"config_dir={file} is not a folder": [lambda: genai.compose([], config_dir=file)],
+    }
+    for message, calls in wrong.items():
+        for call in calls:
+            with pytest.raises(UserError, match=re.escape(message)):
+                call()
+    assert genai.compose([], config_dir=tmp_path) == genai.compose([])
+
+
+def edited(key, value=None, delete=False):
+    cfg = genai.compose([*TINY, "logger=none"])
+    OmegaConf.set_struct(cfg, False)
+    node, _, last = key.rpartition(".")
+    part = OmegaConf.select(cfg, node) if node else cfg
+    if delete:
+        del part[last]
+    else:
+        part[last] = value
+    return cfg
+
+
+WRONG_EDITS = {
+    "name=None must be a name": ("name", None),
+    "callbacks=[1] must be a group of keys": ("callbacks", [1]),
+    "max_steps cannot be read: Interpolation key 'nokey' not found": ("max_steps", "${nokey}"),
+    "resume=3 must be a path": ("resume", 3),
+    "nothing reads foo: leave it out": ("foo", 1),
+    "nothing reads trainer.foo: leave it out": ("trainer.foo", 1),
+    "ema=null must be a node": ("ema", None),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_EDITS)
+def test_a_config_that_was_edited_wrongly_is_refused(message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        genai.train(edited(*WRONG_EDITS[message]))
+
+
+@pytest.mark.parametrize("key", [*genai.compose([]), "trainer.precision"])
+def test_a_config_without_one_of_its_keys_is_refused(key):
+    with pytest.raises(UserError, match=f"not a config of training, it has no {key}: compose it"):
+        genai.train(edited(key, delete=True))
+
+
+def test_a_config_of_plain_values_with_a_path_trains(tmp_path):
+    with pytest.raises(UserError, match="not a config of training"):
+        genai.train(OmegaConf.create({"max_steps": 2}))
+    cfg = OmegaConf.create(OmegaConf.to_container(edited("run_dir", tmp_path / "run"), resolve=True))
+    assert genai.train(cfg) == tmp_path / "run" and cfg.run_dir == tmp_path / "run"
 
 
 def test_composing_leaves_a_notebooks_own_hydra_as_it_is():
