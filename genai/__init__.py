@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from omegaconf import DictConfig
 
     from genai.checkpoint import Loaded
@@ -32,7 +33,7 @@ else:
 __version__ = "0.1.0"
 
 
-def compose(overrides: Sequence[str] = (), config: str = "train", config_dir: str | None = None) -> DictConfig:
+def compose(overrides: Sequence[str] = (), config: str = "train", config_dir: str | Path | None = None) -> DictConfig:
     """Return the checked config of a command, `genai.compose(["model=edm", "max_steps=100"])`; see `genai.cli.door.compose`."""
     from genai.cli.door import compose
 
@@ -42,7 +43,7 @@ def compose(overrides: Sequence[str] = (), config: str = "train", config_dir: st
 def load(
     ckpt: Any = None,
     weights: str = "ema",
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     trust: str | Sequence[str] | None = None,
     precision: str = "32-true",
     compile: bool = False,

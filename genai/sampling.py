@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,11 +18,12 @@ from genai import checkpoint, nodes, progress
 from genai.checkpoint import Loaded
 from genai.checkpoint.build import DATA, MODELS, build_stored, check_target
 from genai.core import files, rng, stored
-from genai.core.errors import UserError, at_least
+from genai.core.errors import UserError, at_least, show
 from genai.core.precision import cast_for_inference
 from genai.core.protocols import Batch, OnStep, check_sampler, model_parts, with_items
-from genai.modalities.base import Request
+from genai.modalities.base import Request, check_values
 from genai.modalities.stored import difference
+from genai.ranges import check as ranges
 
 MAX_SAMPLES = 10**8  # per call
 ARGUMENTS = ("guidance", "guidance_interval", "autoguidance", "image", "strength", "mask", "invert", "frames")
@@ -68,21 +70,25 @@ def sample(
     Raises UserError for an argument out of range, or one that model or sampler do not take.
     """
     if not isinstance(loaded, Loaded):
+        hint = repr(str(loaded)) if isinstance(loaded, str | os.PathLike) else "..."
         raise UserError(
-            f"loaded must be a loaded model, got {loaded!r}: sample(load({str(loaded)!r})) samples from a run or checkpoint"
+            f"loaded must be a loaded model, got {show(loaded)}: sample(load({hint})) samples from a run or checkpoint"
         )
-    at_least(n, 1, "n")
+    n = at_least(n, 1, "n")
     if n > MAX_SAMPLES:
         raise UserError(f"n={n} is more samples than one call can hold: give at most {MAX_SAMPLES}")
-    at_least(batch_size, 1, "batch_size")
-    at_least(seed, 0, "seed")
+    batch_size, seed = at_least(batch_size, 1, "batch_size"), at_least(seed, 0, "seed")
+    if on_step is not None and not callable(on_step):
+        raise UserError(f"on_step must be a function on_step(step, steps, state), got {show(on_step)}")
+    arguments = check_arguments(arguments)
     if sampler is not None and not isinstance(sampler, dict):
         raise UserError(
-            f"sampler={sampler!r} must be a config node such as those in conf/sampler: a dict with _target_"
+            f"sampler={show(sampler)} must be a config node such as those in conf/sampler: a dict with _target_"
         )
     seeds = rng.seed_range(seed, n)
+    raised: list[Exception] = []  # by on_step
     shown = bar() if progress and on_step is None else contextlib.nullcontext(on_step)
-    with checkpoint.explain_errors(loaded), shown as on_step:
+    with checkpoint.explain_errors(loaded, raised), shown as on_step:
         started = {"image": image, "mask": mask, "frames": frames or None}
         wanted = [key for key, value in started.items() if value is not None]
         run = bind(loaded, sampler, arguments, wanted)
@@ -91,7 +97,7 @@ def sample(
         chunks, starts = [], range(0, n, batch_size)
         for k, start in enumerate(starts):
             part = slice(start, start + batch_size)
-            watch = None if on_step is None else _shift_steps(on_step, k, len(starts))
+            watch = None if on_step is None else _shift_steps(on_step, k, len(starts), raised)
             given = {name: value[part] for name, value in cond.items()}
             special = {name: value[part] for name, value in pictures.items()} | (
                 {"frames": True} if frames and k == 0 else {}
@@ -103,9 +109,32 @@ def sample(
     return {**batch, "seeds": seeds, **({"label": cond["label"]} if "label" in cond else {})}
 
 
-def _shift_steps(on_step: OnStep, k: int, chunks: int) -> OnStep:
-    """Return on_step with the steps counted over all batches."""
-    return functools.wraps(on_step)(lambda i, steps, state: on_step(k * steps + i, chunks * steps, state))
+def check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return options of the sampler with numpy's numbers and paths as plain values; raises UserError for one that is out of its
+    range in sample.yaml."""
+    found = {key: value.item() if isinstance(value, np.generic) else value for key, value in arguments.items()}
+    found = {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
+    if isinstance(path := found.get("autoguidance"), os.PathLike):
+        found["autoguidance"] = os.fspath(path)
+    for key in [key for key in found if key in ARGUMENTS]:
+        value, range_ = found[key], ranges.range_of(f"sample:{key}", key)
+        if not range_.holds(value) and not (key == "autoguidance" and isinstance(value, dict)):
+            raise UserError(f"{key}={show(value)} {ranges.sentence(range_, value)}")
+    return found
+
+
+def _shift_steps(on_step: OnStep, k: int, chunks: int, raised: list[Exception]) -> OnStep:
+    """Return on_step with the steps counted over all batches; what it raises joins `raised`."""
+
+    @functools.wraps(on_step)
+    def shifted(i: int, steps: int, state: Batch) -> None:
+        try:
+            on_step(k * steps + i, chunks * steps, state)
+        except Exception as error:
+            raised.append(error)
+            raise
+
+    return shifted
 
 
 def bind(
@@ -162,14 +191,26 @@ def resolve_images(image: Any, mask: Any, n: int, loaded: Loaded) -> Batch:
     """
     shape, read, found = getattr(loaded.model, "data_shape", ()), loaded.modality.read, {}
     if image is not None:
-        images = image if isinstance(image, Tensor) else read(Path(image), shape, "image")
+        images = image if isinstance(image, Tensor) else read(_path(image, "image"), shape, "image")
+        loaded.modality.check(images, "image")
         found["image"] = images.repeat(-(-n // len(images)), *[1] * (images.ndim - 1))[:n]
     if mask is not None:
-        if not isinstance(mask, Tensor) and Path(mask).is_dir():
+        if not isinstance(mask, Tensor) and _path(mask, "mask").is_dir():
             raise UserError(f"mask must be one image, got the folder {mask}: name a file in it with mask=")
         white = mask if isinstance(mask, Tensor) else (read(Path(mask), [1, *shape[1:]], "mask")[:1] + 1) / 2
+        white = white.float() if white.dtype == torch.bool else white
+        check_values(white, "mask", 0, 1)
+        if white.ndim > len(shape) and len(white) not in (1, n):
+            raise UserError(f"mask holds {len(white)} masks for n={n} samples: give one, or one for each")
         found["mask"] = (1 - white).expand(n, *white.shape[-len(shape) :])
     return found
+
+
+def _path(value: Any, key: str) -> Path:
+    """Return a path given as such. Raises UserError for anything else."""
+    if not isinstance(value, str | os.PathLike) or value == "":
+        raise UserError(f"{key} must be a file, a folder or a tensor, got {show(value)}")
+    return Path(value)
 
 
 def items_of(loaded: Loaded) -> Callable[[str, Tensor], Tensor]:
@@ -194,6 +235,11 @@ def conditions(request: Request, n: int, loaded: Loaded) -> Batch:
     Raises UserError for a condition that the model does not take.
     """
     known = {key for modality in (loaded.modality, *loaded.conditions.values()) for key in modality.keys}
+    for key in ("label", "prompt", "negative_prompt"):
+        if isinstance(given := request.get(key), list | tuple) and len(given) > n:
+            raise UserError(
+                f"{key}= has {len(given)} values for n={n} samples: give at most as many, or n={len(given)}"
+            )
     for key, sentence in REFUSED.items():
         if request.get(key) is not None and key not in known:
             raise UserError(f"{sentence.format(request[key])}: leave {key}= out")

@@ -10,6 +10,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from hydra import initialize_config_dir
@@ -213,6 +214,81 @@ def test_ctrl_c_saves_the_run_and_is_an_exception(tmp_path):
     )
     done = python("-c", script, cwd=tmp_path)
     assert "caught 2" in done.stdout, done.stdout + done.stderr
+
+
+class Stops(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, Stops, UserError])
+def test_an_error_of_the_callers_own_callback_is_passed_on(trained, error):
+    def on_step(i, n, state):
+        raise error("mine")
+
+    with pytest.raises(error, match=r"^mine$"):
+        genai.sample(genai.load(trained), n=2, on_step=on_step)
+
+
+X = torch.zeros(1, 1, 8, 8)
+WRONG_SAMPLES = {
+    "on_step must be a function on_step(step, steps, state), got 3": {"on_step": 3},
+    "guidance='2' must be a number": {"guidance": "2"},
+    "guidance=[2] must be a number": {"guidance": [2]},
+    "guidance=-1 must be a number": {"guidance": -1},
+    "guidance=1000000000.0 must be a number": {"guidance": 1e9},
+    "guidance=True must be a number": {"guidance": True},
+    "guidance=a value of type Sequential must be": {"guidance": torch.nn.Sequential(torch.nn.Linear(1, 1))},
+    "strength=2 must be a number": {"strength": 2, "image": X},
+    "autoguidance=3 must be a path": {"autoguidance": 3},
+    "image must be a file, a folder or a tensor, got a value of type ndarray": {"image": X.numpy()},
+    "image must be a file, a folder or a tensor, got 3": {"image": 3},
+    "image must be a file, a folder or a tensor, got ['a.png']": {"image": ["a.png"]},
+    "image must be a file, a folder or a tensor, got ''": {"image": ""},
+    "image is a tensor of shape [0, 1, 8, 8], without values": {"image": X[:0]},
+    "image must be floats (n, C, H, W) in [-1, 1], got torch.float32 [1, 8, 8]": {"image": X[0]},
+    "image is not finite": {"image": X / 0},
+    "image must be floats (n, C, H, W) in [-1, 1], got torch.uint8": {"image": X.byte()},
+    "image must be in [-1, 1], got values from 0 to 255": {"image": torch.linspace(0, 255, 64).view(1, 1, 8, 8)},
+    "mask must be a file, a folder or a tensor, got 3": {"image": X, "mask": 3},
+    "mask must be in [0, 1], got values from -1 to -1": {"image": X, "mask": X[0] - 1},
+    "mask is not finite": {"image": X, "mask": X[0] / 0},
+    "mask is [2, 4, 4], but the image is": {"image": X, "mask": X[0, 0, :4, :4]},
+    "label= has 3 values for n=2 samples": {"label": [1, 2, 3]},
+    "n='2' must be a whole number": {"n": "2"},
+}
+
+
+@pytest.mark.parametrize("message", WRONG_SAMPLES)
+def test_a_wrong_argument_of_sample_is_named(trained, message):
+    with pytest.raises(UserError, match="^" + re.escape(message)):
+        genai.sample(genai.load(trained), **{"n": 2, "steps": 2, "strength": 0.5, **WRONG_SAMPLES[message]})
+
+
+def test_numbers_of_numpy_and_paths_are_arguments_of_sample(trained):
+    loaded = genai.load(trained, device=torch.device("cpu"))
+    plain = genai.sample(loaded, n=2, seed=3, steps=2, guidance=2.0, autoguidance=str(trained))
+    ours = genai.sample(
+        loaded, np.int64(2), np.int64(3), steps=np.int64(2), guidance=np.float32(2), autoguidance=trained
+    )
+    assert torch.equal(plain["image"], ours["image"])
+    mask = torch.zeros(1, 8, 8)
+    given = {"n": 2, "image": X, "strength": 0.5}
+    assert torch.equal(
+        genai.sample(loaded, mask=mask, **given)["image"], genai.sample(loaded, mask=mask.bool(), **given)["image"]
+    )
+
+
+def test_what_is_no_run_is_named_by_its_type(trained):
+    loaded = genai.load(trained)
+    wrong = {
+        "ckpt must be a run or a checkpoint, got a value of type Loaded": lambda: genai.load(loaded),
+        "ckpt= is empty": lambda: genai.load(""),
+        "loaded must be a loaded model, got a value of type DDPM": lambda: genai.sample(loaded.model),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(UserError, match=f"^{message}") as refused:
+            call()
+        assert len(str(refused.value)) < 200
 
 
 def test_figures_from_python_are_those_of_the_command(tmp_path):

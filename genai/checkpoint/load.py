@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from genai.checkpoint.build import build_modality, build_stored, reason
 from genai.checkpoint.file import locate
 from genai.core import precision as precisions
-from genai.core.errors import UserError
+from genai.core.errors import UserError, show
 from genai.core.protocols import Batch
 from genai.core.spellings import canonical
 from genai.core.stored import Node
@@ -62,7 +62,7 @@ class Loaded:
 
 def device_of(name: object) -> str:
     """Return the name of a device: "auto" is cuda if there is a GPU, else cpu. Raises UserError for one that is not available."""
-    name = canonical("device", name)
+    name = canonical("device", str(name) if isinstance(name, torch.device) else name)
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not isinstance(name, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -89,7 +89,7 @@ def trusted_packages(trust: Any) -> tuple[str, ...]:
 def load(
     ckpt: str | Path | None = None,
     weights: str = "ema",
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     trust: str | Sequence[str] | None = None,
     precision: str = "32-true",
     compile: bool = False,
@@ -111,6 +111,10 @@ def load(
     precision = precisions.precision_of(precision, device)
     if not isinstance(compile, bool):
         raise UserError(f"compile={compile} must be true or false")
+    if isinstance(ckpt, Loaded | nn.Module):
+        raise UserError(f"ckpt must be a run or a checkpoint, got {show(ckpt)}")
+    if ckpt == "":
+        raise UserError("ckpt= is empty: name a run or a checkpoint, or leave it out for the newest run")
     content, path = locate(None if ckpt is None else str(ckpt))
     model = restore_model(content, path, weights, trust)
     precisions.cast_for_inference(model, precision).eval().requires_grad_(False).to(device)
@@ -156,13 +160,14 @@ def weights_of(content: dict, weights: str = "ema") -> dict[str, Tensor]:
 def check_weights(weights: object, key: str = "weights") -> None:
     """Raise UserError unless `weights` is "ema" or "raw"."""
     if weights not in ("ema", "raw"):
-        raise UserError(f"{key}={weights} must be one of ema, raw")
+        raise UserError(f"{key}={show(weights)} must be one of ema, raw")
 
 
 def restore_model(content: dict, path: Path, weights: str, trust: Sequence[str]) -> nn.Module:
     """Build the model of a file's content and load its weights."""
     state = weights_of(content, weights)
-    model = build_model(content["config"]["model"], state, trust)
+    with torch.random.fork_rng(devices=[]):  # draws the first weights of networks, which the file's replace
+        model = build_model(content["config"]["model"], state, trust)
     load_weights(model, state, path)
     return model
 
@@ -181,17 +186,17 @@ def build_model(node: Any, state: dict[str, Tensor], trust: Sequence[str] = ()) 
 
 
 @contextlib.contextmanager
-def explain_errors(loaded: Loaded) -> Iterator[None]:
+def explain_errors(loaded: Loaded, own: Collection[Exception] = ()) -> Iterator[None]:
     """Turn an error inside a loaded model into a UserError that names its file; the error itself is the cause.
 
-    An error with the user's own code (`trust=`) and a lack of GPU memory are passed on unchanged.
+    An error with the user's own code (`trust=`, or in the list `own`) and a lack of GPU memory are passed on unchanged.
     """
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if loaded.trust:
+        if loaded.trust or error in own:
             raise
         raise UserError(
             f"{loaded.path} fails with its config and the arguments of this call ({type(error).__name__}: {reason(error)}): use "

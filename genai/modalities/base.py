@@ -4,6 +4,7 @@ Sampling, evaluation and trackers know nothing of a kind of data but what its mo
 """
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,10 @@ class Modality:
         """
         raise UserError(f"{key}= is for a model of images, and samples of this one are {list(shape)}: leave {key}= out")
 
+    def check(self, x: Tensor, key: str) -> None:
+        """Raise UserError, which names the argument `key`, unless x are samples (n, ...) from which a sampler can start."""
+        check_values(x, key)
+
     def note(self, folder: Path, names: list[str], request: Request) -> None:
         """Write the conditions of samples of another modality, whose files have these names."""
 
@@ -153,6 +158,19 @@ def save(shown: Picture | Texts, path: Path, within: Path | None = None) -> Path
         path, image = path.with_suffix(".png"), to_pil(shown)
         files.write(path, lambda file: image.save(file, "png"), within=within)
     return path
+
+
+def check_values(x: Tensor, key: str, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raise UserError, which names the argument `key`, unless x has values, all finite and, up to rounding, in [low, high]."""
+    if not x.numel():
+        raise UserError(f"{key} is a tensor of shape {list(x.shape)}, without values: leave {key}= out")
+    if not x.isfinite().all():
+        raise UserError(f"{key} is not finite: give one without nan and inf")
+    least, most = x.min().item(), x.max().item()
+    if least < low - 1e-3 or most > high + 1e-3:
+        raise UserError(
+            f"{key} must be in [{low}, {high}], got values from {least:g} to {most:g}: scale it, or x.clamp({low}, {high})"
+        )
 
 
 def to_pil(picture: Picture) -> Any:

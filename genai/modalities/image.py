@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
-from genai.modalities.base import Modality, Picture, Request, to_pil
+from genai.modalities.base import Modality, Picture, Request, check_values, to_pil
 from genai.modalities.decode import DecodeOptions, decode_at_size
 
 
@@ -55,6 +55,12 @@ class Image(Modality):
                 why = getattr(error, "strerror", None) or " ".join(str(error).split()).partition(" <_io.")[0]
                 raise UserError(f"{key}={file} cannot be read as an image ({why}): name another") from error
         return from_uint8(torch.from_numpy(np.stack(found)))
+
+    def check(self, x: Tensor, key: str) -> None:
+        """Raise UserError unless x are images (n, C, H, W) of floats in [-1, 1]."""
+        if x.ndim != 4 or not x.is_floating_point():
+            raise UserError(f"{key} must be floats (n, C, H, W) in [-1, 1], got {x.dtype} {list(x.shape)}: convert it")
+        check_values(x, key, -1, 1)
 
     def to_file(self, x: Tensor) -> Tensor:
         return to_uint8(x)

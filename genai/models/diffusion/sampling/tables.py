@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from genai.core.errors import UserError, number
+from genai.core.errors import UserError, number, show
 from genai.kernels.affine_step import Row
 from genai.models.diffusion.process.paths import CLEAN, Marginal, Path, Spacing
 
@@ -68,7 +68,7 @@ def discretize(
     T = int(path.t_max) + 1 if path.discrete else 10**6  # continuous time has no natural limit; this one catches typos
     if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= T:
         most = f"the model's T={T}" if path.discrete else f"{T}"
-        raise UserError(f"sampler.steps={steps} must be a whole number between 1 and {most}")
+        raise UserError(f"sampler.steps={show(steps)} must be a whole number between 1 and {most}")
     fractions = [k / (steps - 1) if steps > 1 else 0.0 for k in range(steps)]
     if spacing != "trailing" and not low.sigma:
         raise UserError(
