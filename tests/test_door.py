@@ -15,7 +15,7 @@ import pytest
 import torch
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError
 
 import genai
@@ -116,8 +116,9 @@ def test_a_config_without_one_of_its_keys_is_refused(key):
 
 
 def test_a_config_of_plain_values_with_a_path_trains(tmp_path):
-    with pytest.raises(UserError, match="not a config of training"):
-        genai.train(OmegaConf.create({"max_steps": 2}))
+    for cfg in OmegaConf.create({"max_steps": 2}), OmegaConf.create(), DictConfig(None):
+        with pytest.raises(UserError, match="not a config of training"):
+            genai.train(cfg)
     cfg = OmegaConf.create(OmegaConf.to_container(edited("run_dir", tmp_path / "run"), resolve=True))
     assert genai.train(cfg) == tmp_path / "run" and cfg.run_dir == tmp_path / "run"
 
@@ -254,6 +255,8 @@ WRONG_SAMPLES = {
     "mask is not finite": {"image": X, "mask": X[0] / 0},
     "mask is [2, 4, 4], but the image is": {"image": X, "mask": X[0, 0, :4, :4]},
     "label= has 3 values for n=2 samples": {"label": [1, 2, 3]},
+    "sampler.steps='2' must be": {"steps": "2", "strength": None},
+    "mask holds 2 masks for n=3 samples": {"n": 3, "image": X, "mask": torch.zeros(2, 1, 8, 8)},
     "n='2' must be a whole number": {"n": "2"},
 }
 
@@ -271,6 +274,16 @@ def test_numbers_of_numpy_and_paths_are_arguments_of_sample(trained):
         loaded, np.int64(2), np.int64(3), steps=np.int64(2), guidance=np.float32(2), autoguidance=trained
     )
     assert torch.equal(plain["image"], ours["image"])
+    for key in "n", "repeats", "seed", "batch_size":
+        with pytest.raises(UserError, match=f"{key}='2' must be a whole number"):
+            genai.evaluate(loaded, **{key: "2"})
+    assert genai.evaluate(loaded, n=np.int64(16), split="val", repeats=np.int64(1))["n"] == 16
+    assert genai.sample(loaded, n=1, steps=2, guidance=2.0, guidance_interval=(0.1, None))["image"].shape == (
+        1,
+        1,
+        8,
+        8,
+    )
     mask = torch.zeros(1, 8, 8)
     given = {"n": 2, "image": X, "strength": 0.5}
     assert torch.equal(
@@ -284,11 +297,29 @@ def test_what_is_no_run_is_named_by_its_type(trained):
         "ckpt must be a run or a checkpoint, got a value of type Loaded": lambda: genai.load(loaded),
         "ckpt= is empty": lambda: genai.load(""),
         "loaded must be a loaded model, got a value of type DDPM": lambda: genai.sample(loaded.model),
+        "a value of type DDPM is not a loaded model": lambda: genai.evaluate(loaded.model),
     }
     for message, call in wrong.items():
         with pytest.raises(UserError, match=f"^{message}") as refused:
             call()
         assert len(str(refused.value)) < 200
+
+
+def test_loading_sampling_and_measuring_leave_the_callers_random_state(trained):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    loaded = genai.load(trained)
+    assert torch.equal(torch.get_rng_state(), before)
+    genai.sample(loaded, n=1, steps=2, guidance=2.0, autoguidance=trained)
+    assert torch.equal(torch.get_rng_state(), before)
+    genai.evaluate(loaded, metrics=["frechet"], n=16, repeats=1, split="val")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("metrics", [[3], [None], 3, [], {}, {"frechet": None}, [{}], [""]])
+def test_metrics_that_are_no_names_are_refused(trained, metrics):
+    with pytest.raises(UserError, match=f"^metrics={re.escape(str(metrics))} must be a name"):
+        genai.evaluate(genai.load(trained), metrics=metrics)
 
 
 def test_figures_from_python_are_those_of_the_command(tmp_path):

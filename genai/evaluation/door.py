@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from genai.checkpoint import Loaded
 from genai.cli.door import compose
-from genai.core.errors import UserError
+from genai.core.errors import UserError, at_least, show
 from genai.core.runs import Facts
 from genai.evaluation.run import Entries, measure
 from genai.ranges import check as ranges
@@ -48,15 +50,32 @@ def evaluate(
         UserError: for what this model or this data cannot be measured by.
     """
     if not isinstance(loaded, Loaded):
-        raise UserError(
-            f"{loaded!r} is not a loaded model: evaluate(load({str(loaded)!r})) measures a run or checkpoint"
-        )
+        hint = repr(str(loaded)) if isinstance(loaded, str | Path) else "..."
+        raise UserError(f"{show(loaded)} is not a loaded model: evaluate(load({hint})) measures a run or checkpoint")
+    listed = [metrics] if isinstance(metrics, str) else metrics
+    if listed is not None and not (isinstance(listed, list | tuple) and listed and all(map(_is_entry, listed))):
+        raise UserError(f"metrics={show(metrics)} must be a name, or a list of names and {{name: metric}}, or None")
     chosen = {"extractor": extractor, "likelihood": likelihood}
     cfg = compose([f"{key}={name}" for key, name in chosen.items() if isinstance(name, str)], "evaluate")
     nodes = {key: dict(node) for key, node in chosen.items() if isinstance(node, Mapping)}
-    counts = {"split": split, "n": n, "repeats": repeats, "seed": seed, "batch_size": batch_size}
-    for key, value in {**nodes, **counts, "baselines": baselines, "root": None if root is None else str(root)}.items():
+    counts = {"repeats": at_least(repeats, 1, "repeats"), "seed": at_least(seed, 0, "seed")}
+    counts |= {"n": None if n is None else at_least(n, 1, "n"), "batch_size": at_least(batch_size, 1, "batch_size")}
+    for key, value in {
+        **nodes,
+        **counts,
+        "split": split,
+        "baselines": baselines,
+        "root": None if root is None else str(root),
+    }.items():
         cfg[key] = value
     ranges.check(cfg, "evaluate")
-    facts, cards = measure(loaded, cfg, [metrics] if isinstance(metrics, str) else metrics)
+    with torch.random.fork_rng(devices=[loaded.device] if loaded.device.type == "cuda" else []):
+        facts, cards = measure(loaded, cfg, listed)
     return {**{card["metric"]: card["value"] for card in cards}, **facts, "cards": cards}
+
+
+def _is_entry(entry: object) -> bool:
+    """Tell whether an entry of metrics= is a name, or {name: metric}."""
+    if isinstance(entry, Mapping):
+        return bool(entry) and all(isinstance(name, str) and metric is not None for name, metric in entry.items())
+    return isinstance(entry, str) and entry != ""
