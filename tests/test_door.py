@@ -253,7 +253,7 @@ WRONG_SAMPLES = {
     "mask must be a file, a folder or a tensor, got 3": {"image": X, "mask": 3},
     "mask must be in [0, 1], got values from -1 to -1": {"image": X, "mask": X[0] - 1},
     "mask is not finite": {"image": X, "mask": X[0] / 0},
-    "mask is [2, 4, 4], but the image is": {"image": X, "mask": X[0, 0, :4, :4]},
+    "mask has shape [2, 4, 4], but the image has": {"image": X, "mask": X[0, 0, :4, :4]},
     "label= has 3 values for n=2 samples": {"label": [1, 2, 3]},
     "sampler.steps='2' must be": {"steps": "2", "strength": None},
     "mask holds 2 masks for n=3 samples": {"n": 3, "image": X, "mask": torch.zeros(2, 1, 8, 8)},
