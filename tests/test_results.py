@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import common, recipes, results
+from benchmarks import common, quality, recipes, results
 from tests.conftest import ROOT
 
 
@@ -95,6 +95,34 @@ def test_a_page_names_a_table_that_exists(copy, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["results"])
     with pytest.raises(SystemExit, match=r"page.md: the marked table 'qualty' must be one of models, .*quality"):
         results.main()
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([1, 1.5, 2], ["1.0", "1.5", "2.0"]),
+        ([0.932, 0.99, 1.0], ["0.932", "0.990", "1.000"]),
+        ([1.0, 0.09814, 2.515], ["1.000", "0.098", "2.515"]),
+        ([110.384, 89.551, None], ["110.4", "89.6", ""]),
+        ([62345.68, 512.25], ["62,346", "512"]),
+        ([2.98, 19.744, "-"], ["2.98", "19.74", "-"]),
+        ([857, 16194], ["857", "16194"]),
+        ([0.0, 0.0], ["0.0", "0.0"]),
+    ],
+)
+def test_the_numbers_of_a_column_have_as_many_decimals(values, shown):
+    assert results.column(values) == shown
+
+
+def test_the_picture_of_solvers_has_the_samplers_there_are(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sys, "argv", ["quality"])
+    monkeypatch.setattr(quality, "PICTURE", tmp_path / "quality.png")
+    quality.main()
+    assert (tmp_path / "quality.png").stat().st_size > 10_000
+    names = {row["sampler"] for row in results.load("quality_cpu")["rows"]}
+    assert names >= set(quality.STOCHASTIC)
+    assert all((ROOT / "conf" / "sampler" / f"{name}.yaml").exists() for name in names)
 
 
 @pytest.fixture
