@@ -160,7 +160,11 @@ def shortened(line: str) -> list[str] | None:
     if script == "train.py" and "--dry-run" not in words:
         if any(word.startswith("resume=") for word in words):
             return [re.sub(r"^(max_steps|optim\.decay_steps)=\d+", r"\1=8", word) for word in words]
-        words = [word for word in words if not re.match(r"max_steps=\d{2}|callbacks\.\w+\.(n|every_steps)=", word)]
+        words = [
+            word
+            for word in words
+            if not re.match(r"max_steps=\d{2}|callbacks\.(cards|samples)\.(n|every_steps)=", word)
+        ]
         if "logger." in line:
             return [*words, "max_steps=2", "sampler.steps=2", "callbacks.samples.n=2", "logger.timeout_seconds=1"]
         sweep = ["sweep.trials=2"] if "optuna" in line else ["sweep.over.seed=[0]"] if "sweep=" in line else []
