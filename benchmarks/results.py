@@ -342,7 +342,7 @@ def page() -> str:
     for section, title in SECTIONS.items():
         parts += [
             f"## {title}\n",
-            *(recipe(n, entry) for n, entry in load("recipes").items() if entry["section"] == section),
+            *(recipe(n, entry) for n, entry in recipes().items() if entry["section"] == section),
         ]
         parts += [benchmark(load(f"{name}_cpu")) for name in BENCHMARKS.get(section, [])]
     for title in [title for title in BENCHMARKS if title not in SECTIONS]:
