@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 RESULTS, ROOT = Path(__file__).parent / "results", Path(__file__).parent.parent
 MARKED = re.compile(r"(<!-- results: begin ?(\w*) -->\n).*?(<!-- results: end -->)", re.DOTALL)
@@ -92,8 +92,33 @@ with. Each writes its record; then run `python -m benchmarks.results`.
 
 
 def load(name: str) -> Any:
-    """The content of results/<name>.json."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    """The content of results/<name>.json. Exits with code 2 and a sentence if it cannot be read, or holds no keys."""
+    global loaded
+    loaded, content = f"{name}.json", None
+    try:
+        content = json.loads((RESULTS / loaded).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        refuse(loaded, f"cannot be read ({error})")
+    if not isinstance(content, dict) or not content:
+        refuse(loaded, "holds no keys")
+    return content
+
+
+loaded = ""  # name of the file that was loaded last
+
+
+def refuse(where: str, why: str) -> NoReturn:
+    """Print a sentence about a record and exit with code 2."""
+    print(f"benchmarks/results/{where} {why}: measure it again, or restore it with git checkout", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_records() -> None:
+    """Exit with code 2 and a sentence if a record does not say where its figures come from."""
+    for where, record in records():
+        for key in NEEDED:
+            if not record.get(key):
+                refuse(where, f"has no {key}")
 
 
 def records() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -160,6 +185,7 @@ def place(record: Mapping[str, Any]) -> str:
 
 def recipes() -> dict[str, dict[str, Any]]:
     """The entries of recipes.json; an entry with `figures_of` gets the figures of that record's row."""
+    global loaded
     found = load("recipes")
     for entry in found.values():
         if source := entry.get("figures_of"):
@@ -167,6 +193,7 @@ def recipes() -> dict[str, dict[str, Any]]:
             (row,) = [row for row in load(source["record"])["rows"] if row[at] == value]
             figures = {name: {"value": figure} for name, figure in row.items() if name in FIGURES}
             entry["runs"][0]["figures"] = figures | entry["runs"][0]["figures"]
+    loaded = "recipes.json"  # what its callers read
     return found
 
 
@@ -382,7 +409,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with code 2 if a page differs")
     args = parser.parse_args()
-    for path, text in pages().items():
+    try:
+        check_records()
+        written = pages()
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        why = f"has no {error.args[0]}" if isinstance(error, KeyError) else "is not a record"
+        refuse(loaded, why)
+    for path, text in written.items():
         if path.exists() and path.read_text() == text:
             continue
         if args.check:

@@ -87,6 +87,37 @@ def test_a_figure_that_differs_from_its_record_is_found(copy, monkeypatch, capsy
     assert check(monkeypatch, "--check") == 0
 
 
+BROKEN = {
+    b"{": "cannot be read",
+    b"": "cannot be read",
+    b"\xff\xfe": "cannot be read",
+    b"[]": "holds no keys",
+    b"{}": "holds no keys",
+    b'{"parts": 3}': "is not a record",
+    b'{"a": 3}': "",
+    b'{"command": "python x"}': "has no commit",
+}
+
+
+@pytest.mark.parametrize("name", ["recipes", "unet_cpu", "gpu_nvidia_h100_80gb_hbm3", "new"])
+@pytest.mark.parametrize("content", BROKEN)
+def test_a_broken_record_is_named_in_one_sentence(copy, monkeypatch, capsys, name, content):
+    (copy / "benchmarks" / "results" / f"{name}.json").write_bytes(content)
+    assert check(monkeypatch, "--check") == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"benchmarks/results/{name}.json ") and said.count("\n") == 1
+    assert BROKEN[content] in said or (name == "recipes" and "is not a record" in said)
+
+
+def test_a_recipe_that_the_pages_show_is_missed(copy, monkeypatch, capsys):
+    path = copy / "benchmarks" / "results" / "recipes.json"
+    content = json.loads(path.read_text())
+    del content["gan_digits"]
+    path.write_text(json.dumps(content))
+    assert check(monkeypatch, "--check") == 2
+    assert "recipes.json has no gan_digits" in capsys.readouterr().err
+
+
 def test_a_page_names_a_table_that_exists(copy, monkeypatch):
     (copy / "docs" / "page.md").write_text("<!-- results: begin quality -->\n<!-- results: end -->\n")
     assert check(monkeypatch) == 0
@@ -224,11 +255,13 @@ def test_a_recipe_runs_its_commands_in_turn(tmp_path):
     train, evaluate, run = tmp_path / "train.py", tmp_path / "evaluate.py", tmp_path / "run"
     train.write_text(
         "import pathlib, sys\nrun = pathlib.Path(sys.argv[2])\nrun.mkdir()\n"
+        "(run / 'given').write_text(' '.join(sys.argv[3:]))\n"
         "(run / 'metrics.csv').write_text(f'step,name,value\\n0,val/loss,3\\n{sys.argv[1]},val/loss,1.5\\n')"
     )
     evaluate.write_text(f"import sys\nassert sys.argv[1] == {str(run)!r}\nprint({json.dumps(CARD)!r})")
     commands = [f"python {train} {{seed}} {{run}}", f"python {evaluate} {{run}} likelihood=ode"]
-    found = recipes.perform(commands, 7, run, ["data.root=here"])
+    found = recipes.perform([f"{commands[0]} max_steps=5", commands[1]], 7, run, ["data.root=here", "max_steps=3"])
+    assert (run / "given").read_text() == "max_steps=3 data.root=here logger=none"  # a key once: the last counts
     assert found["val/loss"] == {"value": 1.5}
     assert found["frechet, ode"]["value"] == 8.1
     assert found["seconds"]["value"] >= 0
