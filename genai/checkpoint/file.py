@@ -179,11 +179,11 @@ def folder_of(ckpt: Path) -> Path:
     return ckpt.parent.parent if ckpt.parent.name == "checkpoints" else ckpt.parent
 
 
-def locate(ckpt: str | None) -> tuple[dict, Path]:
+def locate(ckpt: str | None, key: str = "ckpt") -> tuple[dict, Path]:
     """Find and read the checkpoint that `ckpt` names; returns (content, path).
 
     `ckpt` is a checkpoint file, a run directory (its last checkpoint), a folder of runs (the newest run in it), or None for the
-    newest run below runs/.
+    newest run below runs/. `key` is the config key that names it, for the error.
 
     Raises UserError if there is no checkpoint.
     """
@@ -201,5 +201,5 @@ def locate(ckpt: str | None) -> tuple[dict, Path]:
             print(f"newest run: {run}")
     found = newest(run)
     if found is None:
-        raise UserError(f"{run} holds no readable checkpoint (looked for checkpoints/*.ckpt): give ckpt= another one")
+        raise UserError(f"{run} holds no readable checkpoint (looked for checkpoints/*.ckpt): give {key}= another one")
     return found

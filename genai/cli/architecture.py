@@ -72,7 +72,7 @@ def _source_config(source: str) -> dict[str, Any]:
         return stored_config(home / "config.yaml", ("model", "data", "sampler", "loop"))
     from genai import checkpoint
 
-    return checkpoint.locate(source)[0]["config"]
+    return checkpoint.locate(source, "init_from")[0]["config"]
 
 
 def _inherited_keys(stored: dict[str, Any]) -> dict[str, Any]:

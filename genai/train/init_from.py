@@ -23,7 +23,7 @@ def load_initial_weights(
     Raises:
         UserError: with init_strict, the shapes of weights or the modalities of the data differ.
     """
-    content, path = checkpoint.locate(config["init_from"])
+    content, path = checkpoint.locate(config["init_from"], "init_from")
     strict = config["init_strict"]
     if strict:
         check_same_modalities(content, path, *modalities, "or init_strict=false, if only the weights matter")
