@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from genai.core.errors import UserError
 from genai.ranges.kinds import Choice, Range, format_value
-from genai.ranges.table import RANGES, TARGET, TIES
+from genai.ranges.table import RANGES, SHAPED, TARGET, TIES
 
 
 def matches(pattern: Sequence[str], key: Sequence[str]) -> bool:
@@ -203,9 +203,24 @@ TIED = index_by_last_part(TIES)
 
 
 def check_agreement(cfg: DictConfig) -> None:
+    """Raise UserError for a model of another kind of data than those that were built, or as `_check_ties` does."""
+    model, shape = cfg.model, cfg.data.get("shape")
+    if str(model.get("_target_")).startswith("genai.models.") and shape is not None:
+        for key, range_ in SHAPED.items() if "shape" in model else ():
+            if not range_.holds(value := _at(cfg, key)):
+                raise UserError(f"{key}={format_value(value)} must be {range_}")
+        if _at(cfg, "model.net.dim") is not None and len(shape) != 1:
+            raise UserError(
+                f"this model takes vectors (model.net.dim), but this data has shape {format_value(list(shape))}: choose "
+                "data=toy2d, or another model="
+            )
+    _check_ties(cfg)
+
+
+def _check_ties(cfg: DictConfig) -> None:
     """Raise UserError for a part of the model that is configured for another shape, number of classes or the like than the data.
 
-    Facts that are null in `data` are not checked; call this again when the data are built. A model may ignore classes.
+    Facts that are null in `data` are not checked before the data are built. A model may ignore classes.
     """
     for leaf in leaves(cfg, "train"):
         if not leaf.key.startswith(("model.", "codec.")):
@@ -224,7 +239,7 @@ def check_agreement(cfg: DictConfig) -> None:
 
 def _check_parts(cfg: DictConfig, typed: set[str]) -> None:
     if OmegaConf.is_dict(cfg.get("model")) and OmegaConf.is_dict(cfg.get("data")):
-        check_agreement(cfg)
+        _check_ties(cfg)
 
 
 RULES: tuple[Callable[[DictConfig, set[str]], None], ...] = (_check_schedule, _check_ema, _check_order, _check_parts)

@@ -374,6 +374,13 @@ RANGES: dict[str, Any] = {
     "sweep.over.**.step": Number(0, 10**12, above=True),
 }
 
+SHAPED = {
+    "model.field": Text(
+        "a field of images or vectors, for only model=gpt takes tokens: choose another data=", r"(?!tokens$).*"
+    ),
+}
+"""The ranges of keys that a model with a `shape` needs once the data are built."""
+
 TIES = {
     "FiniteScalarQuantizer:levels": (),
     "model.field": ("data.field",),

@@ -27,6 +27,8 @@ class Decoder(nn.Module):
         self, vocab_size: int, transformer: Transformer, tied: bool, init: Callable[[nn.Module], None] | None = None
     ):
         super().__init__()
+        if vocab_size is None:
+            raise UserError("a GPT takes tokens, but this data has none (data.levels): choose a text with data=")
         self.embed = nn.Embedding(vocab_size, transformer.width)
         self.transformer = transformer
         self.head = nn.Linear(transformer.width, vocab_size, bias=False)

@@ -302,7 +302,9 @@ class Discriminator(nn.Module):
 def start_size(shape: Sequence[int], widths: Sequence[int], key: str) -> tuple[int, int]:
     """Return (h, w) of the smallest maps. Raises UserError if the size does not divide."""
     if len(shape) != 3 or not widths:
-        raise UserError(f"StyleGAN2 makes images of shape [C, H, W] with at least one of {key}, got {list(shape)}")
+        raise UserError(
+            f"StyleGAN2 makes images of shape [C, H, W], got {list(shape)}: choose another data=, and at least one of {key}"
+        )
     multiple = 2 ** (len(widths) - 1)
     if shape[1] % multiple or shape[2] % multiple:
         raise UserError(

@@ -41,6 +41,13 @@ class Likelihood(KeepPrecision):
         return upcast(out).unflatten(1, (self.outputs, -1)).transpose(0, 1)
 
 
+def _grey_levels(levels: int | None) -> int:
+    """Return levels. Raises UserError unless there are at least 2."""
+    if levels is None:
+        raise UserError("model.likelihood is of grey levels, but this data has none: choose images with data=")
+    return at_least(levels, 2, "model.likelihood.levels")
+
+
 class LogSigmoid(torch.autograd.Function):
     """The function ln sigmoid(a) as min(a, 0) + ln sigmoid(|a|), accurate to a rounding of its absolute value.
 
@@ -64,7 +71,7 @@ class Categorical(Likelihood):
 
     def __init__(self, levels: int):
         super().__init__()
-        self.levels = self.outputs = at_least(levels, 2, "levels")
+        self.levels = self.outputs = _grey_levels(levels)
         self.register_buffer("values", torch.linspace(-1, 1, levels), persistent=False)
 
     def log_prob(self, out: Tensor, x: Tensor) -> Tensor:
@@ -119,7 +126,7 @@ class DiscretizedLogistic(Likelihood):
 
     def __init__(self, levels: int):
         super().__init__()
-        self.levels = at_least(levels, 2, "levels")
+        self.levels = _grey_levels(levels)
         self.half_bin = 1 / (levels - 1)
 
     def log_prob(self, out: Tensor, x: Tensor) -> Tensor:

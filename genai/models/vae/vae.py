@@ -57,7 +57,8 @@ class VAE(nn.Module):
             )
         if likelihood.levels is not None and levels is None:
             raise UserError(
-                f"model.likelihood counts {likelihood.levels} values, but this data is continuous: choose gaussian"
+                f"model.likelihood counts {likelihood.levels} values, but this data is continuous: choose images "
+                "with data=, or gaussian"
             )
         if likelihood.levels not in (levels, 2):
             raise UserError(f"model.likelihood counts {likelihood.levels} values, but this data takes {levels}")
