@@ -42,6 +42,8 @@ def config_folders(config_dir: str | None) -> list[Path]:
 
 def group_choices(group: str, folders: Iterable[Path]) -> list[str]:
     """Return the names of a group's files; an empty list if there is no such group."""
+    if len(group) > 255:  # which no folder's name can be
+        return []
     return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
 
 
@@ -93,6 +95,11 @@ def compose_config(
             hydra.config_loader = loader = Loader(hydra.config_loader.config_search_path)
             cfg = compose(name, lines, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
+        if misplaced := re.match(r"Could not override '(\w+)@(\w+)'", str(error)):
+            group, place = misplaced.groups()
+            raise UserError(
+                f"{group}@{place}= has no effect, for this config has no {place}: write {group}="
+            ) from error
         raise UserError("cannot compose the config: " + " ".join(str(error).split("\n")[:2])) from error
     finally:
         GlobalHydra.instance().hydra = theirs
@@ -186,10 +193,14 @@ def _split(
             continue
         if override.is_sweep_override():
             if not sweep:
-                raise UserError(f"{override.input_line} names several values: add -m to run them all")
+                once = f"genai {name} takes one, so repeat the command in a loop of the shell"
+                raise UserError(
+                    f"{override.input_line} names several values: {'add -m to run them all' if name == 'train' else once}"
+                )
         elif not options:
             values.append(override)
         else:
+            _check_group(override, name)
             choice = override.value()
             if choice is None and group_defaults(name).get(key) is None:
                 continue
@@ -200,6 +211,21 @@ def _split(
                 raise UserError(f"{key}={choice} must be one of {', '.join(options)}{nearest(str(choice), options)}")
             groups.append(override)
     return groups, values
+
+
+def _check_group(override: Override, name: str) -> None:
+    """Raise UserError for a group of another command, or a + before one of this command's own."""
+    key, commands = override.key_or_group, ("train", "sample", "evaluate", "baselines")
+    if key in group_defaults(name):
+        if override.is_add() or override.is_force_add():
+            line = str(override.input_line)
+            raise UserError(f"{line} would add a second {key}: write {line.lstrip('+')}")
+    elif others := [f"genai {other}" for other in commands if key in group_defaults(other)]:
+        own = key in group_defaults("train") and name != "baselines"
+        why = ", as the run that ckpt= names has its own" if own else ""
+        raise UserError(
+            f"{key}= is not a key of genai {name}, but of {' and '.join(others)}: leave it out{why} (--help lists all keys)"
+        )
 
 
 def new_keys(name: str, overrides: Sequence[str], config_dir: str | None) -> Iterator[str]:
