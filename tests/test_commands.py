@@ -1,5 +1,6 @@
 """Wrong commands: one sentence that names the fix, exit code 2, no traceback, nothing written."""
 
+import os
 import re
 import resource
 import shutil
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from tests.checkpoint.test_checkpoint import DEBUG
-from tests.conftest import ROOT
+from tests.conftest import ROOT, python
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,11 @@ TRAIN = {
     "--max-steps=10": "write max_steps=10",
     "-max_steps=10": "write max_steps=10",
     "--learning_rate": "keys are written key=value",
-    "--cfg=nope": "invalid choice: 'nope'",
+    "--cfg=nope": "invalid choice: 'nope' (choose from 'job', 'hydra', 'all'): give --cfg one of job, hydra, all",
+    "--cfg": "give --cfg one of job, hydra, all",
+    "--config-dir": "give --config-dir a folder",
+    "--multirun=3": "give --multirun no value",
+    "--resolve": "--resolve has no effect without --cfg",
     "--info=nope": "invalid choice: 'nope'",
     "--config-name=nope": "--config-name and --config-path have no effect here",
     "--config-path=nope": "--config-name and --config-path have no effect here",
@@ -140,6 +145,10 @@ TRAIN = {
     "model._target_=os.system": "model._target_=os.system needs command",
     "model._target_=genai.nope": "_target_=genai.nope cannot be found",
     "experiment=../train": "experiment=../train must be one of",
+    "+experiment=gan_digits": "+experiment=gan_digits would add a second experiment: write experiment=gan_digits",
+    "extractor=inception": "extractor= is not a key of genai train, but of genai evaluate: leave it out",
+    "+baseline=gmm": "baseline= is not a key of genai train, but of genai baselines: leave it out",
+    "model@foo=ddpm": "model@foo= has no effect, for this config has no foo: write model=",
     "sweep=ddpm_digits_lr": "add -m",
     "seed=choice(1,2)": "add -m",
     # Files for folders
@@ -165,7 +174,21 @@ TRAIN_PAIRS = {
     ("resume=a_list",): "a_list/config.yaml is not a config of a run (it holds no keys)",
     ("resume=nothing",): "nothing/config.yaml is not a config of a run (it holds no keys)",
     ("resume=keys",): "keys/config.yaml is not a config of a run (it has no model)",
-    ("+model=ddpm",): "model appears more than once",
+    ("+model=ddpm",): "+model=ddpm would add a second model: write model=ddpm",
+    ("model=ddpm", "model=edm"): "model= is given twice, as ddpm and as edm: leave one of them out",
+    ("experiment=gan_digits", "experiment=vae_digits"): "experiment= is given twice, as gan_digits and as vae_digits",
+    ("-m", "seed=0,1", "model=ddpm", "model=edm"): "model= is given twice, as ddpm and as edm",
+    ("model=vae", "data=toy2d"): "model.likelihood is of grey levels, but this data has none: choose images with data=",
+    ("model=gpt", "data=toy2d"): "a GPT takes tokens, but this data has none (data.levels): choose a text with data=",
+    ("model=ddpm_mlp", "data=digits"): "this model takes vectors (model.net.dim), but this data has shape [1, 8, 8]",
+    ("model=vae_binary", "data=toy2d"): "choose images with data=, or gaussian",
+    ("model=stylegan2", "data=toy2d"): "got [2]: choose another data=",
+    (
+        "model=gan",
+        "data=digits_pixels",
+    ): "model.field=tokens must be a field of images or vectors, for only model=gpt takes tokens: choose",
+    ("init_from=empty",): "give init_from= another one",
+    ("init_from=empty", "model=ddpm", "debug=true"): "give init_from= another one",
     ("-m", "seed=0,1", "run_dir=x"): "a sweep names the folders of its runs itself",
     ("-m", "seed=0,1", "resume=x"): "neither a run directory nor a folder of them",
     ("-m", "seed=0,x"): "seed=x must be a number",
@@ -186,7 +209,54 @@ TRAIN_PAIRS = {
 def test_wrong_training_commands(refused, argument):
     if argument == "trainer.accelerator=gpu" and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    assert TRAIN[argument] in refused("train.py", argument, "logger=none")
+    assert TRAIN[argument] in refused("train.py", *([] if "logger" in argument else ["logger=none"]), argument)
+
+
+LONG = {
+    ("max_steps=VALUE",): "max_steps=VALUE must be a number",
+    ("VALUE=3",): "there is no key VALUE (--help lists all)",
+    ("model=VALUE",): "model=VALUE must be one of",
+    ("name=VALUE VALUE",): "name a shorter one",
+    ("run_dir=VALUE",): "run_dir=VALUE has a name of 20000 characters: name a shorter one",
+    ("init_from=VALUE",): "VALUE/config.yaml cannot be used (File name too long): make room, or name another",
+    ("data.root=VALUE", "data=mnist"): "cannot be used (File name too long)",
+    ("--config-dir", "VALUE"): "VALUE cannot be used (File name too long)",
+    ("optim.betas=[" + "0.5," * 9000 + "0.5]",): "0.5, 0... must be a list like [a,b] of 2 values",
+}
+
+
+@pytest.mark.parametrize("arguments", LONG, ids=lambda arguments: arguments[0][:20])
+def test_long_values_are_cut_in_sentences(refused, arguments):
+    cut = f"{'x' * 60}...{'x' * 20} (20000 characters)"
+    sentence = refused("train.py", *(argument.replace("VALUE", "x" * 20000) for argument in arguments), "logger=none")
+    assert LONG[arguments].replace("VALUE", cut) in sentence and len(sentence) < 600
+
+
+def test_a_command_in_a_deleted_folder(tmp_path):
+    script = (
+        "import os, sys, genai.commands\n"
+        "os.mkdir('gone'), os.chdir('gone'), os.rmdir('../gone')\n"
+        "sys.argv = ['genai', 'train', '--cfg', 'job']\n"
+        "genai.commands.main()\n"
+    )
+    done = python("-c", script, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: the working directory cannot be used (No such file or directory)")
+
+
+@pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["train", "--cfg", "job"]], ids=" ".join)
+def test_output_that_nobody_reads_or_that_finds_no_room(command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed, open("/dev/full", "w") as full:
+        for output, code, sentence in (
+            (closed, 141, ""),
+            (full, 2, "error: the output cannot be written (No space left"),
+        ):
+            given = [sys.executable, "-m", "genai", *command]
+            done = subprocess.run(given, stdout=output, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60)
+            assert done.returncode == code and done.stderr.startswith(sentence), done.stderr
+            assert done.stderr.count("\n") == (1 if sentence else 0), done.stderr
 
 
 @pytest.fixture
@@ -305,7 +375,9 @@ SAMPLE = {
     "image=cat.jpg": "image=cat.jpg cannot be read as an image",
     "stop=x": "takes no text",
     "negative_prompt=x": "takes no prompt",
-    "seed=1,2": "add -m",
+    "seed=1,2": "seed=1,2 names several values: genai sample takes one, so repeat the command in a loop of the shell",
+    "-m": "genai sample has no sweeps: leave -m out, and repeat the command in a loop of the shell",
+    "data=mnist": "data= is not a key of genai sample, but of genai train and genai baselines: leave it out, as the run",
     "--n=5": "write n=5",
     "hydra.verbose=true": "has no effect without -m",
 }
@@ -338,6 +410,9 @@ EVALUATE = {
     "trust=5": "trust=5 must be the name of a package",
     "baselines=5": "baselines=5 must be true or false",
     "metric=[frechet]": "did you mean metrics?",
+    "model=edm": "model= is not a key of genai evaluate, but of genai train: leave it out, as the run that ckpt= names",
+    "+model=edm": "model= is not a key of genai evaluate",
+    "--multirun": "genai evaluate has no sweeps: leave -m out",
     "root=": "root= is empty",
     "--split=test": "write split=test",
 }
@@ -398,6 +473,8 @@ BASELINES = {
     "data=null": "data= cannot be left empty",
     "data=toy2d": "there are no baselines of vector",
     "--data=digits": "write data=digits",
+    "-m": "genai baselines has no sweeps: leave -m out",
+    "model=ddpm": "model= is not a key of genai baselines, but of genai train: leave it out",
 }
 
 

@@ -15,10 +15,11 @@ from hydra.errors import ConfigCompositionException, MissingConfigException, Ove
 from omegaconf import DictConfig, OmegaConf
 
 from genai.cli.compose import Prepare, compose_config, conf_dir, config_folders, group_choices, group_defaults, new_keys
-from genai.cli.errors import UNUSABLE, fail
-from genai.cli.overrides import quote_override, refuse_hydra_keys
+from genai.cli.errors import fail, one_sentence
+from genai.cli.overrides import quote_override, refuse_hydra_keys, refuse_repeated
 from genai.core.errors import UserError
 from genai.core.interrupt import raise_on_signal
+from genai.core.stdout import show
 
 
 def main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None = None) -> None:
@@ -37,36 +38,29 @@ def _main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None)
     # matplotlib warns of a home directory that cannot be written, and works without one.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     args = arguments()
-    sys.path.append(os.getcwd())  # where a user's own package may be
 
     def run_checked(cfg: DictConfig) -> Any:
-        try:
+        with one_sentence():
             if HydraConfig.initialized():  # a job of a sweep, which is checked as a single run is
                 cfg = compose_config(name, HydraConfig.get().overrides.task, prepare, config_dir=args.config_dir)
             return task(cfg)
-        except UserError as error:
-            fail(error)
-        except OSError as error:
-            if error.errno not in UNUSABLE:
-                raise
-            fail(
-                UserError(f"{error.filename or 'a file'} cannot be used ({error.strerror}): make room, or name another")
-            )
 
-    try:
+    with one_sentence():
+        try:
+            sys.path.append(os.getcwd())  # where a user's own package may be
+        except OSError as error:
+            raise UserError(f"the working directory cannot be used ({error.strerror}): cd to another one") from error
         check_flags(args, name)
         if not any((args.hydra_help, args.info, args.shell_completion)):
             if args.help and not args.overrides:
                 prepare = None  # --help alone describes the defaults, and looks for no run
             cfg = compose_config(name, args.overrides, prepare, args.multirun, args.config_dir)
             if args.help:
-                return print(help_text(name, cfg, args.config_dir))
+                return show(help_text(name, cfg, args.config_dir) + "\n")
             if args.cfg == "job" and not args.package:
-                return print(OmegaConf.to_yaml(cfg, resolve=args.resolve), end="")
+                return show(OmegaConf.to_yaml(cfg, resolve=args.resolve))
             if not args.multirun and not args.cfg:
                 return run_checked(cfg)
-    except UserError as error:
-        fail(error)
     import hydra
 
     given = {override: quote_override(override, args.multirun) for override in args.overrides}
@@ -83,13 +77,21 @@ def _main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None)
 def arguments() -> argparse.Namespace:
     """Return Hydra's arguments in sys.argv; an unknown flag exits with one sentence."""
     parser = get_args_parser()
-    parser.error = refuse_flags  # type: ignore[method-assign]
+    parser.error = lambda message: refuse_flags(message, parser)  # type: ignore[method-assign]
     return parser.parse_args()
 
 
-def refuse_flags(message: str) -> NoReturn:
-    """Exit with one sentence instead of argparse's usage; for --key=value it names key=value."""
-    wrong = next((a for a in sys.argv[1:] if re.match(r"-{1,2}[a-z]\w*(-\w+)*=", a)), None)
+def refuse_flags(message: str, parser: argparse.ArgumentParser) -> NoReturn:
+    """Exit with one sentence instead of argparse's usage; for --key=value it names key=value, for a flag its values."""
+    flags = parser._option_string_actions
+    typed = [a for a in sys.argv[1:] if a.partition("=")[0] not in flags]
+    wrong = next((a for a in typed if re.match(r"-{1,2}[a-z]\w*(-\w+)*=", a)), None)
+    flag = re.match(r"argument (-[\w-]+)", message)
+    if flag is not None and wrong is None:
+        action = flags[flag[1]]
+        value = "no value" if action.nargs == 0 else "a folder" if action.dest == "config_dir" else "a name"
+        value = f"one of {', '.join(action.choices)}" if action.choices else value
+        fail(UserError(f"the command line cannot be parsed, {message}: give {flag[1]} {value}"))
     hint = f": write {wrong.lstrip('-').replace('-', '_')}" if wrong else ": keys are written key=value, without dashes"
     fail(UserError(f"the command line cannot be parsed, {message}{hint} (--help lists all keys)"))
 
@@ -105,6 +107,14 @@ def check_flags(args: argparse.Namespace, name: str) -> None:
         raise UserError(
             "--experimental-rerun and --package are flags of Hydra that have no effect here: leave them out"
         )
+    if args.resolve and not args.cfg:
+        raise UserError("--resolve has no effect without --cfg: add --cfg job, or leave it out")
+    if args.multirun and name != "train":
+        raise UserError(
+            f"genai {name} has no sweeps: leave -m out, and repeat the command in a loop of the shell, "
+            f"for s in 0 1; do genai {name} seed=$s; done"
+        )
+    refuse_repeated(args.overrides)
     if not (args.multirun or args.cfg or args.info or args.hydra_help or args.shell_completion):
         refuse_hydra_keys(args.overrides)
     if args.config_dir is not None and not Path(args.config_dir).is_dir():

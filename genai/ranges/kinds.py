@@ -25,8 +25,9 @@ def format_value(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
-        return f"[{', '.join(map(format_value, value))}]"
-    text = f"{value:g}" if isinstance(value, int) and abs(value) > 2**64 else str(value)
+        text = f"[{', '.join(map(format_value, value))}]"
+    else:
+        text = f"{value:g}" if isinstance(value, int) and abs(value) > 2**64 else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
