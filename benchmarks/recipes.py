@@ -70,10 +70,7 @@ def perform(commands: Iterable[str], seed: int, run: Path, more: Iterable[str]) 
     figures: dict[str, dict[str, Any]] = {}
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     for k, command in enumerate(commands):
-        words = shlex.split(command.format(seed=seed, run=run))[1:]
-        if k == 0:
-            given = {word.partition("=")[0]: word for word in (*words, *more, "logger=none")}  # the last counts
-            words = [*given.values()]
+        words = shlex.split(command.format(seed=seed, run=run))[1:] + ([*more, "logger=none"] if k == 0 else [])
         start = cpu_seconds()
         done = subprocess.run(
             [sys.executable, *words], cwd=ROOT, env=env, check=True, text=True, stdout=subprocess.PIPE

@@ -16,10 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from genai.cli.compose import Prepare, compose_config, conf_dir, config_folders, group_choices, group_defaults, new_keys
 from genai.cli.errors import fail, one_sentence
-from genai.cli.overrides import quote_override, refuse_hydra_keys, refuse_repeated
+from genai.cli.overrides import quote_override, refuse_hydra_keys
 from genai.core.errors import UserError
 from genai.core.interrupt import raise_on_signal
-from genai.core.stdout import show
 
 
 def main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None = None) -> None:
@@ -56,9 +55,9 @@ def _main(task: Callable[[DictConfig], Any], name: str, prepare: Prepare | None)
                 prepare = None  # --help alone describes the defaults, and looks for no run
             cfg = compose_config(name, args.overrides, prepare, args.multirun, args.config_dir)
             if args.help:
-                return show(help_text(name, cfg, args.config_dir) + "\n")
+                return print(help_text(name, cfg, args.config_dir))
             if args.cfg == "job" and not args.package:
-                return show(OmegaConf.to_yaml(cfg, resolve=args.resolve))
+                return print(OmegaConf.to_yaml(cfg, resolve=args.resolve), end="")
             if not args.multirun and not args.cfg:
                 return run_checked(cfg)
     import hydra
@@ -114,7 +113,6 @@ def check_flags(args: argparse.Namespace, name: str) -> None:
             f"genai {name} has no sweeps: leave -m out, and repeat the command in a loop of the shell, "
             f"for s in 0 1; do genai {name} seed=$s; done"
         )
-    refuse_repeated(args.overrides)
     if not (args.multirun or args.cfg or args.info or args.hydra_help or args.shell_completion):
         refuse_hydra_keys(args.overrides)
     if args.config_dir is not None and not Path(args.config_dir).is_dir():

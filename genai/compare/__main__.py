@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.table import Table
 
 from genai import progress
-from genai.cli import fail
+from genai.cli import fail, one_sentence
 from genai.compare.page import report
 from genai.compare.runs import MARKS, cell, check_protocols, columns, rank_runs, read_all, table
 from genai.core import files
@@ -69,12 +69,10 @@ def main() -> None:
     parser.add_argument("--unranked", action="store_true", help="show cards of different protocols, in the order given")
     parser.add_argument("--wandb", metavar="PROJECT", help="also log the table and the page to this W&B project")
     args = parser.parse_args()
-    try:
+    with one_sentence():
         if not args.out:
             raise UserError("--out is empty: name a folder")
         rows = compare(expand_folders(args.runs), Path(args.out), args.unranked)
-    except UserError as error:
-        fail(error)
     names = columns(rows)
     terminal = Table(*names, caption=MARKS if len(names) < len(rows[0]) else None)
     for row in rows:

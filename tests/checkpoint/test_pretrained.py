@@ -157,7 +157,7 @@ def test_the_trained_weights_or_their_average(student, tmp_path):
     changed = {**theirs, "model": {k: t + 1 for k, t in theirs["model"].items()}}
     assert checkpoint.digest(changed) == checkpoint.digest(theirs)
     assert checkpoint.digest(changed, "raw") != checkpoint.digest(theirs, "raw") != checkpoint.digest(theirs)
-    with pytest.raises(UserError, match=r"model.teacher.weights=best must be one of ema, raw"):
+    with pytest.raises(UserError, match=r"model.teacher.weights='best' must be one of ema, raw"):
         student("model.teacher.weights=best", name="best")
     with pytest.raises(UserError, match=r"model.teacher.frozen=3 must be true or false"):
         student("model.teacher.frozen=3", name="best")

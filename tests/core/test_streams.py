@@ -57,5 +57,6 @@ def test_a_run_whose_reader_has_gone_is_trained_and_compared(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
     with open("/dev/full", "w") as full:
         done = call("-m", "genai.compare", "run", "--out", "compared", stdout=full)
-    assert (done.returncode, done.stderr) == (0, b"")
+        helped = call("-m", "genai", "--help", stdout=full), call(str(ROOT / "train.py"), "--cfg", "job", stdout=full)
+    assert [(one.returncode, one.stderr) for one in (done, *helped)] == [(0, b"")] * 3
     assert (tmp_path / "compared" / "report.html").exists()

@@ -601,7 +601,7 @@ SAMPLE = {
     "label=1": "unconditional: leave label= out",
     "guidance=2": "the sampler generate has no guidance",
     "steps=3": "there is no key steps",
-    "sampler=speculative": "name the run or checkpoint of a smaller model",
+    "sampler=speculative": "must be the run or checkpoint of a smaller model",
     "sampler=ddim": "the sampler ddim is for a Diffusion, and this model is a GPT",
     "repetition_penalty=null": "sampler.repetition_penalty=null must be a number greater than 0",
     "stop=[a,b]": "the character '['",
