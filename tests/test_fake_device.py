@@ -48,7 +48,10 @@ ITEMS, BATCHES = "items of the data come from the host, once a call", "batches c
 WAITS: dict[tuple[str, str, str], tuple[str, str]] = {
     ("call", "callbacks.Evaluate.evaluate", "read"): ("model=ddpm_mlp", "how far the average is, once an evaluation"),
     ("call", "lit.LitModel.evaluate", "copy"): ("model=ddpm_mlp", BATCHES),
-    ("call", "lit.NonFiniteGuard.stop_if_bad", "read"): ("model=ddpm_mlp", "whether all was finite, on logging steps"),
+    ("call", "gradients.NonFiniteGuard.stop_if_bad", "read"): (
+        "model=ddpm_mlp",
+        "whether all was finite, on logging steps",
+    ),
     ("call", "record.Means.read", "read"): (
         "model=ddpm_mlp",
         "all means at once, on logging steps and after evaluations",

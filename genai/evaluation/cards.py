@@ -18,7 +18,8 @@ from genai.core import files
 from genai.core.runs import Card, Facts
 from genai.data.fingerprint import split_checksum
 from genai.evaluation.baselines.vectors import TrainingCopy
-from genai.evaluation.metrics import CheckedPlan, Metric, custom_facts
+from genai.evaluation.metrics import Metric, custom_facts
+from genai.evaluation.plan import CheckedPlan
 
 
 def data_facts(checked: CheckedPlan) -> Facts:

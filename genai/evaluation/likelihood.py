@@ -17,7 +17,8 @@ from genai.core.protocols import Batch, Reconstructor, Scorable, check_sampler
 from genai.core.runs import Facts
 from genai.data.base import Data, first_items
 from genai.data.stream import batches
-from genai.evaluation.metrics import CheckedPlan, compute
+from genai.evaluation.metrics import compute
+from genai.evaluation.plan import CheckedPlan
 from genai.metrics import likelihood as units
 from genai.metrics.intervals import Interval, bootstrap
 

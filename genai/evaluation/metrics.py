@@ -1,7 +1,7 @@
 """The metrics of cards, which conf/metrics.yaml names, and the plan of an evaluation."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -253,54 +253,3 @@ def can_compute(metric: Metric, loaded: Loaded, data: Data, method: object = Non
         "reconstructions": isinstance(loaded.model, Reconstructor),
     }
     return given.get(metric.kind, data.modality.comparison == metric.kind) and metric.suits(loaded, data)
-
-
-@dataclass
-class Plan:
-    """The settings of an evaluation.
-
-    Args:
-        metrics: names of conf/metrics.yaml, and {name: metric} for others; None for all that one pass over the split gives.
-        split: name of the split.
-        n: items of the split, or samples of each set; None for as many as the split has.
-        repeats: independent sets of samples.
-        seed: of the first sample.
-        batch_size: items or samples per call of the model.
-        extractor: builds the extractor of features from the data, its config and a device.
-        likelihood: config node of a likelihood; None for the model's own.
-        baselines: True for cards that list trivial models too.
-    """
-
-    metrics: Sequence[str | Mapping[str, Metric]] | None
-    split: str = "test"
-    n: int | None = None
-    repeats: int = 5
-    seed: int = 0
-    batch_size: int = 256
-    extractor: Callable[[Data, Any, str], features.Extractor] = features.classifier
-    likelihood: Facts | None = None
-    baselines: bool = True
-
-
-@dataclass
-class CheckedPlan:
-    """A plan that can be carried out, with what the check found.
-
-    Args:
-        images, node: the data and its config; images where the data are images as tokens.
-        n: number of items or samples.
-        available: the standard metrics that can be computed.
-        requested: the metrics asked for, in their order.
-        pass_metrics, sample_metrics: those of `requested` from one pass over the split, and from samples.
-        extractor: of features; None where no samples are compared by features.
-    """
-
-    plan: Plan
-    images: Data
-    node: Any
-    n: int
-    available: dict[str, Metric]
-    requested: dict[str, Metric]
-    pass_metrics: dict[str, Metric]
-    sample_metrics: dict[str, Metric]
-    extractor: features.Extractor | None

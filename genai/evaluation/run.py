@@ -22,16 +22,8 @@ from genai.data.base import Data
 from genai.data.pixels import underlying_images
 from genai.evaluation import cards, likelihood, samples
 from genai.evaluation.baselines.reference import reference_scores
-from genai.evaluation.metrics import (
-    KINDS,
-    PASS_KINDS,
-    SAMPLE_PARTS,
-    CheckedPlan,
-    Metric,
-    Plan,
-    can_compute,
-    standard_metrics,
-)
+from genai.evaluation.metrics import KINDS, PASS_KINDS, SAMPLE_PARTS, Metric, can_compute, standard_metrics
+from genai.evaluation.plan import CheckedPlan, Plan
 from genai.modalities.stored import difference, nodes_of
 
 WANDB = "genai.train.trackers.wandb"

@@ -20,7 +20,8 @@ from genai.data.stream import batches
 from genai.evaluation.baselines.reference import reference_scores
 from genai.evaluation.cards import card, data_facts
 from genai.evaluation.features import Extractor, FeatureSet, extract_features
-from genai.evaluation.metrics import CheckedPlan, GeneratedTexts, Metric, RealFakePair, compute
+from genai.evaluation.metrics import GeneratedTexts, Metric, RealFakePair, compute
+from genai.evaluation.plan import CheckedPlan
 from genai.metrics.intervals import over_seeds
 from genai.metrics.memorisation import memorisation
 from genai.modalities.base import save

@@ -21,7 +21,7 @@ from genai.core import files, rng
 from genai.core.errors import at_least
 from genai.core.protocols import Batch, OnStep, Sampler, check_sampler, with_items
 from genai.evaluation.features import Extractor
-from genai.evaluation.metrics import Plan
+from genai.evaluation.plan import Plan
 from genai.evaluation.run import check, evaluate
 from genai.train.lit import LitModel
 from genai.train.strategy import TIMEOUT, Ranks
@@ -130,7 +130,7 @@ class Samples(Between):
 
 class Cards(Between):
     """Measures the averaged model every `every_steps` steps as `evaluate.py` does; for the other arguments see
-    evaluation.metrics.Plan."""
+    evaluation.plan.Plan."""
 
     def __init__(
         self,

@@ -16,7 +16,8 @@ from genai.core.protocols import AdversarialModel, Batch, Losses
 from genai.data.base import Data
 from genai.data.stream import train_loader
 from genai.train.ema import EMA
-from genai.train.lit import LitModel, ParameterGroup
+from genai.train.gradients import ParameterGroup
+from genai.train.lit import LitModel
 from genai.train.optim import set_lr
 from genai.train.record import Record
 

@@ -15,7 +15,7 @@ from genai.modalities.image import Image
 from genai.modalities.stored import nodes_of
 from genai.train.callbacks import Evaluate, File, Save
 from genai.train.ema import EMA
-from genai.train.lit import ParameterGroup
+from genai.train.gradients import ParameterGroup
 from genai.train.lit_adversarial import LitAdversarial, frozen
 from genai.train.optim import adamw
 from genai.train.record import Record

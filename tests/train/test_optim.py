@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from genai.core.errors import UserError
 from genai.train.ema import EMA
-from genai.train.lit import LitModel, sum_over_ranks
+from genai.train.gradients import sum_over_ranks
+from genai.train.lit import LitModel
 from genai.train.muon import Muon, orthogonalize
 from genai.train.optim import adamw, idle_from, lr_at, muon, reschedule, set_lr
 

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from genai.checkpoint.build import build_typed
 from genai.cli import compose_config, prepare_training
 from genai.core.errors import UserError
-from genai.train import trackers
+from genai.train import trackers, wandb_start
 from genai.train.record import Record
 from tests.checkpoint.test_checkpoint import DEBUG
 from tests.conftest import ROOT, python
@@ -265,7 +265,7 @@ def test_wandbs_own_folder_is_that_of_each_run_in_turn(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/proc/nowhere")
     for run in (tmp_path / "first", tmp_path / "second"):
-        with trackers._own_home(run):
+        with wandb_start.own_home(run):
             pass
         assert {os.environ.get(name) for name in names} == {str(run / "wandb")}
         trackers.finish(False)
@@ -293,15 +293,15 @@ def test_whatever_wandb_raises_is_a_line(tmp_path, monkeypatch, capsys):
 
 
 def test_a_server_that_never_answers_costs_seconds(silent_server, refusing_server, monkeypatch):
-    monkeypatch.setattr(trackers, "REACHED_SECONDS", 0.3)
+    monkeypatch.setattr(wandb_start, "REACHED_SECONDS", 0.3)
     start = time.monotonic()
-    assert trackers._reason_unreachable(silent_server) in (
+    assert wandb_start.reason_unreachable(silent_server) in (
         f"{silent_server} does not answer within 0.3 s",
         f"{silent_server} does not answer, ReadTimeout",
     )
     assert time.monotonic() - start < 10
-    assert trackers._reason_unreachable(refusing_server) == ""
-    assert "does not answer" in trackers._reason_unreachable("http://127.0.0.1:9")
+    assert wandb_start.reason_unreachable(refusing_server) == ""
+    assert "does not answer" in wandb_start.reason_unreachable("http://127.0.0.1:9")
 
 
 def test_a_tracker_that_fails_halfway_is_left_and_the_run_goes_on(tmp_path, capsys):
@@ -318,14 +318,14 @@ def test_a_tracker_that_fails_halfway_is_left_and_the_run_goes_on(tmp_path, caps
 
 def test_a_run_directory_has_one_id_and_a_new_one_another(tmp_path):
     folder = tmp_path / "run"
-    first = trackers._run_id(folder)
-    assert trackers._run_id(folder) == first == (folder / "wandb_id").read_text().strip()
+    first = wandb_start.run_id(folder)
+    assert wandb_start.run_id(folder) == first == (folder / "wandb_id").read_text().strip()
     shutil.rmtree(folder)
-    assert trackers._run_id(folder) != first
+    assert wandb_start.run_id(folder) != first
     old = tmp_path / "old"  # of before there was wandb_id
     (old / "checkpoints").mkdir(parents=True)
     (old / "checkpoints" / "last.ckpt").touch()
-    assert trackers._run_id(old) == hashlib.sha256(str(old.resolve()).encode()).hexdigest()[:16]
+    assert wandb_start.run_id(old) == hashlib.sha256(str(old.resolve()).encode()).hexdigest()[:16]
 
 
 WRONG_LOGGER = {

@@ -21,7 +21,8 @@ from genai.modalities.image import Image
 from genai.modalities.stored import nodes_of
 from genai.train.callbacks import File, Save
 from genai.train.ema import EMA, decay_at
-from genai.train.lit import LitModel, ParameterGroup
+from genai.train.gradients import ParameterGroup
+from genai.train.lit import LitModel
 from genai.train.optim import adamw, lr_at
 from genai.train.record import Record
 from genai.train.run import run

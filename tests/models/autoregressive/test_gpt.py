@@ -18,7 +18,8 @@ from genai.nn import norm, transformer
 from genai.nn.attention import Attention, LearnedPositions, RotaryPositions, rotate
 from genai.nn.cache import Cache, Positions
 from genai.nn.transformer import MLP, SwiGLU, Transformer
-from genai.train.lit import LitModel, ParameterGroup
+from genai.train.gradients import ParameterGroup
+from genai.train.lit import LitModel
 
 V = 13
 MLPS = {
