@@ -245,7 +245,7 @@ def models() -> str:
 
 
 def real_images(name: str) -> dict[str, str]:
-    """What real images have, by figure, in the first run of a recipe."""
+    """Return the figures of real images that the first run of a recipe was compared with, by name."""
     figures = recipes()[name]["runs"][0]["figures"]
     return {key: format(of["reference"], FIGURES[key][1]) for key, of in figures.items() if "reference" in of}
 

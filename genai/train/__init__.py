@@ -26,12 +26,9 @@ class Train(ModuleType):
             UserError: the config is wrong, or training had to stop, as with a loss that is not finite.
             KeyboardInterrupt: Ctrl-C, after the step is finished and the checkpoint is saved.
         """
-        from omegaconf import DictConfig
-
-        from genai.cli.door import check_training
         from genai.train.run import train
 
-        return train(check_training(cfg) if isinstance(cfg, DictConfig) else cfg)
+        return train(cfg)
 
 
 # Lightning imports tqdm, whose bars are not used here, and tqdm warns in a notebook that lacks their widget.

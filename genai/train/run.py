@@ -1,7 +1,6 @@
 """One training run, from a composed config to a run directory."""
 
 import contextlib
-import copy
 import functools
 import os
 import signal
@@ -16,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from genai import checkpoint, progress
 from genai.checkpoint.build import DATA, MODELS, RUN, build_stored, build_typed, packages_of
 from genai.checkpoint.load import trusted_packages
-from genai.cli.door import compose
+from genai.cli.door import check_training, compose
 from genai.core import files, precision, rng
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Preparable
@@ -43,11 +42,8 @@ PREPARE_SAMPLES = 4096  # at most so many training samples are measured before t
 
 def train(cfg: DictConfig | Sequence[str]) -> Path:
     """Train in this process and return the run directory: the body of `genai.train.Train`."""
-    cfg = copy.deepcopy(cfg) if isinstance(cfg, DictConfig) else compose(cfg)
+    cfg = check_training(cfg) if isinstance(cfg, DictConfig) else compose(cfg)
     OmegaConf.set_struct(cfg, False)
-    if "max_steps" not in cfg:
-        raise UserError("this is not a config of training: compose it with genai.compose([...])")
-    ranges.check(cfg, "train")
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     try:
         with torch.random.fork_rng(devices):
@@ -239,12 +235,12 @@ def _build_model(
 
 def _build_callbacks(nodes: dict[str, Any], build: Any) -> list[L.Callback]:
     """Return the callbacks of a config; raises UserError for an object that is not one."""
-    callbacks = [build(node) for node in nodes.values() if node is not None]
-    for name, callback in zip((name for name, node in nodes.items() if node is not None), callbacks, strict=True):
+    callbacks = {name: build(node) for name, node in nodes.items() if node is not None}
+    for name, callback in callbacks.items():
         if not isinstance(callback, L.Callback):
             target = nodes[name].get("_target_")
             raise UserError(f"callbacks.{name}._target_={target} is not a subclass of lightning.Callback: make it one")
-    return callbacks
+    return [*callbacks.values()]
 
 
 def _try_out(callbacks: list[Any], lit: Any, config: dict[str, Any], trust: tuple[str, ...], first: bool) -> None:

@@ -81,7 +81,7 @@ class GPT(nn.Module):
 
     field = "tokens"
     bound = "exact"
-    """What `log_prob` returns: ln p itself, not a bound."""
+    """The kind of likelihood that `log_prob` returns: ln p itself, not a bound."""
     first = 0
     """The id that stands in for an empty prompt."""
 
