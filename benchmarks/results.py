@@ -40,7 +40,7 @@ FIGURES = {
     "val/loss": ("", ".3f", " nats/token", "validation loss in nats per token"),
     "reconstruction_psnr_db": ("", ".1f", " dB", "peak signal-to-noise ratio of reconstructions in dB"),
     "code_perplexity": ("perplexity of codes ", ".1f", "", "perplexity of codes"),
-    "bits_per_sample": ("", ".0f", " bits an image", "bits an image"),
+    "bits_per_image": ("", ".0f", " bits an image", "bits an image"),
 }
 HEADLINES = {  # which of them README shows
     "images": ("bits_per_dim", "nats", "accuracy", "frechet", "recall"),

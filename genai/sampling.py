@@ -35,6 +35,7 @@ def sample(
     n: int = 16,
     seed: int = 0,
     label: object = None,
+    speaker: object = None,
     prompt: object = None,
     negative_prompt: object = None,
     stop: str | None = None,
@@ -51,8 +52,9 @@ def sample(
 
     Args:
         label: index, name, or a list of them; shorter lists repeat. None takes the classes in turn.
-        prompt: for models of text, or with captions, a string or a list of them; shorter lists repeat. None starts a
-            new text, or leaves the caption out.
+        speaker: as label, for models of several speakers.
+        prompt: for models of text, or with captions, a string or a list of them; for models of sound, the files that
+            samples continue; shorter lists repeat. None starts a new sample, or leaves the caption out.
         negative_prompt: caption that samples are guided away from.
         stop: string of one token at which a sample ends; None is the end of a document, if the model has one.
         sampler: a config node; None is the sampler that the checkpoint was trained with.
@@ -65,7 +67,7 @@ def sample(
         frames: also return `frames` (k, steps + 1, ...), the intermediate states of the first k samples.
         arguments: options of the sampler, such as steps, guidance, strength, or autoguidance, a run or checkpoint.
 
-    Returns: the sampler's batch on the CPU, with `seeds` (n,) and, for a model with classes, `label` (n,).
+    Returns: the sampler's batch on the CPU, with `seeds` (n,) and, for a model with classes, `label` (n,), as `speaker` (n,).
 
     Raises UserError for an argument out of range, or one that model or sampler do not take.
     """
@@ -92,7 +94,13 @@ def sample(
         started = {"image": image, "mask": mask, "frames": frames or None}
         wanted = [key for key, value in started.items() if value is not None]
         run = bind(loaded, sampler, arguments, wanted)
-        request = {"label": label, "prompt": prompt, "negative_prompt": negative_prompt, "stop": stop}
+        request = {
+            "label": label,
+            "speaker": speaker,
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "stop": stop,
+        }
         cond, pictures = conditions(request, n, loaded), resolve_images(image, mask, n, loaded)
         chunks, starts = [], range(0, n, batch_size)
         for k, start in enumerate(starts):
@@ -106,7 +114,8 @@ def sample(
                 chunks.append(run(loaded.model, seeds[part], given or None, watch, **special))
         batch = {name: torch.cat([chunk[name].cpu() for chunk in chunks if name in chunk]) for name in chunks[0]}
         batch |= loaded.modality.decode(batch)
-    return {**batch, "seeds": seeds, **({"label": cond["label"]} if "label" in cond else {})}
+    given = {name: cond[name] for name in ("label", "speaker") if name in cond}
+    return {**batch, "seeds": seeds, **given}
 
 
 def check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -223,6 +232,7 @@ def items_of(loaded: Loaded) -> Callable[[str, Tensor], Tensor]:
 REFUSED = {
     "negative_prompt": "negative_prompt={!r} was given, but this model takes no prompt",
     "label": "label={} was given, but this model is unconditional",
+    "speaker": "speaker={} was given, but this model has no speakers",
     "prompt": "prompt={!r} was given, but this model takes no text",
     "stop": "stop={!r} was given, but this model takes no text",
 }
@@ -235,7 +245,7 @@ def conditions(request: Request, n: int, loaded: Loaded) -> Batch:
     Raises UserError for a condition that the model does not take.
     """
     known = {key for modality in (loaded.modality, *loaded.conditions.values()) for key in modality.keys}
-    for key in ("label", "prompt", "negative_prompt"):
+    for key in ("label", "speaker", "prompt", "negative_prompt"):
         if isinstance(given := request.get(key), list | tuple) and len(given) > n:
             raise UserError(
                 f"{key}= has {len(given)} values for n={n} samples: give at most as many, or n={len(given)}"
@@ -259,7 +269,7 @@ def run(cfg: Any) -> Path:
     node: dict[str, Any] = OmegaConf.to_container(cfg.sampler, resolve=True)  # type: ignore[assignment]
     kwargs: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(ARGUMENTS)))
     kwargs = {key: value for key, value in kwargs.items() if value is not None and value is not False}
-    given = {key: cfg[key] for key in ("label", "prompt", "negative_prompt")}
+    given = {key: cfg[key] for key in ("label", "speaker", "prompt", "negative_prompt")}
     request: dict[str, Any] = {k: OmegaConf.to_container(v) if OmegaConf.is_list(v) else v for k, v in given.items()}
     request["stop"] = unescape(cfg.stop)
     with loaded.modality.watch(request) or bar() as on_step:

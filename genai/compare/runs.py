@@ -41,6 +41,7 @@ class Run:
     curves: dict[str, Curve] = field(default_factory=dict)
     grid: Path | None = None
     texts: Path | None = None
+    sound: Path | None = None
     nearest: Path | None = None
     cards: dict[str, Card] = field(default_factory=dict)
     label: str = ""  # its name in tables
@@ -76,6 +77,7 @@ def read(folder: Path) -> Run:
     for row in metrics_csv.rows(folder / "metrics.csv"):
         run.curves.setdefault(row.name, []).append((row.step, row.value))
     run.grid, run.texts = newest(folder, "samples/samples_*.png"), newest(folder, "samples/samples_*.txt")
+    run.sound = newest(folder, "samples/samples_*.wav")
     run.nearest = newest(folder, "cards/nearest.png")
     for path in sorted((folder / "cards").glob("*.json")):
         try:

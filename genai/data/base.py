@@ -1,7 +1,7 @@
 """The interface of data sets: named splits that return batches by index, and the facts that a model is built from."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from genai.core import rng
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch
 from genai.data.fingerprint import checksum
-from genai.modalities.base import Modality, Picture, Texts
+from genai.modalities.base import Modality, Shown
 from genai.modalities.image import from_uint8
 from genai.modalities.label import Label
 from genai.modalities.stored import modality_of_field
@@ -41,12 +41,13 @@ class Data:
 
     Args:
         field: name of the main tensor in a batch.
-        shape, classes, levels: as in the config; None takes the data's own.
+        shape, classes, levels, speakers: as in the config; None takes the data's own.
         batch_size: samples in a micro-batch on one device.
         num_workers: loader processes; any number gives the same stream of batches.
         splits: by name, of train, val and test. Items of val and test must be in random order, as often only the first are used.
         found_shape: shape of one sample, as the data has it.
         class_names: name of each label, None without labels.
+        speaker_names: name of each speaker of a recording, None without speakers.
         found_levels: number of grey levels of the data, or vocabulary size of tokens; None if it is continuous.
         modality: of the items; None for an image where field is "image", else a vector.
 
@@ -67,6 +68,8 @@ class Data:
         class_names: Sequence[str] | None,
         found_levels: int | None,
         modality: Modality | None = None,
+        speaker_names: Sequence[str] | None = None,
+        speakers: int | None = None,
     ):
         at_least(batch_size, 1, "data.batch_size")
         at_least(num_workers, 0, "data.num_workers")
@@ -80,13 +83,20 @@ class Data:
         """The conditions that a model can be given, by name; the most informative first."""
         if self.class_names is not None:
             self.conditions["label"] = Label(len(self.class_names), self.class_names)
+        self.speakers = None if speaker_names is None else len(speaker_names)
+        if speaker_names is not None:
+            self.conditions["speaker"] = Label(len(speaker_names), list(speaker_names), "speaker", self.classes or 1)
         self.batch_size, self.num_workers, self.splits = batch_size, num_workers, splits
         configured = {"shape": None if shape is None else list(shape), "classes": classes, "levels": levels}
+        configured["speakers"] = speakers
         for key, value in configured.items():
             if value is not None and value != getattr(self, key):
                 raise UserError(
                     f"data.{key}={value}, but this data has {getattr(self, key)}: correct data.{key} or set it to null"
                 )
+
+    source: "tuple[str, Data] | None" = None
+    """The data set of which this is another form, such as images as tokens, with the key of its config in this one's."""
 
     @property
     def values(self) -> int | None:
@@ -113,7 +123,7 @@ class Data:
         names = next((modality.preview(cond) for name, modality in self.conditions.items() if name in cond), [])
         return names if isinstance(names, list) else []
 
-    def show(self, batch: Batch, columns: int | None = None) -> Picture | Texts:
+    def show(self, batch: Batch, columns: int | None = None) -> Shown:
         """Return samples that were made for `cond` for display, with `columns` in a row of a picture."""
         cond = self.cond(len(next(iter(batch.values())))) or {}
         asked = {name: value for name, value in cond.items() if name in self.conditions}
@@ -176,6 +186,11 @@ def first_items(data: Data, name: str, n: int) -> Split:
     """
     split = data.splits[name]
     return random_subset(split, n) if name == "train" else Subset(split, torch.arange(min(n, len(split))))
+
+
+def underlying(data: Data, node: Any) -> tuple[Data, Any]:
+    """Return (data, config) of the data set of which `data` is another form; data that are none unchanged."""
+    return (data, node) if data.source is None else (data.source[1], node[data.source[0]])
 
 
 def split_indices(n: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:

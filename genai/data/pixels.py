@@ -1,7 +1,6 @@
 """Images as sequences of grey levels, for autoregressive models of token ids."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -39,7 +38,8 @@ class Pixels(Data):
         if images.levels is None or len(images.shape) != 3:
             raise UserError(f"data.images is {images.field} of shape {images.shape}: give images on grey levels")
         c, h, w = images.shape
-        self.images, pixels = images, modalities.Pixels(images.shape, images.levels)
+        self.source, pixels = ("images", images), modalities.Pixels(images.shape, images.levels)
+        self.images = images
         parts: dict[str, Split] = {name: PixelSplit(part, images.field, pixels) for name, part in images.splits.items()}
         super().__init__(
             field=field,
@@ -74,8 +74,3 @@ class PixelSplit:
 
     def fingerprint(self, quick: bool) -> str:
         return checksum(split_checksum(self.split, quick), self.pixels.levels)
-
-
-def underlying_images(data: Data, node: Any) -> tuple[Data, Any]:
-    """Return (data, config) as images where `data` are images as tokens; other data unchanged."""
-    return (data.images, node["images"]) if isinstance(data, Pixels) else (data, node)

@@ -1,4 +1,4 @@
-"""A small image classifier trained on a data set's own labels; its last hidden layer gives the features of cards."""
+"""A small classifier of maps trained on a data set's own labels; its last hidden layer gives the features of cards."""
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ FORMAT = 1  # version of the network and its training, part of the cached file's
 
 
 class Classifier(nn.Module):
-    """A convolutional classifier: images (N, C, H, W) in [-1, 1] -> logits (N, classes); `features` gives (N, 64).
+    """A convolutional classifier: maps (N, C, H, W), such as images in [-1, 1] -> logits (N, classes); `features` gives (N, 64).
 
     Height and width must be at least 4.
     """
@@ -49,7 +49,7 @@ class Classifier(nn.Module):
         for _ in progress.track(range(STEPS), "training the classifier of this data, once:", STEPS, "steps"):
             (batch,) = next(stream)
             optimizer.zero_grad()
-            F.cross_entropy(self(batch[data.field]), batch["label"]).backward()
+            F.cross_entropy(self(data.modality.maps(batch[data.field])), batch["label"]).backward()
             optimizer.step()
             schedule.step()
         return self.eval().requires_grad_(False)
@@ -57,28 +57,30 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def accuracy(self, data: Data, split: str) -> float:
         """Return the share of a split's images that get their own label."""
-        right = [self(b[data.field]).argmax(1) == b["label"] for b in batches(data.splits[split], 500)]
+        maps = data.modality.maps
+        right = [self(maps(b[data.field])).argmax(1) == b["label"] for b in batches(data.splits[split], 500)]
         return torch.cat(right).double().mean().item()
 
 
 def load_or_train(data: Data) -> Classifier:
     """Return the classifier of a data set; it is trained once and then kept in $XDG_CACHE_HOME/genai or ~/.cache/genai.
 
-    Raises UserError for data without labelled images of at least 4x4 pixels.
+    Raises UserError for data without labels, or whose modality makes no maps of at least 4x4.
     """
-    if len(data.shape) != 3 or data.classes is None or min(data.shape[1:]) < 4:
+    shape = list(data.modality.maps(torch.zeros(1, *data.shape)).shape[1:])
+    if len(shape) != 3 or data.classes is None or min(shape[1:]) < 4:
         raise UserError(
             f"a classifier needs labelled images of at least 4x4, and this data is {data.field} of shape {data.shape}"
         )
     path = cache_folder("classifier") / f"{dataset_checksum(data, ['train'], FORMAT, data.splits['train'].augments)}.pt"
     if path.exists():
         try:
-            net = Classifier(data.shape, data.classes)
+            net = Classifier(shape, data.classes)
             net.load_state_dict(torch.load(path, weights_only=True))
             return net.eval().requires_grad_(False)
         except Exception as error:  # torch.load raises many kinds of errors for damaged bytes
             print(f"warning: {path} is damaged ({type(error).__name__}): made again")
     rng.seed_torch(rng.mix(FORMAT), torch.device("cpu"))
-    net = Classifier(data.shape, data.classes).learn(data)
+    net = Classifier(shape, data.classes).learn(data)
     files.write(path, lambda file: torch.save(net.state_dict(), file), hint=CACHE_HINT)
     return net

@@ -109,8 +109,8 @@ def classifier(data: Data, node: object, device: str) -> Extractor:
         return extractor
     net = classifiers.load_or_train(data)
 
-    def extract(images: Tensor) -> tuple[Tensor, Tensor]:
-        features = net.features(images)
+    def extract(x: Tensor) -> tuple[Tensor, Tensor]:
+        features = net.features(data.modality.maps(x))
         return features, net.head(features)
 
     return Extractor(net, extract, True, device)

@@ -61,8 +61,9 @@ def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[Facts, dict[s
     means: dict[str, Interval] = {}
     if nats:
         each = torch.cat(nats).double() + 0.0  # turns -0 into 0 for items of probability 1
-        tokens = int(torch.cat(targets).sum()) if targets else None
-        facts |= to_units(each, tokens, data, plan.split, getattr(model, "levels", data.values))
+        predicted = int(torch.cat(targets).sum()) if targets else None
+        levels = getattr(model, "levels", data.values)
+        facts |= data.modality.units(each, predicted, data.splits[plan.split], data.shape, levels)
         facts["bound"] = REPORTED_BOUND.get(model.bound, model.bound) if plan.likelihood is None else ODE_BOUND
         facts |= {} if plan.likelihood is None else {"likelihood": plan.likelihood}
         facts |= {"given": given} if (given := [*null_conditions(model)]) else {}
@@ -95,20 +96,6 @@ def scorer(loaded: Loaded, data: Data, method: object) -> Score | None:
     )
 
 
-def to_units(nats: Tensor, tokens: int | None, data: Any, split: str, values: int | None) -> Facts:
-    """Convert nats (N,) to the unit of the data: bits/dim of images, nats/token and bits/character of texts.
-
-    Args:
-        tokens: number of predicted tokens; None for images.
-        values: number of values that a pixel can take; 2 for a model of binarised grey images.
-    """
-    if tokens is None:
-        return units.per_dimension(nats, math.prod(data.shape), values)
-    whole = data.splits[split]
-    window = {"context": whole.length, "context_overlap": whole.overlap, "vocabulary": data.levels}
-    return units.per_token(nats, tokens, tokens * whole.characters / whole.tokens) | window
-
-
 def _interval(values: Tensor) -> Interval:
     """Return the bootstrap interval of the mean of values (N,); a point for one value or infinite ones."""
     if len(values) < 2 or not values.isfinite().all():
@@ -117,7 +104,7 @@ def _interval(values: Tensor) -> Interval:
 
 
 def _codes(counts: Tensor, n: int) -> Facts:
-    """Return the code perplexity of a VQ-VAE's token counts (K,) over n samples, and a sample's bits by their entropy."""
+    """Return the code perplexity of a VQ-VAE's token counts (K,) over n samples, and an image's bits by their entropy."""
     perplexity, tokens = units.perplexity(counts), int(counts.sum()) // n
-    bits = {"bits_per_sample": round(tokens * math.log2(perplexity), 1), "tokens_per_sample": tokens}
+    bits = {"bits_per_image": round(tokens * math.log2(perplexity), 1), "tokens_per_image": tokens}
     return {"code_perplexity": round(perplexity, 1), "codes": len(counts), **bits}

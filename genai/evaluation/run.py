@@ -18,8 +18,7 @@ from genai.cli import stored_config
 from genai.core import files, rng
 from genai.core.errors import UserError, at_least
 from genai.core.runs import Card, Facts
-from genai.data.base import Data
-from genai.data.pixels import underlying_images
+from genai.data.base import Data, underlying
 from genai.evaluation import cards, likelihood, samples
 from genai.evaluation.baselines.reference import reference_scores
 from genai.evaluation.metrics import KINDS, PASS_KINDS, SAMPLE_PARTS, Metric, can_compute, standard_metrics
@@ -93,7 +92,7 @@ def tracked_run(found: Sequence[Card]) -> Path | None:
 
 def check(loaded: Loaded, data: Data, plan: Plan) -> CheckedPlan:
     """Check a plan before anything is computed. Raises UserError for one that cannot be carried out."""
-    images, node = underlying_images(data, loaded.config["data"])
+    images, node = underlying(data, loaded.config["data"])
     for key, least in {"repeats": 1, "seed": 0, "batch_size": 1}.items():
         at_least(getattr(plan, key), least, key)
     if plan.split not in data.splits:
@@ -180,16 +179,20 @@ def evaluate(loaded: Loaded, data: Data, plan: Plan) -> tuple[Facts, list[Card]]
 
 def _pass(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[Facts, list[Card]]:
     """Return (facts, cards) of one pass over the first n items of the split."""
-    plan, images, n, metrics = checked.plan, checked.images, checked.n, checked.pass_metrics
+    plan, n, metrics = checked.plan, checked.n, checked.pass_metrics
+    # Images on grey levels are as likely as their tokens; a waveform of 16 bits is not as likely as its mu-law codes.
+    forms = [form for form in (checked.images, data) if form.values == data.values]
     facts, means = likelihood.run(loaded, data, checked)
     model: Any = loaded.model
     levels = facts.get("levels", data.levels)
     latents = torch.Size(getattr(model, "latent_shape", (getattr(model, "latents", 0),))).numel()
     # The n-gram baseline scores a whole text only, so a part of one has no baselines.
-    whole = not images.modality.windowed or n == len(data.splits[plan.split])
-    others = {}
+    whole = not data.modality.windowed or n == len(data.splits[plan.split])
+    others: dict[str, dict[str, float]] = {}
     if plan.baselines and whole and levels == data.values:
-        others = reference_scores(images, metrics, plan.split, n, latent_dim=latents)
+        for form in dict.fromkeys(forms):
+            for name, found in reference_scores(form, metrics, plan.split, n, latent_dim=latents).items():
+                others[name] = {**others.get(name, {}), **found}
     protocol = {"n": n, "split": plan.split, **cards.data_facts(checked), "levels": levels}
     protocol["dtype"] = loaded.dtype
     protocol |= {key: facts[key] for key in ("context", "context_overlap", "given", "likelihood") if key in facts}

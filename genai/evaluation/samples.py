@@ -33,11 +33,11 @@ CHARACTERS = 10_000_000  # length of training text in which copies are searched 
 
 def sample_batches(loaded: Loaded, n: int, seed: int, batch_size: int, clock: progress.Task) -> Iterator[Batch]:
     """Yield n samples batch by batch, of all classes in turn; the very first batch is small, for an estimate of the time."""
-    labels: Any = loaded.conditions.get("label")
     starts = [0, *range(min(batch_size if clock.done else FIRST, n), n, batch_size), n]
     for start, stop in itertools.pairwise(starts):
-        label = None if labels is None else labels.preview({"label": torch.arange(start, stop) % labels.classes})
-        yield sampling.sample(loaded, stop - start, seed + start, label=label, batch_size=batch_size)
+        turns = {name: condition.in_turn(start, stop) for name, condition in loaded.conditions.items()}
+        asked: Any = {name: turn for name, turn in turns.items() if turn is not None}
+        yield sampling.sample(loaded, stop - start, seed + start, batch_size=batch_size, **asked)
         clock.add(stop - start)
 
 
@@ -133,9 +133,10 @@ def _copies(data: Data, samples: Tensor, folder: Path) -> Card:
         "training items",
         lambda batch: len(batch[data.field]),
     )
-    train = (batch[data.field] for batch in parts)
+    maps = data.modality.maps
+    train = (maps(batch[data.field]) for batch in parts)
     held_out = data.splits["test" if "test" in data.splits else "val"]
-    copies = memorisation(samples, train, next(batches(held_out, SEARCHED))[data.field])
+    copies = memorisation(maps(samples), train, maps(next(batches(held_out, SEARCHED))[data.field]))
     nearest = copies.closest(10)
     theirs = data.items("train", torch.tensor([j for _, j in nearest]))
     pairs = torch.stack([samples[[i for i, _ in nearest]], theirs]).flatten(0, 1)

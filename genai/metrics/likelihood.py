@@ -40,3 +40,9 @@ def perplexity(counts: Tensor) -> float:
     """Compute the perplexity exp(entropy) of code counts (K,): the number of equally likely codes with that entropy."""
     p = counts.double() / counts.sum()
     return math.exp(-p.xlogy(p).sum().item())
+
+
+def per_sample(nats: Tensor, samples: int, levels: int | None) -> Facts:
+    """Convert nats (N,) of clips of audio, of `samples` samples in all, to bits per sample; clips may differ in length."""
+    each = nats.sum().item() / samples
+    return {"bits_per_sample": round(each / math.log(2), 4), "samples": samples, "levels": levels}

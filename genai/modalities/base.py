@@ -1,4 +1,4 @@
-"""The interface of modalities, one for each kind of data: image, vector, text, label, caption.
+"""The interface of modalities, one for each kind of data: image, vector, text, audio, label, caption.
 
 Sampling, evaluation and trackers know nothing of a kind of data but what its modality defines.
 """
@@ -7,7 +7,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from genai.core import files
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, OnStep
 from genai.core.rng import RNG_VERSION
+from genai.core.runs import Facts
+from genai.metrics import likelihood
+from genai.modalities import sound
 
 Picture = Tensor
 """A picture for display, uint8 (C, H, W) with C 1 or 3."""
@@ -24,10 +27,28 @@ Picture = Tensor
 Texts = list[str]
 """Samples as text for display, one string each."""
 
+
+class Clips(NamedTuple):
+    """Samples for display that are heard as well as seen."""
+
+    picture: Picture
+    """Of all samples, such as their spectrograms."""
+    waves: Tensor
+    """The sound of the first samples, float32 (N, C, T) in [-1, 1]."""
+    sr_hz: int
+    """Sampling rate."""
+
+
+Shown = Picture | Texts | Clips
+"""Samples as trackers, pages and files show them."""
+
+
 Request = Mapping[str, Any]
 """A request for samples, by key: `label`, `prompt`, `negative_prompt`, `stop`; None or absent where nothing is asked."""
 
 MAX_SHOWN = 400  # samples in one picture
+MAX_HEARD = 16  # samples in one sound
+PAUSE_SECONDS = 0.25  # between the samples of a sound
 
 
 class Modality:
@@ -70,12 +91,19 @@ class Modality:
         """
         return {}
 
+    def in_turn(self, start: int, stop: int) -> Texts | None:
+        """Return what to ask for, by the first of `keys`, of samples start, ..., stop - 1 of many of all kinds in turn.
+
+        None for a condition without kinds, which is not asked for then.
+        """
+        return None
+
     def decode(self, batch: Batch) -> Batch:
         """Return further tensors of samples that people can look at, such as the images of tokens."""
         return {}
 
-    def preview(self, batch: Batch, columns: int | None = None) -> Picture | Texts:
-        """Return samples for display: one picture with `columns` samples in a row, or one string for each."""
+    def preview(self, batch: Batch, columns: int | None = None) -> Shown:
+        """Return samples for display: one picture with `columns` samples in a row, also with sound, or one string for each."""
         return [" ".join(f"{v:.4g}" for v in row) for row in batch[self.field].flatten(1).tolist()]
 
     def write(self, folder: Path, batch: Batch, names: list[str], request: Request, columns: int | None) -> list[str]:
@@ -94,7 +122,7 @@ class Modality:
         arrays: dict[str, Any] = {name: value.cpu().numpy() for name, value in found.items() if value is not None}
         np.savez(folder / "samples.npz", rng_version=RNG_VERSION, **arrays)
         return [
-            shown.name,
+            *shown,
             "samples.npz",
             *(self.write_frames(folder, batch["frames"], columns) if "frames" in batch else ()),
         ]
@@ -106,16 +134,17 @@ class Modality:
         """
         shown: list[Any] = [self.preview({self.field: states[:MAX_SHOWN]}, columns) for states in frames.unbind(1)]
         if isinstance(shown[0], list):
-            return [save([texts[0] for texts in shown], folder / "path").name]
-        first, *others = map(to_pil, shown)
+            return save([texts[0] for texts in shown], folder / "path")
+        first, *others = (to_pil(one.picture if isinstance(one, Clips) else one) for one in shown)
         milliseconds = [60] * len(others) + [2000]
         first.save(folder / "path.gif", save_all=True, append_images=others, duration=milliseconds, loop=0)
         few = torch.linspace(0, frames.shape[1] - 1, min(frames.shape[1], 12)).round().long()
-        return ["path.gif", save(self.strip(frames[:, few]), folder / "path").name]
+        return ["path.gif", *save(self.strip(frames[:, few]), folder / "path")]
 
     def strip(self, frames: Tensor) -> Picture:
         """Return the states (N, K, ...) of the first samples as one picture, a row for each."""
-        return self.preview({self.field: frames[:10].flatten(0, 1)}, frames.shape[1])  # type: ignore[return-value]
+        shown: Any = self.preview({self.field: frames[:10].flatten(0, 1)}, frames.shape[1])
+        return shown.picture if isinstance(shown, Clips) else shown
 
     def read(self, path: Path, shape: Sequence[int], key: str) -> Tensor:
         """Read samples (N, *shape) from a file, or from the files of a folder sorted by name.
@@ -147,17 +176,40 @@ class Modality:
         """Return features (N, D) of samples (N, ...); None leaves them to an evaluation's extractor."""
         return x.flatten(1)
 
+    def maps(self, x: Tensor) -> Tensor:
+        """Return samples (N, ...) as maps (N, C, H, W) that a convolutional classifier reads: images themselves."""
+        return x
 
-def save(shown: Picture | Texts, path: Path, within: Path | None = None) -> Path:
-    """Write a picture as .png or texts as .txt; returns the path. `within` is as for `core.files.write`."""
+    def units(self, nats: Tensor, targets: int | None, part: Any, shape: Sequence[int], values: int | None) -> Facts:
+        """Convert -ln p in nats (N,) of whole samples to the units of `likelihoods`, with what they depend on.
+
+        Args:
+            targets: number of predicted elements of all samples, where masks tell; None for every element.
+            part: the split of the samples.
+            shape: of one sample.
+            values: number of values that an element can take.
+        """
+        return likelihood.per_dimension(nats, math.prod(shape), values)
+
+
+def save(shown: Shown, path: Path, within: Path | None = None) -> list[str]:
+    """Write a picture as .png, texts as .txt, and clips as .png and .wav; returns the names of the files.
+
+    `within` is as for `core.files.write`.
+    """
     if isinstance(shown, list):
         path = path.with_suffix(".txt")
         whole = "\n\n".join(f"--- {i}\n{text}" for i, text in enumerate(shown)) + "\n"
         files.write_text(path, whole, within=within)
-    else:
-        path, image = path.with_suffix(".png"), to_pil(shown)
-        files.write(path, lambda file: image.save(file, "png"), within=within)
-    return path
+        return [path.name]
+    path, image = path.with_suffix(".png"), to_pil(shown.picture if isinstance(shown, Clips) else shown)
+    files.write(path, lambda file: image.save(file, "png"), within=within)
+    if not isinstance(shown, Clips):
+        return [path.name]
+    pause = shown.waves.new_zeros(shown.waves.shape[1], round(PAUSE_SECONDS * shown.sr_hz))
+    whole = torch.cat([part for wave in shown.waves[:MAX_HEARD] for part in (wave, pause)], 1)
+    sound.write_wave(path.with_suffix(".wav"), whole, shown.sr_hz, within)
+    return [path.name, path.with_suffix(".wav").name]
 
 
 def check_values(x: Tensor, key: str, low: float = -math.inf, high: float = math.inf) -> None:

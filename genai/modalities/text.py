@@ -14,6 +14,8 @@ from torch import Tensor
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, OnStep
 from genai.core.rng import RNG_VERSION
+from genai.core.runs import Facts
+from genai.metrics import likelihood
 from genai.modalities import tokenizers
 from genai.modalities.base import Modality, Request, Texts, repeat_strings
 from genai.modalities.tokenizers import Tokenizer
@@ -83,6 +85,12 @@ class Text(Modality):
         (folder / "samples.txt").write_text("".join(plain), encoding="utf-8")
         (folder / "samples.jsonl").write_text("".join(lines))
         return ["samples.txt", "samples.jsonl"]
+
+    def units(self, nats: Tensor, targets: int | None, part: Any, shape: Sequence[int], values: int | None) -> Facts:
+        """Convert -ln p in nats (N,) of windows to nats per token and bits per character."""
+        tokens = len(nats) * shape[0] if targets is None else targets
+        window = {"context": part.length, "context_overlap": part.overlap, "vocabulary": self.tokenizer.vocab_size}
+        return likelihood.per_token(nats, tokens, tokens * part.characters / part.tokens) | window
 
     @contextlib.contextmanager
     def watch(self, request: Request) -> Iterator[OnStep]:

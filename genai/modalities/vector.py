@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from genai.core.protocols import Batch
-from genai.modalities.base import Modality, Picture, Request, Texts
+from genai.modalities.base import Modality, Picture, Request, Shown
 
 EXTENT = 4.0  # half the side of the square that is shown
 
@@ -18,7 +18,7 @@ class Vector(Modality):
 
     field = "vector"
 
-    def preview(self, batch: Batch, columns: int | None = None) -> Picture | Texts:
+    def preview(self, batch: Batch, columns: int | None = None) -> Shown:
         x = batch[self.field]
         return density(x) if x.shape[1:] == (2,) else super().preview(batch)
 

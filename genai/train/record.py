@@ -13,11 +13,11 @@ from genai import checkpoint
 from genai.core import files, metrics_csv
 from genai.core.runs import Card
 from genai.evaluation.cards import table
-from genai.modalities.base import Picture, Texts, save
+from genai.modalities.base import Clips, Shown, save
 
 
 class Record:
-    """Writes metrics to `metrics.csv` (columns step, name, value) and pictures below `samples/`; passes both to a
+    """Writes metrics to `metrics.csv` (columns step, name, value) and samples below `samples/`; passes both to a
     tracker.
 
     The tracker is a Lightning Logger. Only rank zero writes. Raises UserError if a file cannot be written.
@@ -44,19 +44,25 @@ class Record:
             csv.writer(file, lineterminator="\n").writerows((step, name, value) for name, value in values.items())
         self._track("log_metrics", dict(values), step)
 
-    def samples(self, step: int, name: str, shown: Picture | Texts, caption: str = "") -> None:
-        """Write a picture to samples/<name>_<step>.png, or texts to .txt, and pass it to the tracker with its
+    def samples(self, step: int, name: str, shown: Shown, caption: str = "") -> None:
+        """Write samples to samples/<name>_<step>, see `modalities.base.save`, and pass them to the tracker with their
         caption."""
         if not self.writes:
             return
-        path = save(shown, self.folder / "samples" / f"{name}_{step:07d}", self.folder)
+        folder = self.folder / "samples"
+        paths = [str(folder / file) for file in save(shown, folder / f"{name}_{step:07d}", self.folder)]
         if isinstance(shown, list):
             self._track("log_text", name, ["sample", "text"], [[i, text] for i, text in enumerate(shown)], step=step)
             self._track("add_text", name, "\n\n".join(shown), step)
         else:
             below = f"step {step}" + (f", {caption}" if caption else "")
-            self._track("log_image", name, [str(path)], step=step, caption=[below])
-            self._track("add_image", name, shown, step)
+            picture = shown.picture if isinstance(shown, Clips) else shown
+            self._track("log_image", name, paths[:1], step=step, caption=[below])
+            self._track("add_image", name, picture, step)
+            if isinstance(shown, Clips):
+                heard = f"{name}_sound"
+                self._track("log_audio", heard, paths[1:], step=step, caption=[below], sample_rate=[shown.sr_hz])
+                self._track("add_audio", heard, shown.waves[0].mean(0), step, shown.sr_hz)
 
     def cards(self, step: int, found: list[Card]) -> None:
         """Log the figures of an evaluation as `card/<metric>`, and all of them as a table of the tracker."""

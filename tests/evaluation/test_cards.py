@@ -154,7 +154,7 @@ def test_text_is_measured_against_what_was_learned(tmp_path, monkeypatch):
     assert list(found) == ["nats_per_token", "bits_per_character"]
     assert found["nats_per_token"]["baselines"].keys() == {"interpolated 5-gram"}
 
-    def copied(loaded, n, seed, label, batch_size):
+    def copied(loaded, n, seed, batch_size):
         tokens = build_typed(loaded.config["data"]).splits["train"].batch(torch.arange(n), None)["tokens"]
         return {"tokens": tokens}
 

@@ -192,7 +192,7 @@ def test_one_command_for_every_family(tmp_path, refused):
     assert result["bound"] == "exact" and result["levels"] == 17
     assert result["nats"] == pytest.approx(result["bits_per_dim"] * 64 * math.log(2), abs=0.01)
     result = evaluate(f"ckpt={tmp_path / 'vq'}", "n=8")
-    assert "bits_per_dim" not in result and result["bits_per_sample"] <= 32 and result["codes"] == 256
+    assert "bits_per_dim" not in result and result["bits_per_image"] <= 32 and result["codes"] == 256
     assert "has no likelihood of its own: Flow has no log_prob" in refused("evaluate.py", f"ckpt={tmp_path / 'flow'}")
     assert "is for a Diffusion, and this model is a VQVAE: choose another with likelihood=" in refused(
         "evaluate.py", f"ckpt={tmp_path / 'vq'}", "likelihood=probability_flow"

@@ -17,9 +17,10 @@ class TrainingData:
     """The items that a baseline is fitted on, and the facts of their data set.
 
     Attributes:
-        x: images float32 (N, C, H, W) in [-1, 1], or a text's token ids int64 (T,).
+        x: images float32 (N, C, H, W) in [-1, 1], or token ids int64, of a text (T,) or of items (N, 1 + T).
         label: int64 (N,), None without labels.
         field, shape, levels, classes: as of `Data`.
+        mask: bool (N, ...), which elements of items are real; None for all.
     """
 
     x: Tensor
@@ -28,6 +29,7 @@ class TrainingData:
     shape: list[int]
     levels: int | None
     classes: int | None
+    mask: Tensor | None = None
 
 
 class Baseline:
@@ -80,13 +82,15 @@ def training_data(data: Data, splits: Sequence[str], most: int | None = None) ->
     if not splits:
         raise UserError("fit=[] must name at least one split")
     if data.modality.windowed:
-        x, label = torch.cat([stream(data.splits[name])[:most] for name in splits]), None
+        x, label, mask = torch.cat([stream(data.splits[name])[:most] for name in splits]), None, None
     else:
         chosen = [random_subset(split, most or len(split)) for split in (data.splits[name] for name in splits)]
         parts = [next(batches(split, len(split))) for split in chosen]
         x = torch.cat([part[data.field] for part in parts])
-        label = None if data.classes is None else torch.cat([part["label"] for part in parts])
-    return TrainingData(x, label, data.field, list(data.shape), data.levels, data.classes)
+        label, mask = (
+            torch.cat([part[key] for part in parts]) if key in parts[0] else None for key in ("label", "mask")
+        )
+    return TrainingData(x, label, data.field, list(data.shape), data.levels, data.classes, mask)
 
 
 def stream(split: Split) -> Tensor:

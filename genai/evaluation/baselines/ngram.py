@@ -44,10 +44,11 @@ class NGram(Baseline):
 
     def fit(self, data: TrainingData, seed: int) -> "NGram":
         self.vocabulary, self.orders = data.levels or 0, []
-        tokens = data.x.numpy()[None]  # (1, T)
+        tokens = data.x.numpy().reshape(-1, data.x.shape[-1])
+        counted = np.ones(tokens.shape, bool) if data.mask is None else data.mask.numpy()
         context, contexts = np.zeros_like(tokens), 1  # of no token there is one
         for _ in range(self.order):
-            keys, counts = np.unique(self._keys(context, tokens)[context >= 0], return_counts=True)
+            keys, counts = np.unique(self._keys(context, tokens)[counted & (context >= 0)], return_counts=True)
             before = keys // self.vocabulary
             total, kinds = np.bincount(before, counts, contexts), np.bincount(before, minlength=contexts)
             self.orders.append(Order(keys, counts, total, kinds))

@@ -23,7 +23,6 @@ from genai.data.fingerprint import checksum, dataset_checksum
 from genai.data.stream import batches
 from genai.evaluation.baselines.base import Baseline, check, stream, training_data
 from genai.evaluation.features import FeatureSet
-from genai.evaluation.likelihood import to_units
 from genai.evaluation.metrics import Metric, RealFakePair, compute, custom_facts
 
 MAX_IMAGES = 10_000  # training images that baselines are fitted on
@@ -148,7 +147,10 @@ def _items(baseline: Any, data: Any, kind: str, split: str, n: int) -> tuple[Ten
     if kind == "reconstructions":
         return baseline.reconstruct(items), items[data.field]
     nats = -baseline.log_prob(items, 0).double()
-    return nats, to_units(nats, items[data.field].shape[1] - 1 if windowed else None, data, split, data.levels)
+    targets = (
+        items[data.field].shape[1] - 1 if windowed else int(items["mask"][:, 1:].sum()) if "mask" in items else None
+    )
+    return nats, data.modality.units(nats, targets, data.splits[split], data.shape, data.values)
 
 
 def row_node(row: Mapping[str, object]) -> tuple[str, Node]:

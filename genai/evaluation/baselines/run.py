@@ -13,8 +13,7 @@ from genai.core import files
 from genai.core.errors import UserError, at_least
 from genai.core.runs import Facts
 from genai.core.stored import Node
-from genai.data.base import Data
-from genai.data.pixels import underlying_images
+from genai.data.base import Data, underlying
 from genai.evaluation.baselines.base import Baseline, TrainingData, check, name_of, training_data
 from genai.evaluation.baselines.reference import can_score, row_node, score_baseline
 from genai.evaluation.features import FeatureSet, classifier, extract_features
@@ -28,7 +27,7 @@ DECIMALS = {"bits_per_dim": 3, "precision": 3, "recall": 3, "frechet": 2, "recon
 def run(cfg: DictConfig) -> Facts:
     """Run `python -m genai.evaluation.baselines`; returns what is written to the JSON file."""
     node: Any = OmegaConf.to_container(cfg.data, resolve=True)
-    data, node = underlying_images(build_typed(node), node)
+    data, node = underlying(build_typed(node), node)
     out = Path(cfg.out or f"runs/baselines/{title(node)}.json")
     files.check_folder(out.parent, "out")
     if out.is_dir():

@@ -1,0 +1,60 @@
+"""Log-mel spectrograms of waveforms."""
+
+import torch
+from torch import Tensor, nn
+
+from genai.core import extras
+
+FLOOR = 1e-5  # of the power, below which nothing is heard
+
+
+class LogMel(nn.Module):
+    """Map waveforms (B, C, T) in [-1, 1] to log-mel spectrograms (B, C, mels, 1 + T // hop), about in [-1, 1].
+
+    ln of the power in each of `mels` triangular bands (HTK mel scale), floored at 1e-5, where a sine of amplitude 1 has about 1;
+    then scaled from [ln 1e-5, 0] to [-1, 1].
+
+    Args:
+        sr_hz: sampling rate.
+        mels: number of bands between 0 and sr_hz / 2.
+        window, hop: samples of an STFT frame, and between two frames; None takes 32 ms, a power of two of samples, and half
+            of it.
+
+    Raises UserError if torchaudio is not installed.
+    """
+
+    bank: Tensor
+    hann: Tensor
+
+    def __init__(self, sr_hz: int, mels: int = 40, window: int | None = None, hop: int | None = None):
+        super().__init__()
+        functional = extras.load("torchaudio.functional", "audio", "a mel spectrogram")
+        self.sr_hz, self.mels = sr_hz, mels
+        self.window = window or 2 ** max(round(sr_hz * 0.032) - 1, 1).bit_length()
+        self.hop = hop or self.window // 2
+        bank = functional.melscale_fbanks(self.window // 2 + 1, 0.0, sr_hz / 2, mels, sr_hz)
+        self.register_buffer("bank", bank, persistent=False)
+        self.register_buffer("hann", torch.hann_window(self.window), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        power = stft_power(x, self.hann, self.hop)
+        mel = (power.transpose(-1, -2) @ self.bank).transpose(-1, -2)
+        low = torch.tensor(FLOOR).log().item()
+        return mel.clamp_min(FLOOR).log() * (-2 / low) + 1
+
+
+def stft_power(x: Tensor, hann: Tensor, hop: int) -> Tensor:
+    """Return the power of the STFT frames of waveforms (B, C, T): (B, C, window // 2 + 1, 1 + T // hop).
+
+    It is normalised so that a sine of amplitude 1 has power 1 in its bin. Waveforms are padded by zeros at both ends.
+    """
+    found = torch.stft(
+        x.flatten(0, 1).float(),
+        len(hann),
+        hop,
+        window=hann,
+        center=True,
+        pad_mode="constant",
+        return_complex=True,
+    )
+    return (found.abs() * (2 / hann.sum())).square().unflatten(0, x.shape[:2])
