@@ -26,6 +26,7 @@ SHARE = Number(0, 1)
 RATE = Number(0, 1000, above=True)
 DROPOUT = Number(0, 1, below=True)
 GUIDANCE = Number(0, 1000)
+PITCH = whole(0, 127, null=True)
 FLAG = Choice((True, False))
 PATH = Text("a path", null=True)
 DIGEST = Text("64 hexadecimal digits", "[0-9a-f]{64}", null=True)
@@ -159,6 +160,11 @@ RANGES: dict[str, Any] = {
     "data.val": Number(0, 1, above=True, below=True),
     "data.test": Number(0, 1, below=True),
     "data.overlap": whole(0, 10**6, "tokens"),
+    "data.voices": Choice(("soprano", "all")),
+    "data.low": PITCH,
+    "data.high": PITCH,
+    "data.transpose": whole(0, 24, "semitones"),
+    "data.bar": whole(1, 1000, "steps"),
     "data.distribution": Choice(("moons", "swiss_roll", "checkerboard", "eight_gaussians")),
     "Tones:n": whole(1, 10**7, "tones"),
     "data.n": whole(1, 10**8, "points"),
@@ -199,6 +205,8 @@ RANGES: dict[str, Any] = {
     "model.**.blocks": whole(1, 1000, "blocks"),
     "model.**.multipliers": Many(whole(1, 1024), 1, 16),
     "Transformer:attention": Node(),
+    "MelodyRNN:attention": whole(1, 10**5, "outputs"),
+    "model.**.bar": whole(1, 10**5, "tokens"),
     "model.**.attention": Many(whole(1, 65536, "pixels"), 0),
     "model.**.attention_depths": Many(whole(-16, 15, "halvings"), 0),
     "model.**.heads": whole(1, 4096, "heads"),
