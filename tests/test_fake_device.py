@@ -156,6 +156,7 @@ def gpu(monkeypatch) -> Iterator[FakeGPU]:
             return lambda inputs: out
 
         monkeypatch.setattr(torch.autograd, "grad", grad)
+        monkeypatch.setattr(torch.backends.cudnn, "enabled", False)  # its LSTM asks the driver
         monkeypatch.setattr(samplers, "find_graph", lambda model, kind, *graph: capture(*graph))
         monkeypatch.setattr(decode, "capture", capture)
         monkeypatch.setattr(decode, "CHECK_STOP_EVERY", 2)

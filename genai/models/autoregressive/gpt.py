@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, Losses
+from genai.models.autoregressive.likelihood import mean_loss, nats_of
 from genai.nn.cache import Cache
 from genai.nn.transformer import Transformer
 
@@ -101,19 +101,11 @@ class GPT(nn.Module):
     def nats(self, batch: Batch) -> Tensor:
         """Return -ln p of each token of batch[tokens] (B, T) given those before it, 0 where `mask` is false: (B, T -
         1)."""
-        tokens = batch[self.field]
-        logits = self.net(tokens[:, :-1]).float()
-        nats = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view_as(tokens[:, 1:])
-        return nats * batch["mask"][:, 1:] if "mask" in batch else nats
+        return nats_of(self.net(batch[self.field][:, :-1]), batch)
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """Return the mean of `nats` over all targets, 0 if there are none; the weight is their number."""
-        nats = self.nats(batch)
-        if "mask" not in batch:
-            return Losses(nats.sum() / nats.numel(), nats.numel())
-        weight = batch["mask"][:, 1:].sum()
-        # Without a target the loss is 0 / 1 and its weight 0, not nan.
-        return Losses(nats.sum() / weight.clamp_min(1), weight)
+        return mean_loss(self.nats(batch), batch)
 
     def log_prob(self, batch: Batch, seed: int) -> Tensor:
         """Return ln p(tokens after the first | first) in nats, (B,), over `mask`; exact, so the seed is not used."""

@@ -13,6 +13,7 @@ from genai.core import rng
 from genai.core.errors import UserError
 from genai.core.protocols import Autoregressive, Capturable, Rewindable, check_sampler
 from genai.models.autoregressive import decode, speculative
+from genai.models.autoregressive.melody_rnn import MelodyRNN
 from genai.nn.attention import Attention, Context, CrossAttention, RotaryPositions
 from genai.nn.cache import Cache
 from genai.nn.norm import LayerNorm
@@ -96,6 +97,16 @@ class Dilated(nn.Module):
         return self.head(x)
 
 
+class Melodies(MelodyRNN):
+    """Bars of 4, two of which a text is longer than, and attention over 5."""
+
+    def __init__(self):
+        super().__init__("tokens", V, 15, bar=4, width=12, attention=5)
+
+    def whole(self, tokens, label):
+        return self.logits(tokens[None])[0]
+
+
 class Translator(nn.Module):
     """Encoder and decoder: a source, padded at the end with 0, is encoded and projected to keys and values in `start`."""
 
@@ -153,7 +164,7 @@ PROMPTS = {
     "tokens": torch.stack([F.pad(row, (7 - len(row), 0)) for row in ROWS]),
     "pad": torch.tensor([7 - len(row) for row in ROWS]),
 }
-KINDS = [Recurrent, Dilated]
+KINDS = [Recurrent, Dilated, Melodies]
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:3], ids=str)

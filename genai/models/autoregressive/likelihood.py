@@ -1,0 +1,24 @@
+"""The loss of models of the next token, over the targets that `mask` leaves."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from genai.core.protocols import Batch, Losses
+
+
+def nats_of(logits: Tensor, batch: Batch) -> Tensor:
+    """Return -ln p (B, T - 1) of the tokens after the first by their logits (B, T - 1, vocab_size), 0 where `mask` is false."""
+    targets = batch["tokens"][:, 1:]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    return nats * batch["mask"][:, 1:] if "mask" in batch else nats
+
+
+def mean_loss(nats: Tensor, batch: Batch) -> Losses:
+    """Return the mean of nats (B, T - 1) over all targets, 0 if there are none; the weight is their number."""
+    if "mask" not in batch:
+        return Losses(nats.sum() / nats.numel(), nats.numel())
+    weight = batch["mask"][:, 1:].sum()
+    # Without a target the loss is 0 / 1 and its weight 0, not nan.
+    return Losses(nats.sum() / weight.clamp_min(1), weight)
