@@ -42,7 +42,7 @@ class Baseline:
     """
 
     field = "image"  # or tokens
-    needs: tuple[str, ...] = ()  # what the data must have: "levels", "classes"
+    needs: tuple[str, ...] = ()  # what the data must have: "levels", "classes", "bar"
     random_fit = False  # whether fitting draws random numbers, so that it is repeated with several seeds
     what: str  # description in tables
 
@@ -64,8 +64,9 @@ def check(baseline: Baseline, data: Data) -> None:
             f"baseline={name} needs data of {baseline.field}, and this data is {data.field} of shape {data.shape}: "
             "choose another with baseline="
         )
-    for need, words in (("levels", "grey levels (data.levels)"), ("classes", "labels (data.classes)")):
-        if need in baseline.needs and getattr(data, need) is None:
+    words_of = {"levels": "grey levels (data.levels)", "classes": "labels (data.classes)", "bar": "bars (data.bar)"}
+    for need, words in words_of.items():
+        if need in baseline.needs and getattr(data, need, None) is None:
             raise UserError(
                 f"baseline={name} needs data with {words}, and this has none: choose another with baseline="
             )

@@ -34,19 +34,23 @@ class NGram(Baseline):
 
     Args:
         order: n, the number of tokens of an n-gram.
+        period: all n-grams are also counted by their place in periods of so many tokens, such as a bar; None: whatever the place.
+            For data whose rows begin with a period, after their first token.
     """
 
     field = "tokens"
 
-    def __init__(self, order: int = 5):
+    def __init__(self, order: int = 5, period: int | None = None):
         self.order = at_least(order, 1, "baseline.order")
-        self.what = f"interpolated {order}-gram"
+        self.period = 1 if period is None else at_least(period, 1, "baseline.period")
+        self.needs = () if period is None else ("bar",)
+        self.what = f"interpolated {order}-gram" + ("" if period is None else f" with the place in {period}")
 
     def fit(self, data: TrainingData, seed: int) -> "NGram":
         self.vocabulary, self.orders = data.levels or 0, []
-        tokens = data.x.numpy().reshape(-1, data.x.shape[-1])
-        counted = np.ones(tokens.shape, bool) if data.mask is None else data.mask.numpy()
-        context, contexts = np.zeros_like(tokens), 1  # of no token there is one
+        tokens = np.atleast_2d(data.x.numpy())  # (N, T)
+        counted = targets(data)
+        context, contexts = self._places(tokens), self.period
         for _ in range(self.order):
             keys, counts = np.unique(self._keys(context, tokens)[counted & (context >= 0)], return_counts=True)
             before = keys // self.vocabulary
@@ -62,12 +66,12 @@ class NGram(Baseline):
 
     def each(self, tokens: np.ndarray) -> np.ndarray:
         """Return the probability of every token (B, T) given those before it in its row."""
-        p, context = np.full(tokens.shape, 1 / self.vocabulary), np.zeros_like(tokens)
+        p, context = np.full(tokens.shape, 1 / self.vocabulary), self._places(tokens)
         for order in self.orders:
             gram = self._indices(order, context, tokens)
             count = np.where(gram >= 0, order.counts[gram], 0)
             total, kinds = (np.where(context >= 0, of[context], 0) for of in (order.total, order.kinds))
-            p = np.where(total > 0, (count + kinds * p) / np.maximum(total + kinds, 1), p)
+            p = witten_bell(p, count, total, kinds)
             context = _after(gram)
         return p
 
@@ -75,6 +79,10 @@ class NGram(Baseline):
         """Return the distribution (V,) of the token that follows a context."""
         rows = np.tile(np.array(context, dtype=np.int64), (self.vocabulary, 1)).reshape(self.vocabulary, -1)
         return self.each(np.concatenate([rows, np.arange(self.vocabulary)[:, None]], 1))[:, -1]
+
+    def _places(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the context of no token (N, T): the place in the period, 0 for the token after the first."""
+        return np.broadcast_to((np.arange(tokens.shape[1]) - 1) % self.period, tokens.shape)
 
     def _keys(self, context: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         return context * self.vocabulary + tokens
@@ -89,3 +97,17 @@ class NGram(Baseline):
 def _after(gram: np.ndarray) -> np.ndarray:
     """Return the n-gram that ends before each token, its context one order higher; -1 at the beginning of a row."""
     return np.concatenate([np.full_like(gram[:, :1], -1), gram[:, :-1]], 1)
+
+
+def witten_bell(p: np.ndarray, count: np.ndarray, total: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """Return (count + kinds p) / (total + kinds), or p where `total` is 0."""
+    return np.where(total > 0, (count + kinds * p) / np.maximum(total + kinds, 1), p)
+
+
+def targets(data: TrainingData) -> np.ndarray:
+    """Return which tokens (N, T) are counted: those of the mask, all of a text, all but the first of rows."""
+    if data.mask is not None:
+        return data.mask.numpy()
+    found = np.ones(np.atleast_2d(data.x.numpy()).shape, bool)
+    found[:, 0] = data.x.ndim == 1
+    return found
