@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -18,7 +19,7 @@ from genai.core.protocols import Reconstructor, Scorable
 from genai.core.runs import Facts
 from genai.data.base import Data
 from genai.evaluation import features
-from genai.metrics import frechet, images, inception_score, kid, manifold, text
+from genai.metrics import frechet, images, inception_score, kid, manifold, melody, text
 
 
 @dataclass
@@ -51,6 +52,14 @@ class GeneratedTexts:
     train: str
 
 
+@dataclass
+class GeneratedMelodies:
+    """Generated melodies, each the notes of its voices, and the training split's as `genai.metrics.melody.join` returns them."""
+
+    melodies: list[list[melody.Notes]]
+    train: np.ndarray
+
+
 class Metric:
     """A metric of a checkpoint; subclass it for one of your own.
 
@@ -59,6 +68,7 @@ class Metric:
     - "samples": given a `RealFakePair`, returns one number. The card has the spread over `repeats` sets of samples, a floor of
       real samples, and baselines that sample.
     - "texts": given `GeneratedTexts`, returns one number. The card has the spread and a floor, no baselines.
+    - "melodies": given `GeneratedMelodies`, returns one number. The card has the spread and a floor, no baselines.
     - "likelihoods": given -ln p in nats (N,) of a split's items and the facts of the pass, returns values (N,). The card has
       their mean with its bootstrap interval.
     - "reconstructions": given a model's reconstructions and the batch, both (B, ...), returns values (B,). The card is as for
@@ -165,6 +175,34 @@ class LongestCopy(Metric):
         return text.longest_copy("\n\n".join(texts.texts), texts.train).length
 
 
+class Melody(Metric):
+    """The mean over melodies of a figure of `genai.metrics.melody`: pitch_range, repetition or out_of_key, by `figure`.
+
+    It is to be compared with that of real melodies, the floor of the card.
+    """
+
+    kind = "melodies"
+
+    def __init__(self, figure: str, unit: str = ""):
+        self.figure, self.unit = figure, unit
+
+    def __call__(self, sets: GeneratedMelodies) -> float:
+        function = getattr(melody, self.figure)
+        return sum(function(voices) for voices in sets.melodies) / len(sets.melodies)
+
+
+class MelodyCopy(Metric):
+    """The mean over melodies of the successive notes that the training split has too, in any key.
+
+    Real melodies quote each other as well: the floor of the card says how much.
+    """
+
+    kind, unit = "melodies", "notes"
+
+    def __call__(self, sets: GeneratedMelodies) -> float:
+        return sum(melody.copied_notes(voices, sets.train) for voices in sets.melodies) / len(sets.melodies)
+
+
 class Likelihood(Metric):
     """-ln p of items in the unit of a `fact` of the pass, such as bits_per_dim.
 
@@ -206,7 +244,7 @@ class SSIM(Metric):
 
 
 PASS_KINDS = "likelihoods", "reconstructions"  # kinds of metrics that one pass over a split computes
-KINDS = "samples", "texts", *PASS_KINDS
+KINDS = "samples", "texts", "melodies", *PASS_KINDS
 SAMPLE_PARTS = "features", "probabilities", "images"  # what can be kept of each sample
 
 

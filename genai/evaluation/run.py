@@ -171,7 +171,7 @@ def evaluate(loaded: Loaded, data: Data, plan: Plan) -> tuple[Facts, list[Card]]
     if checked.extractor is not None:
         found += samples.sample_cards(loaded, checked, checked.extractor, folder / "cards")
     elif checked.sample_metrics:
-        found += samples.text_cards(loaded, checked)
+        found += samples.SET_CARDS[str(checked.images.modality.comparison)](loaded, checked)
     found = [card | {"seed": plan.seed, "checkpoint": str(loaded.path), "step": loaded.step} for card in found]
     cards.write(found, folder)
     return facts, sorted(found, key=lambda card: [*checked.requested].index(card["metric"]))

@@ -20,8 +20,9 @@ from genai.data.stream import batches
 from genai.evaluation.baselines.reference import reference_scores
 from genai.evaluation.cards import card, data_facts
 from genai.evaluation.features import Extractor, FeatureSet, extract_features
-from genai.evaluation.metrics import GeneratedTexts, Metric, RealFakePair, compute
+from genai.evaluation.metrics import GeneratedMelodies, GeneratedTexts, Metric, RealFakePair, compute
 from genai.evaluation.plan import CheckedPlan
+from genai.metrics import melody
 from genai.metrics.intervals import over_seeds
 from genai.metrics.memorisation import memorisation
 from genai.modalities.base import save
@@ -174,15 +175,48 @@ def text_cards(loaded: Loaded, checked: CheckedPlan) -> list[Card]:
     floors = (
         {} if split == "train" else {name: compute(name, metric, pieces).item() for name, metric in metrics.items()}
     )
+    return _set_cards(loaded, checked, values, floors, train_characters=len(train))
+
+
+def melody_cards(loaded: Loaded, checked: CheckedPlan) -> list[Card]:
+    """Make a card for each metric of melodies, from `repeats` sets of n; the floor is windows of the split, as long."""
+    plan, n, metrics = checked.plan, checked.n, checked.sample_metrics
+    data: Any = checked.images
+    learned = _melodies(data, "train", len(data.splits["train"]), None)
+    train = melody.join([voice for voices in learned for voice in voices])
+    values, steps = {name: [] for name in metrics}, 0
+    with progress.task("evaluating", n * plan.repeats, "melodies") as clock:
+        for k in range(plan.repeats):
+            parts = sample_batches(loaded, n, plan.seed + k * n, plan.batch_size, clock)
+            rows = torch.cat([batch[data.field] for batch in parts])
+            made, steps = data.modality.voices_of(rows), rows.shape[1]
+            for name, metric in metrics.items():
+                values[name].append(compute(name, metric, GeneratedMelodies(made, train)).item())
+    real = GeneratedMelodies(_melodies(data, plan.split, n, steps), train)
+    floors = {name: compute(name, metric, real).item() for name, metric in metrics.items() if plan.split != "train"}
+    return _set_cards(loaded, checked, values, floors)
+
+
+def _melodies(data: Any, split: str, n: int, length: int | None) -> list[Any]:
+    """Return the notes of the first n windows of a split, of at most `length` tokens."""
+    rows = [batch[data.field][:, 1:][:, :length] for batch in batches(data.splits[split], 1024, n)]
+    return data.modality.voices_of(torch.cat(rows))
+
+
+def _set_cards(
+    loaded: Loaded, checked: CheckedPlan, values: Mapping[str, list[float]], floors: Mapping[str, float], **more: int
+) -> list[Card]:
+    """Return a card for each metric of sets of token sequences, by its values for each set; `more` joins the protocol."""
+    plan, data, metrics = checked.plan, checked.images, checked.sample_metrics
     facts = {
         "protocol": {
-            "n": n,
-            "split": split,
+            "n": checked.n,
+            "split": plan.split,
             "repeats": plan.repeats,
             **data_facts(checked),
             "vocabulary": data.levels,
             "max_new_tokens": loaded.config["sampler"].get("max_new_tokens") or data.shape[0],
-            "train_characters": len(train),
+            **more,
         },
         "sampler": loaded.config["sampler"],
     }
@@ -200,3 +234,7 @@ def _text(data: Any, split: str, most: int) -> str:
         if length >= most:
             break
     return "".join(parts)[:most]
+
+
+SET_CARDS = {"texts": text_cards, "melodies": melody_cards}
+"""What makes the cards of sets of samples that have no features, by the modality's `comparison`."""

@@ -66,7 +66,7 @@ class Modality:
     likelihoods: tuple[str, ...] = ("bits_per_dim",)
     """Names of the metrics that report a likelihood."""
     comparison: str | None = "samples"
-    """Kind of metrics for sets of samples: "samples" (by features), "texts" (by words) or None."""
+    """Kind of metrics for sets of samples: "samples" (by features), "texts" (by words), "melodies" (by notes) or None."""
     windowed = False
     """True if items are windows of one long sequence, so that a likelihood is per token."""
 

@@ -35,7 +35,8 @@ class Melody(Modality):
     Raises UserError for values out of range.
     """
 
-    field, keys, meaning, comparison, likelihoods = "tokens", ("prompt",), "range of pitches", None, ("nats_per_step",)
+    field, keys, meaning = "tokens", ("prompt",), "range of pitches"
+    comparison, likelihoods = "melodies", ("nats_per_step",)
 
     def __init__(self, low: int, high: int, voices: int = 1, steps_per_quarter: int = 4, tempo: float = 90.0):
         if not all(type(n) is int for n in (low, high, voices, steps_per_quarter)) or not 0 <= low <= high <= 127:
@@ -72,6 +73,10 @@ class Melody(Modality):
         ids = tokens.cpu().numpy().astype(np.int16)
         ids = ids[: len(ids) // self.voices * self.voices].reshape(-1, self.voices)
         return midi.canonical(np.where(ids < 2, ids - 2, ids - 2 + self.low).astype(np.int16))
+
+    def voices_of(self, rows: Tensor) -> list[list[list[midi.Note]]]:
+        """Return the notes of each voice of each melody of tokens (B, T)."""
+        return [[midi.to_notes(voice) for voice in self.events(row).T] for row in rows]
 
     def condition(self, request: Request, n: int) -> Batch:
         """Return the first id and the events of prompts, padded on the left: `tokens`, `pad`, and `lead` = 1.

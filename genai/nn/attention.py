@@ -209,6 +209,23 @@ class RotaryPositions(nn.Module):
         return None, (cos, sin)
 
 
+class PeriodicPositions(RotaryPositions):
+    """Rotary position embeddings, and a learned vector for each place in periods of positions, such as the voices in a bar.
+
+    Args:
+        period: positions of a period.
+        base: of the rotary embeddings.
+    """
+
+    def __init__(self, width: int, period: int, base: float = 10000.0):
+        super().__init__(width, base)
+        self.table = nn.Embedding(at_least(period, 1, "period"), width)
+
+    def forward(self, positions: Tensor, head_dim: int) -> tuple[Tensor | None, Rotation | None]:
+        """Return the embeddings (T, width) or (B, T, width) of the places of positions (T,) or (B, T), and their rotation."""
+        return self.table(positions % self.table.num_embeddings), super().forward(positions, head_dim)[1]
+
+
 class LearnedPositions(nn.Module):
     """Learned position embeddings: one vector for each of `length` positions."""
 

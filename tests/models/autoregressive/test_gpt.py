@@ -15,7 +15,7 @@ from genai.core.errors import UserError
 from genai.models.autoregressive import decode, gpt2, speculative
 from genai.models.autoregressive.gpt import GPT, Decoder
 from genai.nn import norm, transformer
-from genai.nn.attention import Attention, LearnedPositions, RotaryPositions, rotate
+from genai.nn.attention import Attention, LearnedPositions, PeriodicPositions, RotaryPositions, rotate
 from genai.nn.cache import Cache, Positions
 from genai.nn.transformer import MLP, SwiGLU, Transformer
 from genai.train.gradients import ParameterGroup
@@ -52,7 +52,11 @@ def gpt(
         attention=partial(Attention, heads=heads, kv_heads=kv_heads, bias=bias, qk_norm=qk_norm and norm.RMSNorm),
         mlp=MLPS[mlp],
         norm=partial(norm.RMSNorm, gain=True) if normal == "rms" else norm.LayerNorm,
-        position=RotaryPositions if position == "rotary" else partial(LearnedPositions, length=length),
+        position={
+            "rotary": RotaryPositions,
+            "periodic": partial(PeriodicPositions, period=6),
+            "learned": partial(LearnedPositions, length=length),
+        }[position],
         shift=transformer.Shift if shift else None,
     )
     model = GPT("tokens", V, length, Decoder(V, net, tied, init))
@@ -71,6 +75,7 @@ OPTIONS = [
     {"position": "learned", "mlp": "gelu", "normal": "layer", "bias": True, "tied": True},
     {"mlp": "swiglu"},
     {"shift": True, "qk_norm": True},
+    {"shift": True, "position": "periodic"},
 ]
 
 
@@ -127,6 +132,13 @@ def test_attention_is_its_definition():
         heads.append(scores.softmax(-1) @ v[:, h // 2])
         assert torch.allclose(scores.softmax(-1), attention.weights(x, rotation)[:, h])
     assert torch.allclose(attention(x, rotation), attention.out(torch.cat(heads, -1)))
+
+
+def test_periodic_positions_know_the_place_and_the_distance():
+    made = PeriodicPositions(8, period=6)
+    places, rotation = made(torch.arange(20), 8)
+    assert torch.equal(places[3], places[15]) and not torch.equal(places[3], places[4])
+    assert all(map(torch.equal, rotation, RotaryPositions(8)(torch.arange(20), 8)[1]))
 
 
 def test_rotary_positions_turn_pairs_and_know_only_distances():
