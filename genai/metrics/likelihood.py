@@ -46,3 +46,8 @@ def per_sample(nats: Tensor, samples: int, levels: int | None) -> Facts:
     """Convert nats (N,) of clips of audio, of `samples` samples in all, to bits per sample; clips may differ in length."""
     each = nats.sum().item() / samples
     return {"bits_per_sample": round(each / math.log(2), 4), "samples": samples, "levels": levels}
+
+
+def per_step(nats: Tensor, steps: int) -> Facts:
+    """Convert nats (N,) of melodies, of `steps` steps in all, to nats per step; the events of all voices at a step are one."""
+    return {"nats_per_step": round(nats.sum().item() / steps, 4), "steps": steps}

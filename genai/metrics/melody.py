@@ -1,6 +1,6 @@
 """Metrics of melodies as notes (start, end, MIDI pitch), in steps: range, repetition, notes out of key, copies.
 
-None has a best value: a figure stands beside that of real melodies.
+None has a best value: a figure is compared with that of real melodies.
 """
 
 import itertools

@@ -1,6 +1,7 @@
 """Melodies as token ids: prompts and samples are MIDI files, a piano roll shows them, a small synthesiser plays them."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from genai.core import files
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
 from genai.core.rng import RNG_VERSION
-from genai.modalities import midi
-from genai.modalities.base import MAX_SHOWN, Modality, Picture, Request, repeat_strings, save
+from genai.core.runs import Facts
+from genai.metrics import likelihood
+from genai.modalities import midi, sound, synth
+from genai.modalities.base import MAX_HEARD, MAX_SHOWN, Clips, Modality, Picture, Request, repeat_strings, save
 
 SILENCE = 1  # the id before every melody: the note before it, if any, has ended
 STEP_PIXELS, ROW_PIXELS, GAP_PIXELS = 4, 4, 6
@@ -129,8 +132,26 @@ class Melody(Modality):
         shift = max(self.low - least, 0) - max(most - self.high, 0)
         return np.where(events >= 0, events + shift, events).astype(np.int16), shift
 
-    def preview(self, batch: Batch, columns: int | None = None) -> Picture:
-        return self.roll([self.events(row) for row in batch[self.field]], columns)
+    def preview(self, batch: Batch, columns: int | None = None) -> Clips:
+        """Return the piano rolls of samples and the sound of the first."""
+        return self.show([self.events(row) for row in batch[self.field]], columns)
+
+    def show(self, melodies: list[np.ndarray], columns: int | None = None) -> Clips:
+        """Return the piano rolls of melodies, events (S, V) each, and the sound of the first."""
+        waves = [torch.from_numpy(self.render(events)) for events in melodies[:MAX_HEARD]]
+        longest = max(map(len, waves))
+        heard = torch.stack([torch.nn.functional.pad(wave, (0, longest - len(wave))) for wave in waves])
+        return Clips(self.roll(melodies, columns), heard[:, None], synth.SR_HZ)
+
+    def render(self, events: np.ndarray) -> np.ndarray:
+        """Return the sound float32 (T,) of events (S, V)."""
+        return synth.render(events, self.steps_per_quarter, self.tempo)
+
+    def units(self, nats: Tensor, targets: int | None, part: Any, shape: Sequence[int], values: int | None) -> Facts:
+        """Convert -ln p in nats (N,) of windows to nats per step."""
+        steps = (len(nats) * shape[0] if targets is None else targets) // self.voices
+        window = {"context": shape[0], "context_overlap": getattr(part, "overlap", 0), "vocabulary": self.vocab_size}
+        return likelihood.per_step(nats, steps) | window
 
     def roll(self, melodies: list[np.ndarray], columns: int | None = None) -> Picture:
         """Draw melodies, events (S, V) each, as piano rolls uint8 (3, H, W): pitch upwards, a note's first step darker."""
@@ -155,7 +176,8 @@ class Melody(Modality):
         return torch.from_numpy(picture).permute(2, 0, 1)
 
     def write(self, folder: Path, batch: Batch, names: list[str], request: Request, columns: int | None) -> list[str]:
-        """Write each melody, after its prompt and in the prompt's key, as .mid and .wav; grid.png and samples.npz of all."""
+        """Write each melody, after its prompt and in the prompt's key, as .mid and .wav; grid.png, grid.wav
+        and samples.npz of all."""
         folder.mkdir(parents=True, exist_ok=True)
         melodies = []
         for row, (prompt, shift) in zip(batch[self.field], self._prompts(request, len(names)), strict=True):
@@ -165,9 +187,9 @@ class Melody(Modality):
         for name, events in zip(names, melodies, strict=True):
             content = midi.write(events, self.steps_per_quarter, self.tempo)
             files.write(folder / f"{name}.mid", lambda file, content=content: file.write(content))
-        arrays: dict[str, Any] = {
-            k: v.cpu().numpy() for k, v in (("tokens", batch[self.field]), ("seeds", batch["seeds"]))
-        }
+            sound.write_wave(folder / f"{name}.wav", torch.from_numpy(self.render(events))[None], synth.SR_HZ)
+        found = {"samples": batch[self.field], "seeds": batch["seeds"], "labels": batch.get("label")}
+        arrays: dict[str, Any] = {name: value.cpu().numpy() for name, value in found.items() if value is not None}
         np.savez(folder / "samples.npz", rng_version=RNG_VERSION, **arrays)
-        save(self.roll(melodies[:MAX_SHOWN], columns), folder / "grid")
-        return [f"{names[0]}.mid", "grid.png", "samples.npz"]
+        shown = save(self.show(melodies[:MAX_SHOWN], columns), folder / "grid")
+        return [f"{names[0]}.mid", *shown, "samples.npz"]

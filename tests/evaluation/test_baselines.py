@@ -13,9 +13,11 @@ from genai.cli import compose_config
 from genai.core.errors import UserError
 from genai.data.base import Arrays, Data, first_items
 from genai.data.images import Digits
+from genai.data.melodies import json_file
 from genai.evaluation import classifier
 from genai.evaluation.baselines import reference
 from genai.evaluation.baselines.base import TrainingData, check, stream, training_data
+from genai.evaluation.baselines.melody import Onsets
 from genai.evaluation.baselines.ngram import NGram
 from genai.evaluation.baselines.pixels import Markov, Mixture, Uniform
 from genai.evaluation.baselines.run import run
@@ -93,6 +95,69 @@ def test_an_n_gram_finds_the_entropy_rate_of_a_chain():
     model = NGram(2).fit(text(tokens[:20000], 3), 0)
     found = -model.log_prob({"tokens": torch.from_numpy(tokens[None, 20000:])}, 0).item() / 20000
     assert found == pytest.approx(rate, abs=2e-3) and found > rate - 1e-3
+
+
+def rows(tokens, mask=None, vocabulary=4):
+    mask = None if mask is None else torch.as_tensor(mask)
+    return TrainingData(torch.as_tensor(tokens), None, "tokens", [8], vocabulary, None, mask)
+
+
+def test_an_n_gram_of_rows_counts_what_is_a_target_alone():
+    """Those of a text are as those of one row whose first token counts; what a mask leaves out is context."""
+    tokens = np.random.default_rng(0).integers(0, 4, (6, 9))
+    mask = np.ones((6, 9), bool)
+    mask[:, :4], mask[3:, 7:] = False, False
+    model = NGram(2).fit(rows(tokens, mask), 0)
+    counts = np.bincount(tokens[mask], minlength=4)
+    kinds = (counts > 0).sum()
+    one = (counts + kinds / 4) / (counts.sum() + kinds)
+    assert np.allclose(model.distribution([]), one)
+    after = np.bincount(tokens[:, 1:][mask[:, 1:] & (tokens[:, :-1] == 2)], minlength=4)
+    assert np.allclose(model.distribution([2]), (after + (after > 0).sum() * one) / (after.sum() + (after > 0).sum()))
+
+
+def test_an_n_gram_by_the_place_knows_what_comes_where():
+    """Of rows in which only the place says what is next: what is certain costs nearly nothing, and probabilities add up to 1."""
+    tokens = np.tile([3, 0, 1, 1, 2], (200, 1))[:, [0, 1, 2, 3, 4, 1, 2, 3, 4]]
+    place, blind = NGram(1, period=4).fit(rows(tokens), 0), NGram(1).fit(rows(tokens), 0)
+    batch = {"tokens": torch.from_numpy(tokens[:1])}
+    assert -place.log_prob(batch, 0).item() < 0.05 < 7 < -blind.log_prob(batch, 0).item()
+    every = torch.cartesian_prod(*[torch.arange(4)] * 3)
+    every = torch.cat([torch.full((64, 1), 3), every], 1)
+    for model in (place, NGram(3, period=2).fit(rows(tokens), 0), Onsets(4).fit(rows(tokens), 0)):
+        assert model.log_prob({"tokens": every}, 0).exp().sum().item() == pytest.approx(1, abs=1e-12)
+
+
+def test_onsets_are_known_with_the_time_since():
+    """Of tunes of one note, struck again every three steps or ended: all but the first event follows from time and pitch."""
+    random = np.random.default_rng(0)
+    tokens = np.zeros((300, 13), np.int64)
+    tokens[:, 0], tokens[:, 1::3] = 1, random.integers(2, 4, (300, 1))
+    model = Onsets(period=1).fit(rows(tokens), 0)
+    cost = -model.log_prob({"tokens": torch.from_numpy(tokens)}, 0).mean().item()
+    assert cost == pytest.approx(math.log(2), abs=0.15)
+    masked = np.ones(tokens.shape, bool)
+    masked[:, :2] = False
+    late = -model.log_prob({"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(masked)}, 0).mean().item()
+    assert late < 0.12
+
+
+def test_the_counts_of_jsb_sopranos_are_those_known(shared):
+    """1.035, 0.653 and 0.610 nats a step of the test split, by n-grams with and without the place and by onsets."""
+    facts = {"low": None, "high": None, "transpose": 0, "bar": 16, "overlap": 128, "field": "tokens", "shape": [256]}
+    facts |= {"classes": None, "levels": None, "batch_size": 8}
+    data = json_file(str(shared("jsb-chorales-16th.json")), "soprano", **facts)
+    learned = training_data(data, ["train"])
+    batch = data.splits["test"].batch(torch.arange(len(data.splits["test"])), None)
+    for model, known in ((NGram(1), 1.035), (NGram(5, 16), 0.653), (Onsets(16), 0.610)):
+        nats = -model.fit(learned, 0).log_prob(batch, 0)
+        found = data.modality.units(nats, int(batch["mask"].sum()), data.splits["test"], data.shape, None)
+        assert found["nats_per_step"] == pytest.approx(known, abs=5e-4)
+
+
+def test_counts_by_the_place_need_data_with_bars(refused):
+    said = refused("genai/evaluation/baselines/__main__.py", "data=python_docs", "baseline=onsets")
+    assert said.startswith("baseline=onsets needs data with bars (data.bar), and this has none")
 
 
 @pytest.mark.parametrize("smoothing", [1e-9, 0.5])
@@ -304,7 +369,7 @@ REFUSED = {
     ("baseline=gmm", "data=toy2d"): "baseline=gmm needs data of image, and this data is vector",
     (
         "baseline=mixtur",
-    ): "must be one of gmm, knn, markov, mixture, ngram, pca, training_copy, uniform, did you mean mixture?",
+    ): "must be one of gmm, knn, markov, mixture, ngram, onsets, pca, training_copy, uniform, did you mean mixture?",
     ("baseline=pca", "baseline.component=3"): "did you mean baseline.components?",
     ("baseline=pca", "baseline.components=65"): "baseline.components=65, but these images have at most 64",
     ("baseline=mixture", "baseline.smoothing=0"): "baseline.smoothing=0 must be a number of counts, greater than 0",
