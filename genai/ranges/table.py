@@ -208,6 +208,8 @@ RANGES: dict[str, Any] = {
     "MelodyRNN:attention": whole(1, 10**5, "outputs"),
     "model.**.bar": whole(1, 10**5, "tokens"),
     "model.**.period": whole(1, 10**5, "tokens"),
+    "baseline.voices": whole(1, 8, "voices"),
+    "baseline.penalty": WEIGHT,
     "baseline.period": whole(1, 10**5, "tokens", null=True),
     "model.**.attention": Many(whole(1, 65536, "pixels"), 0),
     "model.**.attention_depths": Many(whole(-16, 15, "halvings"), 0),
