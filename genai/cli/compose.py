@@ -1,5 +1,6 @@
 """Composes a config with Hydra: groups first, then values, which are checked."""
 
+import copy
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -116,12 +117,20 @@ def compose_config(
     for key in SPELLINGS:
         if (value := OmegaConf.select(cfg, key)) is not None:
             OmegaConf.update(cfg, key, canonical(key, value))
+    check_interpolations(cfg)
+    ranges.check(cfg, name, values, before)
+    return cfg
+
+
+def check_interpolations(cfg: DictConfig) -> None:
+    """Raise UserError for a key whose interpolation cannot be resolved, whatever shape the data will have."""
+    if OmegaConf.is_dict(cfg.get("data")) and cfg.data.get("shape", ()) is None:
+        cfg = copy.deepcopy(cfg)
+        cfg.data.shape = [1, 1, 1]
     try:
         OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key} cannot be read: {str(error).splitlines()[0]}") from error
-    ranges.check(cfg, name, values, before)
-    return cfg
 
 
 class Loader(ConfigLoaderImpl):

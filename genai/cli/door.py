@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from genai.cli.compose import compose_config
+from genai.cli.compose import check_interpolations, compose_config
 from genai.cli.errors import nearest
 from genai.cli.overrides import refuse_hydra_keys
 from genai.cli.resume import NEEDED, RUN_GROUPS, prepare_training
@@ -71,10 +70,7 @@ def check_training(cfg: DictConfig) -> DictConfig:
         raise UserError(
             f"this is not a config of training, it has no {missing[0]}: compose it with genai.compose([...])"
         )
-    try:
-        OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key} cannot be read: {str(error).splitlines()[0]}") from error
+    check_interpolations(cfg)
     for key in present:
         if isinstance(value := OmegaConf.select(cfg, key), Path):
             OmegaConf.update(cfg, key, str(value))

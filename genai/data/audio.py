@@ -1,110 +1,21 @@
 """Data sets of recordings: synthetic tones, the Free Spoken Digit Dataset, and any of them as codes of its samples."""
 
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from genai.core.errors import UserError, at_least, number
+from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch
-from genai.data.base import Data, Split, random_order
+from genai.data.base import Data, Split
 from genai.data.fingerprint import checksum, split_checksum
+from genai.data.recordings import clip_length, recording_splits
 from genai.modalities import audio as modalities
-from genai.modalities.sound import from_int16
-
-MAX_SECONDS = 3600.0  # of one item
-
-
-class Recordings:
-    """A split of recordings in memory, as clips of one length T: longer ones are cut, shorter ones are followed by zeros.
-
-    In a batch `mask`, bool (B, T), tells which samples are recorded. A clip is cut at a random place if there are draws, else at
-    its beginning.
-
-    Args:
-        field: name of the waveforms.
-        waves: int16 (T_i, C), one for each recording.
-        length: T of a clip.
-        crop: samples of a clip that are recorded at most; None for T.
-        conditions: further tensors of a batch by name, such as `label` (N,).
-    """
-
-    def __init__(
-        self,
-        field: str,
-        waves: Sequence[np.ndarray],
-        length: int,
-        crop: int | None = None,
-        conditions: dict[str, np.ndarray] | None = None,
-    ):
-        self.field, self.length, self.crop = field, length, min(crop or length, length)
-        self.whole = torch.from_numpy(np.concatenate(waves).T.copy())  # (C, all samples)
-        self.sizes = torch.tensor([len(wave) for wave in waves])
-        self.starts = self.sizes.cumsum(0) - self.sizes
-        self.conditions = {name: torch.from_numpy(v.astype(np.int64)) for name, v in (conditions or {}).items()}
-        self.augments = bool((self.sizes > self.crop).any())
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def batch(self, index: Tensor, draws: Tensor | None) -> Batch:
-        """Return the items `index` (B,); the first of the draws (B, 4) places the cut."""
-        size = self.sizes[index].clamp_max(self.length if draws is None else self.crop)
-        slack = self.sizes[index] - size
-        place = torch.zeros_like(slack) if draws is None else (draws[:, 0] * (slack + 1)).long().minimum(slack)
-        at = torch.arange(self.length)
-        mask = at < size[:, None]
-        x = from_int16(
-            self.whole[:, (self.starts[index] + place)[:, None] + at.minimum(size[:, None] - 1)]
-        )  # (C, B, T)
-        conditions = {name: values[index] for name, values in self.conditions.items()}
-        return {self.field: x.transpose(0, 1) * mask[:, None], "mask": mask, **conditions}
-
-    def fingerprint(self, quick: bool) -> str:
-        own = [self.whole, self.sizes, self.length, self.crop, *self.conditions.values()]
-        return checksum(*own, quick=quick)
-
-
-def clip_length(max_seconds: float, sr_hz: int) -> int:
-    """Return the samples of a clip. Raises UserError for one of none, or of more than an hour."""
-    number(max_seconds, "data.max_seconds", 0, MAX_SECONDS, open_low=True)
-    length = round(max_seconds * at_least(sr_hz, 1, "data.sr_hz", most=modalities.MAX_SR_HZ))
-    if length < 1:
-        raise UserError(f"data.max_seconds={max_seconds} is less than one sample at {sr_hz} Hz: give more")
-    return length
-
-
-class Part(NamedTuple):
-    """The recordings of a split, with their conditions by name, int64 (N,)."""
-
-    waves: list[np.ndarray]
-    conditions: dict[str, np.ndarray]
-
-
-def recording_splits(
-    field: str, parts: dict[str, Part], length: int, crop_seconds: float | None, sr_hz: int
-) -> dict[str, Split]:
-    """Build splits of clips; training clips are cut to `crop_seconds`, and the others are in random order."""
-    crop = None if crop_seconds is None else clip_length(number(crop_seconds, "data.crop_seconds", 0), sr_hz)
-    found: dict[str, Split] = {}
-    for name, (waves, conditions) in parts.items():
-        training = name == "train"
-        split = Recordings(field, waves, length, crop if training else None, conditions)
-        found[name] = split if training else random_order(split)
-    cut = sum(len(wave) > length for waves, _ in parts.values() for wave in waves)
-    if cut:
-        n = sum(len(waves) for waves, _ in parts.values())
-        print(
-            f"{cut} of {n} recordings are longer than {length / sr_hz:g} s and are cut (data.max_seconds)",
-            file=sys.stderr,
-        )
-    return found
-
+from genai.modalities import sound
+from genai.modalities.sound import to_int16
 
 NOTES = {
     "A5": 880.0,
@@ -152,11 +63,10 @@ class Tones(Data):
         if at_least(sr_hz, 1, "data.sr_hz", most=modalities.MAX_SR_HZ) < 4000:
             raise UserError(f"data.sr_hz={sr_hz} is too low for tones of up to 1760 Hz: give at least 4000")
         length, generator = clip_length(max_seconds, sr_hz), np.random.default_rng(0)
-        parts = {}
-        for name, count in {"train": n, "val": max(n // 10, 1), "test": max(n // 10, 1)}.items():
-            label = generator.integers(0, len(NOTES), count)
-            waves = pluck(np.array([*NOTES.values()])[label], sr_hz, length, generator)
-            parts[name] = Part([wave[:, None] for wave in waves], {"label": label})
+        counts = {"train": n, "val": max(n // 10, 1), "test": max(n // 10, 1)}
+        label = generator.integers(0, len(NOTES), sum(counts.values()))
+        waves = pluck(np.array([*NOTES.values()])[label], sr_hz, length, generator)
+        items = np.split(np.arange(len(label)), np.cumsum([*counts.values()])[:-1])
         super().__init__(
             field=field,
             shape=shape,
@@ -164,7 +74,9 @@ class Tones(Data):
             levels=levels,
             batch_size=batch_size,
             num_workers=num_workers,
-            splits=recording_splits(field, parts, length, None, sr_hz),
+            splits=recording_splits(
+                field, [*waves[..., None]], dict(zip(counts, items, strict=True)), {"label": label}, length, None, sr_hz
+            ),
             found_shape=[1, length],
             class_names=[*NOTES],
             found_levels=256,
@@ -239,24 +151,21 @@ class SpokenDigits(Data):
         takes = np.array([int(match[3]) for match in kept])
         in_test, in_val = np.isin(takes, TEST_TAKES), np.isin(takes, VAL_TAKES)
         chosen = {"train": ~in_test & ~in_val, "val": in_val, "test": in_test}
-        if empty := [name for name, which in chosen.items() if not which.any()]:
+        parts = {name: np.flatnonzero(which) for name, which in chosen.items()}
+        if empty := [name for name, items in parts.items() if not len(items)]:
             raise UserError(f"data.root={root} holds no recordings of the {empty[0]} split: bring back takes 0 to 7")
-        read = [read_16_bits(Path(root) / match[0]) for match in kept]
-        rates = {sr_hz for _, sr_hz in read}
+        waves = [read_recording(Path(root) / match[0]) for match in kept]
+        rates = {wave.sr_hz for wave in waves}
         if len(rates) > 1:
             raise UserError(
                 f"data.root={root} holds recordings of {' and '.join(map(str, sorted(rates)))} Hz: give one rate"
             )
         sr_hz = rates.pop()
-        waves = [wave for wave, _ in read]
-        facts = {"label": np.array([int(match[1]) for match in kept])}
+        conditions = {"label": np.array([int(match[1]) for match in kept])}
         if speaker is None:
-            facts["speaker"] = np.array([names.index(match[2]) for match in kept])
-        parts = {
-            name: Part([waves[i] for i in np.flatnonzero(which)], {key: value[which] for key, value in facts.items()})
-            for name, which in chosen.items()
-        }
+            conditions["speaker"] = np.array([names.index(match[2]) for match in kept])
         length = clip_length(max_seconds, sr_hz)
+        clips = [to_int16(wave.x).T.numpy() for wave in waves]
         super().__init__(
             field=field,
             shape=shape,
@@ -264,7 +173,7 @@ class SpokenDigits(Data):
             levels=levels,
             batch_size=batch_size,
             num_workers=num_workers,
-            splits=recording_splits(field, parts, length, crop_seconds, sr_hz),
+            splits=recording_splits(field, clips, parts, conditions, length, crop_seconds, sr_hz),
             found_shape=[1, length],
             class_names=DIGITS,
             found_levels=2**16,
@@ -274,17 +183,15 @@ class SpokenDigits(Data):
         )
 
 
-def read_16_bits(path: Path) -> tuple[np.ndarray, int]:
-    """Read a sound file as (int16 (T, C), sampling rate). Raises UserError if it cannot be read or is empty."""
-    import soundfile
-
+def read_recording(path: Path) -> sound.Wave:
+    """Read a sound file of one channel. Raises UserError if it cannot be read, or has more."""
     try:
-        wave, sr_hz = soundfile.read(path, dtype="int16", always_2d=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be read as sound ({error}): bring it back or remove it") from error
-    if not len(wave):
-        raise UserError(f"{path} holds no samples: remove it")
-    return wave, sr_hz
+        wave = sound.decode(path)
+    except ValueError as error:
+        raise UserError(f"{path} {error}: bring it back or remove it") from error
+    if len(wave.x) > 1:
+        raise UserError(f"{path} has {len(wave.x)} channels, and these recordings one: bring it back or remove it")
+    return wave
 
 
 class QuantizedAudio(Data):
@@ -298,6 +205,7 @@ class QuantizedAudio(Data):
         shape: [T], the number of tokens after the first.
         levels: number of codes.
         speakers: number of speakers, as `audio` has.
+        root: folder of the recordings; the config of `audio` refers to it, so that data.root= works here as it does everywhere.
         field, classes, batch_size, num_workers: see `Data`.
 
     Raises UserError for data that are not audio of one channel.
@@ -314,6 +222,7 @@ class QuantizedAudio(Data):
         batch_size: int,
         num_workers: int = 0,
         speakers: int | None = None,
+        root: str | None = None,
     ):
         kind = audio.modality
         if not isinstance(kind, modalities.Audio) or kind.channels != 1:

@@ -2,9 +2,10 @@
 
 import os
 import posixpath
+import sys
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import IO
 
@@ -13,6 +14,8 @@ from genai.data.fingerprint import checksum, files_checksum
 
 UNPACKED_BYTES, RATIO = 2**25, 100  # a member of a zip beyond both, unpacked size and ratio, is refused as a zip bomb
 LITTER_FOLDERS = ("__MACOSX", "@eaDir")
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html")
+LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "readme", "license")
 
 Stamp = tuple[int, ...]
 """Size, modification time and change time of a file, or size and CRC-32 in a zip: it differs if the file has changed."""
@@ -25,15 +28,17 @@ class Files:
         root: folder or zip.
         version: 2 takes each real file once, however many links lead to it, and understands names in a zip as Windows and tar
             write them; 1 is the behaviour of older runs.
+        what: the files are, for errors: images.
+        few: number of files that may be of no use however few there are.
     """
 
-    def __init__(self, root: str | Path, version: int = 1):
-        self.root, self.version = Path(root), version
+    def __init__(self, root: str | Path, version: int = 1, what: str = "images", few: int = 1):
+        self.root, self.version, self.what, self.few = Path(root), version, what, few
         self.zips: dict[int, tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]] = {}
         self.stamps: dict[str, Stamp] = {}
         self.ignored: Counter[str] = Counter()  # number of files by reason, filled by `names`
         self.skipped: dict[str, str] = {}  # name -> why it cannot be used
-        self.total = 0  # number of files that should be images, set by `Scan`
+        self.total = 0  # number of files that should be images, set by `candidates`
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "zips": {}}  # each process opens its own: they would share one file position
@@ -47,9 +52,15 @@ class Files:
             self.stamps = {name: (info.file_size, info.CRC) for name, info in self._zip()[1].items()}
         else:
             raise UserError(
-                f"data.root={str(self.root)!r} is neither a folder nor an intact zip file: set data.root to one with images"
+                f"data.root={str(self.root)!r} is neither a folder nor an intact zip file: set data.root to one with {self.what}"
             )
         return sorted(name for name in self.stamps if not self._ignore(name))
+
+    def candidates(self, suffixes: tuple[str, ...] = ()) -> list[str]:
+        """List the files that are meant to be images, and count the others: texts, and what lacks all of the suffixes, if any."""
+        names = [name for name in self.names() if not self._is_litter(name, suffixes)]
+        self.total = len(names)
+        return names
 
     def open(self, name: str) -> IO[bytes]:
         """Open a file for reading. Raises UserError for a member of a zip that unpacks to far more than images do."""
@@ -59,8 +70,8 @@ class Files:
         info = infos[name]
         if info.file_size > max(UNPACKED_BYTES, RATIO * info.compress_size):
             raise UserError(
-                f"{self.root / name} unpacks from {info.compress_size:,} to {info.file_size:,} bytes, which no image does: take "
-                "it out of the zip, or change data.root"
+                f"{self.root / name} unpacks from {info.compress_size:,} to {info.file_size:,} bytes, which no "
+                f"{self.what[:-1]} does: take it out of the zip, or change data.root"
             )
         return archive.open(info)
 
@@ -74,9 +85,19 @@ class Files:
         self.skipped[name] = why
         self.check(total)
 
+    def drop(self, problems: Mapping[str, str], left: int) -> None:
+        """Record files that cannot be used, by name with the reason. Raises UserError as `check` does, or if none is left."""
+        self.skipped |= problems
+        if not left:
+            why = f" ({describe_skipped(self.skipped)})" if self.skipped else ""
+            raise UserError(
+                f"data.root={str(self.root)!r} holds no {self.what}{why}: set data.root to a folder, or a zip of one, that does"
+            )
+        self.check(self.total)
+
     def check(self, total: int) -> None:
-        """Raise UserError if more than one file, and more than 1 % of `total`, cannot be used."""
-        if len(self.skipped) > max(1, total // 100):
+        """Raise UserError if more than `few` files, and more than 1 % of `total`, cannot be used."""
+        if len(self.skipped) > max(self.few, total // 100):
             raise UserError(
                 f"{len(self.skipped)} of the {total} files in data.root={str(self.root)!r} cannot be used, which is more than "
                 f"1 %: {describe_skipped(self.skipped)}: repair or remove them, or change data.root"
@@ -90,6 +111,18 @@ class Files:
             return checksum([(name.rpartition("/")[2], os.stat(self.root / name).st_size) for name in names])
         infos = [(name, self._zip()[1][name]) for name in names]
         return checksum([(n.rpartition("/")[2], i.file_size) if quick else (i.file_size, i.CRC) for n, i in infos])
+
+    def _is_litter(self, name: str, suffixes: tuple[str, ...]) -> bool:
+        """Tell whether a file is not meant to be an image, and count it if so."""
+        if self.version == 1:
+            return name.endswith(".jsonl")  # captions
+        base = posixpath.basename(name).lower()
+        what = "texts" if base.endswith(TEXT_SUFFIXES) else "of the system" if base in LITTER else None
+        if what is None and suffixes and not base.endswith(suffixes):
+            what = f"{posixpath.splitext(base)[1] or 'without a suffix'}"
+        if what:
+            self.ignored[what] += 1
+        return what is not None
 
     def _ignore(self, name: str) -> bool:
         """Tell whether a file is hidden or belongs to the operating system, and count it if so."""
@@ -164,6 +197,55 @@ def _stamp(path: str | Path) -> Stamp:
         return found.st_size, found.st_mtime_ns, found.st_ctime_ns
     except OSError:
         return ()
+
+
+def print_summary(
+    files: Files, parts: Mapping[str, Sized], class_names: Sequence[str] | None, notes: Sequence[str]
+) -> None:
+    """Print to stderr, on the first rank, what was found and what is not used."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "")).strip("0"):
+        return
+    of = "" if class_names is None else f" of {len(class_names)} classes"
+    counts = ", ".join(f"{len(parts[key])} {key}" for key in ("train", "val", "test"))
+    lines = [f"{files.root}: {sum(map(len, parts.values()))} {files.what}{of} ({counts})", *notes]
+    if files.skipped:
+        lines.append(f"skipped {len(files.skipped)} of {files.total} files: {describe_skipped(files.skipped)}")
+    if files.ignored:
+        lines.append("ignored: " + ", ".join(f"{n} {what}" for what, n in sorted(files.ignored.items())))
+    print("\n  ".join(lines), file=sys.stderr)
+
+
+def copies(
+    files: Files, splits: Mapping[str, Sequence[str]], content: Callable[[str], object]
+) -> list[tuple[str, str]]:
+    """Return (file, file of another split) pairs with the same bytes, one for each file that has such a copy.
+
+    `content` is a checksum of a file by name; it is asked for only where files of two splits have one size.
+    """
+    where = {name: key for key, names in splits.items() for name in names}
+    sizes: dict[int, list[str]] = {}
+    for name in where:
+        sizes.setdefault(files.stamps[name][0], []).append(name)
+    first: dict[tuple[int, object], dict[str, str]] = {}
+    found = []
+    for size, names in sizes.items():
+        if len({where[name] for name in names}) < 2:
+            continue
+        for name in names:
+            same = first.setdefault((size, content(name)), {})
+            found += [(name, other) for key, other in [*same.items()][:1] if key != where[name]]
+            same.setdefault(where[name], name)
+    return found
+
+
+def describe_copies(found: Sequence[tuple[str, str]], what: str) -> list[str]:
+    """Return a sentence on the pairs of `copies`; none if there are none."""
+    if not found:
+        return []
+    return [
+        f"{len(found)} are exact copies of {what} in another split, such as {found[0][0]} of {found[0][1]}: "
+        f"metrics on held-out {what} will be too good"
+    ]
 
 
 def describe_skipped(skipped: dict[str, str]) -> str:

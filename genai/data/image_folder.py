@@ -1,6 +1,5 @@
 """Data sets of image files in a folder or zip, with one subfolder per class; images are decoded when they are needed."""
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from genai.core.errors import UserError, at_least, number
 from genai.core.protocols import Batch
 from genai.data.base import Data, Split
-from genai.data.files import Files, describe_skipped
+from genai.data.files import Files, copies, describe_copies, print_summary
 from genai.data.fingerprint import checksum
 from genai.data.scan import GREY_MODES, Facts, Scan, is_read_error, reason
 from genai.data.splits import arrange
@@ -102,8 +101,8 @@ class ImageFolder(Data):
             notes += describe_reading(
                 scan, between, value_range is None, background, {k: names[i].tolist() for k, i in parts.items()}
             )
-        if (version > 1 or files.skipped) and not os.environ.get("RANK", os.environ.get("SLURM_PROCID", "")).strip("0"):
-            print_summary(scan, parts, class_names, notes)
+        if version > 1 or files.skipped:
+            print_summary(files, parts, class_names, notes)
         scan.keep()
 
     def cond(self, n: int) -> Batch | None:
@@ -256,26 +255,7 @@ def describe_reading(
     if several := [name for name, facts in found.items() if facts.pages > 1]:
         pages = sum(found[name].pages - 1 for name in several)
         notes.append(f"{len(several)} with more pages or frames ({several[0]}): the first is used, {pages} are not")
-    if copies := scan.copies(splits):
-        notes.append(
-            f"{len(copies)} are exact copies of images in another split, such as {copies[0][0]} of {copies[0][1]}: "
-            "metrics on held-out images will be too good"
-        )
-    return notes
-
-
-def print_summary(
-    scan: Scan, parts: Mapping[str, np.ndarray], class_names: Sequence[str] | None, notes: Sequence[str]
-) -> None:
-    """Print to stderr what was found and what is not used."""
-    files, of = scan.files, "" if class_names is None else f" of {len(class_names)} classes"
-    counts = ", ".join(f"{len(parts[key])} {key}" for key in ("train", "val", "test"))
-    lines = [f"{files.root}: {len(scan.found)} images{of} ({counts})", *notes]
-    if files.skipped:
-        lines.append(f"skipped {len(files.skipped)} of {files.total} files: {describe_skipped(files.skipped)}")
-    if files.ignored:
-        lines.append("ignored: " + ", ".join(f"{n} {what}" for what, n in sorted(files.ignored.items())))
-    print("\n  ".join(lines), file=sys.stderr)
+    return notes + describe_copies(copies(scan.files, splits, scan.checksum), scan.files.what)
 
 
 def check_size(size: Sequence[int] | None) -> None:

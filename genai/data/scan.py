@@ -6,9 +6,7 @@ import errno
 import hashlib
 import json
 import os
-import posixpath
 import time
-from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import IO
@@ -18,12 +16,10 @@ from genai.core.cache import cache_folder
 from genai.core.errors import UserError
 from genai.core.files import write_text
 from genai.data import fingerprint
-from genai.data.files import Files, Stamp, describe_skipped
+from genai.data.files import Files, Stamp
 from genai.data.fingerprint import checksum
 from genai.modalities import decode
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html")
-LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "readme", "license")
 SMALL_BYTES = 2**18  # files up to this size are read whole, which gives their end and checksum too
 MULTI_PAGE = ("TIFF", "GIF", "PNG", "WEBP", "AVIF")  # formats whose further pages or frames are separate images
 GREY_MODES = "1", "L", "LA", "La", "I", "I;16", "I;16B", "F"  # Pillow's modes without colour
@@ -77,13 +73,11 @@ class Scan:
     def __init__(self, files: Files):
         from PIL import __version__
 
-        self.files, version = files, files.version
-        names = [name for name in files.names() if not self._is_litter(name)]
+        self.files, version, names = files, files.version, files.candidates()
         self.path = cache_folder("scans") / f"{checksum(str(files.root.resolve()), FORMAT, version, __version__)}.json"
         cached, self.changed = _read_cache(self.path), False
         self.found: dict[str, Facts] = {}
         self.problems: dict[str, Facts] = {}
-        files.total = len(names)
         for name in progress.track(names, f"scanning {files.root}", len(names), "files"):
             stamp, facts = cached.get(name, ((), None))
             if facts is None or stamp != files.stamps[name]:
@@ -95,13 +89,7 @@ class Scan:
         """Move files with a problem to `problems`. Raises UserError if there are too many, or no images are left."""
         self.problems |= {name: facts for name, facts in self.found.items() if facts.problem}
         self.found = {name: facts for name, facts in self.found.items() if not facts.problem}
-        self.files.skipped |= {name: facts.problem for name, facts in self.problems.items()}
-        if not self.found:
-            why = f" ({describe_skipped(self.files.skipped)})" if self.files.skipped else ""
-            raise UserError(
-                f"data.root={str(self.files.root)!r} holds no images{why}: set data.root to a folder, or a zip of one, that does"
-            )
-        self.files.check(self.files.total)
+        self.files.drop({name: facts.problem for name, facts in self.problems.items()}, len(self.found))
 
     def measure(self) -> tuple[float, float] | None:
         """Return the range of values (black, white) of images of more than 8 bits, None without such images.
@@ -131,26 +119,6 @@ class Scan:
             return low, high if high > low else low + 1
         return 0, 2 ** int(high).bit_length() - 1 if high > 1 else 1
 
-    def copies(self, splits: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
-        """Return (file, file of another split) pairs with the same bytes, one for each file that has such a copy.
-
-        Only files of equal size are read for their checksums.
-        """
-        where = {name: key for key, names in splits.items() for name in names}
-        sizes: dict[int, list[str]] = {}
-        for name in where:
-            sizes.setdefault(self.files.stamps[name][0], []).append(name)
-        first: dict[tuple[int, str], dict[str, str]] = {}
-        found = []
-        for size, names in sizes.items():
-            if len({where[name] for name in names}) < 2:
-                continue
-            for name in names:
-                same = first.setdefault((size, self._checksum(name)), {})
-                found += [(name, other) for key, other in [*same.items()][:1] if key != where[name]]
-                same.setdefault(where[name], name)
-        return found
-
     def keep(self) -> None:
         """Write the facts to the cache, if it can be written."""
         if not self.changed:
@@ -168,16 +136,6 @@ class Scan:
         if settled:
             with contextlib.suppress(UserError):  # without a writable cache the headers are read again next time
                 write_text(self.path, json.dumps(settled))
-
-    def _is_litter(self, name: str) -> bool:
-        """Tell whether a file is not meant to be an image, and count it if so."""
-        if self.files.version == 1:
-            return name.endswith(".jsonl")  # captions
-        base = posixpath.basename(name).lower()
-        what = "texts" if base.endswith(TEXT_SUFFIXES) else "of the system" if base in LITTER else None
-        if what:
-            self.files.ignored[what] += 1
-        return what is not None
 
     def _facts(self, name: str) -> Facts:
         """Return the facts of a file; whatever its decoder raises becomes the `problem`, which `drop` reports."""
@@ -217,7 +175,8 @@ class Scan:
                     image.load()  # fails if the file is cut short
         return facts
 
-    def _checksum(self, name: str) -> str:
+    def checksum(self, name: str) -> str:
+        """Return a checksum of a file's bytes."""
         if not self.files.root.is_dir():
             return str(self.files.stamps[name][1])
         facts = self.found[name]

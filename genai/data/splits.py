@@ -1,4 +1,4 @@
-"""Derive classes and splits from the folders of image files."""
+"""Derive classes and splits from the folders of files, such as images."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,8 @@ WORDS = {
     "val": "val|valid|validation|validate|dev|eval|evaluation",
     "test": "test|testing|tst",
 }
-BEFORE, AFTER = "images?|imgs?|data", "images?|imgs?|pictures|photos|data|set|dataset|split|folder"
+MEDIA = "images?|imgs?|data|audio|sounds?|recordings?|wavs?"
+BEFORE, AFTER = MEDIA, f"{MEDIA}|pictures|photos|clips|set|dataset|split|folder"
 NAMES = {key: re.compile(f"({BEFORE})?({words})({AFTER})?((19|20)[0-9][0-9])?") for key, words in WORDS.items()}
 
 
@@ -42,10 +43,10 @@ def split_of(folder: str) -> str | None:
 
 
 def arrange(root: str, names: Sequence[str], version: int) -> Arrangement:
-    """Derive classes and splits from the paths of images below `root`.
+    """Derive classes and splits from the paths of files below `root`.
 
     A folder that contains only one folder is skipped. Then come the folders of splits, which may also be inside the folders of
-    classes if all of them have some, and the folders of classes. A split without a folder is 1/12 of the training images,
+    classes if all of them have some, and the folders of classes. A split without a folder is 1/12 of the training files,
     stratified by class: test is taken first, then validation from the rest. Version 1 knows the splits by exact name only, and
     does not stratify.
 
@@ -75,8 +76,8 @@ def arrange(root: str, names: Sequence[str], version: int) -> Arrangement:
         missing = [name for i, name in enumerate(class_names) if i not in labels[parts["train"]]]
         if missing and version > 1:
             notes.append(
-                f"warning: {len(missing)} of {len(class_names)} classes have no training image "
-                f"({', '.join(missing[:6])}{', ...' if len(missing) > 6 else ''}): add images to them"
+                f"warning: {len(missing)} of {len(class_names)} classes have no training file "
+                f"({', '.join(missing[:6])}{', ...' if len(missing) > 6 else ''}): add files to them"
             )
     return Arrangement(labels, class_names, parts, notes)
 
@@ -121,7 +122,7 @@ def _check_splits(
     if others or "train" not in kinds.values():
         found = f"also {others[0]}" if others else "no train"
         raise UserError(
-            f"data.root={root!r} has folders named {', '.join(splits)}, but {found}: there must be train, and every image "
+            f"data.root={root!r} has folders named {', '.join(splits)}, but {found}: there must be train, and every file "
             "must be in one of train, val and test; rename the folder if it is a class"
         )
     for key in SPLITS:
@@ -138,7 +139,7 @@ def _classes(
 ) -> tuple[np.ndarray | None, list[str] | None]:
     """Return labels and class names by the first folders; None, None for fewer than two classes.
 
-    Raises UserError for an image whose class has no training images.
+    Raises UserError for a file whose class has no training files.
     """
     folders: Any = np.array([p[0] if len(p) > 1 else "" for p in paths])
     class_names = np.unique(folders[parts["train"]]).tolist()
@@ -159,7 +160,7 @@ def _classes(
 def cut_splits(root: str, parts: dict[str, np.ndarray], labels: np.ndarray | None) -> dict[str, np.ndarray]:
     """Complete the splits: a missing one is taken from train, a given val or test is put into a fixed random order.
 
-    Raises UserError if there are too few images.
+    Raises UserError if there are too few files.
     """
     parts = {key: items for key, items in parts.items() if len(items)}
     for key in ("test", "val"):
@@ -170,7 +171,7 @@ def cut_splits(root: str, parts: dict[str, np.ndarray], labels: np.ndarray | Non
         kept, out = split_indices(len(items), 1 / 12) if labels is None else stratified_indices(labels[items], 1 / 12)
         if not len(kept):
             raise UserError(
-                f"data.root={root!r} holds too few images to set some aside for validation and test: add images"
+                f"data.root={root!r} holds too few files to set some aside for validation and test: add some"
             )
         parts[key], parts["train"] = items[out], items[kept]
     return parts

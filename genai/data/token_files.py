@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sys
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from genai.core.cache import cache_folder
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
 from genai.data.fingerprint import checksum, files_checksum
+from genai.data.mapped import MappedFile
 from genai.modalities.tokenizers import Tokenizer, learn
 
 if TYPE_CHECKING:
@@ -143,11 +143,8 @@ class Windows:
     def __init__(self, path: Path, dtype: str, characters: int, length: int, overlap: int, augments: bool):
         self.path, self.dtype, self.characters, self.augments = path, np.dtype(dtype), characters, augments
         self.length, self.overlap = length, 0 if augments else overlap
-        self.file = self.map = None
-        self.tokens = path.stat().st_size // self.dtype.itemsize
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "file": None, "map": None}  # each process opens the file itself
+        self.mapped = MappedFile(path, self.dtype)
+        self.tokens = self.mapped.size
 
     def __len__(self) -> int:
         return max(-(-(self.tokens - 1 - self.overlap) // (self.length - self.overlap)), 1)
@@ -160,25 +157,11 @@ class Windows:
         else:
             first = (index * stride).clamp_max(starts - 1)
         at = first[:, None] + torch.arange(self.length + 1)
-        batch = {"tokens": torch.from_numpy(self._memory_map()[at.numpy()].astype(np.int64))}
+        batch = {"tokens": torch.from_numpy(self.mapped.numbers()[at.numpy()].astype(np.int64))}
         if draws is None:
             fresh = index * stride + self.overlap * (index > 0)  # the last token that was a target in an earlier window
             batch["mask"] = at > fresh[:, None]
         return batch
-
-    def _memory_map(self) -> np.ndarray:
-        """Return the memory-mapped tokens (T,).
-
-        Raises UserError if the file has become shorter: reading a mapped page past its end would kill the process.
-        """
-        if self.file is None:
-            self.file = self.path.open("rb")
-            weakref.finalize(self, self.file.close)
-        if os.fstat(self.file.fileno()).st_size < self.tokens * self.dtype.itemsize:
-            raise UserError(f"{self.path} was cut short while it was in use: start again, and it is prepared again")
-        if self.map is None:
-            self.map = np.memmap(self.file, self.dtype, "r")
-        return self.map
 
     def fingerprint(self, quick: bool) -> str:
         """Return a checksum of the tokens, whatever the windows; if `quick` of the folder's name, which is a hash of the text."""

@@ -135,7 +135,7 @@ def test_classes_are_split_in_proportion_and_those_without_training_images_named
     data = data_of(tmp_path / "few")
     assert set(data.splits["train"].labels.tolist()) == set(range(40))
     assert lengths(data) == {"train": 50, "val": 5, "test": 5}
-    assert "no training image" not in capsys.readouterr().err
+    assert "no training file" not in capsys.readouterr().err
     for i in range(3):
         photos(tmp_path / "even", classes=(f"c{i}",), n=24 * (i + 1), first=1000 * i)
     even = data_of(tmp_path / "even")
@@ -147,7 +147,7 @@ def test_classes_are_split_in_proportion_and_those_without_training_images_named
         photos(tmp_path / "single", classes=(f"c{i:02d}",), n=1, first=10 * i)
     single = data_of(tmp_path / "single")
     gone = sorted({*range(12)} - {*single.splits["train"].labels.tolist()})
-    assert f"2 of 12 classes have no training image (c{gone[0]:02d}, c{gone[1]:02d})" in capsys.readouterr().err
+    assert f"2 of 12 classes have no training file (c{gone[0]:02d}, c{gone[1]:02d})" in capsys.readouterr().err
     assert not set(single.cond(30)["label"].tolist()) & set(gone)
 
 
