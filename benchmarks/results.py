@@ -40,6 +40,11 @@ FIGURES = {
     "val/loss": ("", ".3f", " nats/token", "validation loss in nats per token"),
     "reconstruction_psnr_db": ("", ".1f", " dB", "peak signal-to-noise ratio of reconstructions in dB"),
     "code_perplexity": ("perplexity of codes ", ".1f", "", "perplexity of codes"),
+    "nats_per_step": ("", ".3f", " nats/step", "nats per step, of all voices together"),
+    "pitch_range": ("range ", ".1f", " semitones", "range of pitches in semitones"),
+    "repetition": ("repetition ", ".3f", "", "share of four successive notes that came before in a melody"),
+    "out_of_key": ("out of key ", ".3f", "", "share of steps outside of the best major scale"),
+    "melody_copy": ("copies ", ".1f", " notes", "successive notes that the training split has too"),
     "bits_per_image": ("", ".0f", " bits an image", "bits an image"),
 }
 HEADLINES = {  # which of them README shows
@@ -47,8 +52,9 @@ HEADLINES = {  # which of them README shows
     "latents": ("reconstruction_psnr_db", "code_perplexity", "accuracy", "recall"),
     "text": ("val/loss",),
     "gans": ("accuracy", "frechet", "recall"),
+    "music": ("nats_per_step",),
 }
-SECTIONS = {"images": "Images", "text": "Text", "latents": "Latents", "gans": "GANs"}
+SECTIONS = {"images": "Images", "text": "Text", "latents": "Latents", "gans": "GANs", "music": "Melodies"}
 # benchmarks of each section, in their order
 BENCHMARKS = {
     "latents": ["guidance", "latent"],
@@ -82,8 +88,8 @@ with. Each writes its record; then run `python -m benchmarks.results`.
 - **Class recognised** is the share of samples in which a classifier, trained on the real data, recognises the requested class.
 - **Fréchet distance, precision and recall** compare samples with test images in the features of that classifier; do not compare
   them with figures in Inception features. They are means over 5 sets of as many samples as there are test images, unless the
-  command has `n=` and `repeats=`; brackets have the least and the greatest. The column *real images* has the figure of other real
-  images.
+  command has `n=` and `repeats=`; brackets have the least and the greatest. The column *real data* has the figure of other real
+  images, or of real melodies.
 - **Bits per dimension and nats** are negative log-likelihoods of the test split, or upper bounds on them, with the standard error
   over its items.
 - Times of training are wall-clock times, or CPU time where the record says so. Speeds are medians; brackets have the least and
@@ -307,7 +313,7 @@ def figure_row(name: str, figure: Mapping[str, Any]) -> dict[str, Any]:
         return {"figure": "copies of training images", "value": "some" if figure["value"] else "none"}
     row = {"figure": FIGURES[name][3], "value": measured(name, figure)}
     if "reference" in figure:
-        row["real images"] = format(figure["reference"], FIGURES[name][1])
+        row["real data"] = format(figure["reference"], FIGURES[name][1])
     return row | ({"kind": figure["bound"]} if "bound" in figure else {})
 
 
