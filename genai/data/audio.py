@@ -257,6 +257,9 @@ class CodeSplit:
 
     def batch(self, index: Tensor, draws: Tensor | None) -> Batch:
         found = self.split.batch(index, draws)
+        if draws is not None:  # a training batch is as long as its longest clip
+            n = int(found["mask"].sum(1).max())
+            found |= {"mask": found["mask"][:, :n], self.field: found[self.field][..., :n]}
         mask = torch.nn.functional.pad(found.pop("mask"), (1, 0), value=False)
         return {"tokens": self.codes.encode(found.pop(self.field)), "mask": mask, **found}
 

@@ -1,0 +1,193 @@
+"""WaveNet: distributions that sum to 1, causality, masks, and a step on any device that equals the whole."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from genai.core.errors import UserError
+from genai.data.audio import Tones, entropy_bits
+from genai.models.autoregressive import decode
+from genai.models.autoregressive.wavenet import UNIFORM, Categorical, Logistics, WaveNet
+from genai.models.autoregressive.wavenet_cpu import ArrayQueues
+
+LEVELS = 32
+OUTPUTS = {"categorical": Categorical(LEVELS), "logistics": Logistics(LEVELS, 3)}
+
+
+def wavenet(output="logistics", dilations=(1, 2, 4), levels=LEVELS, classes=3, speakers=2, first_kernel=4, kernel=2):
+    """A WaveNet with weights far from their first ones."""
+    torch.manual_seed(0)
+    out = output if not isinstance(output, str) else OUTPUTS[output]
+    model = WaveNet("tokens", levels, 50, classes, speakers, 0.1, 8, 6, 3, first_kernel, kernel, dilations, out)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256, 2**16])
+def test_logistics_sum_to_1_and_are_the_mass_between_edges(levels):
+    """In both forms: that of training and that of decoding; by the definition in NumPy's float64."""
+    torch.manual_seed(0)
+    output = Logistics(levels, 4)
+    out = 3 * torch.randn(5, output.outputs, dtype=torch.float64)
+    log_p = output.log_probs(out).double()
+    torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(5).double(), rtol=0, atol=2e-6)
+    code = torch.tensor([0, 1, levels // 2, levels - 2, levels - 1])
+    for row in range(5):
+        nats = output.nats(out[row].expand(5, -1), code).double()
+        torch.testing.assert_close(-nats, log_p[row, code], rtol=2e-5, atol=2e-5)
+    weight, mean, rate = (part.numpy() for part in output.parameters(torch, out))
+    edges = np.arange(1, levels) * 2 / (levels - 1) - 1 - 1 / (levels - 1)
+    with np.errstate(over="ignore"):
+        below = 1 / (1 + np.exp(-(edges[:, None] - mean[:, None]) * rate[:, None]))  # (5, levels - 1, 4)
+    cdf = (below * (weight / weight.sum(-1, keepdims=True))[:, None]).sum(-1)
+    p = np.diff(cdf, prepend=0, append=1) * (1 - UNIFORM) + UNIFORM / levels
+    np.testing.assert_allclose(log_p.exp().numpy(), p, rtol=1e-4, atol=1e-12)
+
+
+def test_logistics_have_gradients_everywhere():
+    """Also far from the code, where a difference of two sigmoids would be 0 - 0."""
+    out = torch.tensor([[0.0, 50.0, 3.0]], requires_grad=True)
+    nats = Logistics(256, 1).nats(out, torch.tensor([0]))
+    nats.backward()
+    assert nats.isfinite() and out.grad.isfinite().all()
+    assert nats.item() == pytest.approx(-math.log(UNIFORM / 256), abs=1e-3)
+
+
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_each_output_depends_on_its_receptive_field_and_on_nothing_later(kernel):
+    model = wavenet(kernel=kernel)
+    assert model.receptive_field == 4 + 7 * (kernel - 1)
+    tokens = torch.randint(LEVELS, (1, 40))
+    seen = {}
+    embedded = model.embed(tokens).detach().requires_grad_()
+    model.embed.register_forward_hook(lambda *_: embedded)
+    out, _ = model.outputs(tokens, model.biases(None, 1))
+    for t in (0, 20, 39):
+        (grad,) = torch.autograd.grad(out[0, t].sum(), embedded, retain_graph=True)
+        seen[t] = grad[0].abs().sum(-1).nonzero()[:, 0].tolist()
+        assert seen[t] == list(range(max(0, t + 1 - model.receptive_field), t + 1))
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("arrays", [True, False])
+def test_a_step_equals_the_whole(output, arrays, monkeypatch):
+    """With a batch of prompts of different lengths, and conditions; by NumPy over 3,000 samples, and as on other devices."""
+    model = wavenet(output, dilations=(1, 4, 16, 64), kernel=3)
+    model = model.float() if arrays else model
+    monkeypatch.setattr(ArrayQueues, "suits", staticmethod(lambda model: arrays))
+    n, pad = 3000 if arrays else 400, torch.tensor([0, 7, 30])
+    tokens = torch.randint(LEVELS, (3, n))
+    cond = {"label": torch.tensor([0, 2, 1]), "speaker": torch.tensor([1, 1, 0])}
+    with torch.inference_mode():
+        state = model.start(cond, 3, n, pad)
+        steps = [model.next(tokens[:, :40], state)]
+        assert isinstance(state["queues"], ArrayQueues) == arrays
+        steps += [model.next(tokens[:, t : t + 1], state) for t in range(40, n)]
+        for b in range(3):
+            own = {name: value[b : b + 1] for name, value in cond.items()}
+            out, _ = model.outputs(tokens[b : b + 1, pad[b] :], model.biases(own, 1))
+            whole = model.output.log_probs(out)[0, 39 - pad[b] :].float()
+            torch.testing.assert_close(torch.stack(steps)[:, b], whole, rtol=0, atol=1e-5)
+
+
+def test_samples_depend_on_their_seed_alone():
+    """Not on the batch, nor on how many samples are drawn; and ln p is what the whole model says."""
+    model = wavenet().float()
+    cond = {"label": torch.tensor([0, 1, 2, 0]), "speaker": torch.tensor([0, 1, 0, 1])}
+    seeds = torch.arange(4)
+    whole = decode.generate(model, seeds, cond, max_new_tokens=200)
+    for b in range(4):
+        own = {name: value[b : b + 1] for name, value in cond.items()}
+        alone = decode.generate(model, seeds[b : b + 1], own, max_new_tokens=100)
+        assert torch.equal(alone["tokens"][0], whole["tokens"][b, :100])
+    tokens = torch.cat([torch.full((4, 1), model.first), whole["tokens"]], 1)
+    torch.testing.assert_close(
+        model.log_prob({"tokens": tokens, **cond}, 0), whole["log_prob"].sum(1), rtol=1e-5, atol=1e-3
+    )
+
+
+def test_a_mask_changes_nothing_of_what_is_real():
+    """Losses, likelihoods and gradients of clips side by side, padded, are those of each alone, in float64 to 1e-10."""
+    model = wavenet()
+    lengths = [30, 11, 1]
+    clips = [torch.randint(LEVELS, (1, 1 + n)) for n in lengths]
+    tokens = torch.cat([F.pad(clip, (0, 30 - n), value=9) for clip, n in zip(clips, lengths, strict=True)])
+    mask = torch.arange(31) <= torch.tensor(lengths)[:, None]
+    mask[:, 0] = False
+    batch = {"tokens": tokens, "mask": mask, "label": torch.tensor([0, 1, 2])}
+    whole = model(batch, 0)
+    whole.total.backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    alone = [-model.log_prob({"tokens": clip, "label": torch.tensor([i])}, 0) for i, clip in enumerate(clips)]
+    total = torch.cat(alone).sum() / 42
+    total.backward()
+    assert whole.weight == 42
+    torch.testing.assert_close(whole.total, total, rtol=0, atol=1e-10)
+    torch.testing.assert_close(-model.log_prob(batch, 0), torch.cat(alone), rtol=0, atol=1e-10)
+    for ours, theirs in zip(grads, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.grad, rtol=0, atol=1e-10)
+    # What stands where nothing is real does not matter either.
+    batch["tokens"] = torch.where(mask | (torch.arange(31) == 0), tokens, 3)
+    torch.testing.assert_close(model(batch, 0).total, whole.total, rtol=0, atol=1e-10)
+
+
+def test_conditions_change_the_distribution_and_may_be_left_out():
+    model = wavenet()
+    tokens = torch.randint(LEVELS, (1, 20))
+    found = [
+        model.nats({"tokens": tokens, **cond})
+        for cond in ({}, {"label": torch.tensor([1])}, {"label": torch.tensor([3]), "speaker": torch.tensor([2])})
+    ]
+    assert not torch.allclose(found[0], found[1])
+    assert torch.equal(found[0], found[2])  # the null conditions
+    assert {name: int(value) for name, value in model.null().items()} == {"label": 3, "speaker": 2}
+    model.train().label_dropout = 1.0
+    assert torch.equal(model.nats({"tokens": tokens, "label": torch.tensor([1])}), found[0])
+
+
+def test_learns_three_sines_by_heart():
+    torch.manual_seed(0)
+    t = torch.arange(121)
+    tokens = ((torch.sin(t * torch.tensor([[0.2], [0.5], [1.1]])) + 1) * 15.5).round().long()
+    model = WaveNet("tokens", LEVELS, 120, None, None, 0.0, 16, 16, 4, 4, 2, [1, 2, 4], Logistics(LEVELS, 2))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for step in range(150):
+        optimizer.zero_grad()
+        loss = model({"tokens": tokens}, step).total
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.7  # uniform: 3.47
+
+
+def test_no_model_beats_the_entropy_of_tones():
+    """The process's own distribution has its entropy; a WaveNet, however bad, has more."""
+    data = Tones(200, 8000, 0.05, "audio", None, None, None, 8)
+    split = data.splits["train"]
+    codes = ((split.whole[0].double() / 256) + 128).view(len(split), -1).long()  # (200, 400)
+    assert codes.min() > 0 and codes.max() < 255  # the process is never clipped
+    model = WaveNet("tokens", 256, 400, 8, None, 0.0, 8, 8, 4, 4, 2, [1, 2], Logistics(256, 2)).eval()
+    tokens = F.pad(codes, (1, 0), value=128)
+    with torch.no_grad():
+        bits = -model.log_prob({"tokens": tokens, "label": split.conditions["label"]}, 0) / math.log(2)
+    assert bits.mean() > entropy_bits(400)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"field": "image"}, "takes tokens, but this data has image: choose codes of audio"),
+        ({"vocab_size": None}, "takes tokens, but this data has tokens"),
+        ({"dilations": []}, r"dilations=\[\] must have at least one layer"),
+    ],
+)
+def test_refuses_other_data(given, sentence):
+    plain = {"field": "tokens", "vocab_size": 8, "length": 5, "classes": None, "speakers": None, "label_dropout": 0.0}
+    plain |= {"width": 4, "skip": 4, "embedding": 2, "first_kernel": 2, "kernel": 2, "dilations": [1]}
+    with pytest.raises(UserError, match=sentence):
+        WaveNet(**{**plain, "output": Categorical(8), **given})
