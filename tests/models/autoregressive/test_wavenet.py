@@ -169,12 +169,13 @@ def test_no_model_beats_the_entropy_of_tones():
     """The process's own distribution has its entropy; a WaveNet, however bad, has more."""
     data = Tones(200, 8000, 0.05, "audio", None, None, None, 8)
     split = data.splits["train"]
-    codes = ((split.whole[0].double() / 256) + 128).view(len(split), -1).long()  # (200, 400)
+    batch = split.batch(torch.arange(200), None)
+    codes = (batch["audio"][:, 0].double() * 128 + 128).long()  # (200, 400)
     assert codes.min() > 0 and codes.max() < 255  # the process is never clipped
     model = WaveNet("tokens", 256, 400, 8, None, 0.0, 8, 8, 4, 4, 2, [1, 2], Logistics(256, 2)).eval()
     tokens = F.pad(codes, (1, 0), value=128)
     with torch.no_grad():
-        bits = -model.log_prob({"tokens": tokens, "label": split.conditions["label"]}, 0) / math.log(2)
+        bits = -model.log_prob({"tokens": tokens, "label": batch["label"]}, 0) / math.log(2)
     assert bits.mean() > entropy_bits(400)
 
 
