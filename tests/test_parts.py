@@ -144,6 +144,7 @@ NEEDS = {  # a part -> what a person types besides its name, where @ is its path
     ],
     "vae.likelihoods.Categorical": ["@.levels=17", "model.decoder.outputs=17", "model.levels=17", "data.levels=17"],
     "nn.attention.LearnedPositions": ["@.length=4096"],
+    "nn.attention.PeriodicPositions": ["@.period=16"],
     "nn.transformer.MLP": ["@.activation._target_=genai.nn.transformer.GELU"],
 }
 
