@@ -52,13 +52,8 @@ class Melody(Modality):
             )
         if type(tempo) not in (int, float) or not 10 <= tempo <= 400:
             raise UserError(f"a melody has tempo={tempo!r}, which must be from 10 to 400 quarter notes a minute")
-        self.low, self.high, self.voices, self.steps_per_quarter, self.tempo = (
-            low,
-            high,
-            voices,
-            steps_per_quarter,
-            tempo,
-        )
+        self.low, self.high, self.voices = low, high, voices
+        self.steps_per_quarter, self.tempo = steps_per_quarter, tempo
 
     @property
     def vocab_size(self) -> int:
@@ -176,13 +171,11 @@ class Melody(Modality):
         return torch.from_numpy(picture).permute(2, 0, 1)
 
     def write(self, folder: Path, batch: Batch, names: list[str], request: Request, columns: int | None) -> list[str]:
-        """Write each melody, after its prompt and in the prompt's key, as .mid and .wav; grid.png, grid.wav
-        and samples.npz of all."""
+        """Write each melody, its prompt in front and in that key, as .mid and .wav; grid.png, grid.wav and samples.npz of all."""
         folder.mkdir(parents=True, exist_ok=True)
         melodies = []
         for row, (prompt, shift) in zip(batch[self.field], self._prompts(request, len(names)), strict=True):
-            own = np.concatenate([torch.from_numpy(self.encode(prompt)).numpy(), row.cpu().numpy().astype(np.int16)])
-            events = self.events(torch.from_numpy(own))
+            events = self.events(torch.cat([torch.from_numpy(self.encode(prompt)).long(), row.cpu()]))
             melodies.append(np.where(events >= 0, events - shift, events).astype(np.int16))
         for name, events in zip(names, melodies, strict=True):
             content = midi.write(events, self.steps_per_quarter, self.tempo)

@@ -13,7 +13,7 @@ import numpy as np
 HOLD, OFF = -2, -1
 TICKS = 480  # per quarter note, in files that are written
 DRUMS = 9  # the channel of General MIDI whose notes are no pitches
-MOST_STEPS = 2**18  # 4.5 hours of sixteenths at 120 quarters a minute
+MOST_STEPS = 2**15  # 68 minutes of sixteenths at 120 quarters a minute
 
 
 class Note(NamedTuple):
@@ -122,7 +122,7 @@ def read(content: bytes, voices: int, steps_per_quarter: int) -> Score:
     scale = steps_per_quarter / file.ticks_per_beat
     parts, metres, tempo, last = {}, set(), None, 0
     for t, track in enumerate(file.tracks):
-        now, sounding = 0, {}
+        now, sounding, found = 0, {}, {}  # of a channel: its notes
         for message in track:
             now += message.time
             if message.type == "set_tempo" and tempo is None:
@@ -132,11 +132,13 @@ def read(content: bytes, voices: int, steps_per_quarter: int) -> Score:
             elif message.type in ("note_on", "note_off") and message.channel != DRUMS:
                 key = message.channel, message.note
                 if key in sounding:
-                    parts.setdefault((t, message.channel) if len(file.tracks) == 1 else t, []).append(
-                        (sounding.pop(key), now, message.note)
-                    )
+                    found.setdefault(message.channel, []).append((sounding.pop(key), now, message.note))
                 if message.type == "note_on" and message.velocity > 0:
                     sounding[key] = now
+        for (channel, pitch), start in sounding.items():  # never ended
+            found.setdefault(channel, []).append((start, now, pitch))
+        for channel, notes in found.items():
+            parts.setdefault(channel if len(file.tracks) == 1 else t, []).extend(notes)
         last = max(last, round(now * scale))
     if last > MOST_STEPS:
         raise ValueError(f"is {last} steps long, and at most {MOST_STEPS} are read")
