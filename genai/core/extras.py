@@ -11,7 +11,12 @@ def load(package: str, extra: str, what: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(
-            f'{what} needs the package {package.partition(".")[0]}: pip install "genai-lab[{extra}]", in a checkout '
-            f'pip install -e ".[{extra}]"'
-        ) from error
+        raise missing(package, extra, what) from error
+
+
+def missing(package: str, extra: str, what: str) -> UserError:
+    """Return the error that says `what` needs a package of one of the extras, and how to install it."""
+    return UserError(
+        f'{what} needs the package {package.partition(".")[0]}: pip install "genai-lab[{extra}]", in a checkout '
+        f'pip install -e ".[{extra}]"'
+    )

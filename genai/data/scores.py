@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from genai import progress
-from genai.core import files
+from genai.core import extras, files
 from genai.core.cache import CACHE_HINT, cache_folder
 from genai.core.errors import UserError
 from genai.modalities.midi import HOLD, OFF, Note, to_events
@@ -49,10 +49,7 @@ def chorales(steps_per_quarter: int) -> list[Chorale]:
     """
     found = importlib.util.find_spec("music21")
     if found is None or not found.submodule_search_locations:
-        raise UserError(
-            "data=chorales reads the scores that the package music21 carries, which is not installed: pip install "
-            '"genai-lab[audio]"'
-        )
+        raise extras.missing("music21", "audio", "data=chorales")
     version = importlib.metadata.version("music21")
     path = cache_folder("melodies") / f"chorales-{version}-{steps_per_quarter}-{FORMAT}.npz"
     try:
