@@ -20,7 +20,7 @@ from genai.train.ema import EMA
 from genai.train.record import Record
 from tests.conftest import ROOT
 
-MODELS = {"ddpm_mlp": ["data=toy2d"]}
+MODELS = {"ddpm_mlp": ["data=toy2d"], "audio_diffusion": ["data=fsdd"], "audio_diffusion_waveform": ["data=tones"]}
 CASES = {f"model={p.stem}": MODELS.get(p.stem, []) for p in sorted((ROOT / "conf" / "model").glob("*.yaml"))}
 CASES |= {f"experiment={p.stem}": [] for p in sorted((ROOT / "conf" / "experiment").glob("*.yaml"))}
 SMALLER = {"channels": 8, "width": 24, "layers": 2, "group": 4}  # the same wiring, narrower
@@ -32,13 +32,15 @@ class Synthetic:
     augments = False
 
     def __init__(self, data):
-        self.facts = data.shape, data.field, data.classes
+        self.facts, self.speakers = (data.shape, data.field, data.classes), data.speakers
 
     def __len__(self):
         return 16
 
     def batch(self, index, draws):
         whole = synthetic_batch(*self.facts, n=16)
+        if self.speakers is not None:
+            whole["speaker"] = torch.arange(16) % self.speakers
         return {name: value[index] for name, value in whole.items()}
 
 
@@ -69,7 +71,9 @@ def config_of(case):
 
 def synthetic(facts):
     """Data of the config's shape and classes, made up."""
-    names = None if facts["classes"] is None else [str(i) for i in range(facts["classes"])]
+    names, speakers = (
+        None if facts.get(key) is None else [f"{i}" for i in range(facts[key])] for key in ("classes", "speakers")
+    )
     data = Data(
         field=facts["field"],
         shape=facts["shape"],
@@ -81,6 +85,7 @@ def synthetic(facts):
         found_shape=facts["shape"],
         class_names=names,
         found_levels=facts["levels"],
+        speaker_names=speakers,
     )
     data.splits = {"train": Synthetic(data), "val": Synthetic(data)}
     return data

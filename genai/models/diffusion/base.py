@@ -40,17 +40,18 @@ class Diffusion(KeepBufferPrecision):
 
     Args:
         net: `net(x, time, label) -> out` with x and out (B, *shape), time (B,) in [0, 1000] and label int64 (B,), where
-            the index `classes` is the learned null label; an unconditional model calls `net(x, time)`. x and time are
-            float32 or wider, whatever precision the network computes in. A network whose `net.text` is a TextEncoder is
-            called with the encoded caption as `states=` and `real=`, see `Context`; one with a method `project` also
-            gets its result as `projected=`.
-        shape: shape of one sample, (C, H, W) or (D,).
+            the index `classes` is the learned null label; `speaker` is as `label`; an unconditional model calls
+            `net(x, time)`. x and time are float32 or wider, whatever precision the network computes in. A network whose
+            `net.text` is a TextEncoder is called with the encoded caption as `states=` and `real=`, see `Context`; one with
+            a method `project` also gets its result as `projected=`.
+        shape: shape of one sample, (C, H, W), (C, T) or (D,).
         field: name of the batch's tensor to model, scaled to [-1, 1] if `clip` is 1.
         classes: number of labels; None for a model without labels.
-        label_dropout: probability of training a sample on the null label and caption, for classifier-free guidance.
+        label_dropout: probability of training a sample on the null label, speaker and caption, for classifier-free guidance.
         guidance: default weight of classifier-free guidance when sampling; 1 switches it off.
         clip: bound of |x0| while sampling; None for unbounded data.
         latent: latent space to work in instead of the field's own; `shape` is then the shape of its latents.
+        speakers: number of speakers; None for a model without them.
 
     Raises UserError if label_dropout is not a probability, or if network, guidance or latent space do not fit the model.
     """
@@ -74,6 +75,7 @@ class Diffusion(KeepBufferPrecision):
         guidance: float = 1.0,
         clip: float | None = 1.0,
         latent: Latent | None = None,
+        speakers: int | None = None,
     ):
         super().__init__()
         if not 0 <= label_dropout <= 1:
@@ -85,8 +87,8 @@ class Diffusion(KeepBufferPrecision):
             )
         self.net, self.shape, self.field = net, tuple(shape), field
         self.classes, self.label_dropout, self.guidance, self.clip = classes, label_dropout, guidance, clip
-        self.latent = latent
-        if (classes is not None or self.text is not None) and not stored.is_building():
+        self.latent, self.speakers = latent, speakers
+        if self.conditional and not stored.is_building():
             self.check_guidance(guidance, "model.guidance")
         if latent is not None and latent.shape != self.shape:
             raise UserError(f"model.shape={list(shape)}, but the first stage's latents are {list(latent.shape)}")
@@ -120,6 +122,11 @@ class Diffusion(KeepBufferPrecision):
     def data_shape(self) -> tuple[int, ...]:
         """The shape of one sample in the space of the data, even if the model works in latents."""
         return self.shape if self.latent is None else tuple(self.latent.codec.shape)  # type: ignore[arg-type]
+
+    @property
+    def conditional(self) -> bool:
+        """True if the model has conditions."""
+        return self.classes is not None or self.speakers is not None or self.text is not None
 
     @property
     def text(self) -> TextEncoder | None:
@@ -175,9 +182,10 @@ class Diffusion(KeepBufferPrecision):
         return levels
 
     def null(self) -> Batch:
-        """Return the null value of each condition, shaped like one sample's: the label `classes`, the empty caption."""
-        label = {} if self.classes is None else {"label": torch.full((), self.classes, device=self.device)}
-        return label if self.text is None else {**label, "caption": self.text.null()}
+        """Return the null value of each condition, shaped like one sample's: label `classes`, speaker `speakers`, no caption."""
+        kinds = {"label": self.classes, "speaker": self.speakers}
+        null = {name: torch.full((), n, device=self.device) for name, n in kinds.items() if n is not None}
+        return null if self.text is None else {**null, "caption": self.text.null()}
 
     def null_conditions(self, n: int) -> Batch:
         """Return `null` expanded to n samples, (n, ...) each."""
@@ -195,7 +203,7 @@ class Diffusion(KeepBufferPrecision):
             )
 
     def fill_conditions(self, cond: Batch | None, n: int) -> Batch:
-        """Return the label and caption of n samples on the model's device, null where `cond` has none.
+        """Return the label, speaker and caption of n samples on the model's device, null where `cond` has none.
 
         Raises UserError unless each is int64 with one number, or one caption, per sample.
         """
@@ -211,13 +219,13 @@ class Diffusion(KeepBufferPrecision):
         """Encode the conditions of a sampling call of n samples.
 
         Args:
-            cond: label int64 (n,) and caption int64 (n, length), of which those that the model does not take are ignored,
-                and `negative` int64 (n, length), the caption that samples are guided away from.
+            cond: label and speaker int64 (n,) and caption int64 (n, length), of which those that the model does not take are
+                ignored, and `negative` int64 (n, length), the caption that samples are guided away from.
 
         Raises UserError for any other name, and as `fill_conditions` does.
         """
         cond, takes = cond or {}, [*self.null(), *(["negative"] if self.text is not None else [])]
-        if unknown := set(cond) - {"label", "caption", *takes}:
+        if unknown := set(cond) - {"label", "speaker", "caption", *takes}:
             raise UserError(
                 f"cond has {', '.join(sorted(unknown))}, but this model takes {', '.join(takes) or 'no conditions'}"
             )
@@ -247,7 +255,7 @@ class Diffusion(KeepBufferPrecision):
         n = len(next(iter(batch.values())))
         cond = {name: batch.get(name, value) for name, value in self.null_conditions(n).items()}
         if self.training:
-            # Both conditions of a sample are dropped together: guidance never sees one without the other.
+            # All conditions of a sample are dropped together: guidance never sees one without the other.
             dropped = torch.rand(n, device=self.device) < self.label_dropout
             cond = {name: torch.where(dropped.view(-1, *[1] * (c.ndim - 1)), null[name], c) for name, c in cond.items()}
         return self.encode_caption(cond)

@@ -21,7 +21,7 @@ class DDPM(Diffusion):
     """Discrete-time diffusion (Ho et al. 2020), optionally conditioned on a label or a caption.
 
     Args:
-        net, shape, field, classes, label_dropout, guidance, clip, latent: see `Diffusion`; the network's time is 1000 t
+        net, shape, field, classes, label_dropout, guidance, clip, latent, speakers: see `Diffusion`; the network's time is 1000 t
             / T.
         schedule: alpha_t and sigma_t for t = 0, ..., T - 1.
         parameterization: what the network predicts: eps, x0, v or flow.
@@ -53,8 +53,9 @@ class DDPM(Diffusion):
         levels: int | None = None,
         variance: vlb.Variance = "small",
         latent: Latent | None = None,
+        speakers: int | None = None,
     ):
-        super().__init__(net, shape, field, classes, label_dropout, guidance, clip, latent)
+        super().__init__(net, shape, field, classes, label_dropout, guidance, clip, latent, speakers)
         self.path = self.schedule = schedule
         self.parameterization: Parameterization = parameterization
         if isinstance(net, LevelPosterior) and not stored.is_building():  # a stored model was checked before training

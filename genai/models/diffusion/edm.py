@@ -21,7 +21,7 @@ class EDM(Diffusion):
     """Diffusion in continuous sigma: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) (eq. 7).
 
     Args:
-        net, shape, field, classes, label_dropout, guidance, clip, latent: see `Diffusion`. The network's time is affine
+        net, shape, field, classes, label_dropout, guidance, clip, latent, speakers: see `Diffusion`. The network's time is affine
             in c_noise = ln(sigma) / 4: 0 at sigma_min, 1000 at sigma_max.
         sigma_data: standard deviation of the data; None until `prepare` has measured it.
         sigma_min, sigma_max: range of sigma in sampling.
@@ -46,8 +46,9 @@ class EDM(Diffusion):
         guidance: float = 1.0,
         clip: float | None = None,
         latent: Latent | None = None,
+        speakers: int | None = None,
     ):
-        super().__init__(net, shape, field, classes, label_dropout, guidance, clip, latent)
+        super().__init__(net, shape, field, classes, label_dropout, guidance, clip, latent, speakers)
         if not 0 < sigma_min < sigma_max:
             raise UserError(f"model.sigma_min={sigma_min} must lie above 0 and below model.sigma_max={sigma_max}")
         self.sigma_data = None if sigma_data is None else _positive(sigma_data)

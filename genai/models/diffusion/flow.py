@@ -20,7 +20,7 @@ class Flow(Diffusion):
     """A velocity field that carries noise to data.
 
     Args:
-        net, shape, field, classes, label_dropout, guidance, clip, latent: see `Diffusion`; the network's time is 1000
+        net, shape, field, classes, label_dropout, guidance, clip, latent, speakers: see `Diffusion`; the network's time is 1000
             t.
         logit_mean, logit_std: mean and standard deviation of logit(t) in training (Esser et al. 2024, eq. 19). A
             positive mean trains more on noise; logit_std 0 draws t uniformly.
@@ -40,8 +40,9 @@ class Flow(Diffusion):
         guidance: float = 1.0,
         clip: float | None = None,
         latent: Latent | None = None,
+        speakers: int | None = None,
     ):
-        super().__init__(net, shape, field, classes, label_dropout, guidance, clip, latent)
+        super().__init__(net, shape, field, classes, label_dropout, guidance, clip, latent, speakers)
         if logit_std < 0:
             raise UserError(f"model.logit_std={logit_std} must be at least 0 (0 draws t uniformly)")
         self.path, self.logit_mean, self.logit_std = LinearPath(), logit_mean, logit_std

@@ -1,4 +1,4 @@
-"""A U-Net for images of any size and channel count (Ho et al. 2020, appendix B; Nichol & Dhariwal 2021, section 3)."""
+"""A U-Net for images and sequences of any size (Ho et al. 2020, appendix B; Nichol & Dhariwal 2021, section 3)."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ from genai.core import stored
 from genai.core.errors import UserError
 from genai.core.precision import downcast
 from genai.kernels.norm import normalize
-from genai.models.diffusion.nets.conditioning import add_conditions
+from genai.models.diffusion.nets.conditioning import add_conditions, embedding
 from genai.nn.attention import Context, ContextKeyValues, CrossAttention, resolve_attention_depths
 from genai.nn.embed import time_embedding
 from genai.nn.init import zero
@@ -25,14 +25,23 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(channels, min(32, max(channels // 4, 1))), channels)
 
 
+Sides = tuple[int, int]
+"""(1, 1) for images; (0, 1) for sequences, which are images of height 1 whose convolutions are of height 1 too."""
+
+
+def kernel(sides: Sides) -> dict[str, Sides]:
+    """Return the size and padding of a convolution over 3 positions on each side."""
+    return {"kernel_size": (1 + 2 * sides[0], 1 + 2 * sides[1]), "padding": sides}
+
+
 class ResBlock(nn.Module):
     """A residual block: norm, SiLU, conv, norm * (1 + scale) + shift, SiLU, dropout, conv; scale and shift from emb."""
 
-    def __init__(self, c_in: int, c_out: int, c_emb: int, dropout: float):
+    def __init__(self, c_in: int, c_out: int, c_emb: int, dropout: float, sides: Sides = (1, 1)):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, **kernel(sides))
         self.emb = nn.Linear(c_emb, 2 * c_out)
-        self.norm2, self.conv2 = group_norm(c_out), zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.norm2, self.conv2 = group_norm(c_out), zero(nn.Conv2d(c_out, c_out, **kernel(sides)))
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
@@ -88,34 +97,35 @@ class Stage(nn.ModuleList):
 
 
 class Downsample(nn.Conv2d):
-    """Halve height and width by a strided convolution."""
+    """Halve height and width, or the length of a sequence, by a strided convolution."""
 
-    def __init__(self, channels: int):
-        super().__init__(channels, channels, 3, stride=2, padding=1)
+    def __init__(self, channels: int, sides: Sides = (1, 1)):
+        super().__init__(channels, channels, stride=(1 + sides[0], 1 + sides[1]), **kernel(sides))
 
     def forward(self, x: Tensor, emb: Tensor, context: Context | ContextKeyValues | None = None) -> Tensor:
-        """Map x (B, C, H, W) to (B, C, H / 2, W / 2)."""
+        """Map x (B, C, H, W) to (B, C, H / 2, W / 2), or (B, C, 1, T) to (B, C, 1, T / 2)."""
         return super().forward(x)
 
 
 class Upsample(nn.Conv2d):
-    """Double height and width by nearest neighbour, then convolve."""
+    """Double height and width, or the length of a sequence, by nearest neighbour, then convolve."""
 
-    def __init__(self, channels: int):
-        super().__init__(channels, channels, 3, padding=1)
+    def __init__(self, channels: int, sides: Sides = (1, 1)):
+        super().__init__(channels, channels, **kernel(sides))
+        self.scale = (1.0 + sides[0], 1.0 + sides[1])
 
     def forward(self, x: Tensor, emb: Tensor, context: Context | ContextKeyValues | None = None) -> Tensor:
-        """Map x (B, C, H, W) to (B, C, 2 H, 2 W)."""
-        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        """Map x (B, C, H, W) to (B, C, 2 H, 2 W), or (B, C, 1, T) to (B, C, 1, 2 T)."""
+        return super().forward(F.interpolate(x, scale_factor=self.scale, mode="nearest"))
 
 
 class UNet(nn.Module):
-    """A U-Net whose time and label enter every residual block by scale and shift.
+    """A U-Net whose time, label and speaker enter every residual block by scale and shift.
 
     A caption enters there by its summary, and by cross-attention wherever there is self-attention.
 
     Args:
-        shape: (C, H, W) of the images; H and W must be multiples of 2^(len(multipliers) - 1).
+        shape: (C, H, W) of images, or (C, T) of sequences; H and W, or T, must be multiples of 2^(len(multipliers) - 1).
         channels: width of the first resolution.
         multipliers: width of each resolution as a multiple of `channels`.
         blocks: residual blocks per resolution on the way down (one more on the way up).
@@ -128,6 +138,7 @@ class UNet(nn.Module):
         attention_depths: halvings after which each block is followed by self-attention: 0 at the size of the images, -1
             at the smallest size, the default; a stored config with neither key means the height 16.
         out_per_channel: outputs for each channel of the images, such as a logit for each grey level.
+        speakers: number of speakers, as `classes`.
 
     Raises UserError if the network cannot take the size, or has no such depth.
     """
@@ -146,9 +157,12 @@ class UNet(nn.Module):
         text: TextEncoder | None = None,
         attention_depths: Sequence[int] | None = None,
         out_per_channel: int = 1,
+        speakers: int | None = None,
     ):
         super().__init__()
-        c_image, height, _ = _check_shape(shape, len(multipliers))
+        c_image, height, *width = _check_shape(shape, len(multipliers))
+        self.is_sequence = not width
+        sides = (0, 1) if self.is_sequence else (1, 1)
         if attention_depths is None and attention is None:
             attention, attention_depths = ((16,), None) if stored.is_building() else (None, (-1,))
         heights = {depth: height >> depth for depth in range(len(multipliers))}
@@ -160,8 +174,7 @@ class UNet(nn.Module):
         self.channels, self.gradient_checkpointing = channels, gradient_checkpointing
         c_emb = 4 * channels
         self.time = nn.Sequential(nn.Linear(channels, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        self.label = None if classes is None else nn.Embedding(classes + 1, c_emb)
-
+        self.label, self.speaker = embedding(classes, c_emb), embedding(speakers, c_emb)
         self.text = text
         self.summary = None if text is None else nn.Linear(text.width, c_emb)
 
@@ -170,10 +183,10 @@ class UNet(nn.Module):
             return [AttentionBlock(c), *cross] if depth in depths else []
 
         def stage(c_in: int, c_out: int, depth: int) -> Stage:
-            return Stage([ResBlock(c_in, c_out, c_emb, dropout), *attend(c_out, depth)])
+            return Stage([ResBlock(c_in, c_out, c_emb, dropout, sides), *attend(c_out, depth)])
 
         c = channels
-        self.stem = nn.Conv2d(c_image, c, 3, padding=1)
+        self.stem = nn.Conv2d(c_image, c, **kernel(sides))
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips = [c]
         deepest = len(multipliers) - 1
@@ -183,18 +196,24 @@ class UNet(nn.Module):
                 c = channels * multiplier
                 skips.append(c)
             if depth < deepest:
-                self.down.append(Stage([Downsample(c)]))
+                self.down.append(Stage([Downsample(c, sides)]))
                 skips.append(c)
-        self.middle = Stage([ResBlock(c, c, c_emb, dropout), *attend(c, deepest), ResBlock(c, c, c_emb, dropout)])
+        self.middle = Stage(
+            [
+                ResBlock(c, c, c_emb, dropout, sides),
+                *attend(c, deepest),
+                ResBlock(c, c, c_emb, dropout, sides),
+            ]
+        )
         for depth, multiplier in reversed(list(enumerate(multipliers))):
             for i in range(blocks + 1):
                 up = stage(c + skips.pop(), channels * multiplier, depth)
                 c = channels * multiplier
                 if depth > 0 and i == blocks:
-                    up.append(Upsample(c))
+                    up.append(Upsample(c, sides))
                 self.up.append(up)
         outputs = out_channels or c_image * out_per_channel
-        self.head = nn.Sequential(group_norm(c), nn.SiLU(), zero(nn.Conv2d(c, outputs, 3, padding=1)))
+        self.head = nn.Sequential(group_norm(c), nn.SiLU(), zero(nn.Conv2d(c, outputs, **kernel(sides))))
         self.to(memory_format=torch.channels_last)  # cuDNN's fastest layout for convolutions in half precision
 
     def forward(
@@ -205,15 +224,17 @@ class UNet(nn.Module):
         states: Tensor | None = None,
         real: Tensor | None = None,
         projected: Sequence[ContextKeyValues | None] | None = None,
+        speaker: Tensor | None = None,
     ) -> Tensor:
-        """Denoise x (B, C, H, W) at time (B,) in [0, 1000) -> (B, out_channels, H, W).
+        """Denoise x (B, C, H, W) or (B, C, T) at time (B,) in [0, 1000) -> (B, out_channels, H, W) or (B, out_channels, T).
 
-        label is int64 (B,), states and real are the `Context` of a caption, projected what `project` made of it, if it
-        was called.
+        label and speaker are int64 (B,), states and real are the `Context` of a caption, projected what `project` made of it,
+        if it was called.
         """
         emb = self.time(downcast(time_embedding(time, self.channels), self.stem.weight))
-        emb, context = add_conditions(emb, self.label, label, self.summary, states, real)
+        emb, context = add_conditions(emb, self.label, label, self.speaker, speaker, self.summary, states, real)
         contexts = itertools.repeat(context) if projected is None else iter(projected)  # one per stage
+        x = x[:, :, None] if self.is_sequence else x
         h = self.stem(downcast(x, self.stem.weight).contiguous(memory_format=torch.channels_last))
         skips = [h]
         for stage in self.down:
@@ -223,7 +244,8 @@ class UNet(nn.Module):
         for stage in self.up:
             h = self._run(stage, torch.cat([h, skips.pop()], 1), emb, next(contexts))
         norm, _, conv = self.head
-        return conv(normalize(norm, h, silu=True)).contiguous()  # type: ignore[arg-type]
+        out = conv(normalize(norm, h, silu=True)).contiguous()  # type: ignore[arg-type]
+        return out[:, :, 0] if self.is_sequence else out
 
     def project(self, context: Context) -> list[ContextKeyValues | None]:
         """Return the keys and values of a caption for every stage, None where a stage does not read it."""
@@ -236,13 +258,16 @@ class UNet(nn.Module):
 
 
 def _check_shape(shape: Sequence[int], levels: int) -> Sequence[int]:
-    """Return shape. Raises UserError unless it is (C, H, W) with sides that can be halved so often."""
-    if len(shape) != 3:
-        raise UserError(f"a U-Net takes images of shape [C, H, W], got {list(shape)} (data=, or model=ddpm_mlp)")
-    multiple = 2 ** (levels - 1)
-    if shape[1] % multiple or shape[2] % multiple:
+    """Return shape. Raises UserError unless it is (C, H, W) or (C, T) with sides that can be halved so often."""
+    if len(shape) not in (2, 3):
         raise UserError(
-            f"this U-Net halves its input {levels - 1} times, so height and width must be multiples of {multiple}, got "
-            f"{shape[1]}x{shape[2]} (data.size, or fewer model.net.multipliers)"
+            f"a U-Net takes images of shape [C, H, W] or sequences [C, T], got {list(shape)} (data=, or model=ddpm_mlp)"
+        )
+    multiple = 2 ** (levels - 1)
+    if any(side % multiple for side in shape[1:]):
+        sides, found = ("height and width", f"{shape[1]}x{shape[2]}") if len(shape) == 3 else ("length", f"{shape[1]}")
+        raise UserError(
+            f"this U-Net halves its input {levels - 1} times, so {sides} must be multiples of {multiple}, got "
+            f"{found} (data.size, or fewer model.net.multipliers)"
         )
     return shape

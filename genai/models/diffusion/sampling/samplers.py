@@ -199,22 +199,24 @@ def _check_image(
         given = {"strength": strength is not None, "mask": mask is not None, "invert": invert}
         for key in (key for key, is_given in given.items() if is_given):
             raise UserError(
-                f"{key}= says what to do with an image, and there is none: give image=, or leave {key}= out"
+                f"{key}= says what to do with a given {model.field}, and there is none: give {model.field}=, or leave {key}= out"
             )
         return
     if list(image.shape) != [n, *model.data_shape]:
         raise UserError(
-            f"image has shape {list(image.shape)}, but {n} samples of this model start from {[n, *model.data_shape]}"
+            f"{model.field} has shape {list(image.shape)}, but {n} samples of this model start from {[n, *model.data_shape]}"
         )
     if mask is None and not invert and strength in (None, 1):
         raise UserError(
-            "image= alone changes nothing: give strength= below 1 (how much noise to add), mask= or invert=true"
+            f"{model.field}= alone changes nothing: give strength= below 1 (how much noise to add), mask= or invert=true"
         )
     fits = mask is None or (
         mask.ndim == image.ndim and all(m in (1, k) for m, k in zip(mask.shape, image.shape, strict=True))
     )
     if mask is not None and not fits:
-        raise UserError(f"mask has shape {list(mask.shape)}, but the image has {list(image.shape)}: they must agree")
+        raise UserError(
+            f"mask has shape {list(mask.shape)}, but the {model.field} has {list(image.shape)}: they must agree"
+        )
     if invert and model.null() and model.label_dropout == 0:
         raise UserError(
             "invert=true needs unconditional predictions, which model.label_dropout=0 never trained: leave invert= out"
