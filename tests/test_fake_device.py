@@ -58,6 +58,10 @@ WAITS: dict[tuple[str, str, str], tuple[str, str]] = {
     ),
     ("call", "samplers.sample", "copy"): ("model=ddpm_mlp", SEEDS),
     ("call", "samplers.sample", "read"): ("model=ddpm_mlp", "whether samples are finite, once a call"),
+    ("call", "vocoder.LogMelCodec.decode", "copy"): (
+        "model=audio_diffusion",
+        "a constant of torchaudio's Griffin-Lim, once a call",
+    ),
     ("call", "decode.prompt_of", "copy"): ("model=gpt_nano", GIVEN),
     ("call", "decode.generate", "copy"): ("model=gpt_nano", SEEDS),
     ("call", "decode.generate", "read"): (

@@ -58,10 +58,12 @@ class Latent(KeepPrecision):
             return self.codec.decode(upcast(z) * self.std + self.mean)  # type: ignore[operator]
 
     def downsample_mask(self, mask: Tensor) -> Tensor:
-        """Map a mask of pixels (B, C, H, W) to one of latents (B, *shape).
+        """Map a mask of pixels (B, C, H, W), or as the codec maps it by a method of this name, to one of latents (B, *shape).
 
         A latent is kept as much as the least kept pixel in its field. Raises UserError for latents that are not a map.
         """
+        if hasattr(self.codec, "downsample_mask"):
+            return self.codec.downsample_mask(mask)  # type: ignore[operator]
         if len(self.shape) != 3:
             raise UserError(f"mask= needs latents that are a map, and this first stage's are {list(self.shape)}")
         lost = nn.functional.adaptive_max_pool2d(1 - mask.amin(1, keepdim=True), self.shape[1:])

@@ -1,18 +1,21 @@
 """Log-mel spectrograms of waveforms."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from genai.core import extras
 
-FLOOR = 1e-5  # of the power, below which nothing is heard
+FLOOR = 1e-7  # of the power, 70 dB below a sine of amplitude 1; at 50 dB quiet recordings would be nothing but floor
+LOW = math.log(FLOOR)
 
 
 class LogMel(nn.Module):
     """Map waveforms (B, C, T) in [-1, 1] to log-mel spectrograms (B, C, mels, 1 + T // hop), about in [-1, 1].
 
-    ln of the power in each of `mels` triangular bands (HTK mel scale), floored at 1e-5, where a sine of amplitude 1 has about 1;
-    then scaled from [ln 1e-5, 0] to [-1, 1].
+    ln of the power in each of `mels` triangular bands (HTK mel scale), floored at 1e-7, where a sine of amplitude 1 has about 1;
+    then scaled from [ln 1e-7, 0] to [-1, 1].
 
     Args:
         sr_hz: sampling rate.
@@ -39,8 +42,23 @@ class LogMel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         power = stft_power(x, self.hann, self.hop)
         mel = (power.transpose(-1, -2) @ self.bank).transpose(-1, -2)
-        low = torch.tensor(FLOOR).log().item()
-        return mel.clamp_min(FLOOR).log() * (-2 / low) + 1
+        return mel.clamp_min(FLOOR).log() * (-2 / LOW) + 1
+
+    def power(self, z: Tensor) -> Tensor:
+        """Invert the logarithm: log-mel spectrograms (...) -> powers (...) of at least 0; that of the floor is 0."""
+        return (((z - 1) * (LOW / -2)).exp() - FLOOR).clamp_min(0)
+
+    def bins(self, mel: Tensor, iterations: int = 30) -> Tensor:
+        """Return powers (B, window // 2 + 1, frames) of STFT bins of at least 0 whose bands fit the powers mel (B, mels, frames).
+
+        Starts from the least-squares solution of smallest norm; each update (Lee and Seung 2001, eq. 4) lowers the squared error.
+        """
+        mel, bank = mel.mT, self.bank
+        found = (mel @ torch.linalg.pinv(bank)).clamp_min(0)  # (B, frames, bins)
+        target = mel @ bank.T
+        for _ in range(iterations):
+            found = found * target / ((found @ bank) @ bank.T).clamp_min(1e-12)
+        return found.mT
 
 
 def stft_power(x: Tensor, hann: Tensor, hop: int) -> Tensor:
