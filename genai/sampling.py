@@ -6,7 +6,7 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from genai.core import files, rng, stored
 from genai.core.errors import UserError, at_least, show
 from genai.core.precision import cast_for_inference
 from genai.core.protocols import Batch, OnStep, check_sampler, model_parts, with_items
-from genai.modalities.base import Request, check_values
+from genai.modalities.base import Request, as_path, check_values
 from genai.modalities.stored import difference
 from genai.ranges import check as ranges
 
 MAX_SAMPLES = 10**8  # per call
-ARGUMENTS = ("guidance", "guidance_interval", "autoguidance", "image", "strength", "mask", "invert", "frames")
+ARGUMENTS = ("guidance", "guidance_interval", "autoguidance", "image", "audio", "strength", "mask", "invert", "frames")
 """Keys of sample.yaml that are options of the sampler."""
 
 
@@ -43,6 +43,7 @@ def sample(
     batch_size: int = 256,
     on_step: OnStep | None = None,
     image: object = None,
+    audio: object = None,
     mask: object = None,
     frames: bool = False,
     progress: bool = False,
@@ -62,8 +63,9 @@ def sample(
         on_step: called as on_step(step so far, steps of all batches, state).
         progress: show a progress bar, or lines if there is no terminal.
         image: image to start from, a file, a folder, or (m, C, H, W) in [-1, 1]; fewer than n repeat.
-        mask: the part of the image to fill in: a file whose white is filled and whose black is kept, or 1 and 0 in (1
-            or C, H, W).
+        audio: as image, for models of sound: (m, C, T).
+        mask: the part of the image or sound to fill in: a file whose white is filled and whose black is kept, [from, to] in
+            seconds of sound, None for an end, or 1 and 0 in (1 or C, H, W) or (1 or C, T).
         frames: also return `frames` (k, steps + 1, ...), the intermediate states of the first k samples.
         arguments: options of the sampler, such as steps, guidance, strength, or autoguidance, a run or checkpoint.
 
@@ -91,9 +93,9 @@ def sample(
     raised: list[Exception] = []  # by on_step
     shown = bar() if progress and on_step is None else contextlib.nullcontext(on_step)
     with checkpoint.explain_errors(loaded, raised), shown as on_step:
-        started = {"image": image, "mask": mask, "frames": frames or None}
-        wanted = [key for key, value in started.items() if value is not None]
-        run = bind(loaded, sampler, arguments, wanted)
+        starts = {"image": image, "audio": audio}
+        wanted = ["image"] * any(start is not None for start in starts.values()) + ["mask"] * (mask is not None)
+        run = bind(loaded, sampler, arguments, [*wanted, *["frames"] * frames])
         request = {
             "label": label,
             "speaker": speaker,
@@ -101,13 +103,13 @@ def sample(
             "negative_prompt": negative_prompt,
             "stop": stop,
         }
-        cond, pictures = conditions(request, n, loaded), resolve_images(image, mask, n, loaded)
-        chunks, starts = [], range(0, n, batch_size)
-        for k, start in enumerate(starts):
-            part = slice(start, start + batch_size)
-            watch = None if on_step is None else _shift_steps(on_step, k, len(starts), raised)
+        cond, started = conditions(request, n, loaded), resolve_start(starts, mask, n, loaded)
+        chunks, firsts = [], range(0, n, batch_size)
+        for k, first in enumerate(firsts):
+            part = slice(first, first + batch_size)
+            watch = None if on_step is None else _shift_steps(on_step, k, len(firsts), raised)
             given = {name: value[part] for name, value in cond.items()}
-            special = {name: value[part] for name, value in pictures.items()} | (
+            special = {name: value[part] for name, value in started.items()} | (
                 {"frames": True} if frames and k == 0 else {}
             )
             with loaded.autocast():
@@ -193,33 +195,29 @@ def _part(loaded: Loaded, key: str, named: str | dict, kind: type) -> nn.Module:
     return cast_for_inference(part.model, loaded.precision).requires_grad_(False).eval().to(loaded.device)
 
 
-def resolve_images(image: Any, mask: Any, n: int, loaded: Loaded) -> Batch:
-    """Return `image` (n, C, H, W) and `mask` (n, 1 or C, H, W), as far as given, on the CPU.
+def resolve_start(given: Mapping[str, Any], mask: Any, n: int, loaded: Loaded) -> Batch:
+    """Return what a sampler calls `image` (n, C, ...) and `mask` (n, 1 or C, ...), as far as given, on the CPU.
 
-    The argument `mask` is 1 where the image is filled in, the `mask` that is returned 1 where it is kept.
+    `given` has the samples to start from by the key of their modality, `Modality.start`. The argument `mask` is 1 where they are
+    filled in, the `mask` that is returned 1 where they are kept. Raises UserError for the key of another modality.
     """
-    shape, read, found = getattr(loaded.model, "data_shape", ()), loaded.modality.read, {}
-    if image is not None:
-        images = image if isinstance(image, Tensor) else read(_path(image, "image"), shape, "image")
-        loaded.modality.check(images, "image")
-        found["image"] = images.repeat(-(-n // len(images)), *[1] * (images.ndim - 1))[:n]
+    kind, shape, found = loaded.modality, getattr(loaded.model, "data_shape", ()), {}
+    for key, start in given.items():
+        if start is None:
+            continue
+        if key != kind.start:
+            raise UserError(f"{key}= was given, but samples of this model are {kind.field}: give {kind.start}=")
+        x = start if isinstance(start, Tensor) else kind.read(as_path(start, key), shape, key)
+        kind.check(x, key)
+        found["image"] = x.repeat(-(-n // len(x)), *[1] * (x.ndim - 1))[:n]
     if mask is not None:
-        if not isinstance(mask, Tensor) and _path(mask, "mask").is_dir():
-            raise UserError(f"mask must be one image, got the folder {mask}: name a file in it with mask=")
-        white = mask if isinstance(mask, Tensor) else (read(Path(mask), [1, *shape[1:]], "mask")[:1] + 1) / 2
-        white = white.float() if white.dtype == torch.bool else white
-        check_values(white, "mask", 0, 1)
-        if white.ndim > len(shape) and len(white) not in (1, n):
-            raise UserError(f"mask holds {len(white)} masks for n={n} samples: give one, or one for each")
-        found["mask"] = (1 - white).expand(n, *white.shape[-len(shape) :])
+        filled = mask if isinstance(mask, Tensor) else kind.read_mask(mask, shape)
+        filled = filled.float() if filled.dtype == torch.bool else filled
+        check_values(filled, "mask", 0, 1)
+        if filled.ndim > len(shape) and len(filled) not in (1, n):
+            raise UserError(f"mask holds {len(filled)} masks for n={n} samples: give one, or one for each")
+        found["mask"] = (1 - filled).expand(n, *filled.shape[-len(shape) :])
     return found
-
-
-def _path(value: Any, key: str) -> Path:
-    """Return a path given as such. Raises UserError for anything else."""
-    if not isinstance(value, str | os.PathLike) or value == "":
-        raise UserError(f"{key} must be a file, a folder or a tensor, got {show(value)}")
-    return Path(value)
 
 
 def items_of(loaded: Loaded) -> Callable[[str, Tensor], Tensor]:

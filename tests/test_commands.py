@@ -583,7 +583,7 @@ REFUSED_IMAGES = {
     ): "image=broken.png cannot be read as an image (cannot identify image file): name",
     ("image=empty", "strength=0.5"): "image=empty contains no file",
     ("image=/dev/null", "strength=0.5"): "image=/dev/null is not a file",
-    ("strength=0.5",): "strength= says what to do with an image, and there is none: give image=",
+    ("strength=0.5",): "strength= says what to do with a given image, and there is none: give image=",
     ("strength=0",): "strength=0 must be a number greater than 0 and at most 1",
     ("guidance_interval=[2]",): "guidance_interval=[2] must be",
     ("guidance_interval=[2,1]", "guidance=2"): "guidance_interval=[2, 1] must be [low,high]",

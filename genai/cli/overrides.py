@@ -25,12 +25,13 @@ PATHS = (
     "draft",
     "weights",
     "image",
+    "audio",
     "mask",
     "autoguidance",
 )
 PROMPTS = "prompt", "negative_prompt", "stop"  # where even ${ is text, for they are in no stored config
 PROSE = *PROMPTS, "label", "name", "project", "notes", "url"
-LISTS = "prompt", "negative_prompt", "label"
+LISTS = "prompt", "negative_prompt", "label", "mask"
 
 
 def quote_override(override: str, sweep: bool = False) -> str:

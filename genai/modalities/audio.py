@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genai.core.errors import UserError, at_least
+from genai.core.errors import UserError, at_least, show
 from genai.core.protocols import Batch
 from genai.core.runs import Facts
 from genai.metrics import likelihood
@@ -33,6 +33,7 @@ class Audio(Modality):
     """
 
     field, meaning, likelihoods = "audio", "sampling rate or number of channels", ("bits_per_sample",)
+    start, has_time = "audio", True
 
     def __init__(self, sr_hz: int, channels: int = 1):
         super().__init__()
@@ -85,6 +86,21 @@ class Audio(Modality):
         if len(wave.x) > 2:
             raise UserError(f"{key}={path} has {len(wave.x)} channels, and this model 2: give a file of 1 or 2")
         return wave.x.expand(2, -1)
+
+    def read_mask(self, mask: Any, shape: Sequence[int]) -> Tensor:
+        """Return 1 from the first to the second of two times in seconds, None for an end of the clip, as (1, 1, T)."""
+        whole = shape[-1] / self.sr_hz
+        times = list(mask) if isinstance(mask, list | tuple) and len(mask) == 2 else [-1, -1]
+        low, high = (end if time is None else time for time, end in zip(times, (0, whole), strict=True))
+        if not all(isinstance(t, int | float) and not isinstance(t, bool) for t in (low, high)) or not (
+            0 <= low < high <= whole
+        ):
+            raise UserError(
+                f"mask={show(mask)} must be [from,to], two times in seconds from 0 to {whole:g} between which the sound is "
+                "filled in, null for an end"
+            )
+        at = torch.arange(shape[-1]) / self.sr_hz
+        return ((at >= low) & (at < high)).float()[None, None]
 
     def check(self, x: Tensor, key: str) -> None:
         """Raise UserError unless x are waveforms (n, C, T) of floats in [-1, 1]."""

@@ -5,6 +5,7 @@ Sampling, evaluation and trackers know nothing of a kind of data but what its mo
 
 import contextlib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from genai.core import files
-from genai.core.errors import UserError
+from genai.core.errors import UserError, show
 from genai.core.protocols import Batch, OnStep
 from genai.core.rng import RNG_VERSION
 from genai.core.runs import Facts
@@ -67,6 +68,10 @@ class Modality:
     """Names of the metrics that report a likelihood."""
     comparison: str | None = "samples"
     """Kind of metrics for sets of samples: "samples" (by features), "texts" (by words), "melodies" (by notes) or None."""
+    start = "image"
+    """Key of a call that gives samples to start from."""
+    has_time = False
+    """True if the width of `maps` is time, so that a class does not depend on where in it something is."""
     windowed = False
     """True if items are windows of one long sequence, so that a likelihood is per token."""
 
@@ -153,6 +158,15 @@ class Modality:
         """
         raise UserError(f"{key}= is for a model of images, and samples of this one are {list(shape)}: leave {key}= out")
 
+    def read_mask(self, mask: Any, shape: Sequence[int]) -> Tensor:
+        """Return which part of a sample of this shape to fill in, 1 there and 0 elsewhere, (1, 1, ...), as `mask=` says.
+
+        Raises UserError for a mask that modality or shape do not allow.
+        """
+        raise UserError(
+            f"mask= is for a model of images or sound, and samples of this one are {list(shape)}: leave it out"
+        )
+
     def check(self, x: Tensor, key: str) -> None:
         """Raise UserError, which names the argument `key`, unless x are samples (n, ...) from which a sampler can start."""
         check_values(x, key)
@@ -223,6 +237,13 @@ def check_values(x: Tensor, key: str, low: float = -math.inf, high: float = math
         raise UserError(
             f"{key} must be in [{low}, {high}], got values from {least:g} to {most:g}: scale it, or x.clamp({low}, {high})"
         )
+
+
+def as_path(value: Any, key: str) -> Path:
+    """Return a path given as such. Raises UserError for anything else."""
+    if not isinstance(value, str | os.PathLike) or value == "":
+        raise UserError(f"{key} must be a file, a folder or a tensor, got {show(value)}")
+    return Path(value)
 
 
 def to_pil(picture: Picture) -> Any:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
-from genai.modalities.base import Modality, Picture, Request, check_values, to_pil
+from genai.modalities.base import Modality, Picture, Request, as_path, check_values, to_pil
 from genai.modalities.decode import DecodeOptions, decode_at_size
 
 
@@ -55,6 +56,13 @@ class Image(Modality):
                 why = getattr(error, "strerror", None) or " ".join(str(error).split()).partition(" <_io.")[0]
                 raise UserError(f"{key}={file} cannot be read as an image ({why}): name another") from error
         return from_uint8(torch.from_numpy(np.stack(found)))
+
+    def read_mask(self, mask: Any, shape: Sequence[int]) -> Tensor:
+        """Read an image, white where samples are filled in, as (1, 1, H, W) in [0, 1]."""
+        path = as_path(mask, "mask")
+        if path.is_dir():
+            raise UserError(f"mask must be one image, got the folder {mask}: name a file in it with mask=")
+        return (self.read(path, [1, *shape[1:]], "mask")[:1] + 1) / 2
 
     def check(self, x: Tensor, key: str) -> None:
         """Raise UserError unless x are images (n, C, H, W) of floats in [-1, 1]."""

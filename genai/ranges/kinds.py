@@ -124,6 +124,20 @@ class Many:
 
 
 @dataclass(frozen=True)
+class Either:
+    """A value of one kind or of another."""
+
+    one: Any
+    other: Any
+
+    def holds(self, value: object) -> bool:
+        return self.one.holds(value) or self.other.holds(value)
+
+    def __str__(self) -> str:
+        return f"{self.one}, or {self.other}"
+
+
+@dataclass(frozen=True)
 class Node:
     """A config node with a `_target_`."""
 

@@ -9,7 +9,7 @@ import functools
 from typing import Any
 
 from genai.core.errors import SEED
-from genai.ranges.kinds import Choice, Free, Group, Many, Named, Node, Number, Row, Text
+from genai.ranges.kinds import Choice, Either, Free, Group, Many, Named, Node, Number, Row, Text
 
 whole = functools.partial(Number, whole=True)
 STEPS = whole(1, 10**12, "steps")
@@ -176,7 +176,7 @@ RANGES: dict[str, Any] = {
     "codec.ckpt": PATH,
     "codec.sha256": DIGEST,
     "codec.cache": PATH,
-    "codec.shape": MAP,
+    "codec.shape": Many(whole(1, 10**6), 2, 3),
     "pretrained:ckpt": PATH,
     "pretrained:sha256": DIGEST,
     "pretrained:weights": WEIGHTS,
@@ -184,6 +184,12 @@ RANGES: dict[str, Any] = {
     "pretrained:model": Node(null=True),
     "codec.model": Node(),
     "codec.model.factor": SIZE,
+    "codec.model.sr_hz": whole(1, 768_000, "Hz"),
+    "codec.model.mels": whole(1, 1024, "bands"),
+    "codec.model.window": whole(4, 10**6, "samples", null=True),
+    "codec.model.hop": whole(1, 10**6, "samples", null=True),
+    "codec.model.layout": Choice(("map", "sequence")),
+    "codec.model.iterations": whole(0, 10**5, "iterations"),
     # models of any family
     "model": Node(),
     "LPIPS:net": Choice(("vgg", "alex", "squeeze")),
@@ -357,7 +363,8 @@ RANGES: dict[str, Any] = {
     "autoguidance": PATH,
     "image": PATH,
     "strength": Number(0, 1, null=True, above=True),
-    "mask": PATH,
+    "audio": PATH,
+    "mask": Either(Text("a path"), Many(Number(0, 3600, "seconds", null=True), 2, 2, null=True)),
     "invert": FLAG,
     "frames": FLAG,
     "batch_size": BATCH,

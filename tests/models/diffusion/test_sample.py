@@ -281,9 +281,9 @@ def test_heun_steps_in_the_coordinate_of_its_paper_on_the_path_of_its_paper():
 ELSEWHERE: Any = Flow(nn.Identity(), SHAPE, "image")
 ELSEWHERE.latent = SimpleNamespace(codec=SimpleNamespace(pretrained_from=("a", "ema", True)))
 REFUSED = {
-    "strength= says what to do with an image": {"strength": 0.5},
-    "mask= says what to do with an image": {"mask": torch.ones(6, *SHAPE)},
-    "invert= says what to do with an image": {"invert": True},
+    "strength= says what to do with a given image": {"strength": 0.5},
+    "mask= says what to do with a given image": {"mask": torch.ones(6, *SHAPE)},
+    "invert= says what to do with a given image": {"invert": True},
     "image= alone changes nothing: give strength= below 1": {"image": images()},
     r"image has shape \[5, 1, 2, 2\], but 6 samples of this model start from \[6, 1, 2, 2\]": {
         "image": images()[:5],
