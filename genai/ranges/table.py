@@ -171,6 +171,7 @@ RANGES: dict[str, Any] = {
     "data.distribution": Choice(("moons", "swiss_roll", "checkerboard", "eight_gaussians")),
     "Tones:n": whole(1, 10**7, "tones"),
     "data.n": whole(1, 10**8, "points"),
+    "EspeakDigits:takes": whole(3, 10_000, "takes"),
     # first stages
     "codec": Group(),
     "codec.ckpt": PATH,
