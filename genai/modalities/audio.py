@@ -177,8 +177,8 @@ class QuantizedAudio(Modality):
         """Return the waveforms (1, T) of the sound files in the request's `prompt`."""
         given = request.get("prompt")
         paths = [] if given is None else given if isinstance(given, list | tuple) else [given]
-        if given is not None and not paths:
-            raise UserError("prompt=[] is empty: leave it out, or name a sound file")
+        if given is not None and not all(map(str, paths or [""])):
+            raise UserError(f"prompt={given} is empty: leave it out, or name a sound file")
         return [self.audio.read_one(Path(str(path)), "prompt") for path in paths]
 
     def decode(self, batch: Batch) -> Batch:

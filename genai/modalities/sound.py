@@ -70,6 +70,8 @@ def _lacks_bytes(said: str) -> bool:
 def read_wave(path: Path, key: str) -> Wave:
     """Read a sound file whole. Raises UserError, which names the config key `key`, if it cannot be read as sound."""
     try:
+        if path.is_dir():
+            raise ValueError("is a folder")
         return decode(path)
     except ValueError as error:
         raise UserError(f"{key}={path} {error}: name a .wav, .flac, .ogg or .mp3 file") from error

@@ -2,6 +2,7 @@
 
 import gzip
 import zipfile
+from typing import get_type_hints
 
 import numpy as np
 import PIL.Image
@@ -392,14 +393,13 @@ def test_configs_name_exactly_the_arguments(path):
 
     from hydra.utils import get_object
 
-    from genai.data.text import Text
-
     node = OmegaConf.load(path)
     arguments = {k: v for k, v in node.items() if k != "_target_"}
-    bound = inspect.signature(get_object(node._target_)).bind(**arguments).arguments
+    target = get_object(node._target_)
+    bound = inspect.signature(target).bind(**arguments).arguments
     facts = bound.pop("facts", {})  # what a kind of text passes on
     if facts:
-        inspect.signature(Text).bind(source=None, **facts)
+        inspect.signature(get_type_hints(target)["return"]).bind_partial(**facts)
     assert {*bound, *facts} == set(arguments)
     if path.stem in ("digits", "toy2d"):
         data = instantiate(node)
