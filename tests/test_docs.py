@@ -13,6 +13,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
 from genai import checkpoint, sweeps
@@ -208,6 +209,10 @@ def make_inputs(folder):
     shutil.copy(folder / "book.txt", folder / "books" / "a.txt")
     folder_of(folder / "tunes", [f"{k}.mid" for k in range(24)])
     shutil.copy(folder / "tunes" / "0.mid", folder / "theme.mid")
+    for k in range(24):
+        (folder / "sounds" / ("bell", "dog")[k % 2]).mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / "sounds" / ("bell", "dog")[k % 2] / f"{k}.wav", random.uniform(-0.5, 0.5, 2000), 8000)
+    shutil.copy(folder / "sounds" / "dog" / "1.wav", folder / "beginning.wav")
     (folder / "molecules.smi").write_text("CCO\nC1CCCCC1\nCC(=O)O\n" * 100)
 
 
