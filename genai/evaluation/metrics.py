@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -53,11 +52,11 @@ class GeneratedTexts:
 
 
 @dataclass
-class GeneratedMelodies:
-    """Generated melodies, each the notes of its voices, and the training split's as `genai.metrics.melody.join` returns them."""
+class GeneratedSet:
+    """Generated samples, and the items of the training split, each as the modality's `compared` returns it."""
 
-    melodies: list[list[melody.Notes]]
-    train: np.ndarray
+    samples: list[Any]
+    train: list[Any]
 
 
 class Metric:
@@ -68,7 +67,7 @@ class Metric:
     - "samples": given a `RealFakePair`, returns one number. The card has the spread over `repeats` sets of samples, a floor of
       real samples, and baselines that sample.
     - "texts": given `GeneratedTexts`, returns one number. The card has the spread and a floor, no baselines.
-    - "melodies": given `GeneratedMelodies`, returns one number. The card has the spread and a floor, no baselines.
+    - "melodies": given a `GeneratedSet` of melodies, each the notes of its voices, returns one number. The card is as for texts.
     - "likelihoods": given -ln p in nats (N,) of a split's items and the facts of the pass, returns values (N,). The card has
       their mean with its bootstrap interval.
     - "reconstructions": given a model's reconstructions and the batch, both (B, ...), returns values (B,). The card is as for
@@ -186,9 +185,9 @@ class Melody(Metric):
     def __init__(self, figure: str, unit: str = ""):
         self.figure, self.unit = figure, unit
 
-    def __call__(self, sets: GeneratedMelodies) -> float:
+    def __call__(self, sets: GeneratedSet) -> float:
         function = getattr(melody, self.figure)
-        return sum(function(voices) for voices in sets.melodies) / len(sets.melodies)
+        return sum(map(function, sets.samples)) / len(sets.samples)
 
 
 class MelodyCopy(Metric):
@@ -199,8 +198,9 @@ class MelodyCopy(Metric):
 
     kind, unit = "melodies", "notes"
 
-    def __call__(self, sets: GeneratedMelodies) -> float:
-        return sum(melody.copied_notes(voices, sets.train) for voices in sets.melodies) / len(sets.melodies)
+    def __call__(self, sets: GeneratedSet) -> float:
+        train = melody.join([notes for voices in sets.train for notes in voices])
+        return sum(melody.copied_notes(voices, train) for voices in sets.samples) / len(sets.samples)
 
 
 class Likelihood(Metric):

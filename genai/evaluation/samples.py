@@ -20,9 +20,8 @@ from genai.data.stream import batches
 from genai.evaluation.baselines.reference import reference_scores
 from genai.evaluation.cards import card, data_facts
 from genai.evaluation.features import Extractor, FeatureSet, extract_features
-from genai.evaluation.metrics import GeneratedMelodies, GeneratedTexts, Metric, RealFakePair, compute
+from genai.evaluation.metrics import GeneratedSet, GeneratedTexts, Metric, RealFakePair, compute
 from genai.evaluation.plan import CheckedPlan
-from genai.metrics import melody
 from genai.metrics.intervals import over_seeds
 from genai.metrics.memorisation import memorisation
 from genai.modalities.base import save
@@ -178,29 +177,31 @@ def text_cards(loaded: Loaded, checked: CheckedPlan) -> list[Card]:
     return _set_cards(loaded, checked, values, floors, train_characters=len(train))
 
 
-def melody_cards(loaded: Loaded, checked: CheckedPlan) -> list[Card]:
-    """Make a card for each metric of melodies, from `repeats` sets of n; the floor is windows of the split, as long."""
+def set_cards(loaded: Loaded, checked: CheckedPlan) -> list[Card]:
+    """Make a card for each metric of sets of samples, as the modality compares them, from `repeats` sets of n.
+
+    The floor is n items of the split, cut to the length of the samples.
+    """
     plan, n, metrics = checked.plan, checked.n, checked.sample_metrics
     data: Any = checked.images
-    learned = _melodies(data, "train", len(data.splits["train"]), None)
-    train = melody.join([voice for voices in learned for voice in voices])
-    values, steps = {name: [] for name in metrics}, 0
-    with progress.task("evaluating", n * plan.repeats, "melodies") as clock:
+    train = _compared(data, "train", len(data.splits["train"]), None)
+    values, length = {name: [] for name in metrics}, 0
+    with progress.task("evaluating", n * plan.repeats, "samples") as clock:
         for k in range(plan.repeats):
             parts = sample_batches(loaded, n, plan.seed + k * n, plan.batch_size, clock)
-            rows = torch.cat([batch[data.field] for batch in parts])
-            made, steps = data.modality.voices_of(rows), rows.shape[1]
+            x = torch.cat([batch[data.field] for batch in parts])
+            made, length = GeneratedSet(data.modality.compared(x), train), x.shape[1]
             for name, metric in metrics.items():
-                values[name].append(compute(name, metric, GeneratedMelodies(made, train)).item())
-    real = GeneratedMelodies(_melodies(data, plan.split, n, steps), train)
+                values[name].append(compute(name, metric, made).item())
+    real = GeneratedSet(_compared(data, plan.split, n, length), train)
     floors = {name: compute(name, metric, real).item() for name, metric in metrics.items() if plan.split != "train"}
     return _set_cards(loaded, checked, values, floors)
 
 
-def _melodies(data: Any, split: str, n: int, length: int | None) -> list[Any]:
-    """Return the notes of the first n windows of a split, of at most `length` tokens."""
+def _compared(data: Any, split: str, n: int, length: int | None) -> list[Any]:
+    """Return the first n items of a split, token ids of which the first is none of theirs, cut to `length`, as compared."""
     rows = [batch[data.field][:, 1:][:, :length] for batch in batches(data.splits[split], 1024, n)]
-    return data.modality.voices_of(torch.cat(rows))
+    return data.modality.compared(torch.cat(rows))
 
 
 def _set_cards(
@@ -236,5 +237,5 @@ def _text(data: Any, split: str, most: int) -> str:
     return "".join(parts)[:most]
 
 
-SET_CARDS = {"texts": text_cards, "melodies": melody_cards}
+SET_CARDS = {"texts": text_cards, "melodies": set_cards}
 """What makes the cards of sets of samples that have no features, by the modality's `comparison`."""

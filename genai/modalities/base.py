@@ -190,6 +190,10 @@ class Modality:
         """Return features (N, D) of samples (N, ...); None leaves them to an evaluation's extractor."""
         return x.flatten(1)
 
+    def compared(self, x: Tensor) -> list[Any]:
+        """Return each of samples (N, ...) as metrics of the kind `comparison` are given it."""
+        return list(x)
+
     def maps(self, x: Tensor) -> Tensor:
         """Return samples (N, ...) as maps (N, C, H, W) that a convolutional classifier reads: images themselves."""
         return x

@@ -76,6 +76,9 @@ class Melody(Modality):
         """Return the notes of each voice of each melody of tokens (B, T)."""
         return [[midi.to_notes(voice) for voice in self.events(row).T] for row in rows]
 
+    def compared(self, x: Tensor) -> list[list[list[midi.Note]]]:
+        return self.voices_of(x)
+
     def condition(self, request: Request, n: int) -> Batch:
         """Return the first id and the events of prompts, padded on the left: `tokens`, `pad`, and `lead` = 1.
 
