@@ -71,7 +71,7 @@ def test_a_torn_journal_line_counts_as_not_written(tmp_path):
 
 def test_damaged_caches_are_made_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(classifier, "STEPS", 3)
+    monkeypatch.setattr(classifier.Classifier, "steps", 3)
     node = OmegaConf.to_container(compose_config("train", ["data=digits"]).data, resolve=True)
     data = build_typed(node)
     first = classifier.load_or_train(data)

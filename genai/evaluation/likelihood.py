@@ -17,7 +17,7 @@ from genai.core.protocols import Batch, Reconstructor, Scorable, check_sampler
 from genai.core.runs import Facts
 from genai.data.base import Data, first_items
 from genai.data.stream import batches
-from genai.evaluation.metrics import compute
+from genai.evaluation.metrics import compute, compute_pairs
 from genai.evaluation.plan import CheckedPlan
 from genai.metrics import likelihood as units
 from genai.metrics.intervals import Interval, bootstrap
@@ -50,7 +50,7 @@ def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[Facts, dict[s
                 with loaded.autocast():
                     again = model.reconstruct(batch)
                 for name, found in values.items():
-                    found.append(compute(name, metrics[name], again, batch[model.field]))
+                    found.append(compute_pairs(name, metrics[name], data, again, batch[model.field]))
             if len(codes):
                 with loaded.autocast():
                     codes += model.encode(batch[data.field]).flatten().bincount(minlength=len(codes)).cpu()

@@ -16,9 +16,10 @@ from genai.cli import conf_dir
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Reconstructor, Scorable
 from genai.core.runs import Facts
+from genai.core.shapes import mean_flat
 from genai.data.base import Data
 from genai.evaluation import features
-from genai.metrics import frechet, images, inception_score, kid, manifold, melody, text
+from genai.metrics import audio, frechet, images, inception_score, kid, manifold, melody, text
 
 
 @dataclass
@@ -82,6 +83,8 @@ class Metric:
 
     A metric without them uses `moments` and `right`, which are updated batch by batch in constant memory.
     """
+    of_maps = False
+    """True if a metric of reconstructions is given the `maps` of the modality, such as spectrograms, instead of both items."""
     uses_labels = False
     """True if the metric compares samples with the labels asked for; such a metric has no floor of real samples."""
 
@@ -89,8 +92,8 @@ class Metric:
         """Compute the metric; see the class for arguments and result."""
         raise NotImplementedError
 
-    def suits(self, loaded: Loaded, data: Data) -> bool:
-        """Tell whether the metric makes sense for a model on this data, apart from its `kind`."""
+    def suits(self, loaded: Loaded | None, data: Data) -> bool:
+        """Tell whether the metric makes sense for a model, None for a baseline, on this data, apart from its `kind`."""
         return True
 
     def facts(self) -> Facts:
@@ -230,6 +233,9 @@ class PSNR(Metric):
     def __call__(self, again: Tensor, x: Tensor) -> Tensor:
         return images.psnr(again, x)
 
+    def suits(self, loaded: Loaded | None, data: Data) -> bool:
+        return not data.modality.has_time
+
 
 class SSIM(Metric):
     """Structural similarity of reconstructions (Wang et al. 2004)."""
@@ -240,7 +246,41 @@ class SSIM(Metric):
         return images.ssim(again, x)
 
     def suits(self, loaded: Loaded, data: Data) -> bool:
-        return min(data.shape[1:], default=0) >= images.WINDOW
+        return not data.modality.has_time and min(data.shape[1:], default=0) >= images.WINDOW
+
+
+class OfSound(Metric):
+    """A metric of reconstructions of sound."""
+
+    kind = "reconstructions"
+
+    def suits(self, loaded: Loaded | None, data: Data) -> bool:
+        return data.modality.has_time
+
+
+class MelL1(OfSound):
+    """The mean absolute difference of log-mel spectrograms, in the scale of `genai.nn.mel.LogMel`."""
+
+    of_maps = True
+
+    def __call__(self, again: Tensor, x: Tensor) -> Tensor:
+        return mean_flat((again - x).abs())
+
+
+class STFTDistance(OfSound):
+    """Multi-resolution STFT distance of reconstructions (Engel et al. 2020)."""
+
+    def __call__(self, again: Tensor, x: Tensor) -> Tensor:
+        return audio.stft_distance(again, x)
+
+
+class SISDR(OfSound):
+    """Scale-invariant signal-to-distortion ratio of reconstructions (Le Roux et al. 2019), in dB."""
+
+    better, unit = "higher", "dB"
+
+    def __call__(self, again: Tensor, x: Tensor) -> Tensor:
+        return audio.si_sdr(again, x)
 
 
 PASS_KINDS = "likelihoods", "reconstructions"  # kinds of metrics that one pass over a split computes
@@ -272,6 +312,12 @@ def compute(name: str, metric: Metric, *given: Any) -> Tensor:
         what = values.item() if values.numel() == 1 else f"numbers of shape {list(values.shape)}"
         raise UserError(f"metrics: {name} gives {what}, and {metric.kind} need {wanted}: change its class")
     return values.reshape(count)
+
+
+def compute_pairs(name: str, metric: Metric, data: Data, again: Tensor, x: Tensor) -> Tensor:
+    """Compute a metric of reconstructions and the items x, (N,): of both, or of their maps."""
+    pair = (data.modality.maps(again), data.modality.maps(x)) if metric.of_maps else (again, x)
+    return compute(name, metric, *pair)
 
 
 def custom_facts(name: str, metric: Metric) -> Facts:

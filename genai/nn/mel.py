@@ -46,7 +46,7 @@ class LogMel(nn.Module):
 
     def power(self, z: Tensor) -> Tensor:
         """Invert the logarithm: log-mel spectrograms (...) -> powers (...) of at least 0; that of the floor is 0."""
-        return (((z - 1) * (LOW / -2)).exp() - FLOOR).clamp_min(0)
+        return (((z - 1) * (LOW / -2)).exp() - FLOOR * (1 + 1e-5)).clamp_min(0)  # what rounding leaves is silent too
 
     def bins(self, mel: Tensor, iterations: int = 30) -> Tensor:
         """Return powers (B, window // 2 + 1, frames) of STFT bins of at least 0 whose bands fit the powers mel (B, mels, frames).

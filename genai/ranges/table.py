@@ -392,6 +392,7 @@ RANGES: dict[str, Any] = {
     "PCA:components": whole(0, 10**6),
     "pca:components": whole(0, 10**6),
     "baseline.components": SIZE,
+    "baseline.forgetting": Number(0, 1, above=True),
     "baseline.by_class": FLAG,
     "baseline.regularisation": Number(0, 1000),
     "baseline.smoothing": Number(0, 10**6, "counts", above=True),

@@ -286,7 +286,7 @@ def test_the_table_of_digits(tmp_path, capsys, monkeypatch):
 
     Their smoothing and regularisation were not recorded: 0.02 and 4e-3 are those tried that come near, not known to be the same.
     """
-    monkeypatch.setattr(classifier, "STEPS", 300)
+    monkeypatch.setattr(classifier.Classifier, "steps", 300)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     result = table("data=digits", out=tmp_path / "digits.json")
     assert json.loads((tmp_path / "digits.json").read_text()) == result
@@ -365,11 +365,12 @@ REFUSED = {
         "baseline=mixture",
         "data=python_docs",
     ): "baseline=mixture needs data of image, and this data is tokens of shape [128]",
-    ("data=toy2d",): "there are no baselines of vector, only of image, tokens",
+    ("data=toy2d",): "there are no baselines of vector, only of image, audio, tokens",
     ("baseline=gmm", "data=toy2d"): "baseline=gmm needs data of image, and this data is vector",
     (
         "baseline=mixtur",
-    ): "must be one of gmm, knn, logistic, markov, mixture, ngram, onsets, pca, training_copy, uniform, did you mean mixture?",
+    ): "must be one of gmm, griffin_lim, knn, linear_prediction, log_mel_gaussian, logistic, markov, mixture, ngram, onsets, "
+    "pca, training_copy, uniform, did you mean mixture?",
     ("baseline=pca", "baseline.component=3"): "did you mean baseline.components?",
     ("baseline=pca", "baseline.components=65"): "baseline.components=65, but these images have at most 64",
     ("baseline=mixture", "baseline.smoothing=0"): "baseline.smoothing=0 must be a number of counts, greater than 0",

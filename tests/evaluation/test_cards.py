@@ -45,7 +45,7 @@ def evaluate(*given):
 def runs(tmp_path_factory):
     """A GAN and a flow of digits, and a classifier that has hardly learned."""
     root, patch = tmp_path_factory.mktemp("cards"), pytest.MonkeyPatch()
-    patch.setattr(classifier, "STEPS", 60)
+    patch.setattr(classifier.Classifier, "steps", 60)
     patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
     gan = train(compose_config("train", ["model=gan", f"run_dir={root / 'gan'}", *DIGITS], prepare_training))
     flow = ["model=flow", "model.net.channels=8", "sampler.steps=2", f"run_dir={root / 'flow'}"]

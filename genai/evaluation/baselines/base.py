@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ class TrainingData:
         label: int64 (N,), None without labels.
         field, shape, levels, classes: as of `Data`.
         mask: bool (N, ...), which elements of items are real; None for all.
+        speaker: int64 (N,), None without speakers.
+        modality: of the items.
     """
 
     x: Tensor
@@ -30,6 +33,8 @@ class TrainingData:
     levels: int | None
     classes: int | None
     mask: Tensor | None = None
+    speaker: Tensor | None = None
+    modality: Any = None
 
 
 class Baseline:
@@ -37,12 +42,12 @@ class Baseline:
 
     - `log_prob(batch, seed) -> (B,)`: exact ln p of whole samples of the discrete data, in nats.
     - `sample(n, seed, label) -> (n, C, H, W)`: images in [-1, 1]; sample i depends on seed + i alone, and `label`, int64 (n,),
-      asks for classes.
+      asks for classes; for data with speakers also `speaker`, int64 (n,).
     - `reconstruct(batch) -> (B, C, H, W)`: the images after compression.
     """
 
     field = "image"  # or tokens
-    needs: tuple[str, ...] = ()  # what the data must have: "levels", "classes", "bar"
+    needs: tuple[str, ...] = ()  # what the data must have: "levels", "classes", "bar", "companding"
     random_fit = False  # whether fitting draws random numbers, so that it is repeated with several seeds
     what: str  # description in tables
 
@@ -65,8 +70,9 @@ def check(baseline: Baseline, data: Data) -> None:
             "choose another with baseline="
         )
     words_of = {"levels": "grey levels (data.levels)", "classes": "labels (data.classes)", "bar": "bars (data.bar)"}
+    words_of["companding"] = "codes of sound"
     for need, words in words_of.items():
-        if need in baseline.needs and getattr(data, need, None) is None:
+        if need in baseline.needs and getattr(data, need, getattr(data.modality, need, None)) is None:
             raise UserError(
                 f"baseline={name} needs data with {words}, and this has none: choose another with baseline="
             )
@@ -83,15 +89,17 @@ def training_data(data: Data, splits: Sequence[str], most: int | None = None) ->
     if not splits:
         raise UserError("fit=[] must name at least one split")
     if data.modality.windowed:
-        x, label, mask = torch.cat([stream(data.splits[name])[:most] for name in splits]), None, None
+        x, found = torch.cat([stream(data.splits[name])[:most] for name in splits]), {}
     else:
         chosen = [random_subset(split, most or len(split)) for split in (data.splits[name] for name in splits)]
         parts = [next(batches(split, len(split))) for split in chosen]
         x = torch.cat([part[data.field] for part in parts])
-        label, mask = (
-            torch.cat([part[key] for part in parts]) if key in parts[0] else None for key in ("label", "mask")
-        )
-    return TrainingData(x, label, data.field, list(data.shape), data.levels, data.classes, mask)
+        found = {
+            key: torch.cat([part[key] for part in parts]) for key in ("mask", "speaker", "label") if key in parts[0]
+        }
+    label = found.pop("label", None)
+    facts = data.field, list(data.shape), data.levels, data.classes
+    return TrainingData(x, label, *facts, **found, modality=data.modality)
 
 
 def stream(split: Split) -> Tensor:

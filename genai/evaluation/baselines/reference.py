@@ -23,7 +23,7 @@ from genai.data.fingerprint import checksum, dataset_checksum
 from genai.data.stream import batches
 from genai.evaluation.baselines.base import Baseline, check, stream, training_data
 from genai.evaluation.features import FeatureSet
-from genai.evaluation.metrics import Metric, RealFakePair, compute, custom_facts
+from genai.evaluation.metrics import Metric, RealFakePair, compute, compute_pairs, custom_facts
 
 MAX_IMAGES = 10_000  # training images that baselines are fitted on
 MAX_TOKENS = 10_000_000  # training tokens that baselines are fitted on
@@ -119,13 +119,19 @@ def score_baseline(
     """
     found = {}
     for kind in dict.fromkeys(metric.kind for metric in metrics.values()):
-        given = (
+        given: Any = (
             _sets(baseline, data, n, real, seed)
             if kind == "samples" and real
             else _items(baseline, data, kind, split, n)
         )
         for name in [name for name, metric in metrics.items() if metric.kind == kind]:
-            found[name] = compute(name, metrics[name], *given).mean().item()
+            metric = metrics[name]
+            values = (
+                compute_pairs(name, metric, data, *given)
+                if kind == "reconstructions"
+                else compute(name, metric, *given)
+            )
+            found[name] = values.mean().item()
     return found
 
 
@@ -133,7 +139,10 @@ def _sets(baseline: Any, data: Data, n: int, real: FeatureSet, seed: int) -> tup
     fake = FeatureSet(real.extractor, real.parts)
     for first in range(0, n, 500):
         label = None if data.classes is None else torch.arange(first, min(first + 500, n)) % data.classes
-        samples = baseline.sample(min(500, n - first), seed + first, label)
+        speaker = {}  # all of them in turn, each with every class
+        if data.speakers is not None:
+            speaker = {"speaker": torch.arange(first, min(first + 500, n)) // (data.classes or 1) % data.speakers}
+        samples = baseline.sample(min(500, n - first), seed + first, label, **speaker)
         fake.add(data.modality.quantize(samples, data.levels), label)
     return (RealFakePair(real, fake),)
 

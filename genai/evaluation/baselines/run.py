@@ -1,6 +1,7 @@
 """Fit all baselines of a data set, print the table of their scores and write it as JSON."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from genai.evaluation.metrics import standard_metrics
 from genai.metrics.intervals import over_seeds
 
 SAMPLE_METRICS = "frechet", "precision", "recall"  # in the features of cards
+PAIR_METRICS = "reconstruction_psnr_db", "mel_l1", "stft_distance", "si_sdr_db"
 DECIMALS = {"bits_per_dim": 3, "precision": 3, "recall": 3, "frechet": 2, "reconstruction_psnr_db": 2}  # else 4
 
 
 def run(cfg: DictConfig) -> Facts:
     """Run `python -m genai.evaluation.baselines`; returns what is written to the JSON file."""
     node: Any = OmegaConf.to_container(cfg.data, resolve=True)
-    data, node = underlying(build_typed(node), node)
+    data, node, forms = forms_of(build_typed(node), node)
     out = Path(cfg.out or f"runs/baselines/{title(node)}.json")
     files.check_folder(out.parent, "out")
     if out.is_dir():
@@ -42,19 +44,16 @@ def run(cfg: DictConfig) -> Facts:
         raise UserError(f"fit={cfg.fit} must be a list of splits, such as [train,val]")
     given = [cfg.fit] if isinstance(cfg.fit, str) else cfg.fit
     fit = list(given) if given is not None else before[: before.index(split)] or ["train"]
-    chosen = baselines(cfg, data)
-    learned = training_data(data, fit)
-    sampled = any(hasattr(baseline, "sample") for _, _, baseline in chosen)
-    compares = sampled and data.classes is not None and cfg.features is not None
-    real = (
-        extract_features(data.splits[split], data.field, classifier(data, node, "cpu"), ("features",))
-        if compares
-        else None
-    )
+    chosen = baselines(cfg, forms)
+    learned = {form: training_data(form, fit) for form in forms}
+    real, sampled = None, any(form is data and hasattr(baseline, "sample") for form, _, _, baseline in chosen)
+    if sampled and data.classes is not None and cfg.features is not None:
+        real = extract_features(data.splits[split], data.field, classifier(data, node, "cpu"), ("features",))
     found = []
-    for name, arguments, baseline in progress.track(chosen, "baselines", len(chosen)):
+    for form, name, arguments, baseline in progress.track(chosen, "baselines", len(chosen)):
         with progress.task(baseline.what):
-            metrics = score(baseline, learned, data, split, real, repeats, cfg.seed)
+            compared = real if form is data else None
+            metrics = score(baseline, learned[form], form, split, compared, repeats, cfg.seed)
         found.append({"baseline": name, "arguments": arguments, "what": baseline.what, "metrics": metrics})
     found = rows_with_metrics(found, cfg.get("baseline"))
     result = {
@@ -75,28 +74,41 @@ def title(node: Node) -> str:
     return Path(node["path"]).stem if node.get("path") else node["_target_"].rpartition(".")[2].lower()
 
 
-def baselines(cfg: DictConfig, data: Data) -> list[tuple[str, Node, Baseline]]:
-    """Build the one baseline of `baseline=`, or all of `rows` that suit this data; returns (name, arguments, baseline) of each.
+def forms_of(data: Data, node: Any) -> tuple[Data, Any, list[Data]]:
+    """Return the data that `data` are another form of, their config, and the forms on which baselines are scored.
+
+    Images on grey levels are as likely as their tokens and stand for them; codes of sound are coarser than it, so both count.
+    """
+    own, theirs = underlying(data, node)
+    return own, theirs, [own] if own.values == data.values else [data, own]
+
+
+def baselines(cfg: DictConfig, forms: Sequence[Data]) -> list[tuple[Data, str, Node, Baseline]]:
+    """Build the one baseline of `baseline=`, or all of `rows` that suit a form of the data.
+
+    Returns (form, name, arguments, baseline) of each.
 
     Raises UserError if `baseline=` does not suit the data, or none does.
     """
-    if cfg.get("baseline") is not None:
-        chosen: Any = OmegaConf.to_container(cfg.baseline)
-        nodes = [(name_of(chosen["_target_"].rpartition(".")[2]), chosen)]
-    else:
-        nodes = [row_node(row) for row in OmegaConf.to_container(cfg.rows).get(data.field, [])]  # type: ignore
-    if not nodes:
-        raise UserError(f"there are no baselines of {data.field}, only of {', '.join(cfg.rows)}: choose another data=")
+    chosen: Any = None if cfg.get("baseline") is None else OmegaConf.to_container(cfg.baseline)
+    rows: Any = OmegaConf.to_container(cfg.rows)
     found = []
-    for name, node in nodes:
-        baseline = build_typed(node)
-        try:
-            check(baseline, data)
-        except UserError:
-            if cfg.get("baseline") is not None:
-                raise
-            continue
-        found.append((name, {k: v for k, v in node.items() if k != "_target_"}, baseline))
+    for form in forms:
+        nodes = [row_node(row) for row in rows.get(form.field, [])]
+        if chosen is not None:
+            nodes = [(name_of(chosen["_target_"].rpartition(".")[2]), chosen)]
+        for name, node in nodes:
+            baseline = build_typed(node)
+            try:
+                check(baseline, form)
+            except UserError:
+                if chosen is not None and form is forms[-1] and not found:
+                    raise
+                continue
+            found.append((form, name, {k: v for k, v in node.items() if k != "_target_"}, baseline))
+    if not found:
+        fields = " and ".join(form.field for form in forms)
+        raise UserError(f"there are no baselines of {fields}, only of {', '.join(rows)}: choose another data=")
     return found
 
 
@@ -108,7 +120,8 @@ def score(
     Only a baseline with a random fit is fitted more than once, and only samples are drawn anew for each repeat.
     """
     n, values = len(data.splits[split]), {}
-    names = [*data.modality.likelihoods, "reconstruction_psnr_db"]
+    pairs = [name for name in PAIR_METRICS if standard_metrics()[name].suits(None, data)]
+    names = [*data.modality.likelihoods, *pairs]
     items = {name: standard_metrics()[name] for name in names if can_score(baseline, standard_metrics()[name])}
     sampled = {
         name: standard_metrics()[name]

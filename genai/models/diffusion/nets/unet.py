@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ Sides = tuple[int, int]
 """(1, 1) for images; (0, 1) for sequences, which are images of height 1 whose convolutions are of height 1 too."""
 
 
-def kernel(sides: Sides) -> dict[str, Sides]:
+def kernel(sides: Sides) -> dict[str, Any]:
     """Return the size and padding of a convolution over 3 positions on each side."""
     return {"kernel_size": (1 + 2 * sides[0], 1 + 2 * sides[1]), "padding": sides}
 
