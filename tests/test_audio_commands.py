@@ -55,6 +55,7 @@ CODES = {
 }
 OTHERS = {
     ("data=tones", "data.sr_hz=3999"): "data.sr_hz=3999 is too low for tones of up to 1760 Hz: give at least 4000",
+    ("data=tones", "data.n=10", "model=wavenet"): "a WaveNet takes tokens, but this data has audio: choose codes",
     ("data=tones", "data.n=0"): "data.n=0 must be a whole number of tones",
     ("data=tones", "data.max_seconds=null"): "data.max_seconds=null must be a number of seconds",
     ("data=tones", "data.n=10", "data.max_seconds=1"): "data.shape=[1, 4000], but this data has [1, 8000]",
@@ -123,6 +124,17 @@ def test_wrong_codes(refused, here, arguments):
 @pytest.mark.parametrize("arguments", OTHERS, ids=" ".join)
 def test_wrong_data_sets_of_sound(refused, here, arguments):
     assert OTHERS[arguments] in refused("train.py", "logger=none", *arguments)
+
+
+def test_a_model_that_fills_the_memory(refused, monkeypatch):
+    def fills(self, **_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1073741824000 bytes.")
+
+    monkeypatch.setattr("genai.models.autoregressive.wavenet.WaveNet.__init__", fills)
+    sentence = refused("train.py", "model=wavenet", "data.audio.n=10", "logger=none")
+    assert (
+        "this model does not fit the memory for data of shape [4000]: choose another model=, or smaller d" in sentence
+    )
 
 
 def test_an_unknown_speaker(refused):

@@ -218,11 +218,18 @@ def _build_model(
     """Return the model on the CPU, with the weights of its `adopted` parts, and the modalities of its output and conditions.
 
     Raises:
-        UserError: it has no parameters to train, or is for another kind of data.
+        UserError: it has no parameters to train, does not fit the memory, or is for another kind of data.
     """
     torch.manual_seed(rng.mix(cfg.seed))
     node = config["model"]
-    model: Any = build(node) if resumed is None else checkpoint.build_model(node, resumed[0]["model"], trust)
+    try:
+        model: Any = build(node) if resumed is None else checkpoint.build_model(node, resumed[0]["model"], trust)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"this model does not fit the memory for data of shape {data.shape}: choose another model=, or smaller data"
+        ) from error
     target = cfg.model.get("_target_")
     if not isinstance(model, torch.nn.Module) or not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"model._target_={target} has nothing to train: choose another model=, or give it its networks")
