@@ -200,7 +200,7 @@ class WaveNet(nn.Module):
         """Set the first weights: codes are embedded as their values times a vector, and conditions begin with no effect."""
         with torch.no_grad():
             value = torch.linspace(-1, 1, self.vocab_size)[:, None]
-            self.embed.weight.mul_(0.1).add_(value * torch.randn(1, self.embed.embedding_dim))
+            self.embed.weight.copy_(value * torch.randn(1, self.embed.embedding_dim))
             for table in self.conditions.values():
                 nn.init.zeros_(table.weight)  # type: ignore[arg-type]
 
