@@ -14,7 +14,7 @@ from genai.core.precision import upcast
 from genai.core.protocols import Batch, Losses
 from genai.models.autoregressive.wavenet_cpu import ArrayQueues
 
-BOUND = 8.0  # of the logarithms of weights and scales of a mixture, about their first values
+BOUND = 8.0  # of the logarithms of weights and of 1 / scale of a mixture, about 0 and 2
 UNIFORM = 1e-5  # share of a uniform distribution in a mixture, which bounds -ln p of a sample
 
 
@@ -129,7 +129,7 @@ class Logistics:
         """
         weight, mean, rate = (out[..., i * self.components : (i + 1) * self.components] for i in range(3))
         weight, rate = xp.tanh(weight / BOUND), xp.tanh(rate / BOUND)
-        return xp.exp(BOUND * weight), mean, xp.exp(BOUND * rate + (math.log(self.levels) - 1.5))
+        return xp.exp(BOUND * weight), mean, xp.exp(BOUND * rate + 2)
 
 
 def log1mexp(x: Tensor) -> Tensor:
