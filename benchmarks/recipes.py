@@ -42,7 +42,9 @@ def printed(output: str, suffix: str = "") -> dict[str, dict[str, Any]]:
                 figures["memorised"] = {"value": found["memorised"]}
         else:
             own = {name + suffix: {"value": value} for name, value in found.items() if isinstance(value, int | float)}
-            likelihood = next((name for name in ("bits_per_dim", "nats_per_token", "bits_per_sample") if name in found), None)
+            likelihood = next(
+                (name for name in ("bits_per_dim", "nats_per_token", "bits_per_sample") if name in found), None
+            )
             if likelihood:
                 about = {key: found[key] for key in ("standard_error", "bound") if key in found}
                 own[likelihood + suffix] |= about

@@ -36,6 +36,7 @@ def sample(
     seed: int = 0,
     label: object = None,
     speaker: object = None,
+    mel: object = None,
     prompt: object = None,
     negative_prompt: object = None,
     stop: str | None = None,
@@ -54,6 +55,7 @@ def sample(
     Args:
         label: index, name, or a list of them; shorter lists repeat. None takes the classes in turn.
         speaker: as label, for models of several speakers.
+        mel: sound file whose log-mel spectrogram samples follow, or a list of them; shorter lists repeat.
         prompt: for models of text, or with captions, a string or a list of them; for models of sound, the files that
             samples continue; shorter lists repeat. None starts a new sample, or leaves the caption out.
         negative_prompt: caption that samples are guided away from.
@@ -99,6 +101,7 @@ def sample(
         request = {
             "label": label,
             "speaker": speaker,
+            "mel": mel,
             "prompt": prompt,
             "negative_prompt": negative_prompt,
             "stop": stop,
@@ -231,6 +234,7 @@ REFUSED = {
     "negative_prompt": "negative_prompt={!r} was given, but this model takes no prompt",
     "label": "label={} was given, but this model is unconditional",
     "speaker": "speaker={} was given, but this model has no speakers",
+    "mel": "mel={} was given, but this model follows no spectrogram",
     "prompt": "prompt={!r} was given, but this model takes no text",
     "stop": "stop={!r} was given, but this model takes no text",
 }
@@ -243,7 +247,7 @@ def conditions(request: Request, n: int, loaded: Loaded) -> Batch:
     Raises UserError for a condition that the model does not take.
     """
     known = {key for modality in (loaded.modality, *loaded.conditions.values()) for key in modality.keys}
-    for key in ("label", "speaker", "prompt", "negative_prompt"):
+    for key in ("label", "speaker", "mel", "prompt", "negative_prompt"):
         if isinstance(given := request.get(key), list | tuple) and len(given) > n:
             raise UserError(
                 f"{key}= has {len(given)} values for n={n} samples: give at most as many, or n={len(given)}"
@@ -267,7 +271,7 @@ def run(cfg: Any) -> Path:
     node: dict[str, Any] = OmegaConf.to_container(cfg.sampler, resolve=True)  # type: ignore[assignment]
     kwargs: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(ARGUMENTS)))
     kwargs = {key: value for key, value in kwargs.items() if value is not None and value is not False}
-    given = {key: cfg[key] for key in ("label", "speaker", "prompt", "negative_prompt")}
+    given = {key: cfg[key] for key in ("label", "speaker", "mel", "prompt", "negative_prompt")}
     request: dict[str, Any] = {k: OmegaConf.to_container(v) if OmegaConf.is_list(v) else v for k, v in given.items()}
     request["stop"] = unescape(cfg.stop)
     with loaded.modality.watch(request) or bar() as on_step:

@@ -15,6 +15,7 @@ from genai.data.fingerprint import checksum, split_checksum
 from genai.data.recordings import clip_length, recording_splits
 from genai.modalities import audio as modalities
 from genai.modalities import sound
+from genai.modalities.mel import Mel
 from genai.modalities.sound import to_int16
 
 NOTES = {
@@ -205,6 +206,8 @@ class QuantizedAudio(Data):
         shape: [T], the number of tokens after the first.
         levels: number of codes.
         speakers: number of speakers, as `audio` has.
+        mels, hop: bands of the log-mel spectrogram `mel` (B, mels, frames) that batches have too, and samples from one frame to
+            the next; None for none.
         root: folder of the recordings; the config of `audio` refers to it, so that data.root= works here as it does everywhere.
         field, classes, batch_size, num_workers: see `Data`.
 
@@ -222,12 +225,17 @@ class QuantizedAudio(Data):
         batch_size: int,
         num_workers: int = 0,
         speakers: int | None = None,
+        mels: int | None = None,
+        hop: int | None = None,
         root: str | None = None,
     ):
         kind = audio.modality
         if not isinstance(kind, modalities.Audio) or kind.channels != 1:
             raise UserError(f"data.audio is {audio.field} of shape {audio.shape}: give audio of one channel")
         self.source, codes = ("audio", audio), modalities.QuantizedAudio(kind.sr_hz, levels, companding)
+        if (mels is None) != (hop is None):
+            raise UserError(f"data.mels={mels} and data.hop={hop} belong together: set both, or neither")
+        mel = None if mels is None or hop is None else Mel(kind.sr_hz, mels, hop)
         names = {name: getattr(label, "names", None) for name, label in audio.conditions.items()}
         super().__init__(
             field=field,
@@ -236,7 +244,7 @@ class QuantizedAudio(Data):
             levels=levels,
             batch_size=batch_size,
             num_workers=num_workers,
-            splits={name: CodeSplit(part, audio.field, codes) for name, part in audio.splits.items()},
+            splits={name: CodeSplit(part, audio.field, codes, mel) for name, part in audio.splits.items()},
             found_shape=[audio.shape[-1]],
             class_names=audio.class_names,
             found_levels=codes.levels,
@@ -244,13 +252,16 @@ class QuantizedAudio(Data):
             speaker_names=names.get("speaker"),
             speakers=speakers,
         )
+        self.mels, self.hop = mels, hop
+        if mel is not None:
+            self.conditions[mel.field] = mel
 
 
 class CodeSplit:
-    """A split of audio as codes."""
+    """A split of audio as codes, with its spectrograms if there is a `mel`."""
 
-    def __init__(self, split: Split, field: str, codes: modalities.QuantizedAudio):
-        self.split, self.field, self.codes, self.augments = split, field, codes, split.augments
+    def __init__(self, split: Split, field: str, codes: modalities.QuantizedAudio, mel: Mel | None = None):
+        self.split, self.field, self.codes, self.mel, self.augments = split, field, codes, mel, split.augments
 
     def __len__(self) -> int:
         return len(self.split)
@@ -260,8 +271,10 @@ class CodeSplit:
         if draws is not None:  # a training batch is as long as its longest clip
             n = int(found["mask"].sum(1).max())
             found |= {"mask": found["mask"][:, :n], self.field: found[self.field][..., :n]}
-        mask = torch.nn.functional.pad(found.pop("mask"), (1, 0), value=False)
-        return {"tokens": self.codes.encode(found.pop(self.field)), "mask": mask, **found}
+        mask, x = torch.nn.functional.pad(found.pop("mask"), (1, 0), value=False), found.pop(self.field)
+        mel = {} if self.mel is None else {self.mel.field: self.mel.encode(x)}
+        return {"tokens": self.codes.encode(x), "mask": mask, **mel, **found}
 
     def fingerprint(self, quick: bool) -> str:
-        return checksum(split_checksum(self.split, quick), self.codes.state())
+        mel = [] if self.mel is None else [self.mel.state()]
+        return checksum(split_checksum(self.split, quick), self.codes.state(), *mel)

@@ -145,6 +145,8 @@ class WaveNet(nn.Module):
         vocab_size: number of codes.
         length: samples of a clip.
         classes, speakers: number of each; None without that condition.
+        mels, hop: bands of the log-mel spectrogram `mel` (B, mels, frames) that clips follow, and samples from one frame to the
+            next (section 2.5, local conditioning); None without one.
         label_dropout: probability of training a clip without a condition, of each separately; 0 trains no null condition.
         width, skip: channels of a layer and of the skip connections.
         embedding: dimensions that a code is embedded in.
@@ -167,6 +169,8 @@ class WaveNet(nn.Module):
         length: int,
         classes: int | None,
         speakers: int | None,
+        mels: int | None,
+        hop: int | None,
         label_dropout: float,
         width: int,
         skip: int,
@@ -193,6 +197,9 @@ class WaveNet(nn.Module):
         self.conditions = nn.ModuleDict(
             {name: nn.Embedding(n + 1, 2 * width * len(dilations)) for name, n in self.kinds.items()}
         )
+        self.hop, self.local = hop or 1, None
+        if mels is not None:
+            self.local = nn.Linear(mels, 2 * width * len(dilations), bias=False)
         self.head = nn.Sequential(nn.ReLU(), nn.Linear(skip, skip), nn.ReLU(), nn.Linear(skip, output.outputs))
         self.reset()
 
@@ -201,7 +208,7 @@ class WaveNet(nn.Module):
         with torch.no_grad():
             value = torch.linspace(-1, 1, self.vocab_size)[:, None]
             self.embed.weight.copy_(value * torch.randn(1, self.embed.embedding_dim))
-            for table in self.conditions.values():
+            for table in [*self.conditions.values(), *([] if self.local is None else [self.local])]:
                 nn.init.zeros_(table.weight)  # type: ignore[arg-type]
 
     @property
@@ -214,44 +221,67 @@ class WaveNet(nn.Module):
         return {"head": self.head}
 
     def null(self) -> Batch:
-        """Return the null conditions, an index after the last one of each."""
+        """Return the null conditions, an index after the last one of each, and a spectrogram's frame of zeros."""
         device = self.embed.weight.device
-        return {name: torch.full((), n, device=device) for name, n in self.kinds.items()}
+        kinds = {name: torch.full((), n, device=device) for name, n in self.kinds.items()}
+        return kinds if self.local is None else {**kinds, "mel": self.local.weight.new_zeros(self.local.in_features)}
 
-    def biases(self, cond: Batch | None, n: int) -> list[Tensor]:
-        """Return each layer's bias (n, 2 width) by the conditions, the null condition where one is not given.
+    def frames(self, cond: Batch | None) -> Tensor | None:
+        """Return the biases of all layers (B, frames, 2 width layers) by the frames of a spectrogram; None without one.
+
+        In training mode each clip loses its spectrogram with probability `label_dropout`.
+        """
+        if self.local is None or cond is None or "mel" not in cond:
+            return None
+        found = self.local(cond["mel"].mT)
+        if self.training and self.label_dropout > 0:
+            found = found * (torch.rand(len(found), 1, 1, device=found.device) >= self.label_dropout)
+        return found
+
+    def at(self, frames: Tensor, t: Tensor) -> Tensor:
+        """Return the biases (B, T, 2 width layers) at samples t, int64 (B or 1, T), interpolated between two of the frames."""
+        t, last = t.clamp_min(0), frames.shape[1] - 1
+        before, share = (t // self.hop).clamp_max(last), (t % self.hop).to(frames)[..., None] / self.hop
+        rows = torch.arange(len(frames), device=t.device)[:, None]
+        return torch.lerp(frames[rows, before], frames[rows, (before + 1).clamp_max(last)], share)
+
+    def biases(self, cond: Batch | None, n: int) -> Tensor:
+        """Return the biases of all layers (n, 2 width layers) by the kinds of clips, the null condition where one is not given.
 
         In training mode each clip loses each of its conditions with probability `label_dropout`.
         """
-        total = self.embed.weight.new_zeros(n, 2 * self.causal.out_features * len(self.layers))
-        for name, null in self.null().items():
+        total, kinds = self.embed.weight.new_zeros(n, 2 * self.causal.out_features * len(self.layers)), self.null()
+        for name in self.kinds:
+            null = kinds[name]
             index = null.expand(n) if cond is None or name not in cond else cond[name]
             if self.training and self.label_dropout > 0:
                 index = torch.where(torch.rand(n, device=index.device) < self.label_dropout, null, index)
             total = total + self.conditions[name](index)
-        return [*total.chunk(len(self.layers), 1)]
+        return total
 
-    def outputs(
-        self, tokens: Tensor, biases: Sequence[Tensor], real: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
+    def outputs(self, tokens: Tensor, biases: Tensor, real: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Return (the head's outputs (B, T, outputs) after each of tokens int64 (B, T), the input of each layer).
 
-        Where `real`, bool (B, T), is false, every layer sees 0, as before the first sample.
+        `biases` are those of all layers, (B, T or 1, 2 width layers). Where `real`, bool (B, T), is false, every layer sees 0, as
+        before the first sample.
         """
         codes, total = self.embed(tokens), 0
         codes = codes if real is None else codes * real[..., None]
         inputs, x = [codes], self.causal(shifted(codes, self.first_kernel, 1))
-        for layer, bias in zip(self.layers, biases, strict=True):
+        for layer, bias in zip(self.layers, biases.chunk(len(self.layers), -1), strict=True):
             x = x if real is None else x * real[..., None]
             inputs.append(x)
-            x, skip = layer(x, bias[:, None])
+            x, skip = layer(x, bias)
             total = total + skip
         return self.head(total), inputs
 
     def nats(self, batch: Batch) -> Tensor:
         """Return -ln p of each of batch[tokens] (B, 1 + T) given those before it, 0 where `mask` is false: (B, T)."""
         tokens = batch[self.field]
-        out, _ = self.outputs(tokens[:, :-1], self.biases(batch, len(tokens)))
+        biases, frames = self.biases(batch, len(tokens))[:, None], self.frames(batch)
+        if frames is not None:
+            biases = biases + self.at(frames, torch.arange(tokens.shape[1] - 1, device=tokens.device)[None])
+        out, _ = self.outputs(tokens[:, :-1], biases)
         nats = self.output.nats(out, tokens[:, 1:])
         return nats * batch["mask"][:, 1:] if "mask" in batch else nats
 
@@ -269,23 +299,22 @@ class WaveNet(nn.Module):
 
     def start(self, cond: Batch | None, batch: int, total: int, pad: Tensor | None = None) -> Any:
         """Return the state of `batch` clips before their first sample, see `Autoregressive.start`."""
-        return {"biases": self.biases(cond, batch), "pad": pad, "queues": None}
+        return {"biases": self.biases(cond, batch), "frames": self.frames(cond), "pad": pad, "queues": None}
 
     def next(self, tokens: Tensor, state: Any) -> Tensor:
         """Read codes int64 (B, T) and return ln p float32 (B, vocab_size) of the sample after them."""
-        if state["queues"] is None:
-            out = self.read(tokens, state)
-        elif isinstance(state["queues"], ArrayQueues):
-            out = state["queues"].step(tokens[:, 0])
-        else:
-            out = self.step(tokens[:, 0], state)
+        out = self.read(tokens, state) if state["queues"] is None else self.step(tokens[:, 0], state)
         return self.output.log_probs(out).float()
 
     def read(self, tokens: Tensor, state: Any) -> Tensor:
         """Read the beginning of clips, int64 (B, T), padded on the left -> (B, outputs); fills the queues."""
         pad = state["pad"]
-        real = None if pad is None else torch.arange(tokens.shape[1], device=tokens.device) >= pad[:, None]
-        out, inputs = self.outputs(tokens, state["biases"], real)
+        t = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        t = t if pad is None else t - pad[:, None]
+        biases, frames = state["biases"][:, None], state["frames"]
+        biases = biases if frames is None else biases + self.at(frames, t)
+        out, inputs = self.outputs(tokens, biases, None if pad is None else t >= 0)
+        state["t"] = t[:, -1:] + 1
         backs = [self.first_kernel - 1, *(layer.back for layer in self.layers)]
         queues = [
             F.pad(x, (0, 0, back, 0))[:, x.shape[1] :].contiguous() for x, back in zip(inputs, backs, strict=True)
@@ -295,9 +324,16 @@ class WaveNet(nn.Module):
 
     def step(self, token: Tensor, state: Any) -> Tensor:
         """Read one code of each clip, int64 (B,) -> (B, outputs)."""
+        local = None
+        if state["frames"] is not None:
+            local = self.at(state["frames"], state["t"])[:, 0]
+            state["t"].add_(1)
+        if isinstance(state["queues"], ArrayQueues):
+            return state["queues"].step(token, local)
+        biases = state["biases"] if local is None else state["biases"] + local
         codes, *queues = state["queues"]
         x, total = self.causal(taken(codes, self.embed(token), 1)), 0
-        for layer, queue, bias in zip(self.layers, queues, state["biases"], strict=True):
+        for layer, queue, bias in zip(self.layers, queues, biases.chunk(len(self.layers), -1), strict=True):
             x, skip = layer.gated(x, taken(queue, x, layer.dilation), bias)
             total = total + skip
         return self.head(total)

@@ -19,10 +19,10 @@ class ArrayQueues:
         model: a WaveNet.
         queues: (B, (first_kernel - 1), embedding) and (B, (kernel - 1) d, width), the last embedded codes and the last inputs of
             each layer, oldest first.
-        biases: (B, 2 width) of each layer, by the conditions.
+        biases: of all layers by the conditions, (B, 2 width layers).
     """
 
-    def __init__(self, model: Any, queues: Sequence[Tensor], biases: Sequence[Tensor]):
+    def __init__(self, model: Any, queues: Sequence[Tensor], biases: Tensor):
         codes, *queues = queues
         self.embed, self.causal = array(model.embed.weight), array(model.causal.weight)
         batch, kind, n, width = len(codes), self.embed.dtype, len(queues), queues[0].shape[2]
@@ -31,8 +31,9 @@ class ArrayQueues:
         self.codes[self.embedding :] = array(codes).reshape(batch, -1).T
         shift = array(model.causal.bias)[:, None]  # what x lacks
         half = np.repeat(np.array([1, 0.5], kind), width)[:, None]  # of the rows of g
+        self.half = half
         gates, starts, rings, outs, skips = [], [], [], [], []
-        for layer, queue, bias in zip(model.layers, queues, biases, strict=True):
+        for layer, queue, bias in zip(model.layers, queues, biases.chunk(n, -1), strict=True):
             weight = array(layer.gates.weight) * half
             gates.append(weight)
             starts.append((array(layer.gates.bias) + array(bias)).T * half + weight @ np.tile(shift, (layer.kernel, 1)))
@@ -68,13 +69,18 @@ class ArrayQueues:
         exact = weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
         return weight.device.type == "cpu" and exact
 
-    def step(self, token: Tensor) -> Tensor:
-        """Read one code of each clip, int64 (B,) -> the head's outputs (B, outputs)."""
+    def step(self, token: Tensor, local: Tensor | None = None) -> Tensor:
+        """Read one code of each clip, int64 (B,) -> the head's outputs (B, outputs).
+
+        `local` (B, 2 width layers) are further biases of this step.
+        """
         at = self.read % self.sizes
         rows = self.begin[:, None] + (at[:, None] + self.taps) % self.sizes[:, None]
         past = self.ring.take(rows, 0).reshape(len(self.h), -1, self.h.shape[2])
         before, tanh = np.matmul(self.past, past), np.tanh
         before += self.starts
+        if local is not None:
+            before += array(local).T.reshape(before.shape) * self.half
         self.codes[: -self.embedding] = self.codes[self.embedding :]
         self.codes[-self.embedding :] = self.embed.take(token.numpy(), 0).T
         self.causal.dot(self.codes, self.x[0])

@@ -66,10 +66,10 @@ class Waves(WaveNet):
     """A WaveNet, with the definition of what it computes."""
 
     def __init__(self):
-        super().__init__("tokens", V, 15, None, None, 0.0, 12, 8, 3, 3, 2, [1, 2, 4], Categorical(V))
+        super().__init__("tokens", V, 15, None, None, None, None, 0.0, 12, 8, 3, 3, 2, [1, 2, 4], Categorical(V))
 
     def whole(self, tokens, label):
-        return self.output.log_probs(self.outputs(tokens[None], self.biases(None, 1))[0])[0]
+        return self.output.log_probs(self.outputs(tokens[None], self.biases(None, 1)[:, None])[0])[0]
 
 
 class Melodies(MelodyRNN):

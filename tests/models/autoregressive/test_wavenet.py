@@ -17,11 +17,23 @@ LEVELS = 32
 OUTPUTS = {"categorical": Categorical(LEVELS), "logistics": Logistics(LEVELS, 3)}
 
 
-def wavenet(output="logistics", dilations=(1, 2, 4), levels=LEVELS, classes=3, speakers=2, first_kernel=4, kernel=2):
+def wavenet(
+    output="logistics",
+    dilations=(1, 2, 4),
+    levels=LEVELS,
+    classes=3,
+    speakers=2,
+    mels=None,
+    hop=None,
+    first_kernel=4,
+    kernel=2,
+):
     """A WaveNet with weights far from their first ones."""
     torch.manual_seed(0)
     out = output if not isinstance(output, str) else OUTPUTS[output]
-    model = WaveNet("tokens", levels, 50, classes, speakers, 0.1, 8, 6, 3, first_kernel, kernel, dilations, out)
+    model = WaveNet(
+        "tokens", levels, 50, classes, speakers, mels, hop, 0.1, 8, 6, 3, first_kernel, kernel, dilations, out
+    )
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
@@ -66,7 +78,7 @@ def test_each_output_depends_on_its_receptive_field_and_on_nothing_later(kernel)
     seen = {}
     embedded = model.embed(tokens).detach().requires_grad_()
     model.embed.register_forward_hook(lambda *_: embedded)
-    out, _ = model.outputs(tokens, model.biases(None, 1))
+    out, _ = model.outputs(tokens, model.biases(None, 1)[:, None])
     for t in (0, 20, 39):
         (grad,) = torch.autograd.grad(out[0, t].sum(), embedded, retain_graph=True)
         seen[t] = grad[0].abs().sum(-1).nonzero()[:, 0].tolist()
@@ -76,13 +88,13 @@ def test_each_output_depends_on_its_receptive_field_and_on_nothing_later(kernel)
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("arrays", [True, False])
 def test_a_step_equals_the_whole(output, arrays, monkeypatch):
-    """With a batch of prompts of different lengths, and conditions; by NumPy over 3,000 samples, and as on other devices."""
-    model = wavenet(output, dilations=(1, 4, 16, 64), kernel=3)
-    model = model.float() if arrays else model
+    """With prompts of different lengths, conditions and a spectrogram; by NumPy, and as on others."""
+    model = wavenet(output, dilations=(1, 4, 16, 64), kernel=3, mels=5, hop=64)
     monkeypatch.setattr(ArrayQueues, "suits", staticmethod(lambda model: arrays))
+    kind = next(model.parameters()).dtype
     n, pad = 3000 if arrays else 400, torch.tensor([0, 7, 30])
     tokens = torch.randint(LEVELS, (3, n))
-    cond = {"label": torch.tensor([0, 2, 1]), "speaker": torch.tensor([1, 1, 0])}
+    cond = {"label": torch.tensor([0, 2, 1]), "speaker": torch.tensor([1, 1, 0]), "mel": torch.randn(3, 5, 40).to(kind)}
     with torch.inference_mode():
         state = model.start(cond, 3, n, pad)
         steps = [model.next(tokens[:, :40], state)]
@@ -90,7 +102,8 @@ def test_a_step_equals_the_whole(output, arrays, monkeypatch):
         steps += [model.next(tokens[:, t : t + 1], state) for t in range(40, n)]
         for b in range(3):
             own = {name: value[b : b + 1] for name, value in cond.items()}
-            out, _ = model.outputs(tokens[b : b + 1, pad[b] :], model.biases(own, 1))
+            local = model.at(model.frames(own), torch.arange(n - pad[b])[None])
+            out, _ = model.outputs(tokens[b : b + 1, pad[b] :], model.biases(own, 1)[:, None] + local)
             whole = model.output.log_probs(out)[0, 39 - pad[b] :].float()
             torch.testing.assert_close(torch.stack(steps)[:, b], whole, rtol=0, atol=1e-5)
 
@@ -151,11 +164,28 @@ def test_conditions_change_the_distribution_and_may_be_left_out():
     assert torch.equal(model.nats({"tokens": tokens, "label": torch.tensor([1])}), found[0])
 
 
+def test_a_spectrogram_is_followed_between_its_frames():
+    """Its biases are those of frame k at sample k * hop, of the mean of two half-way, and of the last after it."""
+    model = wavenet(mels=5, hop=4)
+    mel = torch.randn(2, 5, 3, dtype=torch.float64)
+    frames = model.frames({"mel": mel})
+    at = model.at(frames, torch.arange(12)[None])
+    torch.testing.assert_close(at[:, [0, 4, 8, 11]], frames[:, [0, 1, 2, 2]])
+    torch.testing.assert_close(at[:, 2], frames[:, :2].mean(1))
+    tokens = torch.randint(LEVELS, (2, 13))
+    plain, following = (model.nats({"tokens": tokens, **cond}) for cond in ({}, {"mel": mel}))
+    assert not torch.allclose(plain, following)
+    assert torch.equal(plain, model.nats({"tokens": tokens, "mel": torch.zeros_like(mel)}))
+    assert "mel" in model.null()
+
+
 def test_learns_three_sines_by_heart():
     torch.manual_seed(0)
     t = torch.arange(121)
     tokens = ((torch.sin(t * torch.tensor([[0.2], [0.5], [1.1]])) + 1) * 15.5).round().long()
-    model = WaveNet("tokens", LEVELS, 120, None, None, 0.0, 16, 16, 4, 4, 2, [1, 2, 4], Logistics(LEVELS, 2))
+    model = WaveNet(
+        "tokens", LEVELS, 120, None, None, None, None, 0.0, 16, 16, 4, 4, 2, [1, 2, 4], Logistics(LEVELS, 2)
+    )
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for step in range(150):
         optimizer.zero_grad()
@@ -172,7 +202,7 @@ def test_no_model_beats_the_entropy_of_tones():
     batch = split.batch(torch.arange(200), None)
     codes = (batch["audio"][:, 0].double() * 128 + 128).long()  # (200, 400)
     assert codes.min() > 0 and codes.max() < 255  # the process is never clipped
-    model = WaveNet("tokens", 256, 400, 8, None, 0.0, 8, 8, 4, 4, 2, [1, 2], Logistics(256, 2)).eval()
+    model = WaveNet("tokens", 256, 400, 8, None, None, None, 0.0, 8, 8, 4, 4, 2, [1, 2], Logistics(256, 2)).eval()
     tokens = F.pad(codes, (1, 0), value=128)
     with torch.no_grad():
         bits = -model.log_prob({"tokens": tokens, "label": batch["label"]}, 0) / math.log(2)
@@ -188,7 +218,16 @@ def test_no_model_beats_the_entropy_of_tones():
     ],
 )
 def test_refuses_other_data(given, sentence):
-    plain = {"field": "tokens", "vocab_size": 8, "length": 5, "classes": None, "speakers": None, "label_dropout": 0.0}
+    plain = {
+        "field": "tokens",
+        "vocab_size": 8,
+        "length": 5,
+        "classes": None,
+        "speakers": None,
+        "mels": None,
+        "hop": None,
+        "label_dropout": 0.0,
+    }
     plain |= {"width": 4, "skip": 4, "embedding": 2, "first_kernel": 2, "kernel": 2, "dilations": [1]}
     with pytest.raises(UserError, match=sentence):
         WaveNet(**{**plain, "output": Categorical(8), **given})

@@ -1,0 +1,52 @@
+"""Log-mel spectrograms as conditions: a recording whose spectrogram a clip follows."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genai.core.errors import at_least
+from genai.core.protocols import Batch
+from genai.modalities.audio import Audio
+from genai.modalities.base import Modality, Request, repeat_strings
+from genai.nn.mel import LogMel
+
+
+class Mel(Modality):
+    """A log-mel spectrogram (B, mels, frames), frame k of the samples around k * hop.
+
+    Args:
+        sr_hz: sampling rate.
+        mels: number of bands.
+        hop: samples between two frames.
+    """
+
+    field, keys, meaning, comparison = "mel", ("mel",), "spectrogram", None
+
+    def __init__(self, sr_hz: int, mels: int, hop: int):
+        super().__init__()
+        self.audio, self.mels, self.hop = Audio(sr_hz), at_least(mels, 1, "data.mels"), at_least(hop, 1, "data.hop")
+        self.log_mel = LogMel(sr_hz, mels, hop=hop)
+
+    def state(self) -> dict[str, Any]:
+        return {"sr_hz": self.audio.sr_hz, "mels": self.mels, "hop": self.hop}
+
+    def condition(self, request: Request, n: int) -> Batch:
+        """Return `mel` (n, mels, frames) of the sound files asked for, cyclically, the shorter followed by silence.
+
+        Nothing without a request. Raises UserError for a file that cannot be read, or has another sampling rate.
+        """
+        if request.get("mel") is None:
+            return {}
+        waves = [self.audio.read_one(Path(path), "mel") for path in repeat_strings(request["mel"], n, "mel")]
+        longest = max(wave.shape[1] for wave in waves)
+        return {
+            "mel": self.encode(
+                torch.stack([torch.nn.functional.pad(wave, (0, longest - wave.shape[1])) for wave in waves])
+            )
+        }
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the spectrograms (B, mels, frames) of waveforms (B, 1, T)."""
+        return self.log_mel(x)[:, 0]
