@@ -69,6 +69,7 @@ CALLS: dict[str, dict[str, Part]] = {
         "loop": benchmark("loop"),
         "gpt_train": benchmark("gpt_train"),
         "gpt_generate": benchmark("gpt_generate"),
+        "wavenet": benchmark("wavenet"),
         "vae": benchmark("vae"),
         "latent": benchmark("latent", "--channels", "128"),
     },

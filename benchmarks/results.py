@@ -40,6 +40,7 @@ FIGURES = {
     "val/loss": ("", ".3f", " nats/token", "validation loss in nats per token"),
     "reconstruction_psnr_db": ("", ".1f", " dB", "peak signal-to-noise ratio of reconstructions in dB"),
     "code_perplexity": ("perplexity of codes ", ".1f", "", "perplexity of codes"),
+    "bits_per_sample": ("", ".3f", " bits/sample", "bits per sample of a waveform"),
     "nats_per_step": ("", ".3f", " nats/step", "nats per step, of all voices together"),
     "pitch_range": ("range ", ".1f", " semitones", "range of pitches in semitones"),
     "repetition": ("repetition ", ".3f", "", "share of four successive notes that came before in a melody"),
@@ -52,9 +53,17 @@ HEADLINES = {  # which of them README shows
     "latents": ("reconstruction_psnr_db", "code_perplexity", "accuracy", "recall"),
     "text": ("val/loss",),
     "gans": ("accuracy", "frechet", "recall"),
+    "audio": ("bits_per_sample", "accuracy", "frechet", "recall"),
     "music": ("nats_per_step",),
 }
-SECTIONS = {"images": "Images", "text": "Text", "latents": "Latents", "gans": "GANs", "music": "Melodies"}
+SECTIONS = {
+    "images": "Images",
+    "text": "Text",
+    "latents": "Latents",
+    "gans": "GANs",
+    "audio": "Audio",
+    "music": "Melodies",
+}
 # benchmarks of each section, in their order
 BENCHMARKS = {
     "latents": ["guidance", "latent"],
@@ -62,6 +71,7 @@ BENCHMARKS = {
     "Speed on a CPU": [
         "gpt_train",
         "gpt_generate",
+        "wavenet",
         "unet",
         "vae",
         "gan",

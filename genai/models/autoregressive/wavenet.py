@@ -15,6 +15,7 @@ from genai.core.protocols import Batch, Losses
 from genai.models.autoregressive.wavenet_cpu import ArrayQueues
 
 BOUND = 8.0  # of the logarithms of weights and of 1 / scale of a mixture, about 0 and 2
+FIRST_RATE = math.exp(2)  # 1 / scale, in [-1, 1]
 UNIFORM = 1e-5  # share of a uniform distribution in a mixture, which bounds -ln p of a sample
 
 
@@ -107,9 +108,11 @@ class Logistics:
         xp, found = (np, out.numpy()) if on_cpu else (torch, out)
         weight, mean, rate = self.parameters(xp, found)
         y = self.edges if on_cpu else self.edges_on(out.device)
-        cdf = (weight[..., None, :] @ xp.tanh((y - mean[..., None]) * (rate[..., None] / 2)))[..., 0, :]
-        p = (cdf[..., 1:] - cdf[..., :-1]) / (2 * weight.sum(-1)[..., None])
-        return torch.as_tensor(xp.log(p * (1 - UNIFORM) + UNIFORM / self.levels)).float()
+        cdf = (weight[..., None, :] @ xp.tanh((y - mean[..., None]) * (rate / 2)[..., None]))[..., 0, :]
+        p = cdf[..., 1:] - cdf[..., :-1]
+        p *= (0.5 * (1 - UNIFORM) / weight.sum(-1))[..., None]
+        p += UNIFORM / self.levels
+        return torch.as_tensor(xp.log(p)).float()
 
     def nats(self, out: Tensor, code: Tensor) -> Tensor:
         weight, mean, rate = self.parameters(torch, upcast(out))
@@ -127,9 +130,9 @@ class Logistics:
 
         The weights sum to no fixed number.
         """
-        weight, mean, rate = (out[..., i * self.components : (i + 1) * self.components] for i in range(3))
-        weight, rate = xp.tanh(weight / BOUND), xp.tanh(rate / BOUND)
-        return xp.exp(BOUND * weight), mean, xp.exp(BOUND * rate + 2)
+        parts = out.reshape(*out.shape[:-1], 3, self.components)
+        bounded = xp.exp(xp.tanh(parts[..., ::2, :] / BOUND) * BOUND)
+        return bounded[..., 0, :], parts[..., 1, :], bounded[..., 1, :] * FIRST_RATE
 
 
 def log1mexp(x: Tensor) -> Tensor:
