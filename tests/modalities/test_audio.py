@@ -31,7 +31,9 @@ def sines(*frequencies, n=4000, amplitude=1.0):
     return amplitude * torch.stack([torch.sin(2 * torch.pi * f * at) for f in frequencies])[:, None]
 
 
-@pytest.mark.parametrize("modality", [Audio(SR_HZ), Audio(44100, 2), QuantizedAudio(SR_HZ, 17, "mu_law")], ids=repr)
+@pytest.mark.parametrize(
+    "modality", [Audio(SR_HZ), Audio(44100, 2), QuantizedAudio(SR_HZ, 17, "mu_law")], ids=("mono", "stereo", "codes")
+)
 def test_a_state_is_plain_and_makes_the_same_modality(modality):
     again = build_modality(json.loads(json.dumps(node_of(modality))))
     assert type(again) is type(modality) and again.state() == modality.state() and again.field == modality.field
