@@ -1,4 +1,4 @@
-"""Speed of a WaveNet's samples, beside the rate of the recordings, 8,000 a second.
+"""Speed of sampling from a WaveNet. Its recordings have 8,000 samples a second.
 
     python -m benchmarks.wavenet [--rounds 5] [--new 1000]
 

@@ -272,7 +272,7 @@ def test_wrong_data(refused, tmp_path):
             "data.root=missing",
         ): "data.root='missing' (looked for missing/MNIST/raw/train-images-idx3-ubyte",
         ("data=toy2d", "model=ddpm_mlp", "data.distribution=moon"): "one of moons",
-        ("data=toy2d",): "a U-Net takes images of shape [C, H, W], got [2]",
+        ("data=toy2d",): "a U-Net takes images of shape [C, H, W] or sequences [C, T], got [2]",
     }
     for arguments, message in cases.items():
         assert message in refused("train.py", *arguments, "logger=none"), arguments

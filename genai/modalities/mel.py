@@ -26,7 +26,11 @@ class Mel(Modality):
 
     def __init__(self, sr_hz: int, mels: int, hop: int):
         super().__init__()
-        self.audio, self.mels, self.hop = Audio(sr_hz), at_least(mels, 1, "data.mels"), at_least(hop, 1, "data.hop")
+        self.audio, self.mels, self.hop = (
+            Audio(sr_hz),
+            at_least(mels, 1, "data.mels", most=4096),
+            at_least(hop, 1, "data.hop", most=10**6),
+        )
         self.log_mel = LogMel(sr_hz, mels, hop=hop)
 
     def state(self) -> dict[str, Any]:
