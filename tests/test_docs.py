@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import itertools
 import pkgutil
 import re
 import shlex
@@ -213,6 +214,13 @@ def make_inputs(folder):
         (folder / "sounds" / ("bell", "dog")[k % 2]).mkdir(parents=True, exist_ok=True)
         soundfile.write(folder / "sounds" / ("bell", "dog")[k % 2] / f"{k}.wav", random.uniform(-0.5, 0.5, 2000), 8000)
     shutil.copy(folder / "sounds" / "dog" / "1.wav", folder / "beginning.wav")
+    for file in ("seven", "clip"):
+        shutil.copy(folder / "beginning.wav", folder / f"{file}.wav")
+    (folder / "recordings").mkdir()
+    for speaker in ("george", "jackson", "lucas", "nicolas", "theo", "yweweler"):
+        for digit, take in itertools.product(range(10), range(8)):
+            wave = random.uniform(-0.5, 0.5, random.integers(500, 1500))
+            soundfile.write(folder / "recordings" / f"{digit}_{speaker}_{take}.wav", wave, 8000)
     (folder / "molecules.smi").write_text("CCO\nC1CCCCC1\nCC(=O)O\n" * 100)
 
 
