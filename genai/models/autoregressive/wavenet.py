@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from genai.core.errors import UserError
 from genai.core.precision import upcast
 from genai.core.protocols import Batch, Losses
+from genai.models.autoregressive.likelihood import mean_loss
 from genai.models.autoregressive.wavenet_cpu import ArrayQueues
 
 BOUND = 8.0  # of the logarithms of weights and of 1 / scale of a mixture, about 0 and 2
@@ -221,7 +222,7 @@ class WaveNet(nn.Module):
 
     def nets(self) -> Mapping[str, nn.Module]:
         """Return the networks that `compile=true` compiles, by name."""
-        return {"head": self.head}
+        return {**{f"layer {i}": layer for i, layer in enumerate(self.layers)}, "head": self.head}
 
     def null(self) -> Batch:
         """Return the null conditions, an index after the last one of each, and a spectrogram's frame of zeros."""
@@ -290,11 +291,7 @@ class WaveNet(nn.Module):
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """Return the mean of `nats` over all real samples, 0 if there are none; the weight is their number."""
-        nats = self.nats(batch)
-        if "mask" not in batch:
-            return Losses(nats.sum() / nats.numel(), nats.numel())
-        weight = batch["mask"][:, 1:].sum()
-        return Losses(nats.sum() / weight.clamp_min(1), weight)
+        return mean_loss(self.nats(batch), batch)
 
     def log_prob(self, batch: Batch, seed: int) -> Tensor:
         """Return ln p(codes after the first | first, conditions) in nats, (B,), over `mask`; exact, so the seed is not used."""
