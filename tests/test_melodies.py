@@ -71,11 +71,11 @@ def test_a_folder_of_tunes_trains_is_sampled_and_measured(folder, tmp_path):
 
 TRAIN = {
     "data.root=nowhere": "data.root='nowhere' is neither a folder nor an intact zip file",
-    "data.root=none": "data.root='none' holds no MIDI file that can be used (.mid, .midi): set data.root to a folder with some",
+    "data.root=none": "data.root='none' holds no MIDI files: set data.root to a folder, or a zip of one, that does",
     "data.voices=alto": "data.voices=alto must be one of soprano, all",
-    "data.voices=all": "holds no MIDI file that can be used",
+    "data.voices=all": "holds no MIDI files",
     "data.bar=0": "data.bar=0 must be a whole number of steps, at least 1",
-    "data.bar=12": "holds no MIDI file that can be used",
+    "data.bar=12": "holds no MIDI files",
     "data.shape=[60]": "data.shape=60 must be tokens of whole bars, a multiple of 16",
     "data.overlap=64": "data.overlap=64 must be smaller than a window of 64 tokens",
     "data.low=200": "data.low=200 must be a whole number, at least 0 and at most 127, or null",

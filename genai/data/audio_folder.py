@@ -21,30 +21,9 @@ from genai.data.splits import arrange
 from genai.modalities import sound
 from genai.modalities.audio import CHANNELS, MAX_SR_HZ, Audio
 
-SUFFIXES = (
-    *(
-        ".wav",
-        ".wave",
-        ".flac",
-        ".ogg",
-        ".oga",
-        ".opus",
-        ".mp3",
-        ".aif",
-        ".aiff",
-        ".aifc",
-        ".au",
-        ".snd",
-        ".caf",
-        ".w64",
-    ),
-    *(
-        ".m4a",
-        ".aac",
-        ".wma",
-        ".webm",
-    ),  # sound that cannot be read: such files are named, and not left out as texts are
-)
+READABLE = "wav wave flac ogg oga opus mp3 aif aiff aifc au snd caf w64"
+OTHERS = "m4a aac wma webm"  # sound that cannot be read: such files are named, and not ignored as texts are
+SUFFIXES = tuple(f".{name}" for name in f"{READABLE} {OTHERS}".split())
 FEW = 10  # files that may be of no use, however few there are: folders of sounds are less tidy than those of images
 SILENT = 0.001  # a recording whose samples are all below this, -60 dB, counts as silent
 FULL_SCALE, CLIPPED = 0.9999, 0.001  # a recording with more than this share of samples at full scale counts as clipped

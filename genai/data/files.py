@@ -29,10 +29,10 @@ class Files:
         version: 2 takes each real file once, however many links lead to it, and understands names in a zip as Windows and tar
             write them; 1 is the behaviour of older runs.
         what: the files are, for errors: images.
-        few: number of files that may be of no use however few there are.
+        few: number of files that may be of no use, however few there are; infinite for any number.
     """
 
-    def __init__(self, root: str | Path, version: int = 1, what: str = "images", few: int = 1):
+    def __init__(self, root: str | Path, version: int = 1, what: str = "images", few: float = 1):
         self.root, self.version, self.what, self.few = Path(root), version, what, few
         self.zips: dict[int, tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]] = {}
         self.stamps: dict[str, Stamp] = {}

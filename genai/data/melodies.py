@@ -1,7 +1,7 @@
 """Data sets of melodies on a grid of sixteenths: Bach's chorales, a JSON file of them, and folders of MIDI files."""
 
 import json
-import sys
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +14,9 @@ from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch
 from genai.data import scores
 from genai.data.base import Data, Split, split_indices
-from genai.data.files import Files, describe_skipped
+from genai.data.files import Files, print_summary
 from genai.data.fingerprint import checksum
+from genai.data.scan import reason
 from genai.data.splits import arrange
 from genai.modalities import melody as modalities
 from genai.modalities import midi
@@ -245,10 +246,10 @@ def midi_folder(root: str, voices: str, **facts) -> Melodies:
 
     Raises UserError where no file can be used.
     """
-    number, files = _voices(voices), Files(root, 2)
-    names = [name for name in files.names() if name.lower().endswith((".mid", ".midi"))]
+    number, files = _voices(voices), Files(root, 2, "MIDI files", few=math.inf)
     pieces: dict[str, Piece] = {}
-    for name in names:
+    problems: dict[str, str] = {}
+    for name in files.candidates((".mid", ".midi")):
         try:
             score = midi.read(files.read(name), number, STEPS_PER_QUARTER)
             if score.bar != facts["bar"]:
@@ -257,19 +258,12 @@ def midi_folder(root: str, voices: str, **facts) -> Melodies:
                 )
             pieces[name] = Piece(name, midi.trimmed(score.events))
         except ValueError as error:
-            files.skipped[name] = str(error)
+            problems[name] = str(error)
         except OSError as error:
-            files.skipped[name] = f"cannot be read ({error.strerror})"
-    if files.skipped:
-        print(
-            f"{root}: skipped {len(files.skipped)} of {len(names)} files: {describe_skipped(files.skipped)}",
-            file=sys.stderr,
-        )
-    if not pieces:
-        raise UserError(
-            f"data.root={root!r} holds no MIDI file that can be used (.mid, .midi): set data.root to a folder with some"
-        )
+            problems[name] = reason(error)
+    files.drop(problems, len(pieces))
     arranged = arrange(root, [*pieces], 2)
+    print_summary(files, arranged.parts, arranged.class_names, arranged.notes)
     found = [*pieces.values()]
     if arranged.labels is not None:
         found = [piece._replace(label=int(label)) for piece, label in zip(found, arranged.labels, strict=True)]

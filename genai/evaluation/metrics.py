@@ -259,7 +259,7 @@ class OfSound(Metric):
 
 
 class MelL1(OfSound):
-    """The mean absolute difference of log-mel spectrograms, in the scale of `genai.nn.mel.LogMel`."""
+    """The mean absolute difference of log-mel spectrograms, in the scale of `genai.nn.mel.LogMel`; padding counts."""
 
     of_maps = True
 
@@ -268,7 +268,7 @@ class MelL1(OfSound):
 
 
 class STFTDistance(OfSound):
-    """Multi-resolution STFT distance of reconstructions (Engel et al. 2020)."""
+    """Multi-resolution STFT distance of reconstructions (Engel et al. 2020); padding counts."""
 
     def __call__(self, again: Tensor, x: Tensor) -> Tensor:
         return audio.stft_distance(again, x)

@@ -238,4 +238,4 @@ def _text(data: Any, split: str, most: int) -> str:
 
 
 SET_CARDS = {"texts": text_cards, "melodies": set_cards}
-"""What makes the cards of sets of samples that have no features, by the modality's `comparison`."""
+"""Functions that compute the cards of sets of samples that have no features, by the modality's `comparison`."""

@@ -33,7 +33,7 @@ class Clips(NamedTuple):
     """Samples for display that are heard as well as seen."""
 
     picture: Picture
-    """Of all samples, such as their spectrograms."""
+    """One picture of all samples, such as their spectrograms."""
     waves: Tensor
     """The sound of the first samples, float32 (N, C, T) in [-1, 1]."""
     sr_hz: int

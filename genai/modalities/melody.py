@@ -21,7 +21,7 @@ from genai.modalities.base import MAX_HEARD, MAX_SHOWN, Clips, Modality, Picture
 SILENCE = 1  # the id before every melody: the note before it, if any, has ended
 STEP_PIXELS, ROW_PIXELS, GAP_PIXELS = 4, 4, 6
 INK = (("#1f4e8c", "#7ba7d9"), ("#2e7d4f", "#8cc7a4"), ("#b35c00", "#efb377"), ("#8c1f4e", "#d98fb0"))
-"""Of each voice in turn: the colour of a note's first step, and of the rest of it."""
+"""Colours of the voices in turn: of a note's first step, and of the rest of it."""
 
 
 class Melody(Modality):

@@ -238,7 +238,7 @@ def test_what_is_missing_is_said(tmp_path):
         melodies.json_file(str(empty), "soprano", **FACTS)
     with pytest.raises(UserError, match=r"cannot be read .No such file"):
         melodies.json_file(str(tmp_path / "none.json"), "soprano", **FACTS)
-    with pytest.raises(UserError, match="holds no MIDI file that can be used"):
+    with pytest.raises(UserError, match="holds no MIDI files"):
         melodies.midi_folder(str(tmp_path), "soprano", **FACTS)
     with pytest.raises(UserError, match=r"^data.voices=alto must be soprano or all"):
         melodies.midi_folder(str(tmp_path), "alto", **FACTS)

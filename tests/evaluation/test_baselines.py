@@ -117,7 +117,7 @@ def test_an_n_gram_of_rows_counts_what_is_a_target_alone():
 
 
 def test_an_n_gram_by_the_place_knows_what_comes_where():
-    """Of rows in which only the place says what is next: what is certain costs nearly nothing, and probabilities add up to 1."""
+    """Only the place in these rows tells the next token: a certain one costs nearly nothing, and probabilities add up to 1."""
     tokens = np.tile([3, 0, 1, 1, 2], (200, 1))[:, [0, 1, 2, 3, 4, 1, 2, 3, 4]]
     place, blind = NGram(1, period=4).fit(rows(tokens), 0), NGram(1).fit(rows(tokens), 0)
     batch = {"tokens": torch.from_numpy(tokens[:1])}
@@ -129,7 +129,7 @@ def test_an_n_gram_by_the_place_knows_what_comes_where():
 
 
 def test_onsets_are_known_with_the_time_since():
-    """Of tunes of one note, struck again every three steps or ended: all but the first event follows from time and pitch."""
+    """The tunes have one note, struck again every three steps or ended: all but the first event follows from time and pitch."""
     random = np.random.default_rng(0)
     tokens = np.zeros((300, 13), np.int64)
     tokens[:, 0], tokens[:, 1::3] = 1, random.integers(2, 4, (300, 1))
@@ -409,7 +409,7 @@ def test_classes_and_levels_are_needed_by_name(tmp_path):
 
 
 def test_a_logistic_regression_of_keys_learns_what_follows_what():
-    """Of two voices that exchange their keys every step, and a third key at random: that alone costs ln 2 a step."""
+    """Two voices exchange their keys every step, and a third key is random: that alone costs ln 2 a step."""
     random = np.random.default_rng(0)
     tokens = np.zeros((40, 25), np.int64)
     tokens[:, 1::6], tokens[:, 4::6] = 2, 3  # ids of keys 0 and 1, in turn

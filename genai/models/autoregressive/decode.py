@@ -68,16 +68,12 @@ def generate(
         for i in range(n):
             if i > 0:
                 token = step(token)
-            written = writer.new_tokens(i + 1)
             if on_step is not None:
-                on_step(i, n, {"tokens": written})
-            if (
-                stop is not None
-                and i % CHECK_STOP_EVERY == CHECK_STOP_EVERY - 1
-                and (written == stop[:, None]).any(1).all()
-            ):
+                on_step(i, n, {"tokens": writer.tokens[:, : i + 1]})
+            checks = i % CHECK_STOP_EVERY == CHECK_STOP_EVERY - 1
+            if checks and stop is not None and (writer.tokens[:, : i + 1] == stop[:, None]).any(1).all():
                 break
-    return cut_at_stop(writer.new_tokens(n), writer.log_probs, stop)
+    return cut_at_stop(writer.tokens, writer.log_probs, stop)
 
 
 def distribution(
@@ -162,18 +158,16 @@ class _Writer:
 
     def __init__(self, model: Autoregressive, prompt: Prompt, n: int, options: tuple, penalty: float):
         self.model, self.prompt, self.n, self.options, self.penalty = model, prompt, n, options, penalty
-        tokens = prompt.tokens
-        self.prompt_length = tokens.shape[1]
         # Allocated outside inference mode: autograd refuses to save inference tensors.
-        self.text = torch.cat([tokens, tokens.new_zeros(len(tokens), n)], 1)
-        self.log_probs = torch.zeros(len(tokens), n, device=tokens.device)
+        self.tokens = prompt.tokens.new_zeros(len(prompt.tokens), n)
+        self.log_probs = torch.zeros(self.tokens.shape, device=self.tokens.device)
 
     def begin(self, uniforms: Tensor) -> Tensor:
         """Read the prompts (prefill) and draw the first tokens (B, 1); token i of a sample uses `uniforms` (B, n) at i."""
         tokens = self.prompt.tokens
         self.uniforms, self.at = uniforms, torch.zeros(1, dtype=torch.int64, device=tokens.device)
         self.occurs = None if self.penalty == 1 else self.prompt.occurrences(self.model.vocab_size)
-        total = self.prompt_length + self.n - 1  # the last token is not read
+        total = tokens.shape[1] + self.n - 1  # the last token is not read
         self.state = self.model.start(self.prompt.cond, len(tokens), total, self.prompt.pad)
         return self.write(self.model.next(tokens, self.state))
 
@@ -188,7 +182,7 @@ class _Writer:
             token = penalised.argmax(-1, keepdim=True)
         else:
             token = draw(distribution(penalised, *self.options), self.uniforms.index_select(1, self.at))
-        self.text.index_copy_(1, self.at + self.prompt_length, token)
+        self.tokens.index_copy_(1, self.at, token)
         self.log_probs.index_copy_(1, self.at, logits.log_softmax(-1).gather(1, token))
         if self.occurs is not None:
             self.occurs.scatter_(1, token, True)
@@ -198,10 +192,6 @@ class _Writer:
     def penalise(self, logits: Tensor) -> Tensor:
         """Apply the repetition penalty to logits (B, V)."""
         return torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
-
-    def new_tokens(self, n: int) -> Tensor:
-        """Return the first n new tokens (B, n)."""
-        return self.text[:, self.prompt_length : self.prompt_length + n]
 
 
 class _Graph:
@@ -224,8 +214,8 @@ def _uses_graph(asked: bool | None, writer: _Writer) -> bool:
     """Return True if steps can be captured as a CUDA graph; warn if one was asked for and they cannot."""
     if asked is False:
         return False
-    if not writer.text.is_cuda:
-        reason = f"the model is on {writer.text.device}"
+    if not writer.tokens.is_cuda:
+        reason = f"the model is on {writer.tokens.device}"
     elif not isinstance(writer.model, Capturable) or not writer.model.fix(writer.state):
         reason = "its steps are not the same work at each position"
     else:

@@ -15,7 +15,7 @@ from genai.core.protocols import Batch, Losses
 from genai.models.autoregressive.likelihood import mean_loss
 from genai.models.autoregressive.wavenet_cpu import ArrayQueues
 
-BOUND = 8.0  # of the logarithms of weights and of 1 / scale of a mixture, about 0 and 2
+BOUND = 8.0  # |ln weight| and |ln(1 / scale) - 2| of a component are below it
 FIRST_RATE = math.exp(2)  # 1 / scale, in [-1, 1]
 UNIFORM = 1e-5  # share of a uniform distribution in a mixture, which bounds -ln p of a sample
 
@@ -106,14 +106,15 @@ class Logistics:
     def log_probs(self, out: Tensor) -> Tensor:
         # In float64, for the difference of two nearly equal numbers, and by NumPy on a CPU, where a call costs less.
         on_cpu, out = out.device.type == "cpu", out.detach().double()
-        xp, found = (np, out.numpy()) if on_cpu else (torch, out)
+        xp, found, y = (np, out.numpy(), self.edges) if on_cpu else (torch, out, self.edges_on(out.device))
         weight, mean, rate = self.parameters(xp, found)
-        y = self.edges if on_cpu else self.edges_on(out.device)
-        cdf = (weight[..., None, :] @ xp.tanh((y - mean[..., None]) * (rate / 2)[..., None]))[..., 0, :]
+        z = y - mean[..., None]
+        z *= rate[..., None] / 2
+        cdf = (weight[..., None, :] @ xp.tanh(z, out=z))[..., 0, :]
         p = cdf[..., 1:] - cdf[..., :-1]
-        p *= (0.5 * (1 - UNIFORM) / weight.sum(-1))[..., None]
+        p *= (1 - UNIFORM) / (cdf[..., -1:] - cdf[..., :1])
         p += UNIFORM / self.levels
-        return torch.as_tensor(xp.log(p)).float()
+        return torch.as_tensor(xp.log(p, out=p)).float()
 
     def nats(self, out: Tensor, code: Tensor) -> Tensor:
         weight, mean, rate = self.parameters(torch, upcast(out))
@@ -159,7 +160,7 @@ class WaveNet(nn.Module):
         dilations: of the layers, in samples.
         output: distribution of a code.
 
-    Raises UserError for another field, or no layers.
+    Raises UserError for another field, no layers, and for one of mels and hop without the other.
     """
 
     field = "tokens"
@@ -191,6 +192,8 @@ class WaveNet(nn.Module):
             )
         if not dilations:
             raise UserError("model.dilations=[] must have at least one layer: give such as [1,2,4]")
+        if (mels is None) != (hop is None):
+            raise UserError(f"model.mels={mels} and model.hop={hop} belong together: set both, or neither")
         self.vocab_size, self.length, self.output, self.label_dropout = vocab_size, length, output, label_dropout
         self.first_kernel, self.first = first_kernel, vocab_size // 2
         """Silence, the code of 0."""
@@ -201,7 +204,8 @@ class WaveNet(nn.Module):
         self.conditions = nn.ModuleDict(
             {name: nn.Embedding(n + 1, 2 * width * len(dilations)) for name, n in self.kinds.items()}
         )
-        self.hop, self.local = hop or 1, None
+        self.hop: Any = hop
+        self.local = None
         if mels is not None:
             self.local = nn.Linear(mels, 2 * width * len(dilations), bias=False)
         self.head = nn.Sequential(nn.ReLU(), nn.Linear(skip, skip), nn.ReLU(), nn.Linear(skip, output.outputs))

@@ -42,7 +42,7 @@ def wavenet(
 
 @pytest.mark.parametrize("levels", [2, 17, 256, 2**16])
 def test_logistics_sum_to_1_and_are_the_mass_between_edges(levels):
-    """In both forms: that of training and that of decoding; by the definition in NumPy's float64."""
+    """Both forms, that of training and that of decoding, equal the definition in NumPy's float64."""
     torch.manual_seed(0)
     output = Logistics(levels, 4)
     out = 3 * torch.randn(5, output.outputs, dtype=torch.float64)
@@ -214,6 +214,7 @@ def test_no_model_beats_the_entropy_of_tones():
     [
         ({"field": "image"}, "takes tokens, but this data has image: choose codes of audio"),
         ({"vocab_size": None}, "takes tokens, but this data has tokens"),
+        ({"mels": 40}, "model.mels=40 and model.hop=None belong together"),
         ({"dilations": []}, r"dilations=\[\] must have at least one layer"),
     ],
 )
