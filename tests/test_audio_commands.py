@@ -158,7 +158,7 @@ SAMPLE = {
     ("prompt=torn.wav",): "prompt=torn.wav is cut short: name a .wav",
     ("prompt=none.wav",): "prompt=none.wav holds no samples: name a .wav",
     ("prompt=[]",): "prompt=[] must be a value or a list that is not empty",
-    ("prompt=",): "prompt= is empty: leave it out, or name a sound file",
+    ("prompt=",): "prompt= is empty: leave it out, or name a file",
     ("prompt=5",): "prompt=5 cannot be read as sound (",
     ("prompt=[torn.wav,sounds/00.wav]",): "prompt= has 2 values for n=1 samples",
     ("label=cat",): "label=cat is not a class of this model: give an index from 0 to 1, or one of bell, dog",

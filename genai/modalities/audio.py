@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from genai.core.errors import UserError, at_least, show
 from genai.core.protocols import Batch
 from genai.core.runs import Facts
 from genai.metrics import likelihood
 from genai.modalities import sound
-from genai.modalities.base import MAX_HEARD, Clips, Modality, Request, check_values
+from genai.modalities.base import MAX_HEARD, Clips, Modality, Request, check_values, pad_prompts, read_each
 from genai.modalities.image import grid, near_square, period
 from genai.nn.companding import companding
 from genai.nn.mel import LogMel, stft_power
@@ -163,23 +164,14 @@ class QuantizedAudio(Modality):
         `tokens` int64 (n, 1 + T) are padded on the left, `pad` (n,) is the amount of padding, and `lead` (n,) is 1. Raises
         UserError for a file that cannot be read, or has another sampling rate.
         """
-        prompts = self.prompts(request)
-        rows = [self.encode(wave[None])[0] for wave in prompts] or [torch.tensor([self.silence])]
-        longest = max(map(len, rows))
-        tokens = torch.stack(
-            [torch.nn.functional.pad(row, (longest - len(row), 0), value=self.silence) for row in rows]
-        )
-        cond = {"tokens": tokens, "pad": torch.tensor([longest - len(row) for row in rows])}
-        cond = {name: value.repeat(-(-n // len(rows)), *[1] * (value.ndim - 1))[:n] for name, value in cond.items()}
+        cond = pad_prompts([self.encode(wave[None])[0] for wave in self.prompts(request, n)], self.silence)
         return {**cond, "lead": torch.ones(n, dtype=torch.int64)}
 
-    def prompts(self, request: Request) -> list[Tensor]:
-        """Return the waveforms (1, T) of the sound files in the request's `prompt`."""
-        given = request.get("prompt")
-        paths = [] if given is None else given if isinstance(given, list | tuple) else [given]
-        if given is not None and not all(map(str, paths or [""])):
-            raise UserError(f"prompt={given} is empty: leave it out, or name a sound file")
-        return [self.audio.read_one(Path(str(path)), "prompt") for path in paths]
+    def prompts(self, request: Request, n: int) -> list[Tensor]:
+        """Return the waveforms (1, T_i) that n clips begin with, those of the sound files in `prompt`; of T_i = 0 without."""
+        if request.get("prompt") is None:
+            return [torch.zeros(1, 0)] * n
+        return read_each(request["prompt"], n, "prompt", lambda path: self.audio.read_one(path, "prompt"))
 
     def decode(self, batch: Batch) -> Batch:
         """Return `audio` (B, 1, T) of codes (B, T)."""
@@ -190,11 +182,9 @@ class QuantizedAudio(Modality):
 
     def write(self, folder: Path, batch: Batch, names: list[str], request: Request, columns: int | None) -> list[str]:
         """Write the clips as `Audio` does; each continues its prompt, which is in its file too."""
-        begun, audio = self.prompts(request), self.decode(batch)[self.audio.field]
-        if begun:
-            longest = max(wave.shape[1] for wave in begun)
-            before = torch.stack([torch.nn.functional.pad(wave, (longest - wave.shape[1], 0)) for wave in begun])
-            audio = torch.cat([before.repeat(-(-len(audio) // len(before)), 1, 1)[: len(audio)], audio], 2)
+        begun = [wave[0] for wave in self.prompts(request, len(names))]
+        before = pad_sequence(begun, batch_first=True, padding_side="left")[:, None]
+        audio = torch.cat([before, self.decode(batch)[self.audio.field]], 2)
         return self.audio.write(folder, {**batch, self.audio.field: audio}, names, request, columns)
 
     def units(self, nats: Tensor, targets: int | None, part: Any, shape: Sequence[int], values: int | None) -> Facts:

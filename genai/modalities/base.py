@@ -6,13 +6,14 @@ Sampling, evaluation and trackers know nothing of a kind of data but what its mo
 import contextlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from genai.core import files
 from genai.core.errors import UserError, show
@@ -22,6 +23,7 @@ from genai.core.runs import Facts
 from genai.metrics import likelihood
 from genai.modalities import sound
 
+T = TypeVar("T")
 Picture = Tensor
 """A picture for display, uint8 (C, H, W) with C 1 or 3."""
 
@@ -264,3 +266,21 @@ def repeat_strings(given: object, n: int, key: str) -> list[str]:
     if not texts:
         raise UserError(f"{key}=[] is empty: leave it out, or give a string")
     return (texts * -(-n // len(texts)))[:n]
+
+
+def read_each(given: object, n: int, key: str, read: Callable[[Path], T]) -> list[T]:
+    """Read the files that a request's `key` names for n samples: one file n times, or a list cyclically; each is read once.
+
+    Raises UserError for an empty list or name, and what `read` raises.
+    """
+    names = repeat_strings(given, n, key)
+    if not all(names):
+        raise UserError(f"{key}={given} is empty: leave it out, or name a file")
+    found = {name: read(Path(name)) for name in dict.fromkeys(names)}
+    return [found[name] for name in names]
+
+
+def pad_prompts(rows: Sequence[Tensor], value: int = 0) -> Batch:
+    """Return `tokens` int64 (n, T), rows (T_i,) padded on the left to one length, and `pad` int64 (n,), the amount of padding."""
+    tokens = pad_sequence([*rows], batch_first=True, padding_value=value, padding_side="left")
+    return {"tokens": tokens, "pad": tokens.shape[1] - torch.tensor([len(row) for row in rows])}

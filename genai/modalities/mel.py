@@ -1,15 +1,14 @@
 """Log-mel spectrograms as conditions: a recording whose spectrogram a clip follows."""
 
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from genai.core.errors import at_least
 from genai.core.protocols import Batch
 from genai.modalities.audio import Audio
-from genai.modalities.base import Modality, Request, repeat_strings
+from genai.modalities.base import Modality, Request, read_each
 from genai.nn.mel import LogMel
 
 
@@ -26,11 +25,9 @@ class Mel(Modality):
 
     def __init__(self, sr_hz: int, mels: int, hop: int):
         super().__init__()
-        self.audio, self.mels, self.hop = (
-            Audio(sr_hz),
-            at_least(mels, 1, "data.mels", most=4096),
-            at_least(hop, 1, "data.hop", most=10**6),
-        )
+        self.audio = Audio(sr_hz)
+        self.mels = at_least(mels, 1, "data.mels", most=4096)
+        self.hop = at_least(hop, 1, "data.hop", most=10**6)
         self.log_mel = LogMel(sr_hz, mels, hop=hop)
 
     def state(self) -> dict[str, Any]:
@@ -43,13 +40,8 @@ class Mel(Modality):
         """
         if request.get("mel") is None:
             return {}
-        waves = [self.audio.read_one(Path(path), "mel") for path in repeat_strings(request["mel"], n, "mel")]
-        longest = max(wave.shape[1] for wave in waves)
-        return {
-            "mel": self.encode(
-                torch.stack([torch.nn.functional.pad(wave, (0, longest - wave.shape[1])) for wave in waves])
-            )
-        }
+        waves = read_each(request["mel"], n, "mel", lambda path: self.audio.read_one(path, "mel"))
+        return {"mel": self.encode(pad_sequence([wave[0] for wave in waves], batch_first=True)[:, None])}
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the spectrograms (B, mels, frames) of waveforms (B, 1, T)."""

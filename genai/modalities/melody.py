@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from genai.core import files
 from genai.core.errors import UserError
@@ -16,7 +17,7 @@ from genai.core.rng import RNG_VERSION
 from genai.core.runs import Facts
 from genai.metrics import likelihood
 from genai.modalities import midi, sound, synth
-from genai.modalities.base import MAX_HEARD, MAX_SHOWN, Clips, Modality, Picture, Request, repeat_strings, save
+from genai.modalities.base import MAX_HEARD, MAX_SHOWN, Clips, Modality, Picture, Request, pad_prompts, read_each, save
 
 SILENCE = 1  # the id before every melody: the note before it, if any, has ended
 STEP_PIXELS, ROW_PIXELS, GAP_PIXELS = 4, 4, 6
@@ -93,22 +94,14 @@ class Melody(Modality):
                 f"prompts are moved by {how} semitones into the range of the model, and back afterwards",
                 file=sys.stderr,
             )
-        rows = [torch.from_numpy(self.encode(events)).long() for events, _ in prompts]
-        longest = 1 + max(map(len, rows))
-        tokens = torch.zeros(n, longest, dtype=torch.int64)
-        for row, prompt in zip(tokens, rows, strict=True):
-            row[longest - len(prompt) - 1] = SILENCE
-            row[longest - len(prompt) :] = prompt
-        pad = torch.tensor([longest - len(row) - 1 for row in rows])
-        return {"tokens": tokens, "pad": pad, "lead": torch.ones(n, dtype=torch.int64)}
+        rows = [torch.tensor([SILENCE, *self.encode(events).tolist()]) for events, _ in prompts]
+        return {**pad_prompts(rows), "lead": torch.ones(n, dtype=torch.int64)}
 
     def _prompts(self, request: Request, n: int) -> list[tuple[np.ndarray, int]]:
         """Return the prompts of n samples, events (S, V) within the range, with the semitones that each was moved up by."""
         if request.get("prompt") is None:
             return [(np.zeros((0, self.voices), np.int16), 0)] * n
-        names = repeat_strings(request["prompt"], n, "prompt")
-        read = {name: self._prompt(Path(name)) for name in dict.fromkeys(names)}
-        return [read[name] for name in names]
+        return read_each(request["prompt"], n, "prompt", self._prompt)
 
     def _prompt(self, path: Path) -> tuple[np.ndarray, int]:
         try:
@@ -137,9 +130,8 @@ class Melody(Modality):
     def show(self, melodies: list[np.ndarray], columns: int | None = None) -> Clips:
         """Return the piano rolls of melodies, events (S, V) each, and the sound of the first."""
         waves = [torch.from_numpy(self.render(events)) for events in melodies[:MAX_HEARD]]
-        longest = max(map(len, waves))
-        heard = torch.stack([torch.nn.functional.pad(wave, (0, longest - len(wave))) for wave in waves])
-        return Clips(self.roll(melodies, columns), heard[:, None], synth.SR_HZ)
+        heard = pad_sequence(waves, batch_first=True)[:, None]
+        return Clips(self.roll(melodies, columns), heard, synth.SR_HZ)
 
     def render(self, events: np.ndarray) -> np.ndarray:
         """Return the sound float32 (T,) of events (S, V)."""

@@ -17,7 +17,7 @@ from genai.core.rng import RNG_VERSION
 from genai.core.runs import Facts
 from genai.metrics import likelihood
 from genai.modalities import tokenizers
-from genai.modalities.base import Modality, Request, Texts, repeat_strings
+from genai.modalities.base import Modality, Request, Texts, pad_prompts, repeat_strings
 from genai.modalities.tokenizers import Tokenizer
 
 
@@ -130,9 +130,7 @@ def encode_prompts(tokenizer: Tokenizer, given: Sequence[str]) -> Batch:
     """
     own = [torch.from_numpy(tokenizer.encode(text).astype(np.int64)) for text in given]
     rows = [torch.cat([_lead(tokenizer, text), row]) for text, row in zip(given, own, strict=True)]
-    longest = max(map(len, rows))
-    tokens = torch.stack([torch.cat([row.new_zeros(longest - len(row)), row]) for row in rows])
-    cond = {"tokens": tokens, "pad": torch.tensor([longest - len(row) for row in rows])}
+    cond = pad_prompts(rows)
     cond["lead"] = torch.tensor([len(row) - len(text) for row, text in zip(rows, own, strict=True)])
     if tokenizer.end is not None:
         cond["stop"] = torch.full((len(rows),), tokenizer.end)
