@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from genai.core.errors import at_least
@@ -44,5 +45,9 @@ class Mel(Modality):
         return {"mel": self.encode(pad_sequence([wave[0] for wave in waves], batch_first=True)[:, None])}
 
     def encode(self, x: Tensor) -> Tensor:
-        """Return the spectrograms (B, mels, frames) of waveforms (B, 1, T)."""
-        return self.log_mel(x)[:, 0]
+        """Return the spectrograms (B, mels, frames) of waveforms (B, 1, T); the last frame is after the end, and so silent.
+
+        A model that holds it from there on therefore sees the same whatever silence a waveform was padded with.
+        """
+        length = -(-(x.shape[-1] + self.log_mel.window // 2) // self.hop) * self.hop
+        return self.log_mel(pad(x, (0, length - x.shape[-1])))[:, 0]

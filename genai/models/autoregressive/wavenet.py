@@ -59,6 +59,7 @@ def shifted(x: Tensor, kernel: int, dilation: int) -> Tensor:
 class Output(Protocol):
     """A distribution over codes 0, ..., levels - 1, by `outputs` numbers of the network."""
 
+    levels: int
     outputs: int
 
     def log_probs(self, out: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ class Categorical:
     """One number for each code, a softmax: the paper's output (section 2.2)."""
 
     def __init__(self, levels: int):
-        self.outputs = levels
+        self.levels = self.outputs = levels
 
     def log_probs(self, out: Tensor) -> Tensor:
         return upcast(out).log_softmax(-1)
@@ -160,7 +161,7 @@ class WaveNet(nn.Module):
         dilations: of the layers, in samples.
         output: distribution of a code.
 
-    Raises UserError for another field, no layers, and for one of mels and hop without the other.
+    Raises UserError for another field, no layers, an output of other codes, and for one of mels and hop without the other.
     """
 
     field = "tokens"
@@ -192,6 +193,10 @@ class WaveNet(nn.Module):
             )
         if not dilations:
             raise UserError("model.dilations=[] must have at least one layer: give such as [1,2,4]")
+        if output.levels != vocab_size:
+            raise UserError(
+                f"model.output.levels={output.levels} must be {vocab_size}, the number of codes: leave it ${{data.levels}}"
+            )
         if (mels is None) != (hop is None):
             raise UserError(f"model.mels={mels} and model.hop={hop} belong together: set both, or neither")
         self.vocab_size, self.length, self.output, self.label_dropout = vocab_size, length, output, label_dropout

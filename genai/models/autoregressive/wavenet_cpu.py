@@ -64,10 +64,10 @@ class ArrayQueues:
 
     @staticmethod
     def suits(model: Any) -> bool:
-        """Return True for a model on a CPU that computes in float32 or float64, as NumPy can."""
+        """Return True for a model on a CPU that computes in float32 or float64, as NumPy can, and whose layers look back."""
         weight = model.embed.weight
         exact = weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-        return weight.device.type == "cpu" and exact
+        return weight.device.type == "cpu" and exact and model.layers[0].back > 0
 
     def step(self, token: Tensor, local: Tensor | None = None) -> Tensor:
         """Read one code of each clip, int64 (B,) -> the head's outputs (B, outputs).

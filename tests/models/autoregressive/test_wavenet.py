@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from genai.core.errors import UserError
 from genai.data.audio import Tones, entropy_bits
+from genai.modalities.mel import Mel
 from genai.models.autoregressive import decode
 from genai.models.autoregressive.wavenet import UNIFORM, Categorical, Logistics, WaveNet
 from genai.models.autoregressive.wavenet_cpu import ArrayQueues
@@ -108,6 +109,17 @@ def test_a_step_equals_the_whole(output, arrays, monkeypatch):
             torch.testing.assert_close(torch.stack(steps)[:, b], whole, rtol=0, atol=1e-5)
 
 
+def test_layers_of_one_tap_have_no_queue():
+    """Where only the first convolution looks back, a step equals the whole too."""
+    model = wavenet(dilations=(1, 1), kernel=1, first_kernel=3)
+    tokens = torch.randint(LEVELS, (2, 12))
+    with torch.inference_mode():
+        state = model.start(None, 2, 12)
+        steps = [model.next(tokens[:, t : t + 1], state) for t in range(12)]
+        out, _ = model.outputs(tokens, model.biases(None, 2)[:, None])
+    torch.testing.assert_close(torch.stack(steps, 1), model.output.log_probs(out), rtol=0, atol=1e-5)
+
+
 def test_samples_depend_on_their_seed_alone():
     """Not on the batch, nor on how many samples are drawn; and ln p is what the whole model says."""
     model = wavenet().float()
@@ -179,6 +191,18 @@ def test_a_spectrogram_is_followed_between_its_frames():
     assert "mel" in model.null()
 
 
+@pytest.mark.parametrize(("samples", "hop"), [(100, 64), (128, 64), (97, 7), (300, 300), (5, 64)])
+def test_a_spectrogram_is_the_same_whatever_silence_a_clip_is_padded_with(samples, hop):
+    """Then neither does what follows the clip depend on the longest one of a batch."""
+    mel, model = Mel(1000, 5, hop), wavenet(mels=5, hop=hop)
+    x = torch.rand(1, 1, samples) * 2 - 1
+    alone, padded = (
+        model.at(model.frames({"mel": mel.encode(F.pad(x, (0, more))).double()}), torch.arange(900)[None])
+        for more in (0, 500)
+    )
+    torch.testing.assert_close(alone, padded, rtol=0, atol=1e-5)
+
+
 def test_learns_three_sines_by_heart():
     torch.manual_seed(0)
     t = torch.arange(121)
@@ -215,6 +239,8 @@ def test_no_model_beats_the_entropy_of_tones():
         ({"field": "image"}, "takes tokens, but this data has image: choose codes of audio"),
         ({"vocab_size": None}, "takes tokens, but this data has tokens"),
         ({"mels": 40}, "model.mels=40 and model.hop=None belong together"),
+        ({"output": Categorical(16)}, "model.output.levels=16 must be 8, the number of codes"),
+        ({"output": Logistics(256, 2)}, "model.output.levels=256 must be 8, the number of codes"),
         ({"dilations": []}, r"dilations=\[\] must have at least one layer"),
     ],
 )
