@@ -80,6 +80,9 @@ class Melodies(Data):
             if not pieces.get(name):
                 raise UserError(f"there are no pieces for the split {name}: give more files")
         sounding = {p.name: p.events[p.events >= 0] for part in pieces.values() for p in part}
+        for name, x in sounding.items():
+            if not len(x):
+                raise UserError(f"{name} has no notes (data.voices): remove it")
         least, most = (int(f(g(x) for x in sounding.values())) for f, g in ((min, np.min), (max, np.max)))
         low, high = least if low is None else low, most if high is None else high
         for name, x in sounding.items():
@@ -216,8 +219,7 @@ def json_file(path: str, voices: str, **facts) -> Melodies:
         parts = {"val" if key in ("valid", "validation") else key: value for key, value in content.items()}
         pieces = {
             name: [
-                Piece(f"{path}, piece {i} of {name}", scores.from_frames(x)[:, :number])
-                for i, x in enumerate(parts[name])
+                Piece(f"{path}, piece {i} of {name}", scores.from_frames(x, number)) for i, x in enumerate(parts[name])
             ]
             for name in SPLITS
         }
@@ -257,9 +259,11 @@ def midi_folder(root: str, voices: str, **facts) -> Melodies:
                     f"has bars of {score.bar or 'several numbers of'} steps, and not {facts['bar']} (data.bar)"
                 )
             pieces[name] = Piece(name, midi.trimmed(score.events))
+        except (UserError, MemoryError):
+            raise
         except ValueError as error:
             problems[name] = str(error)
-        except OSError as error:
+        except Exception as error:  # zipfile raises almost any exception on a broken member
             problems[name] = reason(error)
     files.drop(problems, len(pieces))
     arranged = arrange(root, [*pieces], 2)

@@ -30,14 +30,17 @@ class Chorale(NamedTuple):
     bar: int
 
 
-def from_frames(frames: Sequence[Sequence[int]]) -> np.ndarray:
-    """Convert frames of pitches (S, V), -1 for silence, to events int16 (S, V); equal pitches in a row are one note.
+def from_frames(frames: Sequence[Sequence[int]], voices: int) -> np.ndarray:
+    """Convert frames of pitches (S, V), -1 for silence, to events int16 (S, voices); equal pitches in a row are one note.
 
-    Raises ValueError for other values.
+    One voice is the first of any number. Raises ValueError for other values, and for more voices than one that are not V.
     """
     x = np.asarray(frames)
     if x.ndim != 2 or not len(x) or x.dtype.kind != "i" or x.min() < -1 or x.max() > 127:
         raise ValueError("a piece is not a list of frames of as many pitches, -1 to 127")
+    if voices not in (1, x.shape[1]):
+        raise ValueError(f"a frame has {x.shape[1]} pitch{'es' * (x.shape[1] > 1)}, and not {voices}")
+    x = x[:, :voices]
     before = np.concatenate([np.full_like(x[:1], OFF), x[:-1]])
     return np.where(x == before, HOLD, x).astype(np.int16)
 

@@ -83,7 +83,7 @@ def test_draws_move_a_window_to_a_bar_line_and_its_pitches_within_the_range():
 
 def test_frames_are_events_without_what_they_cannot_tell():
     frames = [[60, 55], [60, 55], [62, -1], [-1, -1], [-1, 55]]
-    assert scores.from_frames(frames).tolist() == [[60, 55], [HOLD, HOLD], [62, OFF], [OFF, HOLD], [HOLD, 55]]
+    assert scores.from_frames(frames, 2).tolist() == [[60, 55], [HOLD, HOLD], [62, OFF], [OFF, HOLD], [HOLD, 55]]
 
 
 def jsb(folder, content):
@@ -230,6 +230,35 @@ def test_settings_that_do_not_fit_are_refused(given, said):
 def test_a_file_that_is_no_json_of_pieces_is_refused(tmp_path, content, said):
     with pytest.raises(UserError, match=f"^data.path='.*' {said}"):
         melodies.json_file(str(jsb(tmp_path, content)), "soprano", **FACTS)
+
+
+@pytest.mark.parametrize(
+    ("frame", "voices", "said"),
+    [
+        ([60], "all", "is not JSON of .* a frame has 1 pitch, and not 4"),
+        ([60, 59, 58, 57, 56], "all", "is not JSON of .* a frame has 5 pitches, and not 4"),
+        ([-1] * 4, "all", "piece 0 of train has no notes"),
+        ([-1, 60, 50, 40], "soprano", "piece 0 of train has no notes"),
+    ],
+)
+def test_pieces_of_other_voices_or_none_are_refused(tmp_path, frame, voices, said):
+    path = jsb(tmp_path, {name: [[frame] * 8] for name in ("train", "valid", "test")})
+    with pytest.raises(UserError, match=said):
+        melodies.json_file(str(path), voices, **{**FACTS, "overlap": 0})
+
+
+def test_a_damaged_member_of_a_zip_is_skipped_and_named(tmp_path, capsys):
+    """As a damaged file is: whatever zipfile raises."""
+    with zipfile.ZipFile(tmp_path / "tunes.zip", "w") as archive:
+        for part in ("train", "val", "test"):
+            archive.writestr(f"{part}/tune.mid", file(notes((60, 0, 480), (62, 480, 960))))
+        archive.writestr("train/broken.mid", file(notes((61, 0, 480))))
+    path = tmp_path / "tunes.zip"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(file(notes((61, 0, 480))), b"x" * len(file(notes((61, 0, 480))))))
+    data = melodies.midi_folder(str(path), "soprano", **{**FACTS, "bar": 16})
+    assert data.splits["train"].targets == 8
+    assert "train/broken.mid" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_said(tmp_path):
