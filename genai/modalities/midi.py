@@ -6,6 +6,7 @@ to sound, also where it sounds already (a re-attack). Several voices are int (S,
 
 import io
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,8 +106,8 @@ def write(events: np.ndarray, steps_per_quarter: int, tempo: float) -> bytes:
 def read(content: bytes, voices: int, steps_per_quarter: int) -> Score:
     """Read a MIDI file: its top line for one voice, or as many parts as there are voices, by their mean pitch.
 
-    Parts are tracks, or channels of a single track. Onsets and ends are rounded to the grid, by quarter notes, so changes of
-    tempo move nothing. The events end with the file's last track.
+    Parts are tracks, or channels of the only track with notes. Onsets and ends are rounded to the grid, by quarter notes, so
+    changes of tempo move nothing. The events end with the file's last track.
 
     Raises ValueError, whose text is the end of a sentence that begins with the file's name, for one that is not MIDI, has no
     notes, another number of parts, or is too long.
@@ -120,12 +121,12 @@ def read(content: bytes, voices: int, steps_per_quarter: int) -> Score:
     if file.type not in (0, 1) or file.ticks_per_beat <= 0 or file.ticks_per_beat >= 2**15:
         raise ValueError("is a MIDI file of type 2 or in seconds: give one of type 0 or 1 in quarter notes")
     scale = steps_per_quarter / file.ticks_per_beat
-    parts, metres, tempo, last = {}, set(), None, 0
-    for t, track in enumerate(file.tracks):
+    tracks, metres, tempo, last = [], set(), None, 0
+    for track in file.tracks:
         now, sounding, found = 0, {}, {}  # of a channel: its notes
         for message in track:
             now += message.time
-            if message.type == "set_tempo" and tempo is None:
+            if message.type == "set_tempo" and tempo is None and message.tempo:
                 tempo = mido.tempo2bpm(message.tempo)
             elif message.type == "time_signature":
                 metres.add(message.numerator * 4 * steps_per_quarter / message.denominator)
@@ -137,16 +138,15 @@ def read(content: bytes, voices: int, steps_per_quarter: int) -> Score:
                     sounding[key] = now
         for (channel, pitch), start in sounding.items():  # never ended
             found.setdefault(channel, []).append((start, now, pitch))
-        for channel, notes in found.items():
-            parts.setdefault(channel if len(file.tracks) == 1 else t, []).extend(notes)
+        if found:
+            tracks.append(found)
         last = max(last, round(now * scale))
     if last > MOST_STEPS:
         raise ValueError(f"is {last} steps long, and at most {MOST_STEPS} are read")
-    if not parts:
+    if not tracks:
         raise ValueError("has no notes")
-    found = [
-        [Note(a := round(s * scale), max(round(e * scale), a + 1), p) for s, e, p in part] for part in parts.values()
-    ]
+    parts = [*tracks[0].values()] if len(tracks) == 1 else [[*chain(*track.values())] for track in tracks]
+    found = [[Note(a := round(s * scale), max(round(e * scale), a + 1), p) for s, e, p in part] for part in parts]
     if voices == 1:
         found = [[note for part in found for note in part]]
     if len(found) != voices:

@@ -82,6 +82,11 @@ def test_changes_of_tempo_move_nothing_and_type_0_is_as_type_1():
     assert several.tempo == alone.tempo == 100
 
 
+def test_a_tempo_of_no_time_is_none():
+    tempos = [("set_tempo", 0, {"tempo": tempo}) for tempo in (0, 600_000)]
+    assert midi.read(file(tempos, notes((60, 0, 480))), 1, 4).tempo == 100
+
+
 def test_onsets_are_rounded_to_the_grid_and_drums_left_out():
     """A note shorter than a step is one long."""
     tune = notes((60, 5, 100), (62, 118, 125), (64, 245, 360))
@@ -104,7 +109,8 @@ def test_four_parts_are_tracks_or_the_channels_of_one():
     )
     times = np.diff([0, *(at for at, _ in one)])
     single = [(what, int(t), values) for t, (_, (what, _, values)) in zip(times, one, strict=True)]
-    for content in (file(*parts), file(single, kind=0)):
+    conductor = [("set_tempo", 0, {"tempo": 600_000})]
+    for content in (file(*parts), file(single, kind=0), file(conductor, single)):
         assert midi.read(content, 4, 4).events[[0, 4]].tolist() == [[63, 58, 53, 48], [65, 60, 55, 50]]
     assert midi.read(file(*parts), 1, 4).events[[0, 4], 0].tolist() == [63, 65]
 
