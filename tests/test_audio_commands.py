@@ -153,7 +153,7 @@ SAMPLE = {
     (
         "prompt=afile.wav",
     ): "prompt=afile.wav cannot be read as sound (Format not recognised): name a .wav, .flac, .ogg or",
-    ("prompt=missing.wav",): "prompt=missing.wav cannot be read as sound (",
+    ("prompt=missing.wav",): "prompt=missing.wav cannot be read as sound (No such file or directory)",
     ("prompt=empty",): "prompt=empty is a folder: name a .wav, .flac, .ogg or .mp3 file",
     ("prompt=torn.wav",): "prompt=torn.wav is cut short: name a .wav",
     ("prompt=none.wav",): "prompt=none.wav holds no samples: name a .wav",

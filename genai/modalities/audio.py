@@ -101,7 +101,10 @@ class Audio(Modality):
                 "filled in, null for an end"
             )
         at = torch.arange(shape[-1]) / self.sr_hz
-        return ((at >= low) & (at < high)).float()[None, None]
+        inside = (at >= low) & (at < high)
+        if not inside.any():
+            raise UserError(f"mask={show(mask)} has no sample between its times at {self.sr_hz} Hz: give a longer part")
+        return inside.float()[None, None]
 
     def check(self, x: Tensor, key: str) -> None:
         """Raise UserError unless x are waveforms (n, C, T) of floats in [-1, 1]."""
@@ -197,6 +200,6 @@ _companding = companding  # which an argument's name hides
 def spectrograms(x: Tensor, sr_hz: int) -> Tensor:
     """Return the spectrograms of waveforms (N, C, T), channels mixed, as images (N, 1, F, frames) in [-1, 1]."""
     window = 2 ** max(round(sr_hz * 0.032) - 1, 1).bit_length()
-    power = stft_power(x.mean(1, keepdim=True), torch.hann_window(window), window // 4)
+    power = stft_power(x.mean(1, keepdim=True), torch.hann_window(window), max(window // 4, 1))
     decibels = 10 * power.clamp_min(1e-12).log10()
     return (decibels * (2 / DECIBELS) + 1).clamp(-1, 1).flip(-2)

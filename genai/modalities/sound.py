@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -43,7 +44,9 @@ def decode(file: Path | BinaryIO) -> Wave:
     import soundfile
 
     try:
-        with soundfile.SoundFile(file) as opened:
+        # Opened here, for libsndfile calls a missing file a system error.
+        held = file.open("rb") if isinstance(file, Path) else nullcontext(file)
+        with held as content, soundfile.SoundFile(content) as opened:
             if opened.frames * opened.channels > MAX_VALUES:
                 raise ValueError(f"has {opened.frames:,} samples of {opened.channels} channels: cut it into parts")
             x = opened.read(dtype="float32", always_2d=True)

@@ -187,3 +187,15 @@ def test_maps_are_log_mels_of_each_channel():
     assert maps.shape[:3] == (1, 2, 40)
     assert maps[0, 0, :, 10].argmax() < maps[0, 1, :, 10].argmax()
     assert math.isfinite(maps.sum())
+
+
+@pytest.mark.parametrize(("sr_hz", "samples"), [(1, 1), (60, 100), (8000, 1)])
+def test_a_spectrogram_of_any_rate_is_drawn(sr_hz, samples):
+    picture = Audio(sr_hz).preview({"audio": torch.zeros(2, 1, samples)}).picture
+    assert picture.ndim == 3
+
+
+def test_a_mask_between_two_samples_is_refused():
+    assert Audio(SR_HZ).read_mask([0.0, 1e-9], [1, SR_HZ]).sum() == 1
+    with pytest.raises(UserError, match=r"^mask=\[1e-06, 2e-06\] has no sample between its times at 8000 Hz"):
+        Audio(SR_HZ).read_mask([1e-6, 2e-6], [1, SR_HZ])
