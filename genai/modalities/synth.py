@@ -9,6 +9,7 @@ from genai.modalities.midi import to_notes
 SR_HZ = 16_000
 PARTIALS = 8
 ATTACK_SECONDS, RELEASE_SECONDS, TAIL_SECONDS = 0.012, 0.08, 0.4
+AUDIBLE_SECONDS = 20.0  # after which a note has died away to less than a step of 16 bits, however long it is held
 PEAK = 0.8  # of the loudest moment
 
 
@@ -19,7 +20,8 @@ def render(events: np.ndarray, steps_per_quarter: int, tempo: float, sr_hz: int 
     for voice in events.T:
         for note in to_notes(voice):
             first = round(note.start * step)
-            sound = tone(note.pitch, round(note.end * step) - first, sr_hz)
+            samples = min(round(note.end * step) - first, round(AUDIBLE_SECONDS * sr_hz))
+            sound = tone(note.pitch, samples, sr_hz)
             wave[first : first + len(sound)] += sound[: len(wave) - first]
     return wave * (PEAK / max(np.abs(wave).max(initial=0), 1e-9)) if wave.any() else wave
 

@@ -145,3 +145,16 @@ def test_a_prompt_of_another_number_of_voices_is_refused(tmp_path):
 def test_a_state_from_anybodys_file_is_checked(state):
     with pytest.raises(UserError, match=r"^a melody has "):
         Melody.from_state({**RANGE.state(), **state})
+
+
+def test_a_note_is_made_only_as_long_as_it_is_heard(monkeypatch):
+    """A held note takes no more memory than it has sound; what is left out is less than a step of 16 bits."""
+    lengths, tone = [], synth.tone
+    monkeypatch.setattr(
+        synth, "tone", lambda pitch, samples, sr_hz: lengths.append(samples) or tone(pitch, samples, sr_hz)
+    )
+    wave = synth.render(voice(120, s0=36), 4, 60, 4000)  # 30 s
+    assert lengths == [synth.AUDIBLE_SECONDS * 4000] and len(wave) == (30 + synth.TAIL_SECONDS) * 4000
+    whole = tone(36, 30 * 4000, 4000)
+    whole = whole * synth.PEAK / np.abs(whole).max()
+    assert np.abs(wave[: len(whole)] - whole[: len(wave)]).max() < 2**-16
