@@ -189,7 +189,7 @@ def describe(facts: Sequence[Facts], sr_hz: int, channels: int) -> list[str]:
     """Describe recordings, where the user may want to know or change it; returns sentences."""
     seconds = np.array([one.size for one in facts]) / sr_hz
     notes = [
-        f"{seconds.sum():.0f} s of sound at {sr_hz} Hz: {seconds.min():.2f} to {seconds.max():.2f} s, half of them up to "
+        f"{seconds.sum():.0f} s of sound at {sr_hz} Hz: {seconds.min():.2f} to {seconds.max():.2f} s, median "
         f"{np.median(seconds):.2f} s"
     ]
     if rates := Counter(one.sr_hz for one in facts if one.sr_hz != sr_hz):
