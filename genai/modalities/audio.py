@@ -64,7 +64,7 @@ class Audio(Modality):
         written = super().write(folder, batch, names, request, columns)
         for wave, name in zip(batch[self.field], names, strict=True):
             sound.write_wave(folder / f"{name}.wav", wave, self.sr_hz)
-        return written
+        return [f"{names[0]}.wav", *written]
 
     def read(self, path: Path, shape: Sequence[int], key: str) -> Tensor:
         """Read sound files as (N, C, T), cut or followed by zeros to the shape [C, T]. Raises UserError for another rate."""

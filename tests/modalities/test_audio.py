@@ -58,7 +58,7 @@ def test_clips_are_written_as_they_are_and_read_back(tmp_path, channels):
     kind, x = Audio(SR_HZ, channels), sines(440, 880, 1200, n=1000, amplitude=0.5).expand(3, channels, 1000) * 0.7
     names = ["a", "b", "c"]
     written = kind.write(tmp_path / "out", {"audio": x, "seeds": torch.arange(3)}, names, {}, None)
-    assert written == ["grid.png", "grid.wav", "samples.npz"]
+    assert written == ["a.wav", "grid.png", "grid.wav", "samples.npz"]
     for wave, name in zip(x, names, strict=True):
         samples, sr_hz = soundfile.read(tmp_path / "out" / f"{name}.wav", dtype="int16", always_2d=True)
         assert sr_hz == SR_HZ and np.array_equal(samples.T, (wave * 32768).round().numpy())
