@@ -37,7 +37,7 @@ class Image(Modality):
         written = super().write(folder, batch, names, request, columns)
         for image, name in zip(to_uint8(batch[self.field]).cpu(), names, strict=True):
             to_pil(image).save(folder / f"{name}.png")
-        return written
+        return [f"{names[0]}.png", *written]
 
     def read(self, path: Path, shape: Sequence[int], key: str) -> Tensor:
         """Read images as (N, C, H, W) in [-1, 1], center-cropped to the shape [C, H, W]."""
