@@ -175,7 +175,10 @@ TRAIN_PAIRS = {
     ("resume=keys",): "keys/config.yaml is not a config of a run (it has no model)",
     ("+model=ddpm",): "+model=ddpm would add a second model: write model=ddpm",
     ("model=vae", "data=toy2d"): "model.likelihood is of grey levels, but this data has none: choose images with data=",
-    ("model=gpt", "data=toy2d"): "a GPT takes tokens, but this data has none (data.levels): choose a text with data=",
+    (
+        "model=gpt",
+        "data=toy2d",
+    ): "this model takes tokens, but this data has none (data.levels): choose a text with data=",
     ("model=ddpm_mlp", "data=digits"): "this model takes vectors (model.net.dim), but this data has shape [1, 8, 8]",
     ("model=vae_binary", "data=toy2d"): "choose images with data=, or gaussian",
     ("model=stylegan2", "data=toy2d"): "got [2]: choose another data=",

@@ -1,7 +1,7 @@
 """GPT: a decoder-only Transformer over token ids (Radford et al., 2019)."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,37 +10,8 @@ from genai.core.errors import UserError
 from genai.core.protocols import Batch, Losses
 from genai.models.autoregressive.likelihood import mean_loss, nats_of
 from genai.nn.cache import Cache
+from genai.nn.token_transformer import TokenTransformer
 from genai.nn.transformer import Transformer
-
-
-class Decoder(nn.Module):
-    """A Transformer between an embedding and an output head: token ids int64 (B, T) -> logits (B, T, vocab_size).
-
-    Args:
-        vocab_size: number of token ids.
-        transformer: a causal Transformer.
-        tied: share one matrix between embedding and head.
-        init: `init(decoder)` sets the weights; None keeps torch's.
-    """
-
-    def __init__(
-        self, vocab_size: int, transformer: Transformer, tied: bool, init: Callable[[nn.Module], None] | None = None
-    ):
-        super().__init__()
-        if vocab_size is None:
-            raise UserError("a GPT takes tokens, but this data has none (data.levels): choose a text with data=")
-        self.embed = nn.Embedding(vocab_size, transformer.width)
-        self.transformer = transformer
-        self.head = nn.Linear(transformer.width, vocab_size, bias=False)
-        self.tied = tied
-        if init is not None:
-            init(self)
-        if tied:
-            self.head.weight = self.embed.weight
-
-    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """Return logits (B, T, vocab_size) of the token after each of `tokens` int64 (B, T), which follow those in the cache."""
-        return self.head(self.transformer(self.embed(tokens), cache))
 
 
 class Window:
@@ -74,7 +45,7 @@ class GPT(nn.Module):
         field: field of the data; must be `tokens`.
         vocab_size: number of token ids.
         length: context in tokens, as trained.
-        net: maps tokens and an optional cache to logits, such as Decoder.
+        net: maps tokens and an optional cache to logits, such as TokenTransformer.
 
     Raises UserError for another field, or a context longer than the network's positions.
     """
@@ -85,7 +56,7 @@ class GPT(nn.Module):
     first = 0
     """The id that stands in for an empty prompt."""
 
-    def __init__(self, field: str, vocab_size: int, length: int, net: Decoder):
+    def __init__(self, field: str, vocab_size: int, length: int, net: TokenTransformer):
         super().__init__()
         if field != self.field:
             raise UserError(f"a GPT takes {self.field}, but this data has {field}: choose a text data set with data=")

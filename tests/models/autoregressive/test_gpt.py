@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from genai.core import rng
 from genai.core.errors import UserError
 from genai.models.autoregressive import decode, gpt2, speculative
-from genai.models.autoregressive.gpt import GPT, Decoder
+from genai.models.autoregressive.gpt import GPT
 from genai.nn import norm, transformer
 from genai.nn.attention import Attention, LearnedPositions, PeriodicPositions, RotaryPositions, rotate
 from genai.nn.cache import Cache, Positions
+from genai.nn.token_transformer import TokenTransformer
 from genai.nn.transformer import MLP, SwiGLU, Transformer
 from genai.train.gradients import ParameterGroup
 from genai.train.lit import LitModel
@@ -59,7 +60,7 @@ def gpt(
         }[position],
         shift=transformer.Shift if shift else None,
     )
-    model = GPT("tokens", V, length, Decoder(V, net, tied, init))
+    model = GPT("tokens", V, length, TokenTransformer(V, net, tied, init))
     with torch.no_grad():  # so that attention and logits are far from uniform
         for p in model.parameters():
             if p.ndim == 2:
@@ -167,7 +168,7 @@ def test_logits_and_loss_equal_public_gpt2():
         position=partial(LearnedPositions, length=32),
         mlp=partial(MLP, activation=transformer.GELU("tanh"), bias=True),
     )
-    ours = GPT("tokens", 50, 32, Decoder(50, net, tied=True)).eval()
+    ours = GPT("tokens", 50, 32, TokenTransformer(50, net, tied=True)).eval()
     ours.load_state_dict(gpt2.convert_names(theirs.state_dict()))
     tokens = torch.randint(0, 50, (2, 33))
     with torch.no_grad():
@@ -183,7 +184,7 @@ def test_initial_weights():
     assert torch.equal(net.transformer(x), net.transformer.norm(x))  # blocks begin as identities
     for tied in (False, True):
         torch.manual_seed(0)
-        wide = Decoder(
+        wide = TokenTransformer(
             V,
             Transformer(128, 1, partial(Attention, heads=4), SwiGLU, norm.RMSNorm, RotaryPositions),
             tied,
