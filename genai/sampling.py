@@ -39,7 +39,7 @@ def sample(
     mel: object = None,
     prompt: object = None,
     negative_prompt: object = None,
-    stop: str | None = None,
+    stop: object = None,
     sampler: dict | None = None,
     batch_size: int = 256,
     on_step: OnStep | None = None,
@@ -59,7 +59,7 @@ def sample(
         prompt: for models of text, or with captions, a string or a list of them; for models of sound, the files that
             samples continue; shorter lists repeat. None starts a new sample, or leaves the caption out.
         negative_prompt: caption that samples are guided away from.
-        stop: string of one token at which a sample ends; None is the end of a document, if the model has one.
+        stop: string before which a sample ends, or a list of them; the end of a document, if the model has one, ends it too.
         sampler: a config node; None is the sampler that the checkpoint was trained with.
         batch_size: samples drawn at once.
         on_step: called as on_step(step so far, steps of all batches, state).
@@ -96,8 +96,6 @@ def sample(
     shown = bar() if progress and on_step is None else contextlib.nullcontext(on_step)
     with checkpoint.explain_errors(loaded, raised), shown as on_step:
         starts = {"image": image, "audio": audio}
-        wanted = ["image"] * any(start is not None for start in starts.values()) + ["mask"] * (mask is not None)
-        run = bind(loaded, sampler, arguments, [*wanted, *["frames"] * frames])
         request = {
             "label": label,
             "speaker": speaker,
@@ -106,6 +104,10 @@ def sample(
             "negative_prompt": negative_prompt,
             "stop": stop,
         }
+        ends = loaded.modality.stop(request)
+        wanted = ["image"] * any(start is not None for start in starts.values()) + ["mask"] * (mask is not None)
+        run = bind(loaded, sampler, arguments, [*wanted, *["frames"] * frames, *["stop"] * (ends is not None)])
+        run = run if ends is None else functools.partial(run, stop=ends)
         cond, started = conditions(request, n, loaded), resolve_start(starts, mask, n, loaded)
         chunks, firsts = [], range(0, n, batch_size)
         for k, first in enumerate(firsts):
@@ -273,7 +275,7 @@ def run(cfg: Any) -> Path:
     kwargs = {key: value for key, value in kwargs.items() if value is not None and value is not False}
     given = {key: cfg[key] for key in ("label", "speaker", "mel", "prompt", "negative_prompt")}
     request: dict[str, Any] = {k: OmegaConf.to_container(v) if OmegaConf.is_list(v) else v for k, v in given.items()}
-    request["stop"] = unescape(cfg.stop)
+    request["stop"] = [*map(unescape, cfg.stop)] if OmegaConf.is_list(cfg.stop) else unescape(cfg.stop)
     with loaded.modality.watch(request) or bar() as on_step:
         batch = sample(
             loaded, cfg.n, cfg.seed, sampler=node, batch_size=cfg.batch_size, on_step=on_step, **request, **kwargs

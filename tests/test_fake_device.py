@@ -64,7 +64,7 @@ WAITS: dict[tuple[str, str, str], tuple[str, str]] = {
     ),
     ("call", "decode.prompt_of", "copy"): ("model=gpt_nano", GIVEN),
     ("call", "decode.generate", "copy"): ("model=gpt_nano", SEEDS),
-    ("call", "decode.generate", "read"): (
+    ("call", "decode.Ends.all_within", "read"): (
         "model=gpt_nano",
         "whether all texts have ended, every CHECK_STOP_EVERY tokens",
     ),

@@ -31,7 +31,7 @@ PATHS = (
 )
 PROMPTS = "prompt", "negative_prompt", "stop"  # where even ${ is text, for they are in no stored config
 PROSE = *PROMPTS, "label", "name", "project", "notes", "url"
-LISTS = "prompt", "negative_prompt", "label", "mask"
+LISTS = "prompt", "negative_prompt", "label", "mask", "stop"
 
 
 def quote_override(override: str, sweep: bool = False) -> str:
@@ -47,8 +47,8 @@ def quote_override(override: str, sweep: bool = False) -> str:
         return override
     literally = last in PROMPTS
     if last in LISTS and re.fullmatch(r"\[.*\]", value, re.DOTALL):
-        if last == "label":
-            value = f"[{','.join(quote(part.strip()) for part in _split_at_commas(value[1:-1]))}]"
+        if last in ("label", "stop"):  # whose strings may hold any character
+            value = f"[{','.join(quote(part.strip(), literally) for part in _split_at_commas(value[1:-1]))}]"
         return f"{key}={value}"
     if not sweep:
         return f"{key}={quote(value, literally)}"

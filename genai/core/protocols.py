@@ -20,6 +20,21 @@ OnStep = Callable[[int, int, Batch], None]
 `counts_only` is true it does not read the state, and may be called for the last step of a batch only."""
 
 
+class Ending(NamedTuple):
+    """The end of a text that is written token by token, as far as it is written."""
+
+    over: bool
+    """True if the text is over, whatever is written after these tokens."""
+    tokens: int
+    """The tokens that it needs."""
+    characters: int
+    """Its length; the last of its tokens may hold more."""
+
+
+Stop = Callable[[list[int]], Ending]
+"""`stop(ids)` tells where a sample that begins with these ids ends."""
+
+
 class Losses(NamedTuple):
     """The loss of one micro-batch, with its weight and what it logs."""
 

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from genai.core import files
 from genai.core.errors import UserError, show
-from genai.core.protocols import Batch, OnStep
+from genai.core.protocols import Batch, OnStep, Stop
 from genai.core.rng import RNG_VERSION
 from genai.core.runs import Facts
 from genai.metrics import likelihood
@@ -97,6 +97,13 @@ class Modality:
         Raises UserError for a request that cannot be met.
         """
         return {}
+
+    def stop(self, request: Request) -> Stop | None:
+        """Return what tells where a sample ends by its content, as the request asks; None for samples of any content.
+
+        Raises UserError for a request that cannot be met.
+        """
+        return None
 
     def in_turn(self, start: int, stop: int) -> Texts | None:
         """Return what to ask for, by the first of `keys`, of samples start, ..., stop - 1 of many of all kinds in turn.

@@ -1,5 +1,6 @@
 """Text as token ids: the prompts of a language model, and its output."""
 
+import bisect
 import contextlib
 import json
 import sys
@@ -11,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genai.core.errors import UserError
-from genai.core.protocols import Batch, OnStep
+from genai.core.errors import UserError, show
+from genai.core.protocols import Batch, Ending, OnStep
 from genai.core.rng import RNG_VERSION
 from genai.core.runs import Facts
 from genai.metrics import likelihood
@@ -40,27 +41,37 @@ class Text(Modality):
         return cls(tokenizers.from_state(state["tokenizer"]))
 
     def condition(self, request: Request, n: int) -> Batch:
-        """Return the conditions of n samples, see `encode_prompts`; `stop`, one token, overrides the id that ends a sample.
+        """Return the conditions of n samples, see `encode_prompts`.
 
-        Raises UserError for a stop that is not one token, and for characters that the tokenizer does not have.
+        Raises UserError for characters that the tokenizer does not have.
         """
-        prompt, stop = (request.get(key) for key in self.keys)
-        cond = encode_prompts(self.tokenizer, repeat_strings("" if prompt is None else prompt, n, "prompt"))
-        if stop is not None:
-            if not isinstance(stop, str | int | float):
-                raise UserError(f"stop={stop} must be a string of one token")
-            ids = self.tokenizer.encode(str(stop))
-            if len(ids) != 1:
-                raise UserError(
-                    f"stop={stop!r} is {len(ids)} tokens of this model's tokenizer: give a string that is one"
-                )
-            cond["stop"] = torch.full((n,), int(ids[0]))
-        return cond
+        prompt = request.get("prompt")
+        return encode_prompts(self.tokenizer, repeat_strings("" if prompt is None else prompt, n, "prompt"))
+
+    def stop(self, request: Request) -> "StopStrings | None":
+        """Return the strings that end a sample, one or a list of any length; the end of a document ends it too.
+
+        Raises UserError for no strings, an empty one, and one with characters that the tokenizer does not have.
+        """
+        given = request.get("stop")
+        if given is None:
+            return None
+        listed = given if isinstance(given, list | tuple) else [given]
+        if not listed or any(isinstance(one, bool) or not isinstance(one, str | int | float) for one in listed):
+            raise UserError(f"stop={show(given)} must be a string or a list of strings, none of them empty")
+        strings = [str(one) for one in listed]
+        if "" in strings:
+            raise UserError(f"stop={show(given)} has an empty string, which every text has: leave it out")
+        for string in strings:
+            self.tokenizer.encode(string)
+        return StopStrings(self.tokenizer, strings)
 
     def preview(self, batch: Batch, columns: int | None = None) -> Texts:
-        rows = batch[self.field]
-        lengths = batch["length"].tolist() if "length" in batch else [rows.shape[1]] * len(rows)
-        return [self.tokenizer.decode(row[:n]) for row, n in zip(rows.tolist(), lengths, strict=True)]
+        rows = batch[self.field].tolist()
+        lengths, ends = (
+            batch[key].tolist() if key in batch else [None] * len(rows) for key in ("length", "characters")
+        )
+        return [self.tokenizer.decode(row[:n])[:end] for row, n, end in zip(rows, lengths, ends, strict=True)]
 
     def write(self, folder: Path, batch: Batch, names: list[str], request: Request, columns: int | None) -> list[str]:
         """Write samples.txt to read, and samples.jsonl with seed, prompt, text, ids and ln p of the text and of each token."""
@@ -96,27 +107,71 @@ class Text(Modality):
     def watch(self, request: Request) -> Iterator[OnStep]:
         """Print the first text while it is generated, up to its end."""
         prompt = request.get("prompt")
-        given, shown = self.condition(request, 1), ""
+        given, shown, waiting = self.condition(request, 1), "", ""
         first = prompt[0] if isinstance(prompt, list | tuple) and prompt else prompt
         start = "" if first is None else self.tokenizer.decode(self.tokenizer.encode(str(first)).tolist())
-        end, width = int(given["stop"]) if "stop" in given else None, 0
+        end, width, stop = int(given["stop"]) if "stop" in given else None, 0, self.stop(request)
 
         def on_step(i: int, n: int, state: Batch) -> None:
-            nonlocal shown, width
+            nonlocal shown, waiting, width
             tokens = state["tokens"][0].tolist()
             if len(tokens) <= width:  # a further batch: only the first text is printed
                 width = sys.maxsize
                 return
             width = len(tokens)
-            ends = [k for k, token in enumerate(tokens) if token == end]
-            written = start + self.tokenizer.decode(tokens[: ends[0]] if ends else tokens)
-            written = written.rstrip("\ufffd")  # a character whose last bytes are not there yet
+            tokens = tokens[: tokens.index(end)] if end in tokens else tokens
+            text = self.tokenizer.decode(tokens)
+            if stop is not None:
+                text, waiting = stop.split(text)
+            written = (start + text).rstrip("\ufffd")  # a character whose last bytes are not there yet
             if len(written) > len(shown):
                 print(written[len(shown) :], end="", flush=True)
                 shown = written
 
         yield on_step
-        print()
+        print(waiting)
+
+
+class StopStrings:
+    """Strings that end a text of a tokenizer's ids: the text is over with the first of them that is complete.
+
+    The text ends before that string, the longest one if several are complete at once. Only what is written counts, not the
+    prompt, and a character whose last bytes are not there yet does not.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, strings: Sequence[str]):
+        self.tokenizer, self.strings = tokenizer, strings
+
+    def __call__(self, ids: list[int]) -> Ending:
+        """Return where a text of ids ends, see `Ending`."""
+        text = self.tokenizer.decode(ids)
+        end = self.end(text)
+        if end is None:
+            return Ending(False, len(ids), len(text))
+        # The fewest tokens whose text reaches the end: a token can hold the last characters and the start of the string.
+        enough = bisect.bisect_left(
+            range(len(ids)), end, key=lambda n: len(self._whole(self.tokenizer.decode(ids[:n])))
+        )
+        return Ending(True, enough, end)
+
+    def end(self, text: str) -> int | None:
+        """Return how many characters of a text are before the string that ends it; None if there is none."""
+        whole = self._whole(text)
+        found = [(at + len(one), at) for one in self.strings if (at := whole.find(one)) >= 0]
+        return min(found)[1] if found else None
+
+    def split(self, text: str) -> tuple[str, str]:
+        """Split what is written before the end of a text into what is certain, and what may be the start of a stop string."""
+        if (end := self.end(text)) is not None:
+            return text[:end], ""
+        whole = self._whole(text)
+        longest = min(max(map(len, self.strings)) - 1, len(whole))
+        n = next((n for n in range(longest, 0, -1) if any(one.startswith(whole[-n:]) for one in self.strings)), 0)
+        return whole[: len(whole) - n], whole[len(whole) - n :]
+
+    @staticmethod
+    def _whole(text: str) -> str:
+        return text.rstrip("\ufffd")
 
 
 def encode_prompts(tokenizer: Tokenizer, given: Sequence[str]) -> Batch:

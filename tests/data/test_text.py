@@ -553,6 +553,14 @@ def test_a_stop_is_what_its_escapes_say(runs, tmp_path):
     for typed, meant in cases.items():
         assert unescape(compose_config("sample", [f"stop={typed}"]).stop) == meant
     assert unescape(None) is None and unescape(1) == 1
+    for typed, meant in {
+        r'["\n\n",END]': [r"\n\n", "END"],
+        "[a b,' ']": ["a b", " "],
+        "'[a]'": "[a]",
+        "[${x}]": ["${x}"],
+    }.items():
+        found = compose_config("sample", [f"stop={typed}"]).stop
+        assert (found if isinstance(meant, str) else [*found]) == meant
     given = [f"ckpt={runs / 'chars'}", r"stop=\n", f"prompt={'the cat ' * 9}", "n=3", "max_new_tokens=40"]
     sampled(compose_config("sample", [*given, f"out={tmp_path / 'out'}"], prepare_sampling))
     shown = [json.loads(line)["text"] for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
@@ -595,7 +603,10 @@ def test_a_resumed_run_wants_its_own_vocabulary(runs, tmp_path, refused):
 
 SAMPLE = {
     "prompt=thé": "the character 'é' (U+00E9) is not among",
-    "stop=at": "stop='at' is 2 tokens",
+    "stop=até": "the character 'é' (U+00E9) is not among",
+    "stop=": "stop='' has an empty string, which every text has: leave it out",
+    "stop=[a,'']": "stop=['a', ''] has an empty string",
+    "stop=[]": "stop=[] must be a value or a list that is not empty",
     "prompt=[]": "prompt=[] must be a value or a list that is not empty",
     "top_p=1.5": "sampler.top_p=1.5 must be a number greater than 0 and at most 1",
     "label=1": "unconditional: leave label= out",
@@ -604,7 +615,6 @@ SAMPLE = {
     "sampler=speculative": "must be the run or checkpoint of a smaller model",
     "sampler=ddim": "the sampler ddim is for a Diffusion, and this model is a GPT",
     "repetition_penalty=null": "sampler.repetition_penalty=null must be a number greater than 0",
-    "stop=[a,b]": "the character '['",
 }
 
 

@@ -5,9 +5,13 @@ on the left, and with them `pad` (B,), the number of padding tokens, `lead` (B,)
 that begin every text (such as a beginning-of-text token) and do not count as the prompt's own, and `stop` (B,), the id that
 ends a sample. Everything else in it is for the model. The returned Batch holds
 
-    tokens    int64 (B, max_new_tokens), `stop` after the end
-    length    (B,) tokens before the end
-    log_prob  (B, max_new_tokens) ln p of each token under the unmodified model; 0 after the end
+    tokens      int64 (B, max_new_tokens), `stop` after the end
+    length      (B,) tokens before the end
+    log_prob    (B, max_new_tokens) ln p of each token under the unmodified model; 0 after the end
+    characters  (B,) of the text of these tokens that are before the end; only for a sampler that is given `stop`
+
+A sample ends with the id that `cond` has for it, or where the sampler's argument `stop` says, whichever is first. The id counts
+in `log_prob`; tokens of a stop string, and all after it, are replaced by the id (0 if there is none), with ln p 0.
 
 Token i of sample b is drawn by inverse CDF from Philox stream 3, element i, of seeds[b].
 """
@@ -22,7 +26,7 @@ from torch import Tensor
 from genai.core import rng
 from genai.core.cuda_graph import capture, warn_no_graph
 from genai.core.errors import UserError, at_least, number
-from genai.core.protocols import Autoregressive, Batch, Capturable, OnStep, for_models
+from genai.core.protocols import Autoregressive, Batch, Capturable, Ending, OnStep, Stop, for_models
 
 # Tokens between two checks of whether all samples have stopped. The host waits for the device at each, so they are rare.
 CHECK_STOP_EVERY = 32
@@ -41,6 +45,8 @@ def generate(
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
     cuda_graph: bool | None = None,
+    *,
+    stop: Stop | None = None,
 ) -> Batch:
     """Draw tokens from softmax(logits / temperature), truncated by `distribution`; temperature 0 takes the most likely
     token.
@@ -50,6 +56,7 @@ def generate(
         repetition_penalty: divides positive logits of tokens that occur in the prompt or were drawn before, and
             multiplies negative ones (Keskar et al., 2019, section 4.1).
         cuda_graph: replay reading and drawing a token as one CUDA graph; None does so on a GPU.
+        stop: tells where a sample ends by its ids.
 
     Returns the Batch described above. Raises UserError for an argument out of range.
     """
@@ -60,7 +67,7 @@ def generate(
         raise UserError(f"sampler.cuda_graph={cuda_graph} must be true, false or null")
     n = model.length if max_new_tokens is None else at_least(max_new_tokens, 1, "sampler.max_new_tokens")
     prompt = prompt_of(model, seeds, cond)
-    stop = prompt.stop
+    ends = Ends(prompt.stop, stop)
     writer = _Writer(model, prompt, n, options, repetition_penalty)
     with torch.inference_mode(), _without_onednn(model):
         token = writer.begin(rng.uniform(seeds.to(prompt.tokens.device), (n,), stream=rng.TOKENS))
@@ -70,10 +77,9 @@ def generate(
                 token = step(token)
             if on_step is not None:
                 on_step(i, n, {"tokens": writer.tokens[:, : i + 1]})
-            checks = i % CHECK_STOP_EVERY == CHECK_STOP_EVERY - 1
-            if checks and stop is not None and (writer.tokens[:, : i + 1] == stop[:, None]).any(1).all():
+            if i % CHECK_STOP_EVERY == CHECK_STOP_EVERY - 1 and ends.all_within(writer.tokens[:, : i + 1]):
                 break
-    return cut_at_stop(writer.tokens, writer.log_probs, stop)
+    return ends.cut(writer.tokens, writer.log_probs)
 
 
 def distribution(
@@ -251,16 +257,47 @@ def check_options(temperature: float, top_k: int | None, top_p: float | None, mi
         number(min_p, "sampler.min_p", 0, 1)
 
 
-def cut_at_stop(tokens: Tensor, logs: Tensor, stop: Tensor | None) -> Batch:
-    """Return the Batch of new tokens (B, n) and their ln p; after the first stop all tokens are stop, with ln p 0."""
-    n = tokens.shape[1]
-    if stop is None:
-        return {"tokens": tokens, "length": torch.full((len(tokens),), n, device=tokens.device), "log_prob": logs}
-    stopped = tokens == stop[:, None]
-    after = stopped.cumsum(1) - stopped.long() > 0
-    length = (~stopped & ~after).sum(1)
-    return {
-        "tokens": torch.where(after, stop[:, None], tokens),
-        "length": length,
-        "log_prob": logs.masked_fill(after, 0),
-    }
+class Ends:
+    """The ends of samples while they are written.
+
+    Args:
+        token: (B,) the id that ends a sample; None for none.
+        stop: tells where a sample ends by its ids; None for anywhere.
+    """
+
+    def __init__(self, token: Tensor | None, stop: Stop | None):
+        self.token, self.stop = token, stop
+        self.found: list[Ending] = []
+
+    def all_within(self, tokens: Tensor) -> bool:
+        """Return True if all samples end within their tokens (B, n) so far; the host waits for the device only if any can."""
+        if self.stop is None:
+            return self.token is not None and bool((tokens == self.token[:, None]).any(1).all())
+        rows = tokens.tolist()
+        ids = [None] * len(rows) if self.token is None else self.token.tolist()
+        cut = [row[: row.index(id)] if id in row else row for row, id in zip(rows, ids, strict=True)]
+        # What was found stays, so that it depends neither on later tokens nor on other samples.
+        self.found = [
+            old if old is not None and old.over else self.stop(row)
+            for row, old in zip(cut, self.found or [None] * len(rows), strict=True)
+        ]
+        return all(one.over or len(row) < tokens.shape[1] for one, row in zip(self.found, cut, strict=True))
+
+    def cut(self, tokens: Tensor, logs: Tensor) -> Batch:
+        """Return the Batch of new tokens (B, n) and their ln p, see `decode`."""
+        if self.stop is not None:
+            self.all_within(tokens)
+        device, (_, n) = tokens.device, tokens.shape
+        pad = torch.zeros_like(tokens[:, 0]) if self.token is None else self.token
+        if self.token is None:
+            after, length = torch.zeros_like(tokens, dtype=torch.bool), torch.full((len(tokens),), n, device=device)
+        else:
+            stopped = tokens == pad[:, None]
+            after = stopped.cumsum(1) - stopped.long() > 0
+            length = (~stopped & ~after).sum(1)
+        batch = {"length": length}
+        if self.stop is not None:
+            over, kept, characters = torch.tensor(self.found, dtype=torch.int64, device=device).unbind(1)
+            batch = {"length": torch.where(over > 0, kept, length), "characters": characters}
+            after = after | ((torch.arange(n, device=device) >= kept[:, None]) & (over > 0)[:, None])
+        return {"tokens": torch.where(after, pad[:, None], tokens), **batch, "log_prob": logs.masked_fill(after, 0)}

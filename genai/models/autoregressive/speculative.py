@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from genai.core import rng
 from genai.core.errors import UserError, at_least
-from genai.core.protocols import Batch, OnStep, Rewindable, for_models
-from genai.models.autoregressive.decode import check_options, cut_at_stop, distribution, draw, prompt_of
+from genai.core.protocols import Batch, OnStep, Rewindable, Stop, for_models
+from genai.models.autoregressive.decode import Ends, check_options, distribution, draw, prompt_of
 
 
 @for_models(Rewindable, draft=Rewindable)
@@ -24,6 +24,8 @@ def speculative(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    *,
+    stop: Stop | None = None,
 ) -> Batch:
     """Draw from `generate`'s distribution in fewer calls of the model (Leviathan et al., 2023, algorithm 1).
 
@@ -53,7 +55,7 @@ def speculative(
         raise UserError(
             f"sampler.draft has {draft.vocab_size} tokens, this model {model.vocab_size}: they must share one tokenizer"
         )
-    tokens, _, pad, stop, cond = prompt_of(model, seeds, cond)
+    tokens, _, pad, end, cond = prompt_of(model, seeds, cond)
     length = min(model.length, draft.length)
     room = length - tokens.shape[1] + 1  # the last token is not read
     most = room if room > 0 else length  # none is left after a longer prompt: as many as the context holds
@@ -61,18 +63,18 @@ def speculative(
     written, log_probs = tokens.new_zeros(len(tokens), n), torch.zeros(len(tokens), n, device=tokens.device)
     with torch.inference_mode():
         uniforms = [rng.uniform(seeds.to(tokens.device), (n,), row, rng.TOKENS) for row in (1, 2, 3)]
-        ends, starts = (None if t is None else t.cpu().tolist() for t in (stop, pad))
+        ends, starts = (None if t is None else t.cpu().tolist() for t in (end, pad))
         for b in range(len(tokens)):
             own = None if cond is None else {name: value[b : b + 1] for name, value in cond.items()}
             target, drafter = (_Reader(m, own, tokens.shape[1] + n - 1) for m in (model, draft))
             prompt = tokens[b : b + 1, 0 if starts is None else starts[b] :]
-            until = None if ends is None else ends[b]
-            parts = _speculate(target, drafter, prompt, n, ahead, [u[b : b + 1] for u in uniforms], options, until)
+            until = None if ends is None else ends[b], stop
+            parts = _speculate(target, drafter, prompt, n, ahead, [u[b : b + 1] for u in uniforms], options, *until)
             for whole, part in zip((written, log_probs), parts, strict=True):
                 whole[b].copy_(part)
             if on_step is not None:
                 on_step(b, len(tokens), {"tokens": written[b : b + 1]})
-    return cut_at_stop(written, log_probs, stop)
+    return Ends(end, stop).cut(written, log_probs)
 
 
 class _Reader:
@@ -108,11 +110,13 @@ def _speculate(
     ahead: int,
     uniforms: list[Tensor],
     options: tuple,
-    stop: int | None,
+    end: int | None,
+    stop: Stop | None,
 ) -> tuple[Tensor, Tensor]:
     """Return n new tokens (n,) of one prompt (1, T), and their ln p under the model (n,)."""
     prompt_length, text = prompt.shape[1], prompt
     log_probs: list[Tensor] = []
+    ids: list[int] = []
     while (at := text.shape[1] - prompt_length) < n:
         g = min(ahead, n - at - 1)
         qs, drafted = [], text
@@ -130,7 +134,8 @@ def _speculate(
         log_probs.append(raw[0, : len(fresh)].log_softmax(-1).gather(1, fresh[:, None])[:, 0])
         for reader in (model, draft):
             reader.forget_after(text.shape[1] - 1)
-        if stop in (*read[:keep], read[-1]):
+        ids += [*read[:keep], read[-1]]
+        if end in ids or (stop is not None and stop(ids).over):
             break
     tokens, log_prob = text[0, prompt_length:], torch.cat(log_probs)
     missing = n - len(tokens)
