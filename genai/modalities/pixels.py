@@ -11,6 +11,7 @@ from genai.core.errors import UserError
 from genai.core.protocols import Batch
 from genai.modalities.base import Modality, Picture, Request
 from genai.modalities.image import Image
+from genai.nn.grey_levels import from_levels, to_levels
 
 BEGIN = 0  # id before every image; grey level k has id k + 1
 MAX_SIZE = 2**16  # of height, width, channels and grey levels
@@ -58,14 +59,3 @@ class Pixels(Modality):
 
     def write(self, folder: Path, batch: Batch, names: list[str], request: Request, columns: int | None) -> list[str]:
         return self.image.write(folder, {**batch, **self.decode(batch)}, names, request, columns)
-
-
-def to_levels(x: Tensor, levels: int) -> Tensor:
-    """Convert images (B, C, H, W) in [-1, 1] to grey levels 0, ..., levels - 1, int64 (B, H W C), channels last."""
-    return ((x.movedim(1, -1).flatten(1) + 1) * ((levels - 1) / 2)).round().clamp(0, levels - 1).long()
-
-
-def from_levels(level: Tensor, shape: Sequence[int], levels: int) -> Tensor:
-    """Convert grey levels int64 (B, H W C) to images float32 (B, C, H, W), the inverse of `to_levels`."""
-    c, h, w = shape
-    return (level.float() * (2 / (levels - 1)) - 1).view(-1, h, w, c).movedim(-1, 1)

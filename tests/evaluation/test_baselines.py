@@ -24,7 +24,7 @@ from genai.evaluation.baselines.run import run
 from genai.evaluation.baselines.vectors import GMM, KNN, PCA, TrainingCopy
 from genai.evaluation.features import Extractor, FeatureSet
 from genai.evaluation.metrics import standard_metrics
-from genai.modalities.pixels import from_levels, to_levels
+from genai.nn.grey_levels import from_levels, to_levels
 
 LEVELS, SHAPE = 4, [1, 2, 3]
 

@@ -11,7 +11,7 @@ from genai.core import rng
 from genai.core.errors import at_least, number
 from genai.core.protocols import Batch
 from genai.evaluation.baselines.base import Baseline, TrainingData
-from genai.modalities.pixels import from_levels, to_levels
+from genai.nn.grey_levels import from_levels, to_levels
 
 
 def inverse(cumulative: Tensor, u: Tensor) -> Tensor:
