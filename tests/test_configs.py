@@ -13,7 +13,9 @@ import genai
 from genai.checkpoint.build import build_typed
 from genai.cli import compose_config
 from genai.core.precision import cast_for_inference
+from genai.core.protocols import PAD
 from genai.data.base import Data, synthetic_batch
+from genai.modalities.caption import Caption
 from genai.modalities.stored import nodes_of
 from genai.train.callbacks import File
 from genai.train.ema import EMA
@@ -31,8 +33,8 @@ class Synthetic:
 
     augments = False
 
-    def __init__(self, data):
-        self.facts, self.speakers = (data.shape, data.field, data.classes), data.speakers
+    def __init__(self, data, caption=None):
+        self.facts, self.speakers, self.caption = (data.shape, data.field, data.classes), data.speakers, caption
 
     def __len__(self):
         return 16
@@ -41,6 +43,8 @@ class Synthetic:
         whole = synthetic_batch(*self.facts, n=16)
         if self.speakers is not None:
             whole["speaker"] = torch.arange(16) % self.speakers
+        if self.caption is not None:
+            whole["caption"] = torch.arange(16 * self.caption).view(16, -1) % PAD
         return {name: value[index] for name, value in whole.items()}
 
 
@@ -87,7 +91,10 @@ def synthetic(facts):
         found_levels=facts["levels"],
         speaker_names=speakers,
     )
-    data.splits = {"train": Synthetic(data), "val": Synthetic(data)}
+    caption = facts.get("length")  # of the longest one in bytes
+    if caption is not None:
+        data.conditions = {"caption": Caption(caption), **data.conditions}
+    data.splits = {"train": Synthetic(data, caption), "val": Synthetic(data, caption)}
     return data
 
 

@@ -25,7 +25,6 @@ from genai.checkpoint.build import build_typed
 from genai.core import rng
 from genai.core.errors import UserError
 from genai.core.protocols import check_sampler, with_items
-from genai.data.base import synthetic_batch
 from genai.kernels import affine_step
 from genai.models.autoregressive import decode
 from genai.models.diffusion.base import Diffusion
@@ -71,6 +70,7 @@ WAITS: dict[tuple[str, str, str], tuple[str, str]] = {
     ("call", "speculative.speculative", "copy"): ("model=gpt_nano", SEEDS),
     ("call", "speculative.speculative", "read"): ("model=gpt_nano", "where texts begin and end, once a call"),
     ("call", "speculative._speculate", "read"): ("model=gpt_nano", "which tokens were kept, once a round"),
+    ("call", "maskgit.sample", "copy"): ("model=maskgit", SEEDS),
     ("call", "nets.labels", "copy"): ("model=gan", GIVEN),
     ("call", "gan.GAN.latent", "copy"): ("model=gan", SEEDS),
     ("call", "latents.interpolate", "copy"): ("model=gan", GIVEN),
@@ -220,7 +220,8 @@ def facts_of(config: dict) -> tuple:
 
 def train_and_evaluate(gpu: FakeGPU, lit, config: dict) -> None:
     """Make a step of two micro-batches, log, and evaluate."""
-    batch = {name: torch.empty_like(t, device=GPU) for name, t in synthetic_batch(*facts_of(config), n=4).items()}
+    items = lit.data.splits["train"].batch(torch.arange(4), None)
+    batch = {name: torch.empty_like(t, device=GPU) for name, t in items.items()}
     lit.on_fit_start()
     lit.model.train()
     with gpu.within_step():
