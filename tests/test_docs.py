@@ -263,7 +263,7 @@ def prepare_page(path, folder):
     """What a page takes from elsewhere: files of other pages, and what would be downloaded."""
     if path == README:
         write_files(FAMILY, folder)
-    if path.name == "gpt2.md":
+    if path.name in ("gpt2.md", "text.md"):
         transformers = pytest.importorskip("transformers")
         tokenizers = pytest.importorskip("tokenizers")
         words = tokenizers.Tokenizer(tokenizers.models.BPE())

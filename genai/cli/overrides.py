@@ -28,6 +28,7 @@ PATHS = (
     "audio",
     "mask",
     "autoguidance",
+    "tokenizer",
 )
 PROMPTS = "prompt", "negative_prompt", "stop"  # where even ${ is text, for they are in no stored config
 PROSE = *PROMPTS, "label", "name", "project", "notes", "url"

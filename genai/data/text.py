@@ -24,7 +24,7 @@ class Text(Data):
 
     Args:
         source: of the text.
-        tokenizer: byte, char, or bpe with `vocab_size` ids.
+        tokenizer: byte, char, or bpe with `vocab_size` ids; or a file or folder of a published one.
         val, test: fractions of the text for validation and test.
         overlap: tokens of context that consecutive evaluation windows share.
         cache: folder of prepared texts, default $XDG_CACHE_HOME/genai or ~/.cache/genai.

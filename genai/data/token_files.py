@@ -21,12 +21,14 @@ from genai.core.errors import UserError
 from genai.core.protocols import Batch
 from genai.data.fingerprint import checksum, files_checksum
 from genai.data.mapped import MappedFile
-from genai.modalities.tokenizers import Tokenizer, learn
+from genai.modalities import published
+from genai.modalities.tokenizers import LEARNED, Tokenizer, learn
 
 if TYPE_CHECKING:
     from genai.data.text_sources import Piece, Source
 
 FORMAT = 1  # version of the prepared files
+CHECKED = 2**16  # characters in which a published tokenizer is looked at for what it loses
 
 
 def prepare(
@@ -39,7 +41,7 @@ def prepare(
 
     Args:
         source: the text.
-        tokenizer: byte, char or bpe.
+        tokenizer: byte, char or bpe, or a file or folder of a published one.
         vocab_size: number of ids, for bpe.
         shares: fraction of the text of each split, by name.
         cache: folder to look in and write to; None for the user's cache. If a checkpoint file, not the user, chose the folder,
@@ -47,7 +49,13 @@ def prepare(
 
     Raises UserError if the cache cannot be written.
     """
-    identity = (FORMAT, source.kind, source.documents, tokenizer, vocab_size, shares)
+    known = None if tokenizer in LEARNED else published.read(tokenizer, source.documents)
+    if known is not None and vocab_size is not None:
+        raise UserError(
+            f"data.vocab_size={vocab_size} is for data.tokenizer=bpe, and {tokenizer} has its own: leave it out"
+        )
+    chosen = tokenizer if known is None else known.state()
+    identity = (FORMAT, source.kind, source.documents, chosen, vocab_size, shares)
     digest = hashlib.sha256(repr(identity).encode())
     source.fingerprint(digest)
     name, own = digest.hexdigest()[:24], cache_folder("text")
@@ -64,8 +72,12 @@ def prepare(
         temporary.mkdir(parents=True, exist_ok=True)
         learn_from = 1.0 if tokenizer == "char" else shares["train"]
         pieces = (text for text, _ in source.pieces(0.0, learn_from))
-        with progress.task(f"learning the tokenizer {tokenizer}, once"):
-            ids = learn(tokenizer, pieces, source.size_bytes, vocab_size, source.documents)
+        if known is not None:
+            _tell_losses(known, tokenizer, next(pieces, ""))
+            ids = known
+        else:
+            with progress.task(f"learning the tokenizer {tokenizer}, once"):
+                ids = learn(tokenizer, pieces, source.size_bytes, vocab_size, source.documents)
         dtype = smallest_dtype(ids.vocab_size)
         meta: dict[str, Any] = {"tokenizer": ids.state(), "dtype": dtype, "characters": {}, "bytes": {}}
         with progress.task("encoding the text, once:", source.size_bytes >> 20, "MiB") as task:
@@ -88,6 +100,20 @@ def prepare(
         for left in (temporary, damaged):
             shutil.rmtree(left, ignore_errors=True)
     return folder
+
+
+def _tell_losses(tokenizer: Tokenizer, named: str, text: str) -> None:
+    """Warn of a tokenizer that does not keep the beginning of a text as it is, such as one that has no upper case."""
+    text = text[:CHECKED]
+    back = tokenizer.decode(tokenizer.encode(text).tolist())
+    if back == text:
+        return
+    at = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
+    kept, left = text[at : at + 20], back[at : at + 20]
+    print(
+        f"the tokenizer {named} does not keep this text: {kept!r} becomes {left!r}; likelihoods are of what it keeps",
+        file=sys.stderr,
+    )
 
 
 def bounds(shares: dict[str, float]) -> dict[str, tuple[float, float]]:

@@ -1,6 +1,6 @@
 """Tokenizers: text to ids and back. A checkpoint holds its tokenizer as plain values, so that sampling needs no other file.
 
-Ids run from 0; with `end` the last id is the end of a document, which is also in front of the first.
+Ids run from 0; with `end` one id, the last of our own tokenizers, is the end of a document, which is also in front of the first.
 """
 
 import itertools
@@ -18,6 +18,9 @@ SAMPLE_BYTES = 64 * 2**20  # of text at most that BPE learns its merges from
 MAX_WORD_BYTES = (
     1024  # longer words are split while learning: each merge rescans its words, and text without spaces is one word
 )
+
+LEARNED = "byte", "char", "bpe"
+"""Tokenizers that are made from a text; any other name is a file."""
 
 
 class Tokenizer(Protocol):
@@ -113,7 +116,7 @@ class BPE:
             extras = [name for name, part in found.items() if isinstance(part, list) and part]
             if parts != {"pre_tokenizer": "ByteLevel", "decoder": "ByteLevel", "model": "BPE"} or extras:
                 raise UserError("the spec of a tokenizer is not that of a byte-level BPE alone")
-            self.spec, self.bpe = spec, _library().Tokenizer.from_str(spec)
+            self.spec, self.bpe = spec, library().Tokenizer.from_str(spec)
         except UserError:
             raise
         except Exception as error:  # the library raises plain Exception
@@ -127,17 +130,17 @@ class BPE:
 
         Words longer than MAX_WORD_BYTES are learned from in parts, so that the time is linear in the text.
         """
-        library = _library()
-        bpe = library.Tokenizer(library.models.BPE())
-        words = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        parts = library.pre_tokenizers.Split(library.Regex(f".{{1,{MAX_WORD_BYTES}}}"), "isolated")
-        bpe.pre_tokenizer = library.pre_tokenizers.Sequence([words, parts])
-        bpe.decoder = library.decoders.ByteLevel()
-        trainer = library.trainers.BpeTrainer(
+        made = library()
+        bpe = made.Tokenizer(made.models.BPE())
+        words = made.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        parts = made.pre_tokenizers.Split(made.Regex(f".{{1,{MAX_WORD_BYTES}}}"), "isolated")
+        bpe.pre_tokenizer = made.pre_tokenizers.Sequence([words, parts])
+        bpe.decoder = made.decoders.ByteLevel()
+        trainer = made.trainers.BpeTrainer(
             vocab_size=vocab_size - end,
             show_progress=False,
             special_tokens=[],
-            initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
+            initial_alphabet=sorted(made.pre_tokenizers.ByteLevel.alphabet()),
         )
         bpe.train_from_iterator(chunks, trainer)
         bpe.pre_tokenizer = words
@@ -158,6 +161,55 @@ class BPE:
         return {"_target_": "genai.modalities.tokenizers.BPE", "spec": self.spec, "end": self.end is not None}
 
 
+class Published:
+    """A tokenizer of others, restored from the JSON `spec` of the `tokenizers` library, see `genai.modalities.published`.
+
+    Special tokens are ids of their own: a text that has their letters stays text. Some tokenizers do not keep a text as it is;
+    `decode` then gives back what is left of it.
+
+    Args:
+        spec: as in a tokenizer.json.
+        token: that ends a document; "" for one that is added after the others.
+        end: whether documents end with it.
+
+    Raises UserError for a spec that is none, and a token that it does not have.
+    """
+
+    STATE_TYPES: ClassVar[dict[str, type]] = {"spec": str, "token": str}
+
+    def __init__(self, spec: str, token: str = "", end: bool = False):
+        try:
+            self.library = library().Tokenizer.from_str(spec)
+            self.library.no_truncation()
+            self.library.no_padding()
+            self.library.encode_special_tokens = True
+            ids = self.library.get_vocab(with_added_tokens=True)
+        except UserError:
+            raise
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"the spec of a tokenizer cannot be read: {error}") from error
+        if not ids:
+            raise UserError("the spec of a tokenizer has no tokens")
+        if token and token not in ids:
+            raise UserError(f"the token {token!r}, which ends documents, is not in the vocabulary of this tokenizer")
+        self.spec, self.token, words = spec, token, max(ids.values()) + 1
+        self.end = ids.get(token, words) if end else None
+        self.vocab_size = max(words, -1 if self.end is None else self.end + 1)
+
+    def encode(self, text: str) -> np.ndarray:
+        try:
+            return np.array(self.library.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        except (TypeError, UnicodeEncodeError):
+            raise UserError(f"{text!r} contains bytes that are not UTF-8, which this tokenizer cannot encode") from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.library.decode([i for i in ids if i != self.end], skip_special_tokens=False)
+
+    def state(self) -> dict[str, Any]:
+        target = "genai.modalities.tokenizers.Published"
+        return {"_target_": target, "spec": self.spec, "token": self.token, "end": self.end is not None}
+
+
 def from_state(node: dict[str, Any]) -> Tokenizer:
     """Restore a tokenizer from its `state()`; only those of this project are built.
 
@@ -167,7 +219,7 @@ def from_state(node: dict[str, Any]) -> Tokenizer:
         raise UserError(f"a tokenizer is described by a dict with a _target_, not by a {type(node).__name__}")
     arguments = stored.up_to_date(node)
     target = arguments.pop("_target_", None)
-    kind = {f"{__name__}.{kind.__name__}": kind for kind in (Byte, Char, BPE)}.get(str(target))
+    kind = {f"{__name__}.{kind.__name__}": kind for kind in (Byte, Char, BPE, Published)}.get(str(target))
     if kind is None:
         raise UserError(f"{target} is not a tokenizer of this project")
     if {name: type(value) for name, value in arguments.items()} != {**kind.STATE_TYPES, "end": bool}:
@@ -191,7 +243,7 @@ def learn(kind: str, chunks: Iterator[str], size_bytes: int, vocab_size: int | N
         return Byte(end)
     if kind == "char":
         return Char.learn(chunks, end)
-    raise UserError(f"data.tokenizer={kind!r} must be one of byte, char, bpe")
+    raise UserError(f"data.tokenizer={kind!r} must be one of {', '.join(LEARNED)}")
 
 
 def subsample(chunks: Iterator[str], size_bytes: int, seed: int = 0) -> Iterator[str]:
@@ -204,10 +256,11 @@ def subsample(chunks: Iterator[str], size_bytes: int, seed: int = 0) -> Iterator
     yield from (chunk for chunk in chunks if draw.random() < share)
 
 
-def _library() -> Any:
+def library() -> Any:
+    """Return the package tokenizers. Raises UserError if it is not installed."""
     try:
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers, trainers  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UserError("data.tokenizer=bpe needs the package tokenizers: pip install tokenizers") from error
+        raise UserError("a tokenizer of this kind needs the package tokenizers: pip install tokenizers") from error
     return tokenizers

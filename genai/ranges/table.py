@@ -160,7 +160,7 @@ RANGES: dict[str, Any] = {
     "data.names": Many(WORD, null=True),
     "data.templates": Many(WORD, null=True),
     "data.length": whole(1, 10**6, "bytes"),
-    "data.tokenizer": Choice(("byte", "char", "bpe")),
+    "data.tokenizer": Either(Choice(("byte", "char", "bpe")), Text("the file or folder of a published tokenizer")),
     "data.vocab_size": whole(256, 2**24, "tokens", null=True),
     "data.val": Number(0, 1, above=True, below=True),
     "data.test": Number(0, 1, below=True),

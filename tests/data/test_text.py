@@ -458,6 +458,37 @@ print(next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(
     assert (used[1] - used[0]) / (64 * 2**20) < 0.3
 
 
+def test_a_text_is_encoded_by_a_published_tokenizer_and_the_cache_knows_which(make, tmp_path, capsys):
+    library = pytest.importorskip("tokenizers")
+    for lower in (False, True):
+        words = tokenizers.BPE.learn(iter([PROSE]), 300).bpe
+        if lower:
+            words.normalizer = library.normalizers.Lowercase()
+        words.add_special_tokens(["<end>"])
+        words.save(str(tmp_path / f"{lower}.json"))
+    plain, lower = (make(PROSE, tokenizer=str(tmp_path / f"{lower}.json")) for lower in (False, True))
+    said = capsys.readouterr().err
+    assert f"the tokenizer {tmp_path}/True.json does not keep this text: 'Zwölf Boxkämpfer jag' becomes 'zwölf" in said
+    assert "False.json does not keep" not in said
+    size = len(PROSE.encode())
+    assert plain.levels == lower.levels == 301 and plain.tokenizer.end is None
+    assert plain.tokenizer.decode(stream(plain.splits["train"]).tolist()) == PROSE.encode()[: int(size * 0.8)].decode(
+        errors="ignore"
+    )
+    assert lower.tokenizer.decode(stream(lower.splits["val"]).tolist()) in PROSE.lower()
+    documents = make("one\ntwo\nthree\n" * 100, text.lines, tokenizer=str(tmp_path / "False.json"))
+    assert documents.tokenizer.end == 300 and (stream(documents.splits["val"]) == 300).sum() > 10
+    assert make(PROSE, tokenizer=str(tmp_path / "False.json")).splits["val"].path == plain.splits["val"].path
+    with pytest.raises(
+        UserError, match=r"data.vocab_size=300 is for data.tokenizer=bpe, and .*json has its own: leave it out"
+    ):
+        make(PROSE, tokenizer=str(tmp_path / "False.json"), vocab_size=300)
+    with pytest.raises(
+        UserError, match=r"data.tokenizer='bytes' must be byte, char, bpe, or a file or folder that exists"
+    ):
+        make(PROSE, tokenizer="bytes")
+
+
 # From the command line
 
 TINY = [
@@ -642,7 +673,7 @@ def test_wrong_texts(refused, tmp_path):
             "data=text_file",
             "data.path=good.txt",
             "data.tokenizer=word",
-        ): "data.tokenizer=word must be one of byte, char, bpe",
+        ): "data.tokenizer='word' must be byte, char, bpe, or a file or folder that exists: a tokenizer.json",
         ("data=text_file", "data.path=good.txt", "data.tokenizer=bpe"): "data.vocab_size=None must be a whole number",
         (
             "data=text_file",
