@@ -94,9 +94,9 @@ def sample() -> None:
     from genai.cli import main, prepare_sampling
 
     def task(cfg: Any) -> None:
-        from genai.sampling import run
+        from genai.sampling import converse, run
 
-        run(cfg)
+        (converse if cfg.prompt == "-" else run)(cfg)
 
     main(task, "sample", prepare_sampling)
 

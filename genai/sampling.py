@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -264,29 +265,94 @@ def conditions(request: Request, n: int, loaded: Loaded) -> Batch:
 
 def run(cfg: Any) -> Path:
     """Run `sample.py`: load, sample with a progress bar or streaming text, and write files; returns their folder."""
-    from omegaconf import OmegaConf
-
     if cfg.out is not None:
         files.check_folder(Path(cfg.out), "out")
-    with progress.task("loading the checkpoint"):
-        loaded = checkpoint.load(cfg.ckpt, cfg.weights, cfg.device, cfg.trust, cfg.precision, cfg.compile)
-    node: dict[str, Any] = OmegaConf.to_container(cfg.sampler, resolve=True)  # type: ignore[assignment]
-    kwargs: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(ARGUMENTS)))
-    kwargs = {key: value for key, value in kwargs.items() if value is not None and value is not False}
-    given = {key: cfg[key] for key in ("label", "speaker", "mel", "prompt", "negative_prompt")}
-    request: dict[str, Any] = {k: OmegaConf.to_container(v) if OmegaConf.is_list(v) else v for k, v in given.items()}
-    request["stop"] = [*map(unescape, cfg.stop)] if OmegaConf.is_list(cfg.stop) else unescape(cfg.stop)
+    loaded, request, settings = _prepare(cfg)
     with loaded.modality.watch(request) or bar() as on_step:
-        batch = sample(
-            loaded, cfg.n, cfg.seed, sampler=node, batch_size=cfg.batch_size, on_step=on_step, **request, **kwargs
-        )
+        batch = sample(loaded, cfg.n, cfg.seed, on_step=on_step, **request, **settings)
     home = checkpoint.folder_of(loaded.path)
     out = Path(cfg.out) if cfg.out is not None else _free_folder(home)
     with files.check_writable(out, "name another folder with out="):
         files.make_folder(out, None if cfg.out is not None else home)
-        written = _write(out, loaded, batch, request, node)
+        written = _write(out, loaded, batch, request, settings["sampler"])
     print(f"{cfg.n} samples of {loaded.path} (step {loaded.step}, {cfg.weights} weights): {written}")
     return out
+
+
+def converse(cfg: Any) -> None:
+    """Run `sample.py prompt=-`: show one sample for each line that is typed, while it is written, until the input ends.
+
+    Line i gets seed + i. A line that cannot be a prompt is answered by a sentence if a person types, and else ends the command.
+    Nothing is written to files.
+
+    Raises UserError for a model whose samples are not shown while they are written, and for keys that would have no effect.
+    """
+    for key, default in (("out", None), ("n", 100)):
+        if cfg[key] != default:
+            raise UserError(
+                f"{key}={cfg[key]} has no effect with prompt=-, which shows one sample for each line: leave it out"
+            )
+    loaded, request, settings = _prepare(cfg)
+    if loaded.modality.watch({}) is None:
+        raise UserError(
+            f"prompt=- is for a model of text, and samples of this one are {loaded.modality.field}: leave it out"
+        )
+    for i, line in enumerate(_typed_lines()):
+        given = {**request, "prompt": unescape(line)}
+        try:
+            loaded.modality.condition(given, 1)  # before anything is shown
+            with loaded.modality.watch(given) or contextlib.nullcontext() as on_step:
+                sample(loaded, 1, cfg.seed + i, on_step=on_step, **given, **settings)
+        except UserError as error:
+            if not sys.stdin.isatty():
+                raise
+            print(error, file=sys.stderr)
+
+
+def _typed_lines() -> Iterator[str]:
+    """Yield the lines of standard input, with a mark in front where a person types."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # lines can be edited, and repeated by the arrow keys
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        except UnicodeDecodeError:
+            raise UserError(
+                "the prompts that prompt=- reads are not UTF-8: convert them, for instance with iconv"
+            ) from None
+
+
+def _prepare(cfg: Any) -> tuple[Loaded, dict[str, Any], dict[str, Any]]:
+    """Return the loaded model, the request, and further arguments of `sample`, as a config of `sample.py` says."""
+    from omegaconf import OmegaConf
+
+    given = {key: cfg[key] for key in ("label", "speaker", "mel", "prompt", "negative_prompt")}
+    request: dict[str, Any] = {k: OmegaConf.to_container(v) if OmegaConf.is_list(v) else v for k, v in given.items()}
+    request["stop"] = [*map(unescape, cfg.stop)] if OmegaConf.is_list(cfg.stop) else unescape(cfg.stop)
+    if cfg.prompt_file is not None:
+        if cfg.prompt is not None:
+            raise UserError(f"prompt_file={cfg.prompt_file} and prompt= both give the prompt: leave one out")
+        request["prompt"] = _prompt_in(Path(cfg.prompt_file))
+    with progress.task("loading the checkpoint"):
+        loaded = checkpoint.load(cfg.ckpt, cfg.weights, cfg.device, cfg.trust, cfg.precision, cfg.compile)
+    kwargs: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(ARGUMENTS)))
+    kwargs = {key: value for key, value in kwargs.items() if value is not None and value is not False}
+    kwargs |= {"sampler": OmegaConf.to_container(cfg.sampler, resolve=True), "batch_size": cfg.batch_size}
+    return loaded, request, kwargs
+
+
+def _prompt_in(path: Path) -> str:
+    """Return the text of a file as it is, to the last line break. Raises UserError if it cannot be read, or is empty."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"prompt_file={path} cannot be read ({why}): name a UTF-8 text file") from None
+    if not text:
+        raise UserError(f"prompt_file={path} is empty: leave it out, or name a file with a prompt")
+    return text
 
 
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}

@@ -358,6 +358,7 @@ SAMPLE = {
     "class=3": "did you mean label?",
     "image=cat.jpg": "image=cat.jpg cannot be read as an image",
     "stop=x": "takes no text",
+    "prompt=-": "prompt=- is for a model of text, and samples of this one are image: leave it out",
     "negative_prompt=x": "takes no prompt",
     "seed=1,2": "seed=1,2 names several values: genai sample takes one, so repeat the command in a loop of the shell",
     "-m": "genai sample has no sweeps: leave -m out, and repeat the command in a loop of the shell",

@@ -29,6 +29,7 @@ PATHS = (
     "mask",
     "autoguidance",
     "tokenizer",
+    "prompt_file",
 )
 PROMPTS = "prompt", "negative_prompt", "stop"  # where even ${ is text, for they are in no stored config
 PROSE = *PROMPTS, "label", "name", "project", "notes", "url"

@@ -368,6 +368,7 @@ RANGES: dict[str, Any] = {
     "speaker": Free(),
     "mel": Free(),
     "prompt": Free(),
+    "prompt_file": PATH,
     "negative_prompt": Free(),
     "stop": Free(),
     "guidance": nullable(GUIDANCE),

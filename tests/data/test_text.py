@@ -1,5 +1,6 @@
 """Text: tokenizers, prepared streams, windows, and the way from a file on disk to samples and bits per character."""
 
+import io
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import genai
+from genai import sampling
 from genai.cli import compose_config, prepare_sampling, quote_override
 from genai.core.errors import UserError
 from genai.data import text, text_sources, token_files
@@ -600,6 +602,42 @@ def test_a_stop_is_what_its_escapes_say(runs, tmp_path):
     assert genai.texts(loaded, batch) == shown and not any("\n" in t for t in shown)
 
 
+def test_lines_that_are_typed_are_answered_by_one_loaded_model(runs, monkeypatch, capsys):
+    """Line i with seed + i, as it is written; where a person types, a line that cannot be a prompt is answered by a sentence."""
+    loaded, loads = genai.load(runs / "chars"), []
+    load = sampling.checkpoint.load
+    monkeypatch.setattr(sampling.checkpoint, "load", lambda *given: loads.append(1) or load(*given))
+    given = [f"ckpt={runs / 'chars'}", "prompt=-", "seed=5", "max_new_tokens=20", r'stop=["\n"]']
+    cfg, before = compose_config("sample", given, prepare_sampling), sorted(runs.rglob("*"))
+    lines = ["the cat", "", r"a\nthe"]
+    expected = ""
+    for i, prompt in enumerate(["the cat", "", "a\nthe"]):
+        batch = genai.sample(loaded, n=1, seed=5 + i, prompt=prompt, max_new_tokens=20, stop=["\n"])
+        expected += prompt + genai.texts(loaded, batch)[0] + "\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    sampling.converse(cfg)
+    assert capsys.readouterr().out == expected and len(loads) == 1 and sorted(runs.rglob("*")) == before
+    monkeypatch.setattr("sys.stdin", io.StringIO("thé\nthe cat\n"))
+    with pytest.raises(UserError, match="the character 'é'"):
+        sampling.converse(cfg)
+    monkeypatch.setattr("sys.stdin", io.StringIO("thé\nthe cat\n"))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    sampling.converse(cfg)
+    said = capsys.readouterr()
+    assert "the character 'é'" in said.err and said.out.startswith("> > the cat") and said.out.endswith("\n> ")
+
+
+def test_a_prompt_may_be_a_file(runs, tmp_path):
+    (tmp_path / "prompt.txt").write_text("the cat\nsat ")
+    given = [f"ckpt={runs / 'chars'}", f"prompt_file={tmp_path / 'prompt.txt'}", "n=2", "max_new_tokens=9"]
+    sampled(compose_config("sample", [*given, f"out={tmp_path / 'out'}"], prepare_sampling))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    loaded = genai.load(runs / "chars")
+    batch = genai.sample(loaded, n=2, prompt="the cat\nsat ", max_new_tokens=9)
+    assert [row["prompt"] for row in rows] == ["the cat\nsat "] * 2
+    assert [row["text"] for row in rows] == genai.texts(loaded, batch)
+
+
 def test_evaluation_is_of_the_whole_split(runs, capsys):
     cfg = compose_config("evaluate", [f"ckpt={runs / 'chars'}", "split=val", "batch_size=7"])
     result = evaluate(cfg)
@@ -638,6 +676,12 @@ SAMPLE = {
     "stop=": "stop='' has an empty string, which every text has: leave it out",
     "stop=[a,'']": "stop=['a', ''] has an empty string",
     "stop=[]": "stop=[] must be a value or a list that is not empty",
+    "prompt_file=nowhere.txt": "prompt_file=nowhere.txt cannot be read (No such file or directory): name a UTF-8 text file",
+    "prompt_file=/dev/null": "prompt_file=/dev/null is empty: leave it out",
+    f"prompt_file={sys.executable}": "cannot be read (it is not UTF-8): name a UTF-8 text file",
+    "prompt_file=README.md prompt=a": "prompt_file=README.md and prompt= both give the prompt: leave one out",
+    "prompt=- out=here": "out=here has no effect with prompt=-",
+    "prompt=- n=3": "n=3 has no effect with prompt=-, which shows one sample for each line",
     "prompt=[]": "prompt=[] must be a value or a list that is not empty",
     "top_p=1.5": "sampler.top_p=1.5 must be a number greater than 0 and at most 1",
     "label=1": "unconditional: leave label= out",
@@ -651,7 +695,8 @@ SAMPLE = {
 
 @pytest.mark.parametrize("argument", SAMPLE)
 def test_wrong_sampling_commands(refused, runs, argument):
-    assert SAMPLE[argument] in refused("sample.py", f"ckpt={runs / 'chars'}", "n=2", argument)
+    n = [] if "prompt=-" in argument else ["n=2"]
+    assert SAMPLE[argument] in refused("sample.py", f"ckpt={runs / 'chars'}", *n, *argument.split(" "))
 
 
 def test_wrong_texts(refused, tmp_path):
