@@ -12,7 +12,7 @@ from typing import Any
 from genai import progress
 from genai.core import stored
 from genai.core.errors import UserError, at_least, number
-from genai.data.base import Data, Split
+from genai.data.base import Data
 from genai.data.text_sources import Embedded, Lines, Source, TextFiles
 from genai.data.token_files import Windows, prepare
 from genai.modalities import text as modalities
@@ -31,8 +31,10 @@ class Text(Data):
         shape: [context length in tokens].
         levels: vocabulary size; None takes the tokenizer's.
         field, classes, batch_size, num_workers: see `Data`.
+        separate: keep documents apart: a token is predicted from those of its own document in the window alone.
 
-    Raises UserError for shares that leave nothing to train on, or a split that is too short for one window.
+    Raises UserError for `separate` where a text has no documents, shares that leave nothing to train on, or a split that is too
+    short for one window.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Text(Data):
         levels: int | None,
         batch_size: int,
         num_workers: int = 0,
+        separate: bool = False,
     ):
         if len(shape) != 1:
             raise UserError(f"data.shape={list(shape)} must be [context length in tokens]")
@@ -67,10 +70,14 @@ class Text(Data):
         folder = prepare(source, tokenizer, vocab_size, shares, Path(cache) if cache else None)
         meta = json.loads((folder / "meta.json").read_text())
         self.tokenizer = from_state(meta["tokenizer"])
-        splits: dict[str, Split] = {}
+        if separate and self.tokenizer.end is None:
+            raise UserError(
+                "data.separate=true is for a text of documents: leave it out, or choose data=lines or text_folder"
+            )
+        end, splits = self.tokenizer.end if separate else None, {}
         for name in shares:
             characters = meta["characters"][name]
-            part = Windows(folder / f"{name}.bin", meta["dtype"], characters, length, overlap, name == "train")
+            part = Windows(folder / f"{name}.bin", meta["dtype"], characters, length, overlap, name == "train", end)
             if part.tokens <= length:
                 raise UserError(
                     f"the {name} split has {part.tokens} tokens, too few for one window of {length} + 1: give more text, "

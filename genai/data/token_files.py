@@ -163,10 +163,14 @@ class Windows:
     consecutive windows share `overlap` tokens, which are context only in the later one. In training each window is moved by a
     random offset of up to its length.
 
-    A batch has tokens int64 (B, length + 1) and, without draws, mask bool (B, length + 1).
+    A batch has tokens int64 (B, length + 1) and, without draws, mask bool (B, length + 1). With the id `end` of a document it has
+    document int64 (B, length + 1) too, the document of which each token is context: an end is that of the next.
     """
 
-    def __init__(self, path: Path, dtype: str, characters: int, length: int, overlap: int, augments: bool):
+    def __init__(
+        self, path: Path, dtype: str, characters: int, length: int, overlap: int, augments: bool, end: int | None = None
+    ):
+        self.end = end
         self.path, self.dtype, self.characters, self.augments = path, np.dtype(dtype), characters, augments
         self.length, self.overlap = length, 0 if augments else overlap
         self.mapped = MappedFile(path, self.dtype)
@@ -187,6 +191,8 @@ class Windows:
         if draws is None:
             fresh = index * stride + self.overlap * (index > 0)  # the last token that was a target in an earlier window
             batch["mask"] = at > fresh[:, None]
+        if self.end is not None:
+            batch["document"] = (batch["tokens"] == self.end).cumsum(1)
         return batch
 
     def fingerprint(self, quick: bool) -> str:

@@ -23,6 +23,8 @@ class Positions(NamedTuple):
     """Attention mask over the cached positions, (B or 1, 1, T, T'); None is causal."""
     real: Tensor | None = None
     """False on padding, bool (B, T, 1); None if nothing is padding."""
+    first: Tensor | None = None
+    """True where a document begins, bool (B, T, 1); None if all tokens are of one."""
 
     def zero_padding(self, x: Tensor) -> Tensor:
         """Return x (B, T, width) with zeros at padding, so that nothing of it leaks into the first token."""

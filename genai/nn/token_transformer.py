@@ -36,6 +36,9 @@ class TokenTransformer(nn.Module):
         if tied:
             self.head.weight = self.embed.weight
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """Return logits (B, T, vocab_size) at each of `tokens` int64 (B, T), which follow those in the cache."""
-        return self.head(self.transformer(self.embed(tokens), cache))
+    def forward(self, tokens: Tensor, cache: Cache | None = None, documents: Tensor | None = None) -> Tensor:
+        """Return logits (B, T, vocab_size) at each of `tokens` int64 (B, T), which follow those in the cache.
+
+        `documents` keeps documents apart, see `Transformer`.
+        """
+        return self.head(self.transformer(self.embed(tokens), cache, documents=documents))

@@ -22,10 +22,14 @@ class Shift(nn.Module):
         super().__init__()
         self.mix = nn.Parameter(torch.linspace(start, 0, width))
 
-    def forward(self, x: Tensor, past: CacheSlot | None = None) -> Tensor:
-        """Shift x (B, T, width); `past` holds the inputs before these T, and these are written to it."""
+    def forward(self, x: Tensor, past: CacheSlot | None = None, first: Tensor | None = None) -> Tensor:
+        """Shift x (B, T, width); `past` holds the inputs before these T, and these are written to it.
+
+        Nothing is before a token where `first`, bool (B, T, 1), is true.
+        """
         if past is None or past.previous is None:
             before = F.pad(x, (0, 0, 1, -1))
+            before = before if first is None else before.masked_fill(first, 0)
         else:
             before = past.previous if x.shape[1] == 1 else torch.cat([past.previous, x[:, :-1]], 1)
             past.write(x)
@@ -112,14 +116,14 @@ class Block(nn.Module):
         """Map x (B, T, width) to the same shape, with the positions, cache and context of this block."""
         y = self.norm1(x)
         if self.shift1 is not None:
-            y = self.shift1(positions.zero_padding(y), cache.shift1)
+            y = self.shift1(positions.zero_padding(y), cache.shift1, positions.first)
         x = x + self.drop(self.attention(y, positions.rotation, positions.mask, cache.keys, cache.values))
         if self.cross is not None and self.norm_cross is not None:
             assert context is not None
             x = x + self.drop(self.cross(self.norm_cross(x), context))
         y = self.norm2(x)
         if self.shift2 is not None:
-            y = self.shift2(positions.zero_padding(y), cache.shift2)
+            y = self.shift2(positions.zero_padding(y), cache.shift2, positions.first)
         return x + self.drop(self.mlp(y))
 
     def drop(self, x: Tensor) -> Tensor:
@@ -174,17 +178,20 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         mask: Tensor | None = None,
         context: Context | Sequence[ContextKeyValues] | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Map x (B, T, width) to the same shape.
 
         With a cache, x continues the positions read before and attends to them. Without, `mask`, bool (B or 1, 1, T,
         T), limits attention; None leaves it to the attention itself. `context` is a Context, or what `project` made of
-        it.
+        it. `documents`, int64 (B, T), ascending and only without a cache, names the document of each: every document
+        is then mapped as if it were alone.
         """
         if cache is None:
-            positions = Positions(*self.position(torch.arange(x.shape[1], device=x.device), self.head_dim))._replace(
-                mask=mask
-            )
+            at, first = torch.arange(x.shape[1], device=x.device), None
+            if documents is not None:
+                at, mask, first = self.separate(documents, mask)
+            positions = Positions(*self.position(at, self.head_dim), mask=mask, first=first)
             layers = [LayerCache()] * len(self.blocks)
         else:
             positions, layers = cache.take(x.shape[1])
@@ -197,6 +204,17 @@ class Transformer(nn.Module):
             else:
                 x = block(x, positions, *parts)
         return self.norm(x)
+
+    def separate(self, documents: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the positions (B, T) of tokens within their `documents` (B, T), a mask that keeps attention within them,
+        (B, 1, T, T), and where they begin, (B, T, 1)."""
+        same = (documents[:, :, None] == documents[:, None])[:, None]
+        mask = same if mask is None else mask & same
+        if self.blocks[0].attention.causal:  # type: ignore[union-attr]
+            mask = mask.tril()
+        index = torch.arange(documents.shape[1], device=documents.device)
+        first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+        return index - (index * first).cummax(1).values, mask, first[..., None]
 
     def project(self, context: Context) -> list[ContextKeyValues]:
         """Return every block's keys and values of a context, to be reused by many calls."""

@@ -164,6 +164,7 @@ RANGES: dict[str, Any] = {
     "data.vocab_size": whole(256, 2**24, "tokens", null=True),
     "data.val": Number(0, 1, above=True, below=True),
     "data.test": Number(0, 1, below=True),
+    "data.separate": FLAG,
     "data.overlap": whole(0, 10**6, "tokens"),
     "data.voices": Choice(("soprano", "all")),
     "data.low": PITCH,

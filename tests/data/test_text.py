@@ -189,6 +189,24 @@ def test_lines_are_documents_drawn_into_splits(make):
     assert start["tokens"].tolist() == [[256], [256]] and start["stop"].tolist() == [256, 256]
 
 
+def test_documents_apart_are_numbered_in_each_window(make):
+    """An end is context of the next document; evaluation predicts every token once as ever, and the ids are the same."""
+    content = "\n".join("ab" * (i % 7) + "c" for i in range(400))
+    plain, apart = (make(content, text.lines, separate=separate) for separate in (False, True))
+    assert apart.splits["val"].path == plain.splits["val"].path, "the same prepared text"
+    for name in ("train", "val"):
+        index = torch.arange(len(plain.splits[name]))
+        draws = torch.full((len(index), 4), 0.3) if name == "train" else None
+        ours, theirs = apart.splits[name].batch(index, draws), plain.splits[name].batch(index, draws)
+        assert "document" not in theirs and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        for row, numbers in zip(ours["tokens"].tolist(), ours["document"].tolist(), strict=True):
+            assert numbers == [row[: i + 1].count(256) for i in range(len(row))]
+    with pytest.raises(
+        UserError, match=r"data.separate=true is for a text of documents: leave it out, or choose data=lines"
+    ):
+        make(content, separate=True)
+
+
 def test_a_folder_is_its_files_each_a_document(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "a.txt").write_text("first " * 30)

@@ -71,8 +71,10 @@ class GPT(nn.Module):
 
     def nats(self, batch: Batch) -> Tensor:
         """Return -ln p of each token of batch[tokens] (B, T) given those before it, 0 where `mask` is false: (B, T -
-        1)."""
-        return nats_of(self.net(batch[self.field][:, :-1]), batch)
+        1). Where the batch has `document` (B, T), given those of the same document."""
+        documents = batch["document"][:, :-1] if "document" in batch else None
+        logits = self.net(batch[self.field][:, :-1], documents=documents)
+        return nats_of(logits, {name: value for name, value in batch.items() if name != "document"})
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """Return the mean of `nats` over all targets, 0 if there are none; the weight is their number."""

@@ -4,11 +4,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from genai.core.errors import UserError
 from genai.core.protocols import Batch, Losses
 
 
 def nats_of(logits: Tensor, batch: Batch) -> Tensor:
-    """Return -ln p (B, T - 1) of the tokens after the first by their logits (B, T - 1, vocab_size), 0 where `mask` is false."""
+    """Return -ln p (B, T - 1) of the tokens after the first by their logits (B, T - 1, vocab_size), 0 where `mask` is false.
+
+    Raises UserError for documents that a model would have to keep apart, and does not.
+    """
+    if "document" in batch:
+        raise UserError("data.separate=true is for a model that keeps documents apart, such as model=gpt: leave it out")
     targets = batch["tokens"][:, 1:]
     logits = logits if logits.dtype == torch.float64 else logits.float()
     nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)

@@ -14,6 +14,7 @@ from genai.core import rng
 from genai.core.errors import UserError
 from genai.models.autoregressive import decode, gpt2, speculative
 from genai.models.autoregressive.gpt import GPT
+from genai.models.autoregressive.likelihood import nats_of
 from genai.nn import norm, transformer
 from genai.nn.attention import Attention, LearnedPositions, PeriodicPositions, RotaryPositions, rotate
 from genai.nn.cache import Cache, Positions
@@ -222,6 +223,36 @@ def test_loss_counts_only_what_the_mask_marks():
     assert torch.allclose(
         model.log_prob({"tokens": tokens, "mask": mask}, 0), -torch.stack([nats[0, 2], nats[1, 4:].sum()])
     )
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_documents_apart_are_each_computed_alone(options):
+    """With documents of one token and of many, and one that a window cuts; their gradients are those of the sum."""
+    model, end = gpt(**options).double(), V - 1
+    tokens = torch.randint(0, V - 1, (3, 22), generator=torch.Generator().manual_seed(1))
+    for row, ends in enumerate([(4, 5, 12, 21), (0, 20), ()]):
+        tokens[row, list(ends)] = end
+    batch = {"tokens": tokens, "document": (tokens == end).cumsum(1)}
+    nats = model.nats(batch)
+    alone = []
+    for row in tokens:
+        starts = sorted({0, *(row[:-1] == end).nonzero()[:, 0].tolist()})
+        for a, b in zip(starts, [*starts[1:], len(row) - 1], strict=True):
+            alone.append(model.nats({"tokens": row[None, a : b + 1]})[0])
+    assert torch.allclose(nats.flatten(), torch.cat(alone), atol=1e-10)
+    mixed = model.nats({"tokens": tokens})
+    assert torch.allclose(mixed[2], nats[2]) and not torch.allclose(mixed[0, 6:], nats[0, 6:], atol=1e-3)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    ours = torch.autograd.grad(model(batch, 0).total, weights, allow_unused=True)
+    theirs = torch.autograd.grad(torch.cat(alone).mean(), weights, allow_unused=True)
+    assert all(a is None or torch.allclose(a, b, atol=1e-9) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_model_that_cannot_keep_documents_apart_says_so():
+    with pytest.raises(
+        UserError, match=r"data.separate=true is for a model that keeps documents apart, such as model=gpt"
+    ):
+        nats_of(torch.zeros(1, 2, V), {"tokens": torch.zeros(1, 3, dtype=torch.int64), "document": torch.zeros(1, 3)})
 
 
 def test_a_batch_without_targets_weighs_nothing():
