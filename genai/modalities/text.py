@@ -2,6 +2,7 @@
 
 import bisect
 import contextlib
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -41,12 +42,15 @@ class Text(Modality):
         return cls(tokenizers.from_state(state["tokenizer"]))
 
     def condition(self, request: Request, n: int) -> Batch:
-        """Return the conditions of n samples, see `encode_prompts`.
+        """Return the conditions of n samples, see `encode_prompts`; a stop string that is one token gives the id that ends them.
 
         Raises UserError for characters that the tokenizer does not have.
         """
-        prompt = request.get("prompt")
-        return encode_prompts(self.tokenizer, repeat_strings("" if prompt is None else prompt, n, "prompt"))
+        prompt, stop = request.get("prompt"), self.stop(request)
+        cond = encode_prompts(self.tokenizer, repeat_strings("" if prompt is None else prompt, n, "prompt"))
+        if stop is not None and len(stop.strings) == 1 and len(ids := self.tokenizer.encode(stop.strings[0])) == 1:
+            cond["stop"] = torch.full((n,), int(ids[0]))
+        return cond
 
     def stop(self, request: Request) -> "StopStrings | None":
         """Return the strings that end a sample, one or a list of any length; the end of a document ends it too.
@@ -110,7 +114,8 @@ class Text(Modality):
         given, shown, waiting = self.condition(request, 1), "", ""
         first = prompt[0] if isinstance(prompt, list | tuple) and prompt else prompt
         start = "" if first is None else self.tokenizer.decode(self.tokenizer.encode(str(first)).tolist())
-        end, width, stop = int(given["stop"]) if "stop" in given else None, 0, self.stop(request)
+        ends = {*given["stop"].tolist()} if "stop" in given else set()
+        ends, width, stop = ends | {self.tokenizer.end}, 0, self.stop(request)
 
         def on_step(i: int, n: int, state: Batch) -> None:
             nonlocal shown, waiting, width
@@ -119,8 +124,7 @@ class Text(Modality):
                 width = sys.maxsize
                 return
             width = len(tokens)
-            tokens = tokens[: tokens.index(end)] if end in tokens else tokens
-            text = self.tokenizer.decode(tokens)
+            text = self.tokenizer.decode([*itertools.takewhile(lambda token: token not in ends, tokens)])
             if stop is not None:
                 text, waiting = stop.split(text)
             written = (start + text).rstrip("\ufffd")  # a character whose last bytes are not there yet
@@ -133,7 +137,7 @@ class Text(Modality):
 
 
 class StopStrings:
-    """Strings that end a text of a tokenizer's ids: the text is over with the first of them that is complete.
+    """Strings that end a text of a tokenizer's ids: it is over with the first of them that is complete, or with the document.
 
     The text ends before that string, the longest one if several are complete at once. Only what is written counts, not the
     prompt, and a character whose last bytes are not there yet does not.
@@ -144,15 +148,19 @@ class StopStrings:
 
     def __call__(self, ids: list[int]) -> Ending:
         """Return where a text of ids ends, see `Ending`."""
+        last = self.tokenizer.end
+        closed = last is not None and last in ids
+        ids = ids[: ids.index(last)] if last is not None and closed else ids
         text = self.tokenizer.decode(ids)
         end = self.end(text)
         if end is None:
-            return Ending(False, len(ids), len(text))
+            return Ending(closed, len(ids), len(text))
+
+        def reaches(n: int) -> bool:
+            return self.tokenizer.decode(ids[:n])[:end] == text[:end]
+
         # The fewest tokens whose text reaches the end: a token can hold the last characters and the start of the string.
-        enough = bisect.bisect_left(
-            range(len(ids)), end, key=lambda n: len(self._whole(self.tokenizer.decode(ids[:n])))
-        )
-        return Ending(True, enough, end)
+        return Ending(True, bisect.bisect_left(range(len(ids)), True, key=reaches), end)
 
     def end(self, text: str) -> int | None:
         """Return how many characters of a text are before the string that ends it; None if there is none."""

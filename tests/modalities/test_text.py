@@ -105,6 +105,26 @@ def test_stop_strings_change_neither_with_the_batch_nor_with_the_sampler(end):
     assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
 
 
+def test_a_stop_string_that_is_one_token_counts_in_the_likelihood_and_documents_end_too(capsys):
+    """As an id that ends a sample does; what is shown while it is written is the text in the end."""
+    model, tokenizer = gpt(length=300), Letters(end=True)
+    kind, ended = Text(tokenizer), set()
+    for seed in range(12):
+        request = {"stop": "c"}
+        cond, stop = kind.condition(request, 1), kind.stop(request)
+        free = decode.generate(model, torch.tensor([seed]), {"tokens": cond["tokens"]}, max_new_tokens=60)["tokens"][
+            0
+        ].tolist()
+        with kind.watch(request) as on_step:
+            batch = decode.generate(model, torch.tensor([seed]), cond, on_step, max_new_tokens=60, stop=stop)
+        n = next((i for i, token in enumerate(free) if token in (2, V - 1)), 60)
+        assert batch["length"].item() == n and capsys.readouterr().out == kind.preview(batch)[0] + "\n"
+        assert kind.preview(batch) == [tokenizer.decode(free[:n])]
+        assert n == 60 or (batch["log_prob"][0, n] < 0) == (free[n] == 2)
+        ended.add(free[n] if n < 60 else None)
+    assert {2, V - 1} <= ended
+
+
 def test_wrong_stop_strings():
     kind = Text(KINDS["char"])
     assert kind.stop({}) is None and kind.stop({"stop": ["a", "b"]}).strings == ["a", "b"]
