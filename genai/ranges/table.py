@@ -352,6 +352,7 @@ RANGES: dict[str, Any] = {
     "*.top_p": Number(0, 1, null=True, above=True),
     "*.min_p": nullable(SHARE),
     "*.repetition_penalty": RATE,
+    "*.no_repeat_ngram": whole(1, 10**4, "tokens", null=True),
     "speculative:draft": PATH,
     "*.ahead": whole(1, 1000, "tokens"),
     "interpolate:columns": whole(2, 1000, "columns"),

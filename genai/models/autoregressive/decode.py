@@ -44,6 +44,7 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
+    no_repeat_ngram: int | None = None,
     cuda_graph: bool | None = None,
     *,
     stop: Stop | None = None,
@@ -55,6 +56,8 @@ def generate(
         max_new_tokens: tokens to draw; None draws as many as the model's context holds.
         repetition_penalty: divides positive logits of tokens that occur in the prompt or were drawn before, and
             multiplies negative ones (Keskar et al., 2019, section 4.1).
+        no_repeat_ngram: no sequence of so many tokens occurs twice in prompt and sample (Paulus et al., 2018, section 2.5), as
+            long as a token is left.
         cuda_graph: replay reading and drawing a token as one CUDA graph; None does so on a GPU.
         stop: tells where a sample ends by its ids.
 
@@ -63,12 +66,14 @@ def generate(
     options = temperature, top_k, top_p, min_p
     check_options(*options)
     number(repetition_penalty, "sampler.repetition_penalty", 0, open_low=True)
+    if no_repeat_ngram is not None:
+        at_least(no_repeat_ngram, 1, "sampler.no_repeat_ngram")
     if cuda_graph not in (None, True, False):
         raise UserError(f"sampler.cuda_graph={cuda_graph} must be true, false or null")
     n = model.length if max_new_tokens is None else at_least(max_new_tokens, 1, "sampler.max_new_tokens")
     prompt = prompt_of(model, seeds, cond)
     ends = Ends(prompt.stop, stop)
-    writer = _Writer(model, prompt, n, options, repetition_penalty)
+    writer = _Writer(model, prompt, n, options, repetition_penalty, no_repeat_ngram)
     with torch.inference_mode(), _without_onednn(model):
         token = writer.begin(rng.uniform(seeds.to(prompt.tokens.device), (n,), stream=rng.TOKENS))
         step = _Graph(writer.step) if _uses_graph(cuda_graph, writer) else writer.step
@@ -160,10 +165,14 @@ class _Writer:
         n: tokens to draw.
         options: temperature, top_k, top_p and min_p, see `distribution`.
         penalty: repetition penalty.
+        ngram: tokens of a sequence that may not occur twice, None for any.
     """
 
-    def __init__(self, model: Autoregressive, prompt: Prompt, n: int, options: tuple, penalty: float):
+    def __init__(
+        self, model: Autoregressive, prompt: Prompt, n: int, options: tuple, penalty: float, ngram: int | None = None
+    ):
         self.model, self.prompt, self.n, self.options, self.penalty = model, prompt, n, options, penalty
+        self.texts = None if ngram is None else _Texts(prompt, n, ngram)
         # Allocated outside inference mode: autograd refuses to save inference tensors.
         self.tokens = prompt.tokens.new_zeros(len(prompt.tokens), n)
         self.log_probs = torch.zeros(self.tokens.shape, device=self.tokens.device)
@@ -184,6 +193,8 @@ class _Writer:
     def write(self, logits: Tensor) -> Tensor:
         """Draw the next token (B, 1) from logits (B, V) and store it with its log-probability."""
         penalised = logits if self.occurs is None else torch.where(self.occurs, self.penalise(logits), logits)
+        if self.texts is not None:
+            penalised = self.texts.ban(penalised, self.at)
         if self.options[0] == 0:
             token = penalised.argmax(-1, keepdim=True)
         else:
@@ -192,12 +203,49 @@ class _Writer:
         self.log_probs.index_copy_(1, self.at, logits.log_softmax(-1).gather(1, token))
         if self.occurs is not None:
             self.occurs.scatter_(1, token, True)
+        if self.texts is not None:
+            self.texts.add(token, self.at)
         self.at.add_(1)
         return token
 
     def penalise(self, logits: Tensor) -> Tensor:
         """Apply the repetition penalty to logits (B, V)."""
         return torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
+
+
+class _Texts:
+    """Prompts and what is written after them, as the n-grams that may not occur twice. Every step is the same work.
+
+    Args:
+        prompt: of the batch.
+        n: tokens to draw.
+        size: tokens of an n-gram.
+    """
+
+    def __init__(self, prompt: Prompt, n: int, size: int):
+        self.start, self.size = prompt.tokens.shape[1], size
+        self.tokens = torch.cat([prompt.tokens, prompt.tokens.new_zeros(len(prompt.tokens), n)], 1)
+        before = prompt.lead if prompt.pad is None else prompt.lead + prompt.pad
+        first = torch.arange(max(self.tokens.shape[1] - size + 1, 0), device=self.tokens.device)
+        self.last, self.own = first + size - 1, first >= before.view(-1, 1)  # (M,), (B or 1, M) of the M n-grams
+
+    def ban(self, logits: Tensor, at: Tensor) -> Tensor:
+        """Return logits (B, V) of token `at`, int64 (1,), with -inf for those that would repeat an n-gram."""
+        if not len(self.last):
+            return logits
+        end = self.start + at
+        grams = self.tokens.unfold(1, self.size, 1)  # (B, M, size)
+        context = end + torch.arange(1 - self.size, 0, device=at.device)
+        # Where fewer tokens are written than a context has, no n-gram is complete: any index will do.
+        latest = self.tokens.index_select(1, context.clamp_min(0))[:, None]  # (B, 1, size - 1)
+        repeats = (grams[..., :-1] == latest).all(-1) & self.own & (self.last < end)
+        ids = grams[..., -1] * repeats  # the first token of a sample need be no id of the vocabulary
+        banned = torch.zeros_like(logits, dtype=torch.int64).scatter_add_(1, ids, repeats.long()) > 0
+        return logits.masked_fill(banned & ~banned.all(-1, keepdim=True), float("-inf"))
+
+    def add(self, token: Tensor, at: Tensor) -> None:
+        """Append a token (B, 1), which is token `at` of each sample."""
+        self.tokens.index_copy_(1, self.start + at, token)
 
 
 class _Graph:

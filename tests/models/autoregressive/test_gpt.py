@@ -366,6 +366,38 @@ def test_the_penalty_is_of_the_prompt_and_what_was_written(prompt):
     assert ends > 0
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 40])
+def test_no_ngram_occurs_twice(n, temperature):
+    """In a padded batch, against the loop that says so; when all tokens of a vocabulary would repeat, none is banned."""
+    model, rows, repeats = gpt(tied=True), [[4, 7, 4, 7, 4], [2], [5, 5, 5]], 0
+    cond = {"tokens": torch.tensor([[0] * (6 - len(row)) + row for row in rows]), "pad": torch.tensor([1, 5, 3])}
+    cond = {**cond, "tokens": torch.cat([cond["tokens"][:, :1], cond["tokens"]], 1), "lead": torch.tensor([1, 1, 1])}
+    given = {"max_new_tokens": 17, "temperature": temperature}
+    batch = decode.generate(model, torch.arange(3), cond, no_repeat_ngram=n, **given)
+    free = decode.generate(model, torch.arange(3), cond, **given)
+    u = rng.uniform(torch.arange(3), (17,), stream=rng.TOKENS)
+    for b, own in enumerate(rows):
+        text = [*own]
+        for i in range(17):
+            with torch.no_grad():
+                logits = model.net(torch.tensor([[0, *text]]))[0, -1]
+            grams = {tuple(text[j : j + n]) for j in range(len(text) - n + 1)}
+            banned = [v for v in range(V) if (*text[len(text) - n + 1 :], v)[-n:] in grams and len(text) >= n - 1]
+            if len(banned) < V:
+                logits[banned] = -math.inf
+            p = decode.distribution(logits[None], temperature or 1)
+            text.append(int(logits.argmax()) if temperature == 0 else decode.draw(p, u[b : b + 1, i : i + 1]).item())
+        assert batch["tokens"][b].tolist() == text[len(own) :]
+        whole = [0, *text]
+        logs = model.net(torch.tensor([whole[:-1]]))[0, len(own) :].log_softmax(-1)
+        assert torch.allclose(
+            batch["log_prob"][b], logs.gather(1, torch.tensor(text[len(own) :])[:, None])[:, 0], atol=1e-4
+        )
+        repeats += free["tokens"][b].tolist() != text[len(own) :]
+    assert (repeats > 0) == (n < 40)
+
+
 def test_samples_are_ordinary_tensors():
     """What a sampler returns or shows can be used where gradients are computed."""
     model, seen = gpt(), []
@@ -460,7 +492,7 @@ def test_a_step_is_the_same_work_whatever_the_position(options, given, n, monkey
         pytest.skip("past its context a text is read anew, without a graph")
     model = gpt(**options).double()
     cond = {"tokens": torch.randint(1, V, (3, given)), "pad": torch.tensor([0, 5, 2]), "stop": torch.tensor([V, 2, V])}
-    arguments = {"max_new_tokens": n, "top_k": 8, "temperature": 0.9, "repetition_penalty": 1.1}
+    arguments = {"max_new_tokens": n, "top_k": 8, "temperature": 0.9, "repetition_penalty": 1.1, "no_repeat_ngram": 2}
     expected = decode.generate(model, torch.arange(3), cond, **arguments)
     monkeypatch.setattr(decode, "_uses_graph", lambda _, writer: writer.model.fix(writer.state))
     monkeypatch.setattr(decode, "capture", replay_of)
@@ -609,6 +641,7 @@ def test_a_perfect_draft_is_always_believed():
         ({"top_p": 1.5}, "sampler.top_p=1.5"),
         ({"min_p": 2}, "sampler.min_p=2"),
         ({"repetition_penalty": 0}, "sampler.repetition_penalty=0"),
+        ({"no_repeat_ngram": 0}, "sampler.no_repeat_ngram=0 must be a whole number, at least 1"),
         ({"max_new_tokens": 0}, "sampler.max_new_tokens=0"),
     ],
 )

@@ -60,6 +60,21 @@ def test_greedy_text_is_that_of_hugging_face_token_by_token(folder):
         assert torch.allclose(ours.model.net(ids), theirs(ids).logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_ngrams_are_banned_as_hugging_face_bans_them(folder, n):
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder / "gpt2").eval()
+    ours = genai.load(folder / "runs" / "gpt2" / "last.ckpt")
+    given = {"max_new_tokens": 40, "no_repeat_ngram": n, "temperature": 0}
+    batch = genai.sample(ours, n=4, prompt=PROMPTS, **given)
+    free = genai.sample(ours, n=4, prompt=PROMPTS, max_new_tokens=40, temperature=0)["tokens"]
+    assert not torch.equal(free, batch["tokens"])
+    for prompt, row in zip(PROMPTS, batch["tokens"], strict=True):
+        ids = torch.from_numpy(ours.modality.tokenizer.encode(prompt))[None]
+        options = {"do_sample": False, "no_repeat_ngram_size": n, "eos_token_id": None, "pad_token_id": 319}
+        new = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, **options)
+        assert new[0, ids.shape[1] :].tolist() == row.tolist()
+
+
 def test_a_run_begins_with_published_weights(folder, monkeypatch):
     """On a text of one's own with the same tokenizer; the pickled layout has the same weights."""
     from genai.cli import compose_config, prepare_training
