@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from genai.data.text_sources import Piece, Source
 
 FORMAT = 1  # version of the prepared files
+GROUP = 4 * 2**20  # characters that are encoded at once, on all cores
 CHECKED = 2**16  # characters in which a published tokenizer is looked at for what it loses
 
 
@@ -141,14 +142,29 @@ def _write(path: Path, pieces: "Iterator[Piece]", tokenizer: Tokenizer, dtype: s
     """Write the token ids of pieces to a file; returns their number of characters. `task` counts MiB."""
     characters, size_bytes, done = 0, 0, task.done
     with path.open("wb") as file:
-        for text, ends in pieces:
-            file.write(tokenizer.encode(text).astype(dtype).tobytes())
-            if ends and tokenizer.end is not None:
-                file.write(np.array([tokenizer.end], dtype).tobytes())
-            characters += len(text)
-            size_bytes += len(text.encode(errors="surrogatepass"))
+        for group in _groups(pieces):
+            texts = [text for text, _ in group]
+            for ids, (text, ends) in zip(tokenizer.encode_all(texts), group, strict=True):
+                file.write(ids.astype(dtype).tobytes())
+                if ends and tokenizer.end is not None:
+                    file.write(np.array([tokenizer.end], dtype).tobytes())
+                characters += len(text)
+                size_bytes += len(text.encode(errors="surrogatepass"))
             task.done = done + (size_bytes >> 20)
     return characters
+
+
+def _groups(pieces: "Iterator[Piece]") -> "Iterator[list[Piece]]":
+    """Yield the pieces in groups that are encoded at once, of at least GROUP characters and one piece more."""
+    group, size = [], 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece[0])
+        if size >= GROUP:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def smallest_dtype(vocab_size: int) -> str:

@@ -3,10 +3,12 @@
 Ids run from 0; with `end` one id, the last of our own tokenizers, is the end of a document, which is also in front of the first.
 """
 
+import contextlib
 import itertools
 import json
+import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -15,6 +17,10 @@ from genai.core import stored
 from genai.core.errors import UserError
 
 SAMPLE_BYTES = 64 * 2**20  # of text at most that BPE learns its merges from
+PARALLEL = "TOKENIZERS_PARALLELISM"
+"""The environment variable by which the library tokenizers uses several threads: false or true."""
+ONE_THREAD = "no"
+"""What it says when this module and not the user has set it: as the library's false."""
 MAX_WORD_BYTES = (
     1024  # longer words are split while learning: each merge rescans its words, and text without spaces is one word
 )
@@ -31,6 +37,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> np.ndarray:
         """Encode a text as ids (T,). Raises UserError that names a character without an id."""
+        ...
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encode each of many texts, on all cores where that pays."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -52,6 +62,9 @@ class Byte:
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
@@ -93,6 +106,9 @@ class Char:
                 "learned: leave it out, or train with data.tokenizer=byte, which has no unknown characters"
             )
         return ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.chars[i] for i in ids if i < len(self.chars))
@@ -142,7 +158,8 @@ class BPE:
             special_tokens=[],
             initial_alphabet=sorted(made.pre_tokenizers.ByteLevel.alphabet()),
         )
-        bpe.train_from_iterator(chunks, trainer)
+        with _on_all_cores():
+            bpe.train_from_iterator(chunks, trainer)
         bpe.pre_tokenizer = words
         return cls(bpe.to_str(), end)
 
@@ -153,6 +170,9 @@ class BPE:
             raise UserError(
                 f"{text!r} contains bytes that are not UTF-8, which data.tokenizer=bpe cannot encode"
             ) from None
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return _encode_all(self.bpe, texts, self.encode)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.bpe.decode([i for i in ids if i < self.words], skip_special_tokens=False)
@@ -201,6 +221,9 @@ class Published:
             return np.array(self.library.encode(text, add_special_tokens=False).ids, dtype=np.int64)
         except (TypeError, UnicodeEncodeError):
             raise UserError(f"{text!r} contains bytes that are not UTF-8, which this tokenizer cannot encode") from None
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return _encode_all(self.library, texts, self.encode)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.library.decode([i for i in ids if i != self.end], skip_special_tokens=False)
@@ -254,6 +277,30 @@ def subsample(chunks: Iterator[str], size_bytes: int, seed: int = 0) -> Iterator
     share, draw = SAMPLE_BYTES / size_bytes, random.Random(seed)
     print(f"bpe: learning from {SAMPLE_BYTES / 2**20:.0f} of {size_bytes / 2**20:.0f} MiB, drawn with seed {seed}")
     yield from (chunk for chunk in chunks if draw.random() < share)
+
+
+def _encode_all(made: Any, texts: Sequence[str], encode: Callable[[str], np.ndarray]) -> list[np.ndarray]:
+    """Encode texts by the library's tokenizer on all cores; `encode` says what is wrong with one that cannot be encoded."""
+    try:
+        with _on_all_cores():
+            found = made.encode_batch_fast([*texts], add_special_tokens=False)
+    except (TypeError, UnicodeEncodeError):
+        return [encode(text) for text in texts]
+    return [np.array(one.ids, dtype=np.int64) for one in found]
+
+
+@contextlib.contextmanager
+def _on_all_cores() -> Iterator[None]:
+    """Return a context in which the library uses a thread for each core, unless the user's environment says otherwise.
+
+    Outside of it there is one thread, so that processes that fork, such as workers of a loader, need not be warned of.
+    """
+    chosen = os.environ.get(PARALLEL)
+    os.environ[PARALLEL] = "true" if chosen in (None, ONE_THREAD) else chosen
+    try:
+        yield
+    finally:
+        os.environ[PARALLEL] = ONE_THREAD if chosen is None else chosen
 
 
 def library() -> Any:

@@ -81,6 +81,36 @@ def test_tokenizers_round_trip_and_are_plain_values(kind, end):
         assert made.decode(made.encode("Ωmega").tolist()) == "Ωmega"  # bytes lack nothing
 
 
+@pytest.mark.parametrize("chosen", [None, "false", "true"])
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe", "published"])
+def test_many_texts_are_encoded_at_once_as_one_by_one(kind, chosen, monkeypatch):
+    """Whatever the user's environment says of threads, which stays as it is."""
+    monkeypatch.delenv(tokenizers.PARALLEL, raising=False)
+    if chosen is not None:
+        monkeypatch.setenv(tokenizers.PARALLEL, chosen)
+    bpe = kind in ("bpe", "published")
+    made = tokenizers.learn("bpe" if bpe else kind, iter([PROSE]), len(PROSE), 300 if bpe else None, True)
+    made = tokenizers.Published(made.state()["spec"], "", True) if kind == "published" else made
+    texts = ["", "Zw", PROSE, *PROSE.split(" ")]
+    for ids, one in zip(made.encode_all(texts), texts, strict=True):
+        assert np.array_equal(ids, made.encode(one)) and made.decode(ids.tolist()) == one
+    if bpe:
+        assert os.environ[tokenizers.PARALLEL] == (chosen or tokenizers.ONE_THREAD)
+        with pytest.raises(UserError, match=r"'a\\udc80' contains bytes that are not UTF-8"):
+            made.encode_all(["b", "a\udc80"])
+
+
+@pytest.mark.parametrize("kind", [text.lines, text.text_file])
+def test_groups_of_pieces_change_nothing(make, monkeypatch, tmp_path, kind):
+    contents = []
+    for k, size in enumerate((1, 300, 10**9)):
+        monkeypatch.setattr(token_files, "GROUP", size)
+        data = make(PROSE, kind, tokenizer="bpe", vocab_size=300, cache=str(tmp_path / f"cache{k}"))
+        path = data.splits["train"].path
+        contents.append((path.parent.name, path.read_bytes(), data.splits["train"].characters))
+    assert contents[0] == contents[1] == contents[2] and len(contents[0][1]) > 1000
+
+
 def test_merges_of_unbroken_text_take_time_as_it_grows():
     """Of DNA and of Chinese without punctuation 8 s for 200 KB once; encoding likewise."""
     draw = random.Random(0)
