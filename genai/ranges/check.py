@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from genai.core.errors import UserError
 from genai.ranges.kinds import Choice, Range, format_value
-from genai.ranges.table import RANGES, SHAPED, TARGET, TIES
+from genai.ranges.table import RANGES, SEPARATING, SHAPED, TARGET, TIES
 
 
 def matches(pattern: Sequence[str], key: Sequence[str]) -> bool:
@@ -240,6 +240,12 @@ def _check_ties(cfg: DictConfig) -> None:
 def _check_parts(cfg: DictConfig, typed: set[str]) -> None:
     if OmegaConf.is_dict(cfg.get("model")) and OmegaConf.is_dict(cfg.get("data")):
         _check_ties(cfg)
+        target = str(cfg.model.get("_target_"))
+        if cfg.data.get("separate") is True and target.startswith("genai.models.") and target not in SEPARATING:
+            raise UserError(
+                f"data.separate=true is for a model that keeps documents apart, such as model=gpt, and not for a "
+                f"{target.rpartition('.')[2]}: leave it out"
+            )
 
 
 RULES: tuple[Callable[[DictConfig, set[str]], None], ...] = (_check_schedule, _check_ema, _check_order, _check_parts)

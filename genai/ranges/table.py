@@ -436,6 +436,8 @@ SHAPED = {
 }
 """The ranges of keys that a model with a `shape` needs once the data are built."""
 
+SEPARATING = ("genai.models.autoregressive.gpt.GPT",)
+"""Models of ours for which data may keep documents apart."""
 TIES = {
     "FiniteScalarQuantizer:levels": (),
     "model.field": ("data.field",),

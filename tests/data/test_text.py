@@ -767,6 +767,21 @@ def test_wrong_texts(refused, tmp_path):
             "data.path=good.txt",
             "data.tokenizer=word",
         ): "data.tokenizer='word' must be byte, char, bpe, or a file or folder that exists: a tokenizer.json",
+        (
+            "data=lines",
+            "data.path=good.txt",
+            "data.separate=true",
+            "model=melody_rnn",
+        ): "data.separate=true is for a model that keeps "
+        "documents apart, such as model=gpt, and not for a MelodyRNN: leave it out",
+        (
+            "data=lines",
+            "data.path=good.txt",
+            "data.separate=true",
+            "model=wavenet",
+        ): "and not for a WaveNet: leave it out",
+        ("data=lines", "data.path=good.txt", "data.separate=2"): "data.separate=2 must be true or false",
+        ("data=text_file", "data.path=good.txt", "data.separate=true"): "there is no key data.separate",
         ("data=text_file", "data.path=good.txt", "data.tokenizer=bpe"): "data.vocab_size=None must be a whole number",
         (
             "data=text_file",
