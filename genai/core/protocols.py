@@ -15,6 +15,9 @@ Batch = dict[str, Tensor]
 PAD = 256
 """The id that pads a `caption`, int64 (B, length), after its bytes (0 to 255)."""
 
+SPECIALS = "[MASK]", "[CLS]", "[SEP]", "[PAD]"
+"""Names of the last ids of a vocabulary with `data.specials=true`, in their order; those before are the text's own."""
+
 OnStep = Callable[[int, int, Batch], None]
 """`on_step(i, n, state)` is called after step i of n of a sampler, for progress bars, streaming or films. If its attribute
 `counts_only` is true it does not read the state, and may be called for the last step of a batch only."""
@@ -118,6 +121,16 @@ class Scorable(Protocol):
 
     def log_prob(self, batch: Batch, seed: int) -> Tensor:
         """Return the log-likelihood of each sample of the discretised data in nats, (B,)."""
+        ...
+
+
+@runtime_checkable
+class Infiller(Protocol):
+    """A model, or a baseline, that names hidden elements of an item given the others."""
+
+    def score_hidden(self, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return -ln p (B, T) in nats of each `hidden` element, bool (B, T), given those that are not hidden, and whether it is
+        the most probable, bool (B, T); 0 and False elsewhere."""
         ...
 
 

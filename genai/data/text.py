@@ -16,7 +16,7 @@ from genai.data.base import Data
 from genai.data.text_sources import Embedded, Lines, Source, TextFiles
 from genai.data.token_files import Windows, prepare
 from genai.modalities import text as modalities
-from genai.modalities.tokenizers import from_state
+from genai.modalities.tokenizers import WithSpecials, from_state
 
 
 class Text(Data):
@@ -28,6 +28,7 @@ class Text(Data):
         val, test: fractions of the text for validation and test.
         overlap: tokens of context that consecutive evaluation windows share.
         cache: folder of prepared texts, default $XDG_CACHE_HOME/genai or ~/.cache/genai.
+        specials: give the vocabulary the ids of [MASK], [CLS], [SEP] and [PAD] after those of the text.
         shape: [context length in tokens].
         levels: vocabulary size; None takes the tokenizer's.
         field, classes, batch_size, num_workers: see `Data`.
@@ -53,6 +54,7 @@ class Text(Data):
         batch_size: int,
         num_workers: int = 0,
         separate: bool = False,
+        specials: bool = False,
     ):
         if len(shape) != 1:
             raise UserError(f"data.shape={list(shape)} must be [context length in tokens]")
@@ -69,7 +71,8 @@ class Text(Data):
         self.shares = shares
         folder = prepare(source, tokenizer, vocab_size, shares, Path(cache) if cache else None)
         meta = json.loads((folder / "meta.json").read_text())
-        self.tokenizer = from_state(meta["tokenizer"])
+        own = from_state(meta["tokenizer"])
+        self.words, self.tokenizer = own.vocab_size, WithSpecials(own) if specials else own
         if separate and self.tokenizer.end is None:
             raise UserError(
                 "data.separate=true is for a text of documents: leave it out, or choose data=lines or text_folder"
@@ -97,6 +100,10 @@ class Text(Data):
             found_levels=self.tokenizer.vocab_size,
             modality=modalities.Text(self.tokenizer),
         )
+
+    @property
+    def values(self) -> int:
+        return self.words  # special ids are not in the text
 
 
 def _file(path: str, url: str | None) -> Path:

@@ -1,4 +1,4 @@
-"""One pass over a split: the likelihood of its items, and their reconstructions."""
+"""One pass over a split: the likelihood of its items, guesses of their hidden parts, and their reconstructions."""
 
 import functools
 import math
@@ -13,10 +13,11 @@ from genai.checkpoint import Loaded
 from genai.checkpoint.build import build_typed
 from genai.checkpoint.load import null_conditions
 from genai.core.errors import UserError
-from genai.core.protocols import Batch, Reconstructor, Scorable, check_sampler
+from genai.core.protocols import Batch, Infiller, Reconstructor, Scorable, check_sampler
 from genai.core.runs import Facts
 from genai.data.base import Data, first_items
 from genai.data.stream import batches
+from genai.evaluation import hidden
 from genai.evaluation.metrics import compute, compute_pairs
 from genai.evaluation.plan import CheckedPlan
 from genai.metrics import likelihood as units
@@ -35,17 +36,20 @@ def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[Facts, dict[s
     """
     plan, n, metrics = checked.plan, checked.n, {**checked.available, **checked.pass_metrics}
     model: Any = loaded.model
-    reconstructs = isinstance(loaded.model, Reconstructor)
+    reconstructs, infills = isinstance(loaded.model, Reconstructor), isinstance(loaded.model, Infiller)
     score, device = scorer(loaded, data, plan.likelihood), loaded.device
     codes = torch.zeros(getattr(model, "vocabulary", None) or 0, dtype=torch.int64)
     values = {name: [] for name, metric in metrics.items() if metric.kind == "reconstructions"}
-    nats, targets = [], []
+    nats, targets, guesses = [], [], []
     with progress.task("evaluating", n, "items") as clock:
         for batch in batches(first_items(data, plan.split, n), plan.batch_size):
             batch = {name: value.to(device) for name, value in batch.items()}
             if score is not None:
                 with loaded.autocast():
                     nats.append(-score(batch, plan.seed + clock.done).cpu())
+            if infills:
+                with loaded.autocast():
+                    guesses.append(hidden.score(model, batch, data.field, clock.done).cpu())
             if reconstructs:
                 with loaded.autocast():
                     again = model.reconstruct(batch)
@@ -69,6 +73,11 @@ def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[Facts, dict[s
         facts |= {"given": given} if (given := [*null_conditions(model)]) else {}
         scored = {name: metric for name, metric in metrics.items() if metric.kind == "likelihoods"}
         means |= {name: _interval(compute(name, metric, each, facts)) for name, metric in scored.items()}
+    if guesses:
+        each = torch.cat(guesses)
+        facts |= hidden.facts_of(each)
+        scored = {name: metric for name, metric in metrics.items() if metric.kind == "hidden"}
+        means |= {name: _interval(compute(name, metric, each)) for name, metric in scored.items()}
     for name, found in values.items():
         means[name] = _interval(torch.cat(found))
         facts[name] = round(means[name].mean, 2 if metrics[name].unit == "dB" else 4)
@@ -79,7 +88,7 @@ def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[Facts, dict[s
 def scorer(loaded: Loaded, data: Data, method: object) -> Score | None:
     """Return `score(batch, seed) -> ln p` (B,) in nats: the model's own likelihood, or that of the config node `method`.
 
-    Returns None for a model that only reconstructs. Raises UserError for a model with neither.
+    Returns None for a model that only reconstructs or fills in. Raises UserError for a model with neither.
     """
     if method is not None:
         function = build_typed(method)
@@ -87,7 +96,7 @@ def scorer(loaded: Loaded, data: Data, method: object) -> Score | None:
         return functools.partial(function, loaded.model, levels=data.levels)
     if isinstance(loaded.model, Scorable):
         return loaded.model.log_prob
-    if isinstance(loaded.model, Reconstructor):
+    if isinstance(loaded.model, Reconstructor | Infiller):
         return None
     flows = hasattr(loaded.model, "denoise") and loaded.model.codec is None  # a diffusion model of the data itself
     hint = "choose likelihood=probability_flow" if flows else "measure its samples with metrics=[frechet,recall]"

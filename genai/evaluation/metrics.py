@@ -14,7 +14,7 @@ from genai.checkpoint import Loaded
 from genai.checkpoint.build import build_typed, reason
 from genai.cli import conf_dir
 from genai.core.errors import UserError, at_least
-from genai.core.protocols import Reconstructor, Scorable
+from genai.core.protocols import Infiller, Reconstructor, Scorable
 from genai.core.runs import Facts
 from genai.core.shapes import mean_flat
 from genai.data.base import Data
@@ -71,6 +71,7 @@ class Metric:
     - "melodies": given a `GeneratedSet` of melodies, each the notes of its voices, returns one number. The card is as for texts.
     - "likelihoods": given -ln p in nats (N,) of a split's items and the facts of the pass, returns values (N,). The card has
       their mean with its bootstrap interval.
+    - "hidden": given the scores (N, 3) of `evaluation.hidden.score`, returns values (N,). The card is as for likelihoods.
     - "reconstructions": given a model's reconstructions and the batch, both (B, ...), returns values (B,). The card is as for
       likelihoods.
     """
@@ -225,6 +226,22 @@ class Likelihood(Metric):
         return self.fact in data.modality.likelihoods
 
 
+class Hidden(Metric):
+    """The mean over hidden tokens of a figure: nats or accuracy. An item's value is its share of that."""
+
+    kind = "hidden"
+
+    def __init__(self, figure: str):
+        self.figure = figure
+        if figure == "accuracy":
+            self.better = "higher"
+        else:
+            self.unit = "nats"
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        return scores[:, int(self.figure == "accuracy")] / scores[:, 2].mean()
+
+
 class PSNR(Metric):
     """Peak signal-to-noise ratio of reconstructions, in dB."""
 
@@ -283,7 +300,7 @@ class SISDR(OfSound):
         return audio.si_sdr(again, x)
 
 
-PASS_KINDS = "likelihoods", "reconstructions"  # kinds of metrics that one pass over a split computes
+PASS_KINDS = "likelihoods", "hidden", "reconstructions"  # kinds of metrics that one pass over a split computes
 KINDS = "samples", "texts", "melodies", *PASS_KINDS
 SAMPLE_PARTS = "features", "probabilities", "images"  # what can be kept of each sample
 
@@ -334,6 +351,7 @@ def can_compute(metric: Metric, loaded: Loaded, data: Data, method: object = Non
     """
     given = {
         "likelihoods": isinstance(loaded.model, Scorable) or method is not None,
+        "hidden": isinstance(loaded.model, Infiller),
         "reconstructions": isinstance(loaded.model, Reconstructor),
     }
     return given.get(metric.kind, data.modality.comparison == metric.kind) and metric.suits(loaded, data)

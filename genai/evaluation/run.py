@@ -19,7 +19,7 @@ from genai.core import files, rng
 from genai.core.errors import UserError, at_least
 from genai.core.runs import Card, Facts
 from genai.data.base import Data, underlying
-from genai.evaluation import cards, likelihood, samples
+from genai.evaluation import cards, hidden, likelihood, samples
 from genai.evaluation.baselines.reference import reference_scores
 from genai.evaluation.metrics import KINDS, PASS_KINDS, SAMPLE_PARTS, Metric, can_compute, standard_metrics
 from genai.evaluation.plan import CheckedPlan, Plan
@@ -184,7 +184,7 @@ def _pass(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[Facts, list
     forms = [form for form in (checked.images, data) if form.values == data.values]
     facts, means = likelihood.run(loaded, data, checked)
     model: Any = loaded.model
-    levels = facts.get("levels", data.levels)
+    levels = facts.get("levels", data.values)
     latents = torch.Size(getattr(model, "latent_shape", (getattr(model, "latents", 0),))).numel()
     # The n-gram baseline scores a whole text only, so a part of one has no baselines.
     whole = not data.modality.windowed or n == len(data.splits[plan.split])
@@ -196,9 +196,15 @@ def _pass(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[Facts, list
     protocol = {"n": n, "split": plan.split, **cards.data_facts(checked), "levels": levels}
     protocol["dtype"] = loaded.dtype
     protocol |= {key: facts[key] for key in ("context", "context_overlap", "given", "likelihood") if key in facts}
-    own = {"protocol": protocol, **({"bound": facts["bound"]} if "bound" in facts else {})}
+    bound = {"bound": facts["bound"]} if "bound" in facts else {}
+    own = {
+        "hidden": {"protocol": {**protocol, "shape": list(data.shape), "masked_share": hidden.SHARE}},
+        "likelihoods": {"protocol": protocol, **bound},
+        "reconstructions": {"protocol": protocol, **bound},
+    }
     found = [
-        cards.card(name, metric, *means[name], None, others.get(name, {}), own) for name, metric in metrics.items()
+        cards.card(name, metric, *means[name], None, others.get(name, {}), own[metric.kind])
+        for name, metric in metrics.items()
     ]
     objective = getattr(model, "objective", None)
     for card in found:

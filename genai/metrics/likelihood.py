@@ -36,6 +36,20 @@ def per_token(nats: Tensor, tokens: int, characters: float) -> Facts:
     }
 
 
+def per_hidden(nats: float, right: float, hidden: int) -> Facts:
+    """Convert nats of hidden tokens, of which some were guessed right, to means over all of them.
+
+    No likelihood of the text: each token is given others that are scored as well, hence pseudo-perplexity (Salazar et al., 2020).
+    """
+    mean = nats / hidden
+    return {
+        "masked_nats": round(mean, 4),
+        "masked_accuracy": round(right / hidden, 4),
+        "pseudo_perplexity": round(math.exp(mean), 4),
+        "masked_tokens": hidden,
+    }
+
+
 def perplexity(counts: Tensor) -> float:
     """Compute the perplexity exp(entropy) of code counts (K,): the number of equally likely codes with that entropy."""
     p = counts.double() / counts.sum()

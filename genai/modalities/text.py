@@ -4,6 +4,7 @@ import bisect
 import contextlib
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -81,12 +82,13 @@ class Text(Modality):
         """Write samples.txt to read, and samples.jsonl with seed, prompt, text, ids and ln p of the text and of each token."""
         folder.mkdir(parents=True, exist_ok=True)
         given = self.condition({"prompt": request.get("prompt")}, len(batch["seeds"]))
+        whole = "given" in batch  # the prompts are parts of the samples
         begun = [row[pad:] for row, pad in zip(given["tokens"].tolist(), given["pad"].tolist(), strict=True)]
         each = batch["seeds"].tolist(), begun, self.preview(batch), batch["tokens"], batch["log_prob"]
         plain, lines = [], []
         for seed, start, text, tokens, log_prob in zip(*each, strict=True):
             prompt = self.tokenizer.decode(start)
-            plain.append(f"--- seed {seed}\n{prompt}{text}\n\n")
+            plain.append(f"--- seed {seed}\n{'' if whole else prompt}{text}\n\n")
             facts = {
                 "seed": seed,
                 "prompt": prompt,
@@ -113,13 +115,18 @@ class Text(Modality):
         prompt = request.get("prompt")
         given, shown, waiting = self.condition(request, 1), "", ""
         first = prompt[0] if isinstance(prompt, list | tuple) and prompt else prompt
-        start = "" if first is None else self.tokenizer.decode(self.tokenizer.encode(str(first)).tolist())
+        start = "" if first is None else self.tokenizer.decode(_ids(self.tokenizer, str(first)).tolist())
         ends = {*given["stop"].tolist()} if "stop" in given else set()
         ends, width, stop = ends | {self.tokenizer.end}, 0, self.stop(request)
 
         def on_step(i: int, n: int, state: Batch) -> None:
             nonlocal shown, waiting, width
             tokens = state["tokens"][0].tolist()
+            if "given" in state:  # of a whole text, which is printed once no token is hidden
+                if not shown and self.tokenizer.mask not in tokens:
+                    shown = self.preview({name: value[:1] for name, value in state.items()})[0]
+                    print(shown, end="", flush=True)
+                return
             if len(tokens) <= width:  # a further batch: only the first text is printed
                 width = sys.maxsize
                 return
@@ -188,10 +195,13 @@ def encode_prompts(tokenizer: Tokenizer, given: Sequence[str]) -> Batch:
     Returns `tokens` int64 (B, T), padded on the left to one length; `pad` (B,), the amount of padding; `lead` (B,), the number
     of ids in front of the prompt itself; and `stop` (B,), the id that ends a sample, if the tokenizer has an end of document.
 
-    A text begins after the end of a document; without one an empty prompt begins with a line break, or else with id 0. Raises
-    UserError for characters that the tokenizer does not have.
+    A text begins after the end of a document; without one an empty prompt begins with a line break, or else with id 0. With
+    special ids every prompt begins so, and [MASK] in it is a hidden token, but \\[MASK] those letters. Raises UserError for
+    characters that the tokenizer does not have, and for prompts of which only some have a [MASK].
     """
-    own = [torch.from_numpy(tokenizer.encode(text).astype(np.int64)) for text in given]
+    own = [_ids(tokenizer, text) for text in given]
+    if len({tokenizer.mask in row.tolist() for row in own}) > 1:
+        raise UserError("prompt= has [MASK] in some prompts and not in others: give it in all of them, or in none")
     rows = [torch.cat([_lead(tokenizer, text), row]) for text, row in zip(given, own, strict=True)]
     cond = pad_prompts(rows)
     cond["lead"] = torch.tensor([len(row) - len(text) for row, text in zip(rows, own, strict=True)])
@@ -200,10 +210,20 @@ def encode_prompts(tokenizer: Tokenizer, given: Sequence[str]) -> Batch:
     return cond
 
 
+def _ids(tokenizer: Tokenizer, text: str) -> Tensor:
+    """Return the ids of a prompt, int64 (T,), with hidden tokens where it says [MASK], if the tokenizer has an id for them."""
+    if tokenizer.mask is None:
+        return torch.from_numpy(tokenizer.encode(text).astype(np.int64))
+    parts = re.split(r"(?<!\\)\[MASK\]", text)
+    rows = [tokenizer.encode(part.replace(r"\[MASK]", "[MASK]")).astype(np.int64) for part in parts]
+    hidden = np.array([tokenizer.mask])
+    return torch.from_numpy(np.concatenate([rows[0], *(np.concatenate([hidden, row]) for row in rows[1:])]))
+
+
 def _lead(tokenizer: Tokenizer, text: str) -> Tensor:
     """Return the ids in front of a prompt, int64 (0,) or (1,)."""
     start = [] if tokenizer.end is None else [tokenizer.end]
-    if not text and not start:
+    if (not text or tokenizer.mask is not None) and not start:
         try:
             start = tokenizer.encode("\n").tolist()
         except UserError:

@@ -15,6 +15,7 @@ import numpy as np
 
 from genai.core import stored
 from genai.core.errors import UserError
+from genai.core.protocols import SPECIALS
 
 SAMPLE_BYTES = 64 * 2**20  # of text at most that BPE learns its merges from
 PARALLEL = "TOKENIZERS_PARALLELISM"
@@ -34,6 +35,8 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     end: int | None
+    mask: int | None
+    """The id that stands for a hidden token, None without special ids."""
 
     def encode(self, text: str) -> np.ndarray:
         """Encode a text as ids (T,). Raises UserError that names a character without an id."""
@@ -56,6 +59,7 @@ class Byte:
     """The 256 bytes of UTF-8: encodes any text, without learning."""
 
     STATE_TYPES: ClassVar[dict[str, type]] = {}
+    mask: int | None = None
 
     def __init__(self, end: bool = False):
         self.vocab_size, self.end = 256 + end, 256 if end else None
@@ -80,6 +84,7 @@ class Char:
     """
 
     STATE_TYPES: ClassVar[dict[str, type]] = {"chars": str}
+    mask: int | None = None
 
     def __init__(self, chars: str, end: bool = False):
         if not chars or any(a >= b for a, b in itertools.pairwise(chars)):
@@ -124,6 +129,7 @@ class BPE:
     """
 
     STATE_TYPES: ClassVar[dict[str, type]] = {"spec": str}
+    mask: int | None = None
 
     def __init__(self, spec: str, end: bool = False):
         try:
@@ -196,6 +202,7 @@ class Published:
     """
 
     STATE_TYPES: ClassVar[dict[str, type]] = {"spec": str, "token": str}
+    mask: int | None = None
 
     def __init__(self, spec: str, token: str = "", end: bool = False):
         try:
@@ -233,6 +240,34 @@ class Published:
         return {"_target_": target, "spec": self.spec, "token": self.token, "end": self.end is not None}
 
 
+class WithSpecials:
+    """Another tokenizer with the ids of `SPECIALS` after its own.
+
+    `encode` never returns them, so a text that has the letters "[MASK]" stays text; `decode` shows them by name.
+    """
+
+    def __init__(self, inner: Tokenizer):
+        self.inner, self.words, self.end = inner, inner.vocab_size, inner.end
+        self.vocab_size = self.words + len(SPECIALS)
+        self.mask: int | None = self.words + SPECIALS.index("[MASK]")
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.inner.encode(text)
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self.inner.encode_all(texts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        runs = itertools.groupby(ids, lambda i: i >= self.words)
+        return "".join(
+            "".join(SPECIALS[i - self.words] for i in run) if special else self.inner.decode([*run])
+            for special, run in runs
+        )
+
+    def state(self) -> dict[str, Any]:
+        return {"_target_": "genai.modalities.tokenizers.WithSpecials", "inner": self.inner.state()}
+
+
 def from_state(node: dict[str, Any]) -> Tokenizer:
     """Restore a tokenizer from its `state()`; only those of this project are built.
 
@@ -242,6 +277,10 @@ def from_state(node: dict[str, Any]) -> Tokenizer:
         raise UserError(f"a tokenizer is described by a dict with a _target_, not by a {type(node).__name__}")
     arguments = stored.up_to_date(node)
     target = arguments.pop("_target_", None)
+    if target == f"{__name__}.WithSpecials":
+        if arguments.keys() != {"inner"} or "inner" in (inner := arguments["inner"]):
+            raise UserError("a tokenizer WithSpecials is described by the tokenizer inside it alone")
+        return WithSpecials(from_state(inner))
     kind = {f"{__name__}.{kind.__name__}": kind for kind in (Byte, Char, BPE, Published)}.get(str(target))
     if kind is None:
         raise UserError(f"{target} is not a tokenizer of this project")

@@ -9,6 +9,18 @@ from genai.nn.cache import Cache
 from genai.nn.transformer import Transformer
 
 
+class HeadTransform(nn.Module):
+    """A linear map, an activation and a norm between the states and the head, as BERT has them (Devlin et al., 2019)."""
+
+    def __init__(self, width: int, activation: nn.Module, norm: Callable[[int], nn.Module]):
+        super().__init__()
+        self.linear, self.activation, self.norm = nn.Linear(width, width), activation, norm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., width) to the same shape."""
+        return self.norm(self.activation(self.linear(x)))
+
+
 class TokenTransformer(nn.Module):
     """A Transformer between an embedding and an output head: token ids int64 (B, T) -> logits (B, T, vocab_size).
 
@@ -17,28 +29,50 @@ class TokenTransformer(nn.Module):
         transformer: causal or not.
         tied: share one matrix between embedding and head.
         init: `init(net)` sets the weights; None keeps torch's.
+        transform: constructor, called with the width, of what states pass before the head; None for nothing.
+        bias: give the head a bias.
 
     Raises UserError for data without token ids, whose vocab_size is None.
     """
 
     def __init__(
-        self, vocab_size: int, transformer: Transformer, tied: bool, init: Callable[[nn.Module], None] | None = None
+        self,
+        vocab_size: int,
+        transformer: Transformer,
+        tied: bool,
+        init: Callable[[nn.Module], None] | None = None,
+        transform: Callable[[int], nn.Module] | None = None,
+        bias: bool = False,
     ):
         super().__init__()
         if vocab_size is None:
             raise UserError("this model takes tokens, but this data has none (data.levels): choose a text with data=")
         self.embed = nn.Embedding(vocab_size, transformer.width)
         self.transformer = transformer
-        self.head = nn.Linear(transformer.width, vocab_size, bias=False)
+        self.transform = None if transform is None else transform(transformer.width)
+        self.head = nn.Linear(transformer.width, vocab_size, bias)
         self.tied = tied
         if init is not None:
             init(self)
         if tied:
             self.head.weight = self.embed.weight
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None, documents: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+        at: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         """Return logits (B, T, vocab_size) at each of `tokens` int64 (B, T), which follow those in the cache.
 
-        `documents` keeps documents apart, see `Transformer`.
+        Args:
+            mask: attention mask without a cache, see `Transformer`.
+            at: positions int64 (B, n) whose logits, (B, n, vocab_size), are wanted alone.
+            documents: keeps documents apart, see `Transformer`.
         """
-        return self.head(self.transformer(self.embed(tokens), cache, documents=documents))
+        states = self.transformer(self.embed(tokens), cache, mask, documents=documents)
+        if at is not None:
+            states = states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))
+        return self.head(states if self.transform is None else self.transform(states))

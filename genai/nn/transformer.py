@@ -36,6 +36,27 @@ class Shift(nn.Module):
         return torch.lerp(x, before.to(x.dtype), self.mix.to(x.dtype))
 
 
+class TwoSidedShift(nn.Module):
+    """Token shift from both sides, for bidirectional networks: x_t + left (x_{t-1} - x_t) + right (x_{t+1} - x_t), see `Shift`.
+
+    The mixes are learned per channel; at first `left` falls from `start` to 0 over the first half of them, and `right` rises from
+    0 to `start` over the second.
+    """
+
+    def __init__(self, width: int, start: float = 0.5):
+        super().__init__()
+        ramp = torch.linspace(-start, start, width)
+        self.left, self.right = nn.Parameter((-ramp).clamp_min(0)), nn.Parameter(ramp.clamp_min(0))
+
+    def forward(self, x: Tensor, past: CacheSlot | None = None, first: Tensor | None = None) -> Tensor:
+        """Shift x (B, T, width), within documents that begin where `first`, bool (B, T, 1), is true. There is no cache of what
+        comes later."""
+        before, after = F.pad(x, (0, 0, 1, -1)), F.pad(x, (0, 0, -1, 1))
+        if first is not None:
+            before, after = before.masked_fill(first, 0), after.masked_fill(F.pad(first, (0, 0, -1, 1), value=True), 0)
+        return x + self.left.to(x.dtype) * (before - x) + self.right.to(x.dtype) * (after - x)
+
+
 class MLP(nn.Module):
     """Two linear maps with an activation between; the inner width is `ratio` times the outer."""
 
@@ -87,7 +108,7 @@ class SquaredReLU(nn.Module):
 class Block(nn.Module):
     """A pre-norm block: x + attention(shift(norm(x))), x + cross(norm(x), context), x + mlp(shift(norm(x))).
 
-    Shift and cross-attention are optional.
+    Shift and cross-attention are optional. With `post_norm` each is norm(x + branch(x)), as in Vaswani et al. (2017).
     """
 
     def __init__(
@@ -96,15 +117,16 @@ class Block(nn.Module):
         attention: Callable[[int], Attention],
         mlp: Callable[[int], nn.Module],
         norm: Callable[[int], nn.Module],
-        shift: Callable[[int], Shift] | None,
+        shift: Callable[[int], Shift | TwoSidedShift] | None,
         dropout: float,
         cross: Callable[[int], CrossAttention] | None = None,
+        post_norm: bool = False,
     ):
         super().__init__()
         self.norm1, self.attention, self.norm2, self.mlp = norm(width), attention(width), norm(width), mlp(width)
         self.shift1, self.shift2 = (None, None) if shift is None else (shift(width), shift(width))
         self.norm_cross, self.cross = (None, None) if cross is None else (norm(width), cross(width))
-        self.dropout = dropout
+        self.dropout, self.post_norm = dropout, post_norm
 
     def forward(
         self,
@@ -114,17 +136,27 @@ class Block(nn.Module):
         context: Context | ContextKeyValues | None = None,
     ) -> Tensor:
         """Map x (B, T, width) to the same shape, with the positions, cache and context of this block."""
-        y = self.norm1(x)
-        if self.shift1 is not None:
-            y = self.shift1(positions.zero_padding(y), cache.shift1, positions.first)
-        x = x + self.drop(self.attention(y, positions.rotation, positions.mask, cache.keys, cache.values))
+
+        def attend(y: Tensor) -> Tensor:
+            if self.shift1 is not None:
+                y = self.shift1(positions.zero_padding(y), cache.shift1, positions.first)
+            return self.attention(y, positions.rotation, positions.mask, cache.keys, cache.values)
+
+        def feed(y: Tensor) -> Tensor:
+            if self.shift2 is not None:
+                y = self.shift2(positions.zero_padding(y), cache.shift2, positions.first)
+            return self.mlp(y)
+
+        x = self.add(x, self.norm1, attend)
         if self.cross is not None and self.norm_cross is not None:
             assert context is not None
-            x = x + self.drop(self.cross(self.norm_cross(x), context))
-        y = self.norm2(x)
-        if self.shift2 is not None:
-            y = self.shift2(positions.zero_padding(y), cache.shift2, positions.first)
-        return x + self.drop(self.mlp(y))
+            cross = self.cross
+            x = self.add(x, self.norm_cross, lambda y: cross(y, context))
+        return self.add(x, self.norm2, feed)
+
+    def add(self, x: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """Add a branch to x (B, T, width), normalised before or, with `post_norm`, after."""
+        return norm(x + self.drop(branch(x))) if self.post_norm else x + self.drop(branch(norm(x)))
 
     def drop(self, x: Tensor) -> Tensor:
         """Apply dropout to a branch's output (B, T, width)."""
@@ -142,6 +174,7 @@ class Transformer(nn.Module):
         dropout: dropout probability of the embeddings and of each block's branches.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         cross: constructor of cross-attention to a context, between attention and MLP; None for none.
+        post_norm: normalise after each branch and the embeddings, as BERT does, and not before each and at the end.
 
     Raises UserError for layers or dropout out of range, and for positions that do not fit head_dim.
     """
@@ -154,10 +187,11 @@ class Transformer(nn.Module):
         mlp: Callable[[int], nn.Module],
         norm: Callable[[int], nn.Module],
         position: Callable[[int], nn.Module],
-        shift: Callable[[int], Shift] | None = None,
+        shift: Callable[[int], Shift | TwoSidedShift] | None = None,
         dropout: float = 0.0,
         gradient_checkpointing: bool = False,
         cross: Callable[[int], CrossAttention] | None = None,
+        post_norm: bool = False,
     ):
         super().__init__()
         at_least(layers, 1, "layers")
@@ -165,11 +199,11 @@ class Transformer(nn.Module):
         self.width, self.dropout, self.gradient_checkpointing = width, dropout, gradient_checkpointing
         self.position = position(width)
         self.positions: int | None = self.position.length  # type: ignore[assignment]  # None: no limit
-        blocks = [Block(width, attention, mlp, norm, shift, dropout, cross) for _ in range(layers)]
+        blocks = [Block(width, attention, mlp, norm, shift, dropout, cross, post_norm) for _ in range(layers)]
         self.shifts = shift is not None
         self.kv_heads, self.head_dim = blocks[0].attention.kv_heads, blocks[0].attention.head_dim
         self.blocks = nn.ModuleList(blocks)
-        self.norm = norm(width)
+        self.norm, self.post_norm = norm(width), post_norm
         self.position(torch.arange(1), self.head_dim)  # fails early on an invalid head_dim
 
     def forward(
@@ -189,13 +223,16 @@ class Transformer(nn.Module):
         """
         if cache is None:
             at, first = torch.arange(x.shape[1], device=x.device), None
+            # A mask of padding, the same for all positions, also keeps it out of shifts.
+            real = mask[:, 0, 0, :, None] if mask is not None and mask.shape[2] == 1 else None
             if documents is not None:
                 at, mask, first = self.separate(documents, mask)
-            positions = Positions(*self.position(at, self.head_dim), mask=mask, first=first)
+            positions = Positions(*self.position(at, self.head_dim), mask=mask, real=real, first=first)
             layers = [LayerCache()] * len(self.blocks)
         else:
             positions, layers = cache.take(x.shape[1])
         x = x if positions.embedding is None else x + positions.embedding
+        x = self.norm(x) if self.post_norm else x
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         contexts = [context] * len(self.blocks) if context is None or isinstance(context, Context) else context
         for block, *parts in zip(self.blocks, layers, contexts, strict=True):
@@ -203,7 +240,7 @@ class Transformer(nn.Module):
                 x = checkpoint(block, x, positions, *parts, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(x, positions, *parts)
-        return self.norm(x)
+        return x if self.post_norm else self.norm(x)
 
     def separate(self, documents: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the positions (B, T) of tokens within their `documents` (B, T), a mask that keeps attention within them,

@@ -115,7 +115,7 @@ def test_an_autoregressive_model_of_the_source_gives_its_entropy():
     class Net(nn.Module):
         transformer = type("Any", (), {"positions": None})
 
-        def forward(self, tokens):
+        def forward(self, tokens, documents=None):
             logits = torch.cat([torch.full((1, 12), -99.0), p.flatten(1).log()]).T  # BEGIN never again
             return logits.expand(len(tokens), -1, -1)
 

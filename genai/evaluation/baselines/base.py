@@ -43,6 +43,7 @@ class Baseline:
     - `log_prob(batch, seed) -> (B,)`: exact ln p of whole samples of the discrete data, in nats.
     - `sample(n, seed, label) -> (n, C, H, W)`: images in [-1, 1]; sample i depends on seed + i alone, and `label`, int64 (n,),
       asks for classes; for data with speakers also `speaker`, int64 (n,).
+    - `score_hidden(batch, hidden)`: see `Infiller`.
     - `reconstruct(batch) -> (B, C, H, W)`: the images after compression.
     """
 
@@ -98,7 +99,8 @@ def training_data(data: Data, splits: Sequence[str], most: int | None = None) ->
             key: torch.cat([part[key] for part in parts]) for key in ("mask", "speaker", "label") if key in parts[0]
         }
     label = found.pop("label", None)
-    facts = data.field, list(data.shape), data.levels, data.classes
+    # data.values: a vocabulary may have ids that the text does not
+    facts = data.field, list(data.shape), data.values if data.modality.windowed else data.levels, data.classes
     return TrainingData(x, label, *facts, **found, modality=data.modality)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor
 
 from genai import progress
 from genai.checkpoint.build import build_typed
@@ -21,6 +20,7 @@ from genai.core.stored import Node
 from genai.data.base import Data, first_items
 from genai.data.fingerprint import checksum, dataset_checksum
 from genai.data.stream import batches
+from genai.evaluation import hidden
 from genai.evaluation.baselines.base import Baseline, check, stream, training_data
 from genai.evaluation.features import FeatureSet
 from genai.evaluation.metrics import Metric, RealFakePair, compute, compute_pairs, custom_facts
@@ -28,7 +28,7 @@ from genai.evaluation.metrics import Metric, RealFakePair, compute, compute_pair
 MAX_IMAGES = 10_000  # training images that baselines are fitted on
 MAX_TOKENS = 10_000_000  # training tokens that baselines are fitted on
 FORMAT = 2  # version of the cached files
-METHODS = {"samples": "sample", "likelihoods": "log_prob", "reconstructions": "reconstruct"}
+METHODS = {"samples": "sample", "likelihoods": "log_prob", "hidden": "score_hidden", "reconstructions": "reconstruct"}
 """The method of a baseline that a kind of metrics needs."""
 
 
@@ -147,8 +147,11 @@ def _sets(baseline: Any, data: Data, n: int, real: FeatureSet, seed: int) -> tup
     return (RealFakePair(real, fake),)
 
 
-def _items(baseline: Any, data: Any, kind: str, split: str, n: int) -> tuple[Tensor, Any]:
-    """Return the arguments of metrics of a pass: (-ln p in nats, facts), or (reconstructions, items)."""
+def _items(baseline: Any, data: Any, kind: str, split: str, n: int) -> tuple[Any, ...]:
+    """Return the arguments of metrics of a pass: (-ln p in nats, facts), (scores,), or (reconstructions, items)."""
+    if kind == "hidden":
+        items = next(batches(first_items(data, split, n), n))
+        return (hidden.score(baseline, items, data.field, 0),)
     windowed = data.modality.windowed  # a text is scored as one row, so that only its beginning lacks context
     items = (
         {data.field: stream(data.splits[split])[None]} if windowed else next(batches(first_items(data, split, n), n))

@@ -1,0 +1,1 @@
+"""Models of tokens given those around them: BERT and masked diffusion."""

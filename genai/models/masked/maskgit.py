@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from genai.core import rng
 from genai.core.errors import at_least, number
 from genai.core.protocols import Batch, Losses, OnStep, for_models
+from genai.models.masked.base import draw
 from genai.nn.latent_space import LatentTokens
 from genai.nn.text_image import TextImageModel, known
 from genai.nn.transformer import Transformer
@@ -129,11 +130,3 @@ def sample(
             on_step(k - 1, steps, {"tokens": codes})
     x = model.latent.decode(codes).clamp(-1, 1)
     return {model.field: x if begun is None else begun.restore(x), "tokens": codes}
-
-
-def draw(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
-    """Draw ids int64 (B, T) from softmax(logits / temperature), logits (B, T, V), by the inverse CDF at u (B, T)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    cdf = (logits / temperature).softmax(-1).cumsum(-1)
-    return torch.searchsorted(cdf, (u.clamp_min(1e-8) * cdf[..., -1])[..., None])[..., 0]

@@ -1,0 +1,128 @@
+"""Models of masked tokens from a new user's chair: a text trains, its gaps are filled, and wrong commands say what to do."""
+
+import json
+
+import pytest
+
+from genai.cli import compose_config, prepare_sampling
+
+DEBUG = ["debug=true", "logger=none", "model.net.transformer.width=16", "data.shape=[16]", "data.tokenizer=char"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A text, and a BERT and a masked diffusion trained on it in this process."""
+    from genai.train.run import run
+
+    root = tmp_path_factory.mktemp("masked")
+    (root / "book.txt").write_text("It was the best of times, it was the worst of times.\n" * 100)
+    data = ["data=text_file", f"data.path={root / 'book.txt'}", f"data.cache={root / 'cache'}"]
+    for model in ("bert", "mdlm"):
+        run(compose_config("train", [f"model={model}", *data, *DEBUG, f"run_dir={root / model}"]))
+    return root
+
+
+def sample(*given):
+    from genai.sampling import run
+
+    return run(compose_config("sample", list(given), prepare_sampling))
+
+
+def evaluate(*given):
+    from genai.evaluation.run import run
+
+    return run(compose_config("evaluate", list(given)))
+
+
+@pytest.mark.parametrize(("model", "sampler"), [("bert", "fill"), ("mdlm", "fill"), ("mdlm", "ancestral")])
+def test_gaps_are_filled_and_the_text_is_shown(folder, tmp_path, capsys, model, sampler):
+    prompt = "prompt=it [MASK]as th[MASK]"
+    out = sample(f"ckpt={folder / model}", f"sampler={sampler}", prompt, "n=2", f"out={tmp_path / 'out'}")
+    found = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    for one in found:
+        assert one["prompt"] == "\nit [MASK]as th[MASK]"
+        assert len(one["text"]) == len("it was the") and one["text"][:3] == "it " and one["text"][4:9] == "as th"
+        assert [x < 0 for x in one["log_probs"]] == [i in (3, 9) for i in range(10)]
+    assert f"--- seed 0\n{found[0]['text']}\n" in (out / "samples.txt").read_text()
+    assert found[0]["text"] in capsys.readouterr().out
+
+
+def test_masked_scores_have_cards_with_the_baseline(folder):
+    facts = evaluate(f"ckpt={folder / 'bert'}", "split=val")
+    assert "nats_per_token" not in facts and facts["masked_share"] == 0.15 and facts["pseudo_perplexity"] > 1
+    cards = {card["metric"]: card for card in facts["cards"]}
+    assert {*cards} == {"masked_nats", "masked_accuracy"}
+    assert {*cards["masked_nats"]["baselines"]} == {"counts given 3 tokens on each side"}
+    assert cards["masked_nats"]["baselines"]["counts given 3 tokens on each side"] < 0.5
+    assert cards["masked_accuracy"]["better"] == "higher"
+
+
+def test_the_bound_is_on_the_scale_of_other_texts_likelihoods(folder):
+    facts = evaluate(f"ckpt={folder / 'mdlm'}", "split=val")
+    assert facts["bound"] == "upper bound" and facts["masked_nats"] > 0
+    cards = {card["metric"]: card for card in facts["cards"]}
+    assert {"nats_per_token", "bits_per_character", "masked_nats", "masked_accuracy"} == {*cards}
+    protocol = cards["nats_per_token"]["protocol"]
+    assert "interpolated 5-gram" in cards["nats_per_token"]["baselines"]
+    assert protocol["levels"] == len(set("It was the best of times, it was the worst of times.\n")), "no special ids"
+    assert protocol["context"] == 16 and "masked_share" not in protocol
+
+
+TRAIN = {
+    "data=digits": "takes tokens, but this data has image",
+    "data.specials=false": "model.specials=true",
+    "data.specials=1": "data.specials=1 must be true or false",
+    "model.share=0": "model.share=0 must be a number greater than 0 and at most 1",
+    "model.random=2": "model.random=2 must be a number at least 0 and at most 1",
+    "model.random=0.6 model.kept=0.6": "make their sum at most 1",
+    "model.net.transformer.attention.causal=true": "reads both sides: set model.net.transformer.attention.causal=false",
+    "sampler=generate": "the sampler generate is for an Autoregressive, and this model is a BERT",
+    "model=gpt sampler=fill": "the sampler fill is for a MaskedModel, and this model is a GPT",
+}
+SAMPLE = {
+    "prompt=zzz[MASK]": "the character 'z' (U+007A) is not among",
+    "prompt=['it[MASK]',was]": "prompt= has [MASK] in some prompts and not in others",
+    "prompt=it_was_the_best_of_times": "is not among",
+    "prompt=it was the best of ti": "must fit into the 16 tokens that this model reads at once: shorten them",
+    "max_new_tokens=17": "must fit into the 16 tokens that this model reads at once: shorten them",
+    "steps=0": "sampler.steps=0 must be",
+    "temperature=-1": "sampler.temperature=-1 must be",
+    "top_k=3": "top_k",
+    "label=3": "label=3 was given, but this model is unconditional",
+}
+
+
+def refusal(call, folder, monkeypatch):
+    from genai.core.errors import UserError
+
+    monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UserError) as refused:
+        call()
+    assert sorted(folder.rglob("*")) == before and "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("argument", TRAIN)
+def test_wrong_training_commands(folder, monkeypatch, argument):
+    from genai.train.run import run
+
+    text = ["data=text_file", "data.path=book.txt", f"data.cache={folder / 'cache'}", *DEBUG[2:]]
+    given = ["model=bert", *([] if argument == "data=digits" else text), *DEBUG[:2]]
+    keys = [word.split("=")[0] for word in argument.split()]
+    given = [
+        word for word in given if word.split("=")[0] not in keys and not ("model=gpt" in argument and "width" in word)
+    ]
+    given = given if argument != "data=digits" else ["model=bert", *DEBUG[:2]]
+    said = refusal(lambda: run(compose_config("train", [*given, *argument.split()])), folder, monkeypatch)
+    assert TRAIN[argument] in said
+
+
+@pytest.mark.parametrize("argument", SAMPLE)
+def test_wrong_sampling_commands(folder, monkeypatch, argument):
+    assert SAMPLE[argument] in refusal(lambda: sample("ckpt=bert", "n=2", argument), folder, monkeypatch)
+
+
+def test_likelihoods_of_a_bert_are_refused(folder, monkeypatch):
+    said = refusal(lambda: evaluate("ckpt=bert", "split=val", "metrics=[nats_per_token]"), folder, monkeypatch)
+    assert "nats_per_token is not available for this model; it can have masked_nats, masked_accuracy" in said
