@@ -447,7 +447,11 @@ SHAPED = {
 }
 """The ranges of keys that a model with a `shape` needs once the data are built."""
 
-SEPARATING = ("genai.models.autoregressive.gpt.GPT",)
+SEPARATING = (
+    "genai.models.autoregressive.gpt.GPT",
+    "genai.models.masked.bert.BERT",
+    "genai.models.masked.mdlm.MDLM",
+)
 """Models of ours for which data may keep documents apart."""
 TIES = {
     "FiniteScalarQuantizer:levels": (),
