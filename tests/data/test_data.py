@@ -188,7 +188,7 @@ def test_samples_are_written_whole(tmp_path):
     x, labels, seeds = torch.rand(3, 3, 4, 5) * 2 - 1, torch.tensor([1, 2, 1]), torch.arange(7, 10)
     names = sampling.file_names(seeds, labels)
     written = Image().write(tmp_path / "out", {"image": x, "label": labels, "seeds": seeds}, names, {}, None)
-    assert written == ["grid.png", "samples.npz"]
+    assert written == ["seed_000007_label_1.png", "grid.png", "samples.npz"]
     stored = np.load(tmp_path / "out" / "samples.npz")
     assert np.array_equal(stored["samples"], to_uint8(x).numpy())
     assert stored["labels"].tolist() == [1, 2, 1]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import genai
+from genai.checkpoint import gpt2
 from genai.core.errors import UserError
-from genai.models.autoregressive import gpt2
 from tests.modalities.test_published import END, TEXT, words
 from tests.pages import DOCS, blocks
 
