@@ -154,11 +154,14 @@ class TextImageModel(nn.Module):
                 f"model.label_dropout={self.label_dropout}: give {key}=1, which switches guidance off"
             )
 
-    def drop_captions(self, caption: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (captions int64 (B, length), a random share of them empty in training mode; which are not, bool (B, 1))."""
-        kept = torch.ones(len(caption), 1, dtype=torch.bool, device=caption.device)
+    def captions(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return (captions int64 (B, length), empty where a batch has none and for a random share in training mode; which of them
+        are kept, bool (B, 1))."""
+        n, null = len(batch[self.field]), self.null()["caption"]
+        caption = batch.get("caption", null.expand(n, -1))
+        kept = torch.ones(n, 1, dtype=torch.bool, device=null.device)
         if self.training and self.label_dropout > 0:
-            kept = torch.rand(len(caption), 1, device=caption.device) >= self.label_dropout
+            kept = torch.rand(n, 1, device=null.device) >= self.label_dropout
         return torch.where(kept, caption, PAD), kept
 
 

@@ -69,7 +69,7 @@ class DALLE(TextImageModel):
     def nats(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return -ln p of each byte of the captions with the `PAD` that ends them (B, length), 0 after it and where the caption
         was dropped, and of each code (B, T)."""
-        codes, (caption, kept) = self.latent.encode(batch), self.drop_captions(batch["caption"])
+        codes, (caption, kept) = self.latent.encode(batch), self.captions(batch)
         real = F.pad(caption[:, :-1] != PAD, (1, 0), value=True) & kept
         logits = self.logits(self.ids.sequence(caption, codes)[:, :-1])
         text, image = logits.split([self.ids.length + 1, self.length], 1)

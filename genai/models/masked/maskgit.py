@@ -52,7 +52,7 @@ class MaskGIT(TextImageModel):
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """Return the mean of -ln p over the masked codes (eq. 1), and their number."""
-        codes, (caption, _) = self.latent.encode(batch), self.drop_captions(batch["caption"])
+        codes, (caption, _) = self.latent.encode(batch), self.captions(batch)
         masked = draw_masked(len(codes), self.length, codes.device)
         logits = self.logits(caption, torch.where(masked, self.ids.mask, codes))
         smoothing = self.label_smoothing if self.training else 0.0
