@@ -10,9 +10,10 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
+from genai.checkpoint import gpt2
 from genai.core import rng
 from genai.core.errors import UserError
-from genai.models.autoregressive import decode, gpt2, speculative
+from genai.models.autoregressive import decode, speculative
 from genai.models.autoregressive.gpt import GPT
 from genai.models.autoregressive.likelihood import nats_of
 from genai.nn import norm, transformer
