@@ -42,7 +42,7 @@ FACTS: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
-"""What else a config.json says, where it says anything, of the models that `model=gpt2` is."""
+"""Values that other keys of a config.json must have, where it has them, for the model to be one of `model=gpt2`."""
 
 
 def read(folder: str | Path) -> tuple[dict[str, int], dict[str, Tensor]]:

@@ -85,7 +85,7 @@ def _read_spec(path: Path, end: bool) -> Published:
         raise UserError(f"data.tokenizer: {path} is JSON, but not of a tokenizer: name {WHAT}")
     added = found.get("added_tokens")
     special = [str(one.get("content")) for one in added or () if isinstance(one, dict) and one.get("special")]
-    return _made(path, spec, special, end)
+    return _published(path, spec, special, end)
 
 
 def _read_merges(vocabulary: Path, merges: Path, end: bool) -> Published:
@@ -100,7 +100,7 @@ def _read_merges(vocabulary: Path, merges: Path, end: bool) -> Published:
             "name the tokenizer.json of this tokenizer"
         )
     special = [END] if END in ids else []
-    return _made(vocabulary, _byte_level(vocabulary, ids, pairs, GPT2_WORDS, special, False), special, end)
+    return _published(vocabulary, _byte_level(vocabulary, ids, pairs, GPT2_WORDS, special, False), special, end)
 
 
 def _read_ranks(path: Path, end: bool) -> Published:
@@ -130,7 +130,7 @@ def _read_ranks(path: Path, end: bool) -> Published:
         if token[:i] in ranks and token[i:] in ranks
     ]
     ids = {name[token]: rank for token, rank in ranks.items()} | special
-    return _made(path, _byte_level(path, ids, merges, pattern, [*special], True), [END], end)
+    return _published(path, _byte_level(path, ids, merges, pattern, [*special], True), [END], end)
 
 
 def _byte_level(
@@ -150,7 +150,7 @@ def _byte_level(
     return bpe.to_str()
 
 
-def _made(path: Path, spec: str, special: list[str], end: bool) -> Published:
+def _published(path: Path, spec: str, special: list[str], end: bool) -> Published:
     """Return the tokenizer of a specification; `special` are its special tokens."""
     token = ""
     if end:

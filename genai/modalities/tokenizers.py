@@ -21,7 +21,7 @@ SAMPLE_BYTES = 64 * 2**20  # of text at most that BPE learns its merges from
 PARALLEL = "TOKENIZERS_PARALLELISM"
 """The environment variable by which the library tokenizers uses several threads: false or true."""
 ONE_THREAD = "no"
-"""What it says when this module and not the user has set it: as the library's false."""
+"""The value that this module sets, which the library takes as false, so that a value of the user is not mistaken for it."""
 MAX_WORD_BYTES = (
     1024  # longer words are split while learning: each merge rescans its words, and text without spaces is one word
 )

@@ -64,7 +64,7 @@ class Letters(tokenizers.Char):
 
 @pytest.mark.parametrize("end", [False, True])
 def test_stop_strings_change_neither_with_the_batch_nor_with_the_sampler(end):
-    """What is kept is what is written without them; the rest is padding with ln p 0, and writing ends early."""
+    """The text before a stop string is kept; what follows is padding with ln p 0, and writing ends early."""
     model, seeds, calls, tokenizer = gpt(length=300), torch.arange(24), [], Letters(end)
     cond = {"tokens": torch.zeros(24, 1, dtype=torch.int64)} | ({"stop": torch.full((24,), V - 1)} if end else {})
     free = decode.generate(model, seeds, {"tokens": cond["tokens"]}, max_new_tokens=200)

@@ -21,7 +21,7 @@ class State:
     """The decoding state of a DALLE."""
 
     cache: Cache
-    """Of the sequences, then as many again with the empty caption if they are guided."""
+    """Keys and values of B sequences, or of 2 B with guidance: the second half has the captions to guide away from."""
     before: Tensor | None
     """int64 (B or 2 B, length + 1), the captions, which the first call reads before its tokens; None after it."""
     guidance: Tensor | None

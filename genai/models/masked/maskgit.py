@@ -113,8 +113,7 @@ def sample(
         captions.append(given.get("negative", null))
     codes, begun = torch.full((len(seeds), model.length), model.ids.mask, device=device), known(model, image, mask)
     codes = codes if begun is None else torch.where(begun.kept, begun.codes, codes)
-    seeds, unknown = seeds.to(device), codes == model.ids.mask
-    total = unknown.sum(1, keepdim=True)
+    seeds, total = seeds.to(device), (codes == model.ids.mask).sum(1, keepdim=True)
     for k in range(1, steps + 1):
         logits = model.logits(torch.cat(captions), codes.repeat(len(captions), 1))
         if len(captions) == 2:
