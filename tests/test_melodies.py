@@ -76,6 +76,8 @@ TRAIN = {
     "data.voices=all": "holds no MIDI files",
     "data.bar=0": "data.bar=0 must be a whole number of steps, at least 1",
     "data.bar=12": "holds no MIDI files",
+    "data.shape=null": "data.shape=null must be a list like [a] of 1 value, a whole number of tokens",
+    "data.shape=[64,2]": "data.shape=[64, 2] must be a list like [a] of 1 value",
     "data.shape=[60]": "data.shape=60 must be tokens of whole bars, a multiple of 16",
     "data.overlap=64": "data.overlap=64 must be smaller than a window of 64 tokens",
     "data.low=200": "data.low=200 must be a whole number, at least 0 and at most 127, or null",

@@ -120,7 +120,9 @@ class Many:
         size = f"{self.least}" if self.least == self.most else f"{self.least} or more" if self.least else ""
         alone = f"{self.each}, or " if self.alone else ""
         end = "; or null" if self.null else ""
-        return f"{alone}a list like [a,b] of {f'{size} values' if size else 'values'}, each {self.each}{end}"
+        like = f"[a] of 1 value, {self.each}" if self.most == 1 else ""
+        like = like or f"[a,b] of {f'{size} values' if size else 'values'}, each {self.each}"
+        return f"{alone}a list like {like}{end}"
 
 
 @dataclass(frozen=True)
