@@ -174,7 +174,8 @@ def shortened(line: str) -> list[str] | None:
         return [*(word.replace("seed=0,1,2", "seed=0,1") for word in words), "debug=true", *sweep]
     if script == "sample.py":
         words = [word for word in words if not re.match(r"(n|max_new_tokens)=", word)]
-        return [*words, "n=2", *(["max_new_tokens=6"] if "prompt" in line and "latent" not in line else [])]
+        images = re.search("latent|dalle|maskgit", line)
+        return [*words, "n=2", *(["max_new_tokens=6"] if "prompt" in line and not images else [])]
     if script == "evaluate.py":
         words = [word for word in words if not word.startswith("n=")]
         return [*words, "n=16", *(["repeats=2", "baselines=false"] if "metrics=" in line else [])]

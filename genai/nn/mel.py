@@ -39,8 +39,9 @@ class LogMel(nn.Module):
         self.register_buffer("bank", bank, persistent=False)
         self.register_buffer("hann", torch.hann_window(self.window), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        power = stft_power(x, self.hann, self.hop)
+    def forward(self, waveform: Tensor) -> Tensor:
+        """Return the spectrograms (B, C, mels, 1 + T // hop) of waveforms (B, C, T)."""
+        power = stft_power(waveform, self.hann, self.hop)
         mel = (power.transpose(-1, -2) @ self.bank).transpose(-1, -2)
         return mel.clamp_min(FLOOR).log() * (-2 / LOW) + 1
 

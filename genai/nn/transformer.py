@@ -109,6 +109,8 @@ class Block(nn.Module):
     """A pre-norm block: x + attention(shift(norm(x))), x + cross(norm(x), context), x + mlp(shift(norm(x))).
 
     Shift and cross-attention are optional. With `post_norm` each is norm(x + branch(x)), as in Vaswani et al. (2017).
+
+    Raises UserError for a shift from both sides with causal attention.
     """
 
     def __init__(
@@ -125,6 +127,11 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attention, self.norm2, self.mlp = norm(width), attention(width), norm(width), mlp(width)
         self.shift1, self.shift2 = (None, None) if shift is None else (shift(width), shift(width))
+        if isinstance(self.shift1, TwoSidedShift) and self.attention.causal:
+            raise UserError(
+                "a TwoSidedShift sees the token after each, which causal attention has to predict: choose Shift, or set "
+                "attention.causal=false"
+            )
         self.norm_cross, self.cross = (None, None) if cross is None else (norm(width), cross(width))
         self.dropout, self.post_norm = dropout, post_norm
 

@@ -236,6 +236,8 @@ def test_what_cannot_be_is_refused():
         BERT("tokens", V, False, 12, net())
     with pytest.raises(UserError, match=r"attention\.causal=false"):
         MDLM("tokens", V, True, 12, net(causal=True, shift=None))
+    with pytest.raises(UserError, match="a TwoSidedShift sees the token after each"):
+        net(causal=True)
     with pytest.raises(UserError, match="longer than the 12 positions"):
         BERT("tokens", V, True, 12, net(position=partial(LearnedPositions, length=12)))
     with pytest.raises(UserError, match="make their sum at most 1"):
