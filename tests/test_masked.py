@@ -75,7 +75,10 @@ TRAIN = {
     "model.share=0": "model.share=0 must be a number greater than 0 and at most 1",
     "model.random=2": "model.random=2 must be a number at least 0 and at most 1",
     "model.random=0.6 model.kept=0.6": "make their sum at most 1",
-    "model.net.transformer.attention.causal=true": "reads both sides: set model.net.transformer.attention.causal=false",
+    "model.net.transformer.attention.causal=true": "a TwoSidedShift sees the token after each",
+    "model.net.transformer.attention.causal=true model.net.transformer.shift=null": (
+        "reads both sides: set model.net.transformer.attention.causal=false"
+    ),
     "sampler=generate": "the sampler generate is for an Autoregressive, and this model is a BERT",
     "model=gpt sampler=fill": "the sampler fill is for a MaskedModel, and this model is a GPT",
 }
