@@ -1,29 +1,56 @@
 """Effect of classifier-free guidance.
 
     pip install -e ".[notebooks]"
-    python -m benchmarks.guidance <run of experiment=latent_mnist_text> [--root data] [--n 1000] [--guidance 1 1.5 2 3 4 6 8]
+    python -m benchmarks.guidance <run of a recipe with data=mnist_text> [--root data] [--n 1000] [--guidance 1 1.5 2 3 4 6 8]
     python -m benchmarks.guidance <run> --split val       # to choose a weight
 
-Accuracy of the requested digit, and recall, are measured at each guidance weight. Prompts name the ten digits in turn. Accuracy
-is that of a small convolutional classifier trained on MNIST; recall is the share of n real images of the split that lie among
-the samples, within the distance of a sample to its third neighbour, in the classifier's last hidden layer (Kynkäänniemi et al.,
-2019, eq. 2). Only the test split is recorded; it also draws docs/guidance.png.
+Accuracy of the requested digit, recall, and Fréchet distance are measured at each guidance weight. Prompts name the ten digits
+in turn. Accuracy is that of a small convolutional classifier trained on MNIST; recall is the share of n real images of the split
+that lie among the samples, within the distance of a sample to its third neighbour, in the classifier's last hidden layer
+(Kynkäänniemi et al., 2019, eq. 2), in which the Fréchet distance to these images is computed too. Only the test split is
+recorded, under the name of the recipe, and drawn in docs.
 """
 
 import argparse
 
 import torch
+from torch import Tensor
 
 import genai
 from benchmarks.common import ROOT, parse, report, setup
 from genai import checkpoint
 from genai.checkpoint.build import build_typed
+from genai.data.base import Data
 from genai.data.stream import batches
 from genai.evaluation.classifier import Classifier, load_or_train
+from genai.metrics.frechet import Moments, frechet
 from genai.metrics.manifold import precision_recall
 
 
-def plot(rows: list[dict], floor: float) -> None:
+def images_of(run: checkpoint.Loaded, root: str | None) -> Data:
+    """The images that a run's captions describe."""
+    node = run.config["data"]["images"]
+    return build_typed({**node, "root": root or node["root"]})
+
+
+def prompts(run: checkpoint.Loaded) -> list[str]:
+    """A caption of each class."""
+    return [f"a handwritten {name}" for name in run.config["data"]["names"]]
+
+
+@torch.inference_mode()
+def figures(classifier: Classifier, real: Tensor, x: Tensor, label: Tensor) -> dict[str, float]:
+    """Accuracy, recall and Fréchet distance of images x (n, C, H, W) of classes (n,), against real ones (n, C, H, W)."""
+    own, theirs = classifier.features(x), classifier.features(real)
+    found = {
+        "accuracy": (classifier.head(own).argmax(1) == label).double().mean().item(),
+        "recall": precision_recall(theirs, own).recall,
+        "frechet": frechet(Moments().add(theirs), Moments().add(own)),
+    }
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def plot(recipe: str, rows: list[dict], floor: float) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
@@ -33,23 +60,7 @@ def plot(rows: list[dict], floor: float) -> None:
     axes.axhline(floor, color="grey", linestyle=":", label="recall of other real images")
     axes.set(xlabel="guidance", ylim=(None, 1.01))
     axes.legend()
-    figure.savefig(ROOT / "docs" / "guidance.png", dpi=110)
-
-
-@torch.inference_mode()
-def measure(
-    loaded: checkpoint.Loaded, classifier: Classifier, real: torch.Tensor, n: int, guidance: list[float]
-) -> list[dict]:
-    names, rows = loaded.config["data"]["names"], []
-    wanted = torch.arange(n) % len(names)
-    prompts = [f"a handwritten {name}" for name in names]
-    for w in guidance:
-        x = genai.sample(loaded, n=n, prompt=prompts, guidance=w)["image"]
-        accuracy = (classifier(x).argmax(1) == wanted).double().mean().item()
-        covered = precision_recall(classifier.features(real), classifier.features(x)).recall
-        rows.append({"guidance": w, "accuracy": round(accuracy, 4), "recall": round(covered, 4)})
-        print(rows[-1], flush=True)
-    return rows
+    figure.savefig(ROOT / "docs" / f"guidance_{recipe}.png", dpi=110)
 
 
 def arguments() -> argparse.Namespace:
@@ -64,23 +75,27 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    device = setup()
-    loaded = genai.load(args.run)
-    node = loaded.config["data"]["images"]
-    data = build_typed({**node, "root": args.root or node["root"]})
+    device, run = setup(), genai.load(args.run)
+    data = images_of(run, args.root)
     classifier, images = load_or_train(data), next(batches(data.splits[args.split], 2 * args.n, 2 * args.n))["image"]
     real, right = images[: args.n], classifier.accuracy(data, args.split)
     floor = precision_recall(classifier.features(real), classifier.features(images[args.n :])).recall
     print(
         f"classifier: {right:.4f} on {args.split} images; recall of {args.n} real images by {args.n} others {floor:.4f}"
     )
-    rows = measure(loaded, classifier, real, args.n, args.guidance)
+    rows, captions = [], prompts(run)
+    for w in args.guidance:
+        x = genai.sample(run, n=args.n, prompt=captions, guidance=w)["image"]
+        label = torch.arange(args.n) % len(captions)
+        rows.append({"guidance": w, **figures(classifier, real, x, label)})
+        print(rows[-1], flush=True)
     if args.split == "test":
-        facts = {"n": args.n, "sampler": loaded.config["sampler"], "step": loaded.step}
+        facts = {"n": args.n, "sampler": run.config["sampler"], "step": run.step}
         facts |= {"classifier_accuracy": round(right, 4), "recall_of_real_images": round(floor, 4)}
-        report("guidance", args, device, rows, **facts)
+        recipe = run.config["name"]
+        report(f"guidance_{recipe}", args, device, rows, **facts)
         if not args.toy:
-            plot(rows, floor)
+            plot(recipe, rows, floor)
 
 
 if __name__ == "__main__":

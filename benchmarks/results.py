@@ -66,7 +66,7 @@ SECTIONS = {
 }
 # benchmarks of each section, in their order
 BENCHMARKS = {
-    "latents": ["guidance", "latent"],
+    "latents": ["guidance_latent_mnist_text", "latent"],
     "Evaluation": ["baselines", "quality", "solvers", "evaluate"],
     "Speed on a CPU": [
         "gpt_train",
@@ -250,7 +250,7 @@ def models() -> str:
                 }
             )
     digits, mnist = (real_images(name) for name in ("ddpm_digits", "dcgan_mnist"))
-    latents = format(load("guidance_cpu")["recall_of_real_images"], FIGURES["recall"][1])
+    latents = format(load("guidance_latent_mnist_text_cpu")["recall_of_real_images"], FIGURES["recall"][1])
     return (
         f"{table(rows)}\nFigures in parentheses are of the same command run again: where there are two, with seeds 1 and 2. "
         "Fréchet distance and recall are of 360 samples for digits, where as many other real images have a distance of "
@@ -350,9 +350,13 @@ def description(module: str) -> tuple[str, str]:
 def benchmark(record: Mapping[str, Any], described: bool = True) -> str:
     """A benchmark's part of the page: what it measures, its command, its table, and where and when it was measured."""
     name = record["benchmark"]
-    title, text = description(re.search(r"benchmarks\.(\w+)", record["command"])[1])  # type: ignore[index]
+    module = re.search(r"benchmarks\.(\w+)", record["command"])[1]  # type: ignore[index]
+    title, text = description(module)
     if name == "sample_network":
         title, text = "Images a second of sampling with a U-Net", "With `--network`, as described above." * described
+    elif name != module:
+        title = f"{title}: {name.removeprefix(module + '_')}"
+        described &= name == next(n for names in BENCHMARKS.values() for n in names if n.startswith(f"{module}_"))
     used = {*NEEDED, "uncommitted", "benchmark", "rows", "sampler", "left_out"}
     facts = [f"{key.replace('_', ' ')} {cell(value)}" for key, value in record.items() if key not in used]
     facts += [f"not measured in this run: {', '.join(record['left_out'])}"] if "left_out" in record else []

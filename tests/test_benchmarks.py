@@ -1,4 +1,7 @@
-"""Benchmarks for a GPU: each command of each call is understood, failures are kept, and a repeated call continues."""
+"""Benchmarks for a GPU: each command of each call is understood, failures are kept, and a repeated call continues.
+
+Also the parts of other benchmarks that are not calls of the package.
+"""
 
 import importlib
 import json
@@ -7,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from benchmarks import common, gpu, training
+from benchmarks import common, completion, gpu, training
 from genai.cli import compose_config
 
 PARTS = {name: part for call in gpu.CALLS.values() for name, part in call.items() if name != "tests"}
@@ -97,3 +101,23 @@ def test_every_part_runs_at_toy_size(tmp_path):
     parts = json.loads((tmp_path / "gpu_cpu.json").read_text())["parts"]
     assert parts.keys() == {"tests", *PARTS}
     assert parts["training_gpt_shakespeare"]["figures"]["rows"][0]["val/loss"] > 0
+
+
+def test_a_lower_half_is_that_of_the_training_image_whose_upper_half_is_nearest():
+    train = torch.tensor([[0.0, 0, 5, 5], [1, 1, 6, 6], [2, 2, 7, 7]]).view(3, 1, 4, 1)
+    images = torch.tensor([[0.9, 1.2, 0, 0], [1.8, 2, 0, 0]]).view(2, 1, 4, 1)
+    found = completion.fill(images, train).flatten(1)
+    assert torch.equal(found, torch.tensor([[0.9, 1.2, 6, 6], [1.8, 2, 7, 7]]))
+    each = completion.fill_each(images, torch.tensor([1, 0]), train, torch.tensor([1, 0, 0])).flatten(1)
+    assert torch.equal(each, torch.tensor([[0.9, 1.2, 5, 5], [1.8, 2, 7, 7]]))
+
+
+@pytest.mark.parametrize(("given", "error"), [("1 2", None), ("1", None), ("1 2 3", "has 3 weights for 2 runs")])
+def test_runs_share_a_weight_or_have_one_each(given, error, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["completion", "one", "two", "--guidance", *given.split()])
+    if error is None:
+        assert completion.arguments().run == ["one", "two"]
+    else:
+        with pytest.raises(SystemExit, match="2"):
+            completion.arguments()
+        assert error in capsys.readouterr().err
