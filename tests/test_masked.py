@@ -68,6 +68,14 @@ def test_the_bound_is_on_the_scale_of_other_texts_likelihoods(folder):
     assert protocol["context"] == 16 and "masked_share" not in protocol
 
 
+def test_a_bert_of_whole_words_trains(folder, tmp_path):
+    from genai.train.run import run
+
+    data = ["data=text_file", f"data.path={folder / 'book.txt'}", f"data.cache={folder / 'cache'}"]
+    run(compose_config("train", ["model=bert", "model.whole_words=true", *data, *DEBUG, f"run_dir={tmp_path / 'run'}"]))
+    assert "masked_nats" in evaluate(f"ckpt={tmp_path / 'run'}", "split=val")
+
+
 TRAIN = {
     "data=digits": "takes tokens, but this data has image",
     "data.specials=false": "model.specials=true",
@@ -79,6 +87,10 @@ TRAIN = {
     "model.net.transformer.attention.causal=true model.net.transformer.shift=null": (
         "reads both sides: set model.net.transformer.attention.causal=false"
     ),
+    "model.whole_words=1": "model.whole_words=1 must be true or false",
+    "data.words=true": "model.whole_words=false must be what data.words is, true",
+    "data.words=false model.whole_words=true": "model.whole_words=true must be what data.words is, false",
+    "model=gpt data.words=true": "data.words=true is for a model that hides whole words, such as model=bert, and not for a GPT",
     "sampler=generate": "the sampler generate is for an Autoregressive, and this model is a BERT",
     "model=gpt sampler=fill": "the sampler fill is for a MaskedModel, and this model is a GPT",
 }

@@ -17,6 +17,7 @@ from genai.data.text_sources import Embedded, Lines, Source, TextFiles
 from genai.data.token_files import Windows, prepare
 from genai.modalities import text as modalities
 from genai.modalities.tokenizers import WithSpecials, from_state
+from genai.modalities.words import Words
 
 
 class Text(Data):
@@ -29,6 +30,7 @@ class Text(Data):
         overlap: tokens of context that consecutive evaluation windows share.
         cache: folder of prepared texts, default $XDG_CACHE_HOME/genai or ~/.cache/genai.
         specials: give the vocabulary the ids of [MASK], [CLS], [SEP] and [PAD] after those of the text.
+        words: give each token the number of its word, for models that hide whole words.
         shape: [context length in tokens].
         levels: vocabulary size; None takes the tokenizer's.
         field, classes, batch_size, num_workers: see `Data`.
@@ -55,6 +57,7 @@ class Text(Data):
         num_workers: int = 0,
         separate: bool = False,
         specials: bool = False,
+        words: bool = False,
     ):
         if len(shape) != 1:
             raise UserError(f"data.shape={list(shape)} must be [context length in tokens]")
@@ -78,9 +81,11 @@ class Text(Data):
                 "data.separate=true is for a text of documents: leave it out, or choose data=lines or text_folder"
             )
         end, splits = self.tokenizer.end if separate else None, {}
+        edges = Words.of(self.tokenizer) if words else None
         for name in shares:
             characters = meta["characters"][name]
-            part = Windows(folder / f"{name}.bin", meta["dtype"], characters, length, overlap, name == "train", end)
+            path, augments = folder / f"{name}.bin", name == "train"
+            part = Windows(path, meta["dtype"], characters, length, overlap, augments, end, edges)
             if part.tokens <= length:
                 raise UserError(
                     f"the {name} split has {part.tokens} tokens, too few for one window of {length} + 1: give more text, "

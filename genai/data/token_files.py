@@ -23,6 +23,7 @@ from genai.data.fingerprint import checksum, files_checksum
 from genai.data.mapped import MappedFile
 from genai.modalities import published
 from genai.modalities.tokenizers import LEARNED, Tokenizer, learn
+from genai.modalities.words import Words
 
 if TYPE_CHECKING:
     from genai.data.text_sources import Piece, Source
@@ -180,13 +181,22 @@ class Windows:
     random offset of up to its length.
 
     A batch has tokens int64 (B, length + 1) and, without draws, mask bool (B, length + 1). With the id `end` of a document it has
-    document int64 (B, length + 1) too, the document of which each token is context: an end is that of the next.
+    document int64 (B, length + 1) too, the document of which each token is context: an end is that of the next. With `words` it
+    has word int64 (B, length + 1), the number of each token's word.
     """
 
     def __init__(
-        self, path: Path, dtype: str, characters: int, length: int, overlap: int, augments: bool, end: int | None = None
+        self,
+        path: Path,
+        dtype: str,
+        characters: int,
+        length: int,
+        overlap: int,
+        augments: bool,
+        end: int | None = None,
+        words: Words | None = None,
     ):
-        self.end = end
+        self.end, self.words = end, words
         self.path, self.dtype, self.characters, self.augments = path, np.dtype(dtype), characters, augments
         self.length, self.overlap = length, 0 if augments else overlap
         self.mapped = MappedFile(path, self.dtype)
@@ -209,6 +219,8 @@ class Windows:
             batch["mask"] = at > fresh[:, None]
         if self.end is not None:
             batch["document"] = (batch["tokens"] == self.end).cumsum(1)
+        if self.words is not None:
+            batch["word"] = self.words.number(batch["tokens"])
         return batch
 
     def fingerprint(self, quick: bool) -> str:

@@ -246,6 +246,11 @@ def _check_parts(cfg: DictConfig, typed: set[str]) -> None:
                 f"data.separate=true is for a model that keeps documents apart, such as model=gpt, and not for a "
                 f"{target.rpartition('.')[2]}: leave it out"
             )
+        if cfg.data.get("words") is True and target.startswith("genai.models.") and "whole_words" not in cfg.model:
+            raise UserError(
+                f"data.words=true is for a model that hides whole words, such as model=bert, and not for a "
+                f"{target.rpartition('.')[2]}: leave it out"
+            )
 
 
 RULES: tuple[Callable[[DictConfig, set[str]], None], ...] = (_check_schedule, _check_ema, _check_order, _check_parts)

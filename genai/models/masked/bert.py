@@ -19,6 +19,7 @@ class BERT(MaskedModel):
         field, vocab_size, specials, length, net: see `MaskedModel`.
         share: of a window's tokens that is chosen.
         random, kept: parts of the chosen tokens that are replaced by random ones, and that stay.
+        whole_words: choose all tokens of a word or none, by `word` (B, T) of a batch, see `data.words`.
 
     Raises UserError for shares out of range.
     """
@@ -33,8 +34,10 @@ class BERT(MaskedModel):
         share: float = 0.15,
         random: float = 0.1,
         kept: float = 0.1,
+        whole_words: bool = False,
     ):
         super().__init__(field, vocab_size, specials, length, net)
+        self.whole_words = whole_words
         self.share = number(share, "model.share", 0, 1, open_low=True)
         self.random, self.kept = number(random, "model.random", 0, 1), number(kept, "model.kept", 0, 1)
         if random + kept > 1:
@@ -45,7 +48,8 @@ class BERT(MaskedModel):
     def forward(self, batch: Batch, step: int) -> Losses:
         """Return the mean of -ln p of the chosen tokens, and how many are most probable; the weight is their number."""
         tokens = batch[self.field]
-        at, chosen = self.choose(self.eligible(batch))
+        eligible = self.eligible(batch)
+        at, chosen = self.choose_words(eligible, self.words_of(batch)) if self.whole_words else self.choose(eligible)
         wanted = tokens.gather(1, at)
         seen = tokens.scatter(1, at, torch.where(chosen, self.corrupt(wanted), wanted))
         logits = self.predict(seen, at, documents=batch.get("document"))
@@ -65,6 +69,31 @@ class BERT(MaskedModel):
         at = order.topk(n, largest=False).indices
         counts = (self.share * eligible.sum(1, keepdim=True)).round().clamp(1, n)
         return at, eligible.gather(1, at) & (torch.arange(n, device=at.device) < counts)
+
+    def choose_words(self, eligible: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose all eligible tokens, bool (B, T), of some `words`, int64 (B, T), as `choose` does; here n = T.
+
+        The words are laid in random order around a circle of as many places as there are eligible tokens, and those that begin
+        in a random arc of the share's length are chosen: each with just that probability, however long it is.
+        """
+        key = torch.rand(words.shape, device=words.device).gather(1, words)  # one for each word
+        key, at = key.sort(dim=1, stable=True)
+        counted, n = eligible.gather(1, at), eligible.sum(1, keepdim=True)
+        place = counted.cumsum(1) - counted.long()
+        new = torch.ones_like(counted)
+        new[:, 1:] = key[:, 1:] != key[:, :-1]
+        begin = place.masked_fill(~new, 0).cummax(1).values
+        turn = torch.rand((len(words), 1), device=words.device)
+        return at, counted & ((begin / n.clamp_min(1) + turn) % 1 < self.share)
+
+    @staticmethod
+    def words_of(batch: Batch) -> Tensor:
+        """Return the number of each token's word, int64 (B, T). Raises UserError for a batch without."""
+        if "word" not in batch:
+            raise UserError(
+                "model.whole_words=true needs the words of a text, which this data has not: set data.words=true"
+            )
+        return batch["word"]
 
     def corrupt(self, tokens: Tensor) -> Tensor:
         """Return tokens int64 (B, n) with each replaced by [MASK], by a random one, or kept."""

@@ -34,7 +34,7 @@ def net(width=16, layers=2, position=RotaryPositions, shift=TwoSidedShift, causa
 
 
 def bert(length=12, **options):
-    own = {key: options.pop(key) for key in ("share", "random", "kept") if key in options}
+    own = {key: options.pop(key) for key in ("share", "random", "kept", "whole_words") if key in options}
     return BERT("tokens", V, True, length, net(**options), **own).eval()
 
 
@@ -113,6 +113,41 @@ def test_15_percent_are_chosen_uniformly_and_specials_never():
     none = {"tokens": torch.full((2, 13), PAD)}
     loss = model(none, 0)
     assert loss.total == 0 and loss.weight == 0
+
+
+def test_words_are_chosen_whole_each_with_the_same_probability():
+    """Tokens of words of 1 to 5 tokens alike, within five standard deviations; specials and what may not be hidden never."""
+    model = bert(whole_words=True)
+    words = torch.tensor([0, 1, 1, 2, 3, 3, 3, 4, 5, 5, 5, 5, 5, 6, 6]).expand(10**5, -1)
+    eligible = torch.ones(words.shape, dtype=torch.bool)
+    eligible[:, 2] = False
+    eligible[::2, 8:] = False
+    torch.manual_seed(0)
+    at, chosen = model.choose_words(eligible, words)
+    hits = torch.zeros(words.shape).scatter_(1, at, chosen.float())
+    assert not hits[~eligible].any()
+    for first, last in ((0, 1), (3, 4), (4, 7), (8, 13), (13, 15)):
+        part, real = hits[:, first:last], eligible[:, first:last]
+        assert ((part.sum(1) == real.sum(1)) | (part.sum(1) == 0)).all(), "of a word all tokens, or none"
+    share = hits[1::2].mean(0)[eligible[1]]
+    assert (share - 0.15).abs().max() < 5 * math.sqrt(0.15 * 0.85 / 5e4)
+    assert abs(hits[1::2].sum() / eligible[1::2].sum() - 0.15) < 1e-3
+    assert hits[1::2].sum(1).max() <= 0.15 * 14 + 5, "no more than the share and a word"
+
+
+def test_the_loss_of_whole_words():
+    model, tokens = bert(random=0.0, kept=0.0, whole_words=True), text()
+    words = torch.arange(13).div(3, rounding_mode="floor").expand(4, -1)
+    torch.manual_seed(0)
+    at, chosen = model.choose_words(model.eligible({"tokens": tokens}), words)
+    hidden = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, at, chosen)
+    assert hidden.any() and not hidden.all()
+    torch.manual_seed(0)
+    loss = model({"tokens": tokens, "word": words}, 0)
+    nats, _ = model.score_hidden({"tokens": tokens}, hidden)
+    assert loss.weight == hidden.sum() and torch.allclose(loss.total, nats.sum() / hidden.sum(), atol=1e-6)
+    with pytest.raises(UserError, match=r"set data\.words=true"):
+        model({"tokens": tokens}, 0)
 
 
 def test_the_masks_are_drawn_anew_from_torchs_state():
