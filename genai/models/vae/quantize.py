@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from genai.core.errors import UserError, at_least, number
 from genai.core.precision import KeepBufferPrecision, no_autocast
@@ -18,13 +19,15 @@ class Quantized(NamedTuple):
     """The quantised latents, of z's shape; their gradient passes to the encoder."""
     index: Tensor
     """Codes, int64 (B, ..., depth)."""
-    commitment: Tensor
-    """Mean squared distance of the latents to their codes, a scalar whose gradient reaches the encoder only."""
+    loss: Tensor
+    """What the encoder is trained by besides the error of the decoder, a scalar; `Quantizer.loss` names it."""
 
 
 class Quantizer(KeepBufferPrecision):
     """The base class: z (B, D, ...) -> Quantized, and codes int64 (B, ..., depth) back to (B, D, ...)."""
 
+    loss: str = "commitment"
+    """The name of its loss: the mean squared distance of the latents to their codes, or another."""
     codes: int
     """Number of codes to choose from."""
     depth: int = 1
@@ -32,8 +35,8 @@ class Quantizer(KeepBufferPrecision):
     dim: int
     """D, the number of channels."""
 
-    def forward(self, z: Tensor) -> Quantized:
-        """Quantise z (B, D, ...)."""
+    def forward(self, z: Tensor, step: int = 0) -> Quantized:
+        """Quantise z (B, D, ...) in update `step` of a training."""
         raise NotImplementedError
 
     def decode(self, index: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ class VectorQuantizer(Quantizer):
         self.register_buffer("counts", torch.ones(codes))
         self.register_buffer("sums", book.clone())
 
-    def forward(self, z: Tensor) -> Quantized:
+    def forward(self, z: Tensor, step: int = 0) -> Quantized:
         """Quantise z (B, D, ...); in training mode the codebook is updated."""
         flat = z.movedim(1, -1).flatten(0, -2)  # (N, D)
         index = self.nearest(flat.detach())
@@ -143,15 +146,15 @@ class ResidualQuantizer(Quantizer):
         self.stages = nn.ModuleList(stages)
         self.codes, self.dim, self.depth = stages[0].codes, stages[0].dim, len(stages)
 
-    def forward(self, z: Tensor) -> Quantized:
+    def forward(self, z: Tensor, step: int = 0) -> Quantized:
         """Quantise z (B, D, ...), with one code per stage."""
-        rest, total, index, commitment = z, torch.zeros_like(z), [], []
+        rest, total, index, losses = z, torch.zeros_like(z), [], []
         for stage in self.stages:
-            part = stage(rest)
+            part = stage(rest, step)
             total, rest = total + part.z.detach(), rest - part.z.detach()
             index.append(part.index)
-            commitment.append(part.commitment)
-        return Quantized(z + (total - z).detach(), torch.cat(index, -1), torch.stack(commitment).mean())
+            losses.append(part.loss)
+        return Quantized(z + (total - z).detach(), torch.cat(index, -1), torch.stack(losses).mean())
 
     def decode(self, index: Tensor) -> Tensor:
         """Map codes int64 (B, ..., stages) to vectors (B, D, ...)."""
@@ -199,7 +202,7 @@ class FiniteScalarQuantizer(Quantizer):
             state_dict |= {f"{prefix}height": half, f"{prefix}shift": torch.atanh(self.offset / half)}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward(self, z: Tensor) -> Quantized:
+    def forward(self, z: Tensor, step: int = 0) -> Quantized:
         """Quantise z (B, D, ...); the gradient of the rounding is straight through."""
         x = z.movedim(1, -1)
         bounded = self.bound(x)
@@ -224,11 +227,53 @@ class FiniteScalarQuantizer(Quantizer):
         return ((torch.stack(digits[::-1], -1) - half) / half).movedim(-1, 1)
 
 
+class GumbelSoftmax(Quantizer):
+    """Latents that are the logits of codes; codes are one-hot vectors, relaxed in training (Ramesh et al., 2021, section 2.1).
+
+    In training the decoder gets softmax((z + g) / t) with Gumbel noise g (Jang et al., 2017, eq. 2), whose temperature t falls
+    from `start` to `end` along a half cosine (appendix A.2 of the former); else the one-hot vector of the largest logit. The loss
+    is the KL divergence of softmax(z) to the uniform distribution, in nats per code.
+
+    Args:
+        codes: number of codes, and of channels.
+        start, end: the first and the last temperature.
+        anneal_steps: updates in which it falls.
+
+    Raises UserError for an argument out of range.
+    """
+
+    loss = "kl"
+
+    def __init__(self, codes: int, start: float = 1.0, end: float = 1 / 16, anneal_steps: int = 1):
+        super().__init__()
+        self.codes = self.dim = at_least(codes, 2, "codes")
+        self.start, self.end = (number(t, name, 0, open_low=True) for t, name in ((start, "start"), (end, "end")))
+        self.anneal_steps = at_least(anneal_steps, 1, "anneal_steps")
+
+    def temperature(self, step: int) -> float:
+        """Return the temperature of an update."""
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * min(step / self.anneal_steps, 1))) / 2
+
+    def forward(self, z: Tensor, step: int = 0) -> Quantized:
+        """Quantise logits z (B, codes, ...); draws from torch's generator in training mode."""
+        log_p = z.log_softmax(1)
+        kl = (log_p.exp() * log_p).sum(1).mean() + math.log(self.codes)
+        if not self.training:
+            index = z.argmax(1)[..., None]
+            return Quantized(self.decode(index).to(z), index, kl)
+        noisy = z - torch.empty_like(z).exponential_().log()
+        return Quantized((noisy / self.temperature(step)).softmax(1), noisy.argmax(1)[..., None], kl)
+
+    def decode(self, index: Tensor) -> Tensor:
+        """Map codes int64 (B, ..., 1) to one-hot vectors (B, codes, ...)."""
+        return F.one_hot(index[..., 0], self.codes).movedim(-1, 1).float()
+
+
 def rotate_gradient(x: Tensor, code: Tensor) -> Tensor:
     """Return the codes (N, D) as a constant rotation and scaling of x (N, D), so that gradients are rotated back."""
     length, target = x.norm(dim=-1, keepdim=True), code.norm(dim=-1, keepdim=True)
     e, q = (x / length.clamp_min(1e-6)).detach(), (code / target.clamp_min(1e-6)).detach()
-    r = torch.nn.functional.normalize(e + q, dim=-1)
+    r = F.normalize(e + q, dim=-1)
     scale = (target / length.clamp_min(1e-6)).detach()
     turned = x - 2 * r * (r * x).sum(-1, keepdim=True) + 2 * q * (e * x).sum(-1, keepdim=True)
     return scale * turned

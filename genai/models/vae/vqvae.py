@@ -1,4 +1,7 @@
-"""The vector-quantised autoencoder: van den Oord et al., "Neural Discrete Representation Learning", 2017."""
+"""The vector-quantised autoencoder: van den Oord et al., "Neural Discrete Representation Learning", 2017.
+
+With `GumbelSoftmax` as its quantiser it is the discrete VAE of Ramesh et al., "Zero-Shot Text-to-Image Generation", 2021.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,8 +25,8 @@ class VQVAE(nn.Module):
         encoder: x (B, *shape) -> (B, *map_shape).
         quantizer: quantises the vectors of the map.
         decoder: (B, *map_shape) -> (B, *shape).
-        commitment: weight of the commitment loss (eq. 3, there 0.25). The codes follow a moving average instead of a
-            loss.
+        commitment: weight of the quantiser's loss, such as the commitment loss of eq. 3, there 0.25. A codebook follows a
+            moving average instead of a loss.
 
     Raises UserError if the quantiser's dim is not D.
     """
@@ -55,21 +58,21 @@ class VQVAE(nn.Module):
         """Return the networks that `compile=true` compiles, by name."""
         return {"encoder": self.encoder, "decoder": self.decoder}
 
-    def quantize(self, x: Tensor) -> Quantized:
-        """Encode and quantise x (B, *shape)."""
-        return self.quantizer(check_shape(self.encoder(x), self.map_shape, "model.encoder").float())
+    def quantize(self, x: Tensor, step: int = 0) -> Quantized:
+        """Encode and quantise x (B, *shape) in update `step` of a training."""
+        return self.quantizer(check_shape(self.encoder(x), self.map_shape, "model.encoder").float(), step)
 
     def decode_map(self, z: Tensor) -> Tensor:
         """Decode a map (B, *map_shape) -> (B, *shape)."""
         return upcast(check_shape(self.decoder(z), self.shape, "model.decoder"))
 
     def forward(self, batch: Batch, step: int) -> Losses:
-        """Return the squared error per element plus the weighted commitment loss (eq. 3)."""
+        """Return the squared error per element plus the weighted loss of the quantiser (eq. 3)."""
         x = batch[self.field]
-        quantized = self.quantize(x)
+        quantized = self.quantize(x, step)
         error = (self.decode_map(quantized.z) - x).square().mean()
-        logs = {"error": error, "commitment": quantized.commitment, "perplexity": self.perplexity(quantized.index)}
-        return batch_losses(error + self.commitment * quantized.commitment, logs, len(x))
+        logs = {"error": error, self.quantizer.loss: quantized.loss, "perplexity": self.perplexity(quantized.index)}
+        return batch_losses(error + self.commitment * quantized.loss, logs, len(x))
 
     def perplexity(self, index: Tensor) -> Tensor:
         """Return e to the entropy of the codes' frequencies, a scalar: the effective number of codes in use."""

@@ -33,7 +33,7 @@ from genai.models.diffusion.nets.unet import UNet
 from genai.models.diffusion.sampling import samplers, tables
 from genai.models.vae.autoencoder import Autoencoder
 from genai.models.vae.nets import MapDecoder, MapEncoder
-from genai.models.vae.quantize import ResidualQuantizer, VectorQuantizer
+from genai.models.vae.quantize import GumbelSoftmax, ResidualQuantizer, VectorQuantizer
 from genai.models.vae.vqvae import VQVAE
 from genai.nn.attention import CrossAttention
 from genai.nn.latent_space import Latent, SpaceToDepth
@@ -102,6 +102,18 @@ def test_the_loss_of_a_vqvae_is_error_and_commitment():
     code = model.quantizer.decode(model.encode(x).view(-1, 2, 2, 1))
     expected = (model.decoder(code) - x).square().mean() + 0.25 * (z - code).square().mean()
     assert model({"image": x}, 0).total.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_loss_of_a_dvae_relaxes_its_codes_at_the_temperature_of_the_step():
+    model, x = vqvae(GumbelSoftmax(4, anneal_steps=10)).train(), images()
+    torch.manual_seed(1)
+    losses = model({"image": x}, 10)
+    torch.manual_seed(1)
+    z = model.encoder(x)
+    y = model.decoder(((z - torch.empty_like(z).exponential_().log()) * 16).softmax(1))
+    kl = (z.softmax(1) * (4 * z.softmax(1)).log()).sum(1).mean()
+    assert losses.total.item() == pytest.approx(((y - x).square().mean() + 0.25 * kl).item(), rel=1e-5)
+    assert losses.logs["kl"][0].item() == pytest.approx(kl.item(), rel=1e-5)
 
 
 def test_the_loss_of_an_autoencoder_is_error_kl_and_what_the_eye_sees():

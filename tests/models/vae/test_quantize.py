@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from genai.core.errors import UserError
 from genai.models.vae.quantize import (
     FiniteScalarQuantizer,
+    GumbelSoftmax,
     ResidualQuantizer,
     VectorQuantizer,
     occurrences,
@@ -27,6 +28,7 @@ def quantizers():
         VectorQuantizer(16, 3, gradient="rotation"),
         ResidualQuantizer([VectorQuantizer(16, 3) for _ in range(3)]),
         FiniteScalarQuantizer([8, 5, 4]),
+        GumbelSoftmax(3),
     ]
 
 
@@ -92,7 +94,7 @@ def test_gradients_are_the_published_ones():
     quantized.z.backward(g)
     assert torch.allclose(x.grad, g)  # straight through
     x.grad = None
-    quantized.commitment.backward()
+    quantized.loss.backward()
     assert torch.allclose(x.grad, 2 * (x - quantizer.book[quantized.index[:, 0]]).detach() / 18, atol=1e-6)
 
     code = quantizer.book[quantized.index[:, 0]]
@@ -179,3 +181,52 @@ def test_what_cannot_be_is_refused():
         VectorQuantizer(1, 2)
     with pytest.raises(UserError, match="levels=1"):
         FiniteScalarQuantizer([8, 1])
+
+
+def test_the_temperature_falls_along_half_a_cosine_and_stays():
+    quantizer = GumbelSoftmax(4, 1.0, 1 / 16, anneal_steps=80)
+    found = [quantizer.temperature(step) for step in (0, 20, 40, 80, 1000)]
+    quarter = 1 / 16 + 15 / 16 * (1 + math.cos(math.pi / 4)) / 2
+    assert found == pytest.approx([1, quarter, (1 + 1 / 16) / 2, 1 / 16, 1 / 16])
+
+
+@pytest.mark.parametrize("step", [0, 10])
+def test_relaxed_codes_are_those_of_logits_with_gumbel_noise(step):
+    """The largest has the probability of softmax (Gumbel-max); t ln(y_i / y_j) - (z_i - z_j) is logistic at any temperature."""
+    torch.manual_seed(0)
+    logits = torch.tensor([0.5, -1.0, 0.0, 1.5], dtype=torch.float64)
+    quantizer, n = GumbelSoftmax(4, 1.0, 0.25, anneal_steps=10).train(), 40_000
+    found = quantizer(logits.expand(n, 4), step)
+    assert torch.allclose(found.z.sum(1), torch.ones(n).double())
+    assert torch.equal(found.z.argmax(1), found.index[:, 0])
+    expected = logits.softmax(0) * n
+    counts = torch.bincount(found.index[:, 0], minlength=4)
+    assert (
+        (counts - expected).square() / expected
+    ).sum() < 16.3  # the 0.1 % point of chi-square with 3 degrees of freedom
+    gap = quantizer.temperature(step) * (found.z[:, 0].log() - found.z[:, 1].log()) - (logits[0] - logits[1])
+    u = gap.sigmoid().sort().values
+    assert (u - torch.arange(n) / n).abs().max() < 1.95 / n**0.5  # Kolmogorov-Smirnov, 0.1 %
+
+
+def test_the_divergence_of_logits_to_equally_probable_codes():
+    quantizer = GumbelSoftmax(8).eval()
+    assert quantizer(torch.zeros(2, 8, 3)).loss.item() == pytest.approx(0, abs=1e-6)
+    assert quantizer(torch.eye(8) * 1000).loss.item() == pytest.approx(math.log(8))
+    z = torch.randn(5, 8, 2, dtype=torch.float64)
+    p = z.softmax(1)
+    assert quantizer(z).loss.item() == pytest.approx((p * (8 * p).log()).sum(1).mean().item())
+
+
+def test_relaxed_codes_pass_their_gradient_and_hard_ones_need_no_noise():
+    quantizer, z = GumbelSoftmax(4), torch.randn(3, 4, 2, requires_grad=True)
+    quantizer.train()(z).z[:, 0].sum().backward()
+    assert (z.grad != 0).all()
+    quantizer.eval()
+    assert torch.equal(quantizer(z).z, quantizer(z).z) and torch.equal(quantizer(z).index[..., 0], z.argmax(1))
+
+
+@pytest.mark.parametrize("given", [{"start": 0}, {"end": -1}, {"anneal_steps": 0}, {"codes": 1}])
+def test_relaxations_without_a_temperature_are_refused(given):
+    with pytest.raises(UserError, match=next(iter(given))):
+        GumbelSoftmax(**{"codes": 4, **given})
