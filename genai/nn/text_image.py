@@ -1,7 +1,7 @@
 """A caption and the token ids of its image as one sequence (Ramesh et al., "Zero-Shot Text-to-Image Generation", 2021)."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,19 +71,22 @@ class TextImagePositions(nn.Module):
 
 
 class TextImageModel(nn.Module):
-    """The base of models of such sequences: their ids, their first stage, and captions that are dropped in training.
+    """The base of models of such sequences: their ids, networks and first stage, and captions that are dropped in training.
 
     Args:
         field: of the images.
         length: bytes of a caption with its padding.
         latent: the codes of images.
-        transformer: with TextImagePositions.
-        causal: whether the transformer has to be.
+        transformer: with TextImagePositions, causal as the model is.
         label_dropout: probability of training an image on the empty caption, for classifier-free guidance.
         guidance: default weight of guidance when sampling; 1 switches it off.
+        init: `init(model)` sets the first weights; None keeps torch's.
 
     Raises UserError for a transformer that does not fit, an argument out of range, and for guidance without label_dropout.
     """
+
+    causal: bool
+    """Whether each token is predicted from those before it alone."""
 
     def __init__(
         self,
@@ -91,9 +94,9 @@ class TextImageModel(nn.Module):
         length: int,
         latent: LatentTokens,
         transformer: Transformer,
-        causal: bool,
         label_dropout: float,
         guidance: float,
+        init: Callable[[nn.Module], None] | None,
     ):
         super().__init__()
         self.ids, self.length = TextImageIds(latent.vocab_size, length), math.prod(latent.shape)
@@ -104,14 +107,18 @@ class TextImageModel(nn.Module):
                 f"model.transformer.position must be TextImagePositions of length={length} with a grid of {self.length} codes, "
                 f"got {type(position).__name__} of grid={list(self.grid)}: set grid to rows and columns of the codes"
             )
-        if any(block.attention.causal != causal for block in transformer.blocks):  # type: ignore[union-attr]
+        if any(block.attention.causal != self.causal for block in transformer.blocks):  # type: ignore[union-attr]
             raise UserError(
-                f"a {type(self).__name__} needs model.transformer.attention.causal={str(causal).lower()}: set it so"
+                f"a {type(self).__name__} needs model.transformer.attention.causal={str(self.causal).lower()}: set it so"
             )
         self.field, self.latent, self.transformer, self.guidance = field, latent, transformer, guidance
         self.label_dropout = number(label_dropout, "model.label_dropout", 0, 1)
         self.check_guidance(guidance, "model.guidance")
         self.embed = nn.Embedding(self.ids.vocab_size, transformer.width)
+        # a causal model predicts captions too
+        self.head = nn.Linear(transformer.width, self.ids.begin_text if self.causal else self.ids.codes, bias=False)
+        if init is not None:
+            init(self)
 
     @property
     def data_shape(self) -> tuple[int, ...]:

@@ -36,13 +36,13 @@ class DALLE(TextImageModel):
     Ids of captions are never predicted where a code is, nor the other way round.
 
     Args:
-        field, length, latent, label_dropout, guidance: see `TextImageModel`.
-        transformer: causal, with TextImagePositions.
+        field, length, latent, transformer, label_dropout, guidance, init: see `TextImageModel`.
         text_weight: share of the loss of captions, the rest is of images; 1/8 in the paper. Each is a mean over its own targets.
-        init: `init(model)` sets the first weights; None keeps torch's.
 
     Raises UserError as `TextImageModel` does.
     """
+
+    causal = True
 
     def __init__(
         self,
@@ -55,12 +55,9 @@ class DALLE(TextImageModel):
         guidance: float = 1.0,
         init: Callable[[nn.Module], None] | None = None,
     ):
-        super().__init__(field, length, latent, transformer, True, label_dropout, guidance)
+        super().__init__(field, length, latent, transformer, label_dropout, guidance, init)
         self.text_weight = number(text_weight, "model.text_weight", 0, 1)
         self.vocab_size, self.first = latent.vocab_size, self.ids.begin_image
-        self.head = nn.Linear(transformer.width, self.ids.begin_text, bias=False)
-        if init is not None:
-            init(self)
 
     def logits(self, sequence: Tensor, cache: Cache | None = None) -> Tensor:
         """Return logits (B, T, codes + PAD + 1) of what follows each of `sequence` int64 (B, T): codes, then bytes."""

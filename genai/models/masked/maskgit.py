@@ -20,13 +20,13 @@ class MaskGIT(TextImageModel):
     """A bidirectional Transformer over the bytes of a caption and the codes of an image, of which a random share is masked.
 
     Args:
-        field, length, latent, label_dropout, guidance: see `TextImageModel`.
-        transformer: not causal, with TextImagePositions.
+        field, length, latent, transformer, label_dropout, guidance, init: see `TextImageModel`.
         label_smoothing: share of a uniform distribution in the targets; the paper has 0.1.
-        init: `init(model)` sets the first weights; None keeps torch's.
 
     Raises UserError as `TextImageModel` does.
     """
+
+    causal = False
 
     def __init__(
         self,
@@ -39,11 +39,8 @@ class MaskGIT(TextImageModel):
         label_smoothing: float = 0.0,
         init: Callable[[nn.Module], None] | None = None,
     ):
-        super().__init__(field, length, latent, transformer, False, label_dropout, guidance)
+        super().__init__(field, length, latent, transformer, label_dropout, guidance, init)
         self.label_smoothing = number(label_smoothing, "model.label_smoothing", 0, 1)
-        self.head = nn.Linear(transformer.width, latent.vocab_size, bias=False)
-        if init is not None:
-            init(self)
 
     def logits(self, caption: Tensor, codes: Tensor) -> Tensor:
         """Return logits (B, T, codes) of every code by captions int64 (B, length) and codes int64 (B, T), some of them `mask`."""
