@@ -268,6 +268,8 @@ def run(cfg: Any) -> Path:
     if cfg.out is not None:
         files.check_folder(Path(cfg.out), "out")
     loaded, request, settings = _prepare(cfg)
+    for condition in loaded.conditions.values():
+        request = dict(condition.completed(request, cfg.n))
     with loaded.modality.watch(request) or bar() as on_step:
         batch = sample(loaded, cfg.n, cfg.seed, on_step=on_step, **request, **settings)
     home = checkpoint.folder_of(loaded.path)

@@ -35,6 +35,7 @@ class Synthetic:
 
     def __init__(self, data, caption=None):
         self.facts, self.speakers, self.caption = (data.shape, data.field, data.classes), data.speakers, caption
+        self.sources = getattr(data, "source_levels", None)
 
     def __len__(self):
         return 16
@@ -45,6 +46,9 @@ class Synthetic:
             whole["speaker"] = torch.arange(16) % self.speakers
         if self.caption is not None:
             whole["caption"] = torch.arange(16 * self.caption).view(16, -1) % PAD
+        if self.sources is not None:  # of 1 to 3 ids
+            lengths = torch.arange(16)[:, None] % 3 + 1
+            whole["source"] = (torch.arange(48).view(16, 3) % self.sources).where(torch.arange(3) < lengths, -1)
         return {name: value[index] for name, value in whole.items()}
 
 
@@ -60,9 +64,11 @@ def shrink(node):
 
 def config_of(case):
     cfg = compose_config("train", [case, *CASES[case]])
-    cfg.data.shape = cfg.data.shape or [3, 8, 8]
+    cfg.data.shape = cfg.data.shape or ([12] if cfg.data.field == "tokens" else [3, 8, 8])
     if cfg.data.field == "tokens":
         cfg.data.levels = cfg.data.levels or 11
+    if "source_levels" in cfg.data:
+        cfg.data.source_levels = 9
     shrink(cfg.model)
     if "sigma_data" in cfg.model:
         cfg.model.sigma_data = 0.5
@@ -94,6 +100,7 @@ def synthetic(facts):
     caption = facts.get("length")  # of the longest one in bytes
     if caption is not None:
         data.conditions = {"caption": Caption(caption), **data.conditions}
+    data.source_levels = facts.get("source_levels")
     data.splits = {"train": Synthetic(data, caption), "val": Synthetic(data, caption)}
     return data
 

@@ -69,6 +69,7 @@ WAITS: dict[tuple[str, str, str], tuple[str, str]] = {
     ),
     ("call", "sampling.Canvas.of", "copy"): ("model=bert", GIVEN),
     ("call", "sampling.ancestral", "copy"): ("model=mdlm", SEEDS),
+    ("call", "beam.beam", "read"): ("model=seq2seq", "whether an open text can win, every CHECK_STOP_EVERY tokens"),
     ("call", "speculative.speculative", "copy"): ("model=gpt_nano", SEEDS),
     ("call", "speculative.speculative", "read"): ("model=gpt_nano", "where texts begin and end, once a call"),
     ("call", "speculative._speculate", "read"): ("model=gpt_nano", "which tokens were kept, once a round"),

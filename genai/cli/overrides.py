@@ -30,6 +30,7 @@ PATHS = (
     "autoguidance",
     "tokenizer",
     "prompt_file",
+    "target_path",
 )
 PROMPTS = "prompt", "negative_prompt", "stop"  # where even ${ is text, for they are in no stored config
 PROSE = *PROMPTS, "label", "name", "project", "notes", "url"

@@ -232,6 +232,16 @@ class Rewindable(Autoregressive, Protocol):
 
 
 @runtime_checkable
+class Reorderable(Autoregressive, Protocol):
+    """An Autoregressive model whose samples can branch, as beam search needs."""
+
+    def reorder(self, state: Any, index: Tensor) -> None:
+        """Let row i of a state go on from what row index[i], int64 (batch,), has read; both have the same conditions and
+        padding. Changes the state in place."""
+        ...
+
+
+@runtime_checkable
 class Capturable(Autoregressive, Protocol):
     """An Autoregressive model whose step can be captured as a CUDA graph."""
 

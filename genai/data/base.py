@@ -21,7 +21,8 @@ class Split(Protocol):
     """A split of a data set: `len(split)` items, returned in batches by index.
 
     `augments` tells whether it uses random draws. A method `fingerprint(quick) -> str` is optional; it gives a checksum of the
-    content faster than reading all items would, see `genai.data.fingerprint`.
+    content faster than reading all items would, see `genai.data.fingerprint`. So is `lengths`, int64 (N,), of items that are
+    padded to the longest of a batch, see `genai.data.stream`.
     """
 
     augments: bool
@@ -95,6 +96,8 @@ class Data:
                     f"data.{key}={value}, but this data has {getattr(self, key)}: correct data.{key} or set it to null"
                 )
 
+    more_facts: tuple[str, ...] = ("speakers",)
+    """The facts besides shape, classes and levels that a config may leave to the data, where it has them."""
     source: "tuple[str, Data] | None" = None
     """The data set of which this is another form, such as images as tokens, with the key of its config in this one's."""
 

@@ -15,6 +15,7 @@ from genai.core.protocols import Batch
 from genai.data.base import Data, Split
 
 ORDER, AUGMENT = 1, 2  # purposes that the seed is mixed with
+POOL = 50  # batches whose items are sorted by length together
 DRAW_CHUNK = 4096  # positions drawn at once: one by one, Philox in eager torch takes half a millisecond a step
 
 
@@ -38,7 +39,8 @@ class Stream(IterableDataset):
     """Yield one training step at a time, from step `start` on: a list of `accumulate` micro-batches for this rank.
 
     Micro-batch m of step s on rank r of W holds positions ((s A + m) W + r) B, ..., + B - 1. Augmentation of the item
-    at a position draws from Philox with that position as its counter.
+    at a position draws from Philox with that position as its counter. A split with `lengths` (N,) of its items gives batches of
+    items of about one length.
     """
 
     def __init__(self, split: Split, batch_size: int, accumulate: int, seed: int, start: int, rank: int, world: int):
@@ -56,8 +58,13 @@ class Stream(IterableDataset):
 
     def order(self, epoch: int) -> torch.Tensor:
         """Return the permutation of the items in one epoch, int64 (N,)."""
+        n, size, lengths = len(self.split), self.batch_size, getattr(self.split, "lengths", None)
         generator = torch.Generator().manual_seed(rng.mix(self.seed, ORDER, epoch))
-        return torch.randperm(len(self.split), generator=generator)
+        order = torch.randperm(n, generator=generator)
+        if lengths is None:
+            return order
+        begun = min(-epoch * n % size, n)  # items that end the last batch of the epoch before
+        return torch.cat([order[:begun], *by_length(order[begun:], lengths, size, generator)])
 
     def draw(self, k: int) -> torch.Tensor:
         """Return the draws (DRAW_CHUNK, 4) in [0, 1) of the positions on page k."""
@@ -70,6 +77,22 @@ class Stream(IterableDataset):
         first = (m * self.world + self.rank) * self.batch_size
         at = torch.arange(first, first + self.batch_size)
         return self.split.batch(items.rows(at), draws.rows(at) if self.split.augments else None)
+
+
+def by_length(
+    order: torch.Tensor, lengths: torch.Tensor, size: int, generator: torch.Generator
+) -> Iterator[torch.Tensor]:
+    """Yield a permutation (N,) in batches of `size` items of about one length, so that little of a batch is padding.
+
+    The items of each POOL batches are sorted by length, those of one length in their order, and the batches put in random
+    order. A last batch that is not full stays the last.
+    """
+    for pool in order.split(POOL * size):
+        batches = pool[lengths[pool].argsort(stable=True)].split(size)
+        full = len(pool) // size
+        for i in torch.randperm(full, generator=generator).tolist():
+            yield batches[i]
+        yield from batches[full:]
 
 
 class Loader(DataLoader):

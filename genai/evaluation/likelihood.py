@@ -21,7 +21,7 @@ from genai.evaluation import hidden
 from genai.evaluation.metrics import compute, compute_pairs
 from genai.evaluation.plan import CheckedPlan
 from genai.metrics import likelihood as units
-from genai.metrics.intervals import Interval, bootstrap
+from genai.metrics.intervals import Interval, interval
 
 Score = Callable[[Batch, int], Tensor]
 REPORTED_BOUND = {"lower bound": "upper bound"}  # a lower bound of ln p is an upper bound of -ln p, which is reported
@@ -72,14 +72,14 @@ def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[Facts, dict[s
         facts |= {} if plan.likelihood is None else {"likelihood": plan.likelihood}
         facts |= {"given": given} if (given := [*null_conditions(model)]) else {}
         scored = {name: metric for name, metric in metrics.items() if metric.kind == "likelihoods"}
-        means |= {name: _interval(compute(name, metric, each, facts)) for name, metric in scored.items()}
+        means |= {name: interval(compute(name, metric, each, facts)) for name, metric in scored.items()}
     if guesses:
         each = torch.cat(guesses)
         facts |= hidden.facts_of(each)
         scored = {name: metric for name, metric in metrics.items() if metric.kind == "hidden"}
-        means |= {name: _interval(compute(name, metric, each)) for name, metric in scored.items()}
+        means |= {name: interval(compute(name, metric, each)) for name, metric in scored.items()}
     for name, found in values.items():
-        means[name] = _interval(torch.cat(found))
+        means[name] = interval(torch.cat(found))
         facts[name] = round(means[name].mean, 2 if metrics[name].unit == "dB" else 4)
     facts |= _codes(codes, n) if len(codes) else {}
     return facts, means
@@ -103,13 +103,6 @@ def scorer(loaded: Loaded, data: Data, method: object) -> Score | None:
     raise UserError(
         f"{loaded.path} has no likelihood of its own: {type(loaded.model).__name__} has no log_prob; {hint}"
     )
-
-
-def _interval(values: Tensor) -> Interval:
-    """Return the bootstrap interval of the mean of values (N,); a point for one value or infinite ones."""
-    if len(values) < 2 or not values.isfinite().all():
-        return Interval(*[values.double().mean().item()] * 3)
-    return bootstrap(values)
 
 
 def _codes(counts: Tensor, n: int) -> Facts:

@@ -13,11 +13,12 @@ from torch import Tensor
 from genai.checkpoint import Loaded
 from genai.checkpoint.build import build_typed, reason
 from genai.cli import conf_dir
+from genai.core import extras
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Infiller, Reconstructor, Scorable
 from genai.core.runs import Facts
 from genai.core.shapes import mean_flat
-from genai.data.base import Data
+from genai.data.base import Data, Split, Subset
 from genai.evaluation import features
 from genai.metrics import audio, frechet, images, inception_score, kid, manifold, melody, text
 
@@ -60,6 +61,28 @@ class GeneratedSet:
     train: list[Any]
 
 
+@dataclass
+class Answers:
+    """The answers written for N items of a split, as texts and as token ids, and the references of each; any of them is right."""
+
+    texts: list[str]
+    tokens: list[list[int]]
+    references: list[list[str]]
+    reference_tokens: list[list[list[int]]]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @classmethod
+    def of(cls, data: Any, part: Split, written: list[list[int]]) -> "Answers":
+        """Return token ids written for all items of a split, or of a subset of one, with the references."""
+        whole: Any
+        whole, index = (part.split, part.index) if isinstance(part, Subset) else (part, torch.arange(len(part)))
+        right, decode = whole.references(index), data.modality.tokenizer.decode
+        texts = [[decode(ids) for ids in each] for each in right]
+        return cls([decode(ids) for ids in written], written, texts, right)
+
+
 class Metric:
     """A metric of a checkpoint; subclass it for one of your own.
 
@@ -69,6 +92,8 @@ class Metric:
       real samples, and baselines that sample.
     - "texts": given `GeneratedTexts`, returns one number. The card has the spread and a floor, no baselines.
     - "melodies": given a `GeneratedSet` of melodies, each the notes of its voices, returns one number. The card is as for texts.
+    - "answers": given `Answers`, returns values (N,) whose mean is the figure, or one number. The card has the mean with its
+      bootstrap interval, and baselines that answer.
     - "likelihoods": given -ln p in nats (N,) of a split's items and the facts of the pass, returns values (N,). The card has
       their mean with its bootstrap interval.
     - "hidden": given the scores (N, 3) of `evaluation.hidden.score`, returns values (N,). The card is as for likelihoods.
@@ -207,6 +232,42 @@ class MelodyCopy(Metric):
         return sum(melody.copied_notes(voices, train) for voices in sets.samples) / len(sets.samples)
 
 
+class ExactMatch(Metric):
+    """The share of answers that are one of their references."""
+
+    kind, better = "answers", "higher"
+
+    def __call__(self, answers: Answers) -> Tensor:
+        pairs = zip(answers.tokens, answers.reference_tokens, strict=True)
+        return torch.tensor([float(tokens in right) for tokens, right in pairs])
+
+
+class TokenErrorRate(Metric):
+    """The edits that turn answers into their nearest references, divided by the tokens of those; the error rate of phonemes."""
+
+    kind = "answers"
+
+    def __call__(self, answers: Answers) -> Tensor:
+        pairs = zip(answers.tokens, answers.reference_tokens, strict=True)
+        found = [
+            min((text.edit_distance(own, one) / max(len(one), 1), len(one)) for one in right) for own, right in pairs
+        ]
+        rate, length = torch.tensor(found, dtype=torch.float64).T
+        return rate * length.clamp_min(1) / length.clamp_min(1).mean()
+
+
+class BLEU(Metric):
+    """BLEU of all answers, from 0 to 100 (Papineni et al. 2002), by sacrebleu with its default tokenizer (Post 2018)."""
+
+    kind, better = "answers", "higher"
+
+    def __call__(self, answers: Answers) -> float:
+        sacrebleu = extras.load("sacrebleu", "text", "the metric bleu")
+        most = max(map(len, answers.references))
+        columns = [[right[k] if k < len(right) else None for right in answers.references] for k in range(most)]
+        return sacrebleu.corpus_bleu(answers.texts, columns).score
+
+
 class Likelihood(Metric):
     """-ln p of items in the unit of a `fact` of the pass, such as bits_per_dim.
 
@@ -301,7 +362,7 @@ class SISDR(OfSound):
 
 
 PASS_KINDS = "likelihoods", "hidden", "reconstructions"  # kinds of metrics that one pass over a split computes
-KINDS = "samples", "texts", "melodies", *PASS_KINDS
+KINDS = "samples", "texts", "melodies", "answers", *PASS_KINDS
 SAMPLE_PARTS = "features", "probabilities", "images"  # what can be kept of each sample
 
 
@@ -313,20 +374,24 @@ def standard_metrics() -> dict[str, Metric]:
 
 
 def compute(name: str, metric: Metric, *given: Any) -> Tensor:
-    """Call a metric and return its values (N,) in float64 on the CPU: one for each item in a pass, else one.
+    """Call a metric and return its values (N,) in float64 on the CPU: one for each item in a pass, either of answers, else one.
 
     Raises UserError if the metric fails, or returns another number of values or values that are not finite.
     """
-    count = len(given[0]) if metric.kind in PASS_KINDS else 1
+    n = len(given[0]) if metric.kind in (*PASS_KINDS, "answers") else 1
     try:
         values = torch.as_tensor(metric(*given), dtype=torch.float64).cpu()
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise UserError(f"metrics: {name} fails ({type(error).__name__}: {reason(error)}): change its class") from error
-    if values.numel() != count or (metric.kind not in PASS_KINDS and not values.isfinite()):
+    count = values.numel()
+    if count not in ((1, n) if metric.kind == "answers" else (n,)) or (
+        metric.kind not in PASS_KINDS and not values.isfinite().all()
+    ):
         wanted = "one number for each item" if metric.kind in PASS_KINDS else "one finite number"
-        what = values.item() if values.numel() == 1 else f"numbers of shape {list(values.shape)}"
+        wanted += ", or one for each item" if metric.kind == "answers" else ""
+        what = values.item() if count == 1 else f"numbers of shape {list(values.shape)}"
         raise UserError(f"metrics: {name} gives {what}, and {metric.kind} need {wanted}: change its class")
     return values.reshape(count)
 

@@ -114,8 +114,8 @@ def check(loaded: Loaded, data: Data, plan: Plan) -> CheckedPlan:
             raise UserError(f"metrics={list(wanted)}: {name} {what}; it can have {', '.join(can)}")
     passes = {name: metric for name, metric in wanted.items() if metric.kind in PASS_KINDS}
     sampled = {name: metric for name, metric in wanted.items() if metric.kind not in PASS_KINDS}
-    featured = images.modality.comparison == "samples"
-    if n > size and (featured or passes):
+    featured, answers = (images.modality.comparison == kind for kind in ("samples", "answers"))
+    if n > size and (featured or answers or passes):
         raise UserError(f"n={n} is more than the {size} items of split={plan.split}: give at most those")
     if plan.likelihood is not None and not passes:
         raise UserError("likelihood= needs a metric of likelihoods: add bits_per_dim to metrics=, or leave one out")

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genai import progress, sampling
+from genai import checkpoint, progress, sampling
 from genai.checkpoint import Loaded
 from genai.checkpoint.build import reason
+from genai.core import rng
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
 from genai.core.runs import Card
@@ -20,9 +21,9 @@ from genai.data.stream import batches
 from genai.evaluation.baselines.reference import reference_scores
 from genai.evaluation.cards import card, data_facts
 from genai.evaluation.features import Extractor, FeatureSet, extract_features
-from genai.evaluation.metrics import GeneratedSet, GeneratedTexts, Metric, RealFakePair, compute
+from genai.evaluation.metrics import Answers, GeneratedSet, GeneratedTexts, Metric, RealFakePair, compute
 from genai.evaluation.plan import CheckedPlan
-from genai.metrics.intervals import over_seeds
+from genai.metrics.intervals import interval, over_seeds
 from genai.metrics.memorisation import memorisation
 from genai.modalities.base import save
 
@@ -237,5 +238,34 @@ def _text(data: Any, split: str, most: int) -> str:
     return "".join(parts)[:most]
 
 
-SET_CARDS = {"texts": text_cards, "melodies": set_cards}
+def answer_cards(loaded: Loaded, checked: CheckedPlan) -> list[Card]:
+    """Make a card for each metric of answers, from what the model's sampler writes for the first n items of a split."""
+    plan, data, metrics = checked.plan, checked.images, checked.sample_metrics
+    part, written = first_items(data, plan.split, checked.n), []
+    run = sampling.bind(loaded, None, {})
+    with progress.task("evaluating", checked.n, "items") as clock:
+        for batch in batches(part, plan.batch_size):
+            size = len(batch[data.field])
+            asked = {name: batch[name] for name in loaded.conditions if name in batch}
+            cond = {**data.modality.condition({}, size), **asked}
+            with checkpoint.explain_errors(loaded), loaded.autocast():
+                found = run(loaded.model, rng.seed_range(plan.seed + clock.done, size), cond, None)
+            rows = zip(found[data.field].tolist(), found["length"].tolist(), strict=True)
+            written += [row[:length] for row, length in rows]
+            clock.add(size)
+    answers = Answers.of(data, part, written)
+    others = reference_scores(data, metrics, plan.split, checked.n) if plan.baselines else {}
+    protocol = {
+        "n": checked.n,
+        "split": plan.split,
+        **data_facts(checked),
+        "vocabulary": data.levels,
+        "dtype": loaded.dtype,
+    }
+    facts = {"protocol": protocol, "sampler": loaded.config["sampler"]}
+    means = {name: interval(compute(name, metric, answers)) for name, metric in metrics.items()}
+    return [card(name, metrics[name], *mean, None, others.get(name, {}), facts) for name, mean in means.items()]
+
+
+SET_CARDS = {"texts": text_cards, "melodies": set_cards, "answers": answer_cards}
 """Functions that compute the cards of sets of samples that have no features, by the modality's `comparison`."""

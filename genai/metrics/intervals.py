@@ -55,3 +55,10 @@ def bootstrap(values: Array, level: float = 0.95, resamples: int = 2000, seed: i
     means = torch.stack([x[draw].mean() for draw in draws])
     low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
     return Interval(x.mean().item(), low, high)
+
+
+def interval(values: torch.Tensor) -> Interval:
+    """Return the bootstrap interval of the mean of values (N,); a point for one value or infinite ones."""
+    if len(values) < 2 or not values.isfinite().all():
+        return Interval(*[values.double().mean().item()] * 3)
+    return bootstrap(values)

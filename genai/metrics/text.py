@@ -1,4 +1,4 @@
-"""Metrics of generated text: its diversity, and the longest string copied from the training text."""
+"""Metrics of generated text: its diversity, the longest string copied from the training text, and its distance from another."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
@@ -58,6 +58,17 @@ def longest_copy(text: str | Sequence[int], train: str | Sequence[int]) -> Copy:
         else:
             high = middle
     return Copy(low, *best)
+
+
+def edit_distance(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
+    """Compute the least number of insertions, deletions and substitutions of items that turn a into b (Levenshtein 1966)."""
+    above = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row = [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
+        above = row
+    return above[-1]
 
 
 def _items(text: str | Sequence[int]) -> np.ndarray:

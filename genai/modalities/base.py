@@ -105,6 +105,10 @@ class Modality:
         """
         return None
 
+    def completed(self, request: Request, n: int) -> Request:
+        """Return a request for n samples with what `condition` takes where nothing is asked for, if people are to see that."""
+        return request
+
     def in_turn(self, start: int, stop: int) -> Texts | None:
         """Return what to ask for, by the first of `keys`, of samples start, ..., stop - 1 of many of all kinds in turn.
 

@@ -122,6 +122,50 @@ class Char:
         return {"_target_": "genai.modalities.tokenizers.Char", "chars": self.chars, "end": self.end is not None}
 
 
+class Word:
+    """One id for each word of `words`, different words in ascending order with a space between; a text is words and white space.
+
+    Decoding puts one space between two words. Raises UserError for other `words`.
+    """
+
+    STATE_TYPES: ClassVar[dict[str, type]] = {"words": str}
+    mask: int | None = None
+
+    def __init__(self, words: str, end: bool = False):
+        self.words = words.split(" ")
+        if any(a >= b for a, b in itertools.pairwise(self.words)) or self.words != words.split():
+            raise UserError("the words of a tokenizer are not one or more in the order of code points")
+        self.ids = {word: i for i, word in enumerate(self.words)}
+        self.vocab_size, self.end = len(self.words) + end, len(self.words) if end else None
+
+    @classmethod
+    def learn(cls, chunks: Iterable[str], end: bool = False) -> "Word":
+        """Build the tokenizer of all words that occur in chunks of text, which must not be cut within words."""
+        return cls(" ".join(sorted({word for chunk in chunks for word in chunk.split()})), end)
+
+    def encode(self, text: str) -> np.ndarray:
+        words = text.split()
+        if unknown := [word for word in words if word not in self.ids]:
+            raise UserError(
+                f"the word {unknown[0]!r} is not among the {len(self.words)} that this tokenizer learned: leave it out, or "
+                "train with another tokenizer"
+            )
+        return np.array([self.ids[word] for word in words], dtype=np.int64)
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(self.words[i] for i in ids if i < len(self.words))
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "_target_": "genai.modalities.tokenizers.Word",
+            "words": " ".join(self.words),
+            "end": self.end is not None,
+        }
+
+
 class BPE:
     """Byte-level byte-pair encoding (Sennrich et al. 2016) by the `tokenizers` library, restored from its JSON `spec`.
 
@@ -281,7 +325,7 @@ def from_state(node: dict[str, Any]) -> Tokenizer:
         if arguments.keys() != {"inner"} or "inner" in (inner := arguments["inner"]):
             raise UserError("a tokenizer WithSpecials is described by the tokenizer inside it alone")
         return WithSpecials(from_state(inner))
-    kind = {f"{__name__}.{kind.__name__}": kind for kind in (Byte, Char, BPE, Published)}.get(str(target))
+    kind = {f"{__name__}.{kind.__name__}": kind for kind in (Byte, Char, Word, BPE, Published)}.get(str(target))
     if kind is None:
         raise UserError(f"{target} is not a tokenizer of this project")
     if {name: type(value) for name, value in arguments.items()} != {**kind.STATE_TYPES, "end": bool}:

@@ -131,6 +131,11 @@ class Cache:
         """Forget the n positions read last, not all; only before any was overwritten and before `fix`."""
         self.positions.length -= n  # type: ignore[union-attr]
 
+    def reorder(self, index: Tensor) -> None:
+        """Let row i continue row index[i], int64 (B,), which has as much padding."""
+        for data in (*self.kv, *self.shifted):
+            data.copy_(data.index_select(1, index))
+
     def slide(self) -> None:
         """Keep only the `window` positions read last, and let new ones overwrite the oldest; before `fix`."""
         n = self.window

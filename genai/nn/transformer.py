@@ -208,6 +208,7 @@ class Transformer(nn.Module):
         self.positions: int | None = self.position.length  # type: ignore[assignment]  # None: no limit
         blocks = [Block(width, attention, mlp, norm, shift, dropout, cross, post_norm) for _ in range(layers)]
         self.shifts = shift is not None
+        self.causal, self.crosses = blocks[0].attention.causal, cross is not None
         self.kv_heads, self.head_dim = blocks[0].attention.kv_heads, blocks[0].attention.head_dim
         self.blocks = nn.ModuleList(blocks)
         self.norm, self.post_norm = norm(width), post_norm
@@ -266,15 +267,16 @@ class Transformer(nn.Module):
 
 
 def scaled_init(net: nn.Module, std: float = 0.02) -> None:
-    """GPT-2: every matrix N(0, std^2), biases 0, what writes to the residual stream 1/sqrt(2 layers) of that."""
+    """GPT-2: every matrix N(0, std^2), biases 0, the n = 2 layers that write to one residual stream 1/sqrt(n) of that."""
     for module in net.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-    outs = _output_layers(net)
-    for out in outs:
-        nn.init.normal_(out.weight, std=std / len(outs) ** 0.5)
+    for stack in [module for module in net.modules() if isinstance(module, Transformer)]:
+        outs = _output_layers(stack)
+        for out in outs:
+            nn.init.normal_(out.weight, std=std / len(outs) ** 0.5)
 
 
 def zero_init(net: nn.Module) -> None:

@@ -36,6 +36,8 @@ SPLIT = Choice(("train", "val", "test"))
 BATCH = whole(1, 10**7, "items in memory at once")
 DEVICE = Text("auto, cpu, cuda or one of several such as cuda:1", r"auto|cpu|cuda(:\d+)?")
 TARGET = Text("the dotted name of a class or function, such as my_lab.models.Net", r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+PAIRS = "pairs", "reverse", "numbers", "g2p"
+TOKENIZERS = "byte", "char", "word", "bpe"
 
 
 def nullable(range_: Number) -> Number:
@@ -163,6 +165,7 @@ RANGES: dict[str, Any] = {
     "data.names": Many(WORD, null=True),
     "data.templates": Many(WORD, null=True),
     "data.length": whole(1, 10**6, "bytes"),
+    **{f"{task}:tokenizer": Choice(TOKENIZERS) for task in PAIRS},
     "data.tokenizer": Either(Choice(("byte", "char", "bpe")), Text("the file or folder of a published tokenizer")),
     "data.vocab_size": whole(256, 2**24, "tokens", null=True),
     "data.val": Number(0, 1, above=True, below=True),
@@ -181,6 +184,14 @@ RANGES: dict[str, Any] = {
     "model.bound_samples": whole(1, 10**5, "masks"),
     "fill:steps": whole(1, 10**6, "steps", null=True),
     "data.overlap": whole(0, 10**6, "tokens"),
+    "data.target_tokenizer": Choice(TOKENIZERS, null=True),
+    "data.target_vocab_size": whole(256, 2**24, "tokens", null=True),
+    "data.target_path": PATH,
+    "data.longest": whole(1, 10**6, "tokens"),
+    "data.source_levels": LEVELS,
+    "data.letters": whole(1, 1000, "letters"),
+    "data.digits": whole(1, 12, "digits"),
+    "data.to": Choice(("words", "digits")),
     "data.voices": Choice(("soprano", "all")),
     "data.low": PITCH,
     "data.high": PITCH,
@@ -188,6 +199,8 @@ RANGES: dict[str, Any] = {
     "data.bar": whole(1, 1000, "steps"),
     "data.distribution": Choice(("moons", "swiss_roll", "checkerboard", "eight_gaussians")),
     "Tones:n": whole(1, 10**7, "tones"),
+    "reverse:n": whole(1, 10**7, "strings"),
+    "numbers:n": whole(1, 10**7, "numbers"),
     "data.n": whole(1, 10**8, "points"),
     "EspeakDigits:takes": whole(3, 10_000, "takes"),
     # first stages
@@ -261,7 +274,11 @@ RANGES: dict[str, Any] = {
     "model.**.dropout": DROPOUT,
     "model.**.bias": FLAG,
     "model.**.tied": FLAG,
+    "model.**.shared": FLAG,
     "model.**.causal": FLAG,
+    "model.**.context_width": SIZE,
+    "model.**.cross": Node(),
+    "EncoderDecoder:source_vocab_size": whole(1, 2**31 - 1, "tokens"),
     "model.**.gradient_checkpointing": FLAG,
     "model.**.approximate": Choice(("none", "tanh")),
     "model.**.base": Number(1, 10**12, above=True),
@@ -371,6 +388,8 @@ RANGES: dict[str, Any] = {
     "*.min_p": nullable(SHARE),
     "*.repetition_penalty": RATE,
     "*.no_repeat_ngram": whole(1, 10**4, "tokens", null=True),
+    "*.beams": whole(1, 10**5, "texts"),
+    "*.length_penalty": Number(-10, 10),
     "speculative:draft": PATH,
     "*.ahead": whole(1, 1000, "tokens"),
     "interpolate:columns": whole(2, 1000, "columns"),
@@ -481,6 +500,8 @@ TIES = {
     "model.**.levels": ("data.levels",),
     "model.**.vocab_size": ("data.levels",),
     "model.**.out_per_channel": ("data.levels",),
+    "EncoderDecoder:source_vocab_size": ("data.source_levels",),
+    "model.**.context_width": ("model.net.encoder.width",),
     "model.length": ("data.shape[0]",),
     "model.specials": ("data.specials",),
     "model.whole_words": ("data.words",),

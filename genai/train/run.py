@@ -197,7 +197,7 @@ def _load_data(cfg: DictConfig, build: Any) -> tuple[Data, dict[str, Any]]:
     """Return the data, whose facts go into `cfg`, and what a checkpoint notes of its training split."""
     with progress.task("loading the data"):
         data = build(OmegaConf.to_container(cfg.data, resolve=True))
-    for fact in ("shape", "classes", "levels", *(["speakers"] if "speakers" in cfg.data else [])):
+    for fact in ("shape", "classes", "levels", *(fact for fact in data.more_facts if fact in cfg.data)):
         cfg.data[fact] = getattr(data, fact)
     if cfg.resume is None:
         ranges.check_agreement(cfg)

@@ -300,7 +300,10 @@ def test_a_metric_of_reconstructions_has_their_baselines(runs, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "images"}, "kind=images of mine must be one of samples, texts, melodies, likelihoods"),
+        (
+            {"kind": "images"},
+            "kind=images of mine must be one of samples, texts, melodies, answers, likelihoods, hidden",
+        ),
         ({"better": "more"}, "better=more of mine"),
         ({"reads": ("pixels",)}, r"reads=\('pixels',\) of mine must be one of features, probabilities, images"),
     ],

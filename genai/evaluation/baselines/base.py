@@ -24,6 +24,7 @@ class TrainingData:
         mask: bool (N, ...), which elements of items are real; None for all.
         speaker: int64 (N,), None without speakers.
         modality: of the items.
+        source: int64 (N, S), what the items answer, padded at the end with negative ids; None without sources.
     """
 
     x: Tensor
@@ -35,6 +36,7 @@ class TrainingData:
     mask: Tensor | None = None
     speaker: Tensor | None = None
     modality: Any = None
+    source: Tensor | None = None
 
 
 class Baseline:
@@ -45,6 +47,7 @@ class Baseline:
       asks for classes; for data with speakers also `speaker`, int64 (n,).
     - `score_hidden(batch, hidden)`: see `Infiller`.
     - `reconstruct(batch) -> (B, C, H, W)`: the images after compression.
+    - `answer(batch) -> B lists of token ids`: what is written for the sources of a batch, without the end.
     """
 
     field = "image"  # or tokens
@@ -71,6 +74,7 @@ def check(baseline: Baseline, data: Data) -> None:
             "choose another with baseline="
         )
     words_of = {"levels": "grey levels (data.levels)", "classes": "labels (data.classes)", "bar": "bars (data.bar)"}
+    words_of["source_levels"] = "sources (data.source_levels)"
     words_of["companding"] = "codes of sound"
     for need, words in words_of.items():
         if need in baseline.needs and getattr(data, need, getattr(data.modality, need, None)) is None:
@@ -94,14 +98,24 @@ def training_data(data: Data, splits: Sequence[str], most: int | None = None) ->
     else:
         chosen = [random_subset(split, most or len(split)) for split in (data.splits[name] for name in splits)]
         parts = [next(batches(split, len(split))) for split in chosen]
-        x = torch.cat([part[data.field] for part in parts])
+        x = _joined([part[data.field] for part in parts], 0)
         found = {
-            key: torch.cat([part[key] for part in parts]) for key in ("mask", "speaker", "label") if key in parts[0]
+            key: _joined([part[key] for part in parts], value)
+            for key, value in {"mask": False, "speaker": 0, "label": 0, "source": -1}.items()
+            if key in parts[0]
         }
     label = found.pop("label", None)
     # data.values: a vocabulary may have ids that the text does not
     facts = data.field, list(data.shape), data.values if data.modality.windowed else data.levels, data.classes
     return TrainingData(x, label, *facts, **found, modality=data.modality)
+
+
+def _joined(parts: Sequence[Tensor], value: float) -> Tensor:
+    """Return tensors (N_i, ...) as one (N, ...); rows (N_i, T_i) of different length are padded with a value at the end."""
+    if parts[0].ndim == 2:
+        most = max(part.shape[1] for part in parts)
+        parts = [torch.nn.functional.pad(part, (0, most - part.shape[1]), value=value) for part in parts]
+    return torch.cat([*parts])
 
 
 def stream(split: Split) -> Tensor:

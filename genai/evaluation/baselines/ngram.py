@@ -53,6 +53,8 @@ class NGram(Baseline):
         context, contexts = self._places(tokens), self.period
         for _ in range(self.order):
             keys, counts = np.unique(self._keys(context, tokens)[counted & (context >= 0)], return_counts=True)
+            if not len(keys):  # all rows are shorter
+                break
             before = keys // self.vocabulary
             total, kinds = np.bincount(before, counts, contexts), np.bincount(before, minlength=contexts)
             self.orders.append(Order(keys, counts, total, kinds))

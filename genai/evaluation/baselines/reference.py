@@ -23,12 +23,18 @@ from genai.data.stream import batches
 from genai.evaluation import hidden
 from genai.evaluation.baselines.base import Baseline, check, stream, training_data
 from genai.evaluation.features import FeatureSet
-from genai.evaluation.metrics import Metric, RealFakePair, compute, compute_pairs, custom_facts
+from genai.evaluation.metrics import Answers, Metric, RealFakePair, compute, compute_pairs, custom_facts
 
 MAX_IMAGES = 10_000  # training images that baselines are fitted on
-MAX_TOKENS = 10_000_000  # training tokens that baselines are fitted on
+MAX_TOKENS = 10_000_000  # training tokens, or rows of them, that baselines are fitted on
 FORMAT = 2  # version of the cached files
-METHODS = {"samples": "sample", "likelihoods": "log_prob", "hidden": "score_hidden", "reconstructions": "reconstruct"}
+METHODS = {
+    "samples": "sample",
+    "answers": "answer",
+    "likelihoods": "log_prob",
+    "hidden": "score_hidden",
+    "reconstructions": "reconstruct",
+}
 """The method of a baseline that a kind of metrics needs."""
 
 
@@ -67,7 +73,8 @@ def reference_scores(
         kept = _read_cache(path)
         if any(cache_key(name, metric) not in kept for name, metric in wanted.items()):
             with progress.task(f"baselines of this data, once: {baseline.what}"):
-                baseline.fit(training_data(data, ["train"], MAX_TOKENS if data.modality.windowed else MAX_IMAGES), 0)
+                most = MAX_IMAGES if data.modality.comparison == "samples" else MAX_TOKENS
+                baseline.fit(training_data(data, ["train"], most), 0)
                 found = score_baseline(baseline, data, wanted, split, n, real)
             kept |= {cache_key(name, wanted[name]): value for name, value in found.items()}
             files.write_text(path, json.dumps(kept), hint=CACHE_HINT)
@@ -148,10 +155,13 @@ def _sets(baseline: Any, data: Data, n: int, real: FeatureSet, seed: int) -> tup
 
 
 def _items(baseline: Any, data: Any, kind: str, split: str, n: int) -> tuple[Any, ...]:
-    """Return the arguments of metrics of a pass: (-ln p in nats, facts), (scores,), or (reconstructions, items)."""
+    """Return the arguments of metrics of items: (-ln p in nats, facts), (scores,), (answers,), or (reconstructions, items)."""
     if kind == "hidden":
         items = next(batches(first_items(data, split, n), n))
         return (hidden.score(baseline, items, data.field, 0),)
+    if kind == "answers":
+        part = first_items(data, split, n)
+        return (Answers.of(data, part, baseline.answer(next(batches(part, n)))),)
     windowed = data.modality.windowed  # a text is scored as one row, so that only its beginning lacks context
     items = (
         {data.field: stream(data.splits[split])[None]} if windowed else next(batches(first_items(data, split, n), n))

@@ -23,6 +23,7 @@ from genai.metrics.intervals import over_seeds
 
 SAMPLE_METRICS = "frechet", "precision", "recall"  # in the features of cards
 HIDDEN_METRICS = "masked_nats", "masked_accuracy"
+ANSWER_METRICS = "exact_match", "token_error_rate"
 PAIR_METRICS = "reconstruction_psnr_db", "mel_l1", "stft_distance", "si_sdr_db"
 DECIMALS = {"bits_per_dim": 3, "precision": 3, "recall": 3, "frechet": 2, "reconstruction_psnr_db": 2}  # else 4
 
@@ -123,6 +124,7 @@ def score(
     n, values = len(data.splits[split]), {}
     pairs = [name for name in PAIR_METRICS if standard_metrics()[name].suits(None, data)]
     names = [*data.modality.likelihoods, *HIDDEN_METRICS, *pairs]
+    names += ANSWER_METRICS if data.modality.comparison == "answers" else ()
     items = {name: standard_metrics()[name] for name in names if can_score(baseline, standard_metrics()[name])}
     sampled = {
         name: standard_metrics()[name]

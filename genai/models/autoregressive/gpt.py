@@ -34,6 +34,11 @@ class Window:
         pad = None if self.pad is None else (self.pad - first).clamp_min(0)
         return self.text, Cache(self.net, len(tokens), self.length, self.length, pad)
 
+    def reorder(self, index: Tensor) -> None:
+        """Let row i continue row index[i], int64 (B,)."""
+        self.text = self.text[index]
+        self.cache.reorder(index)
+
 
 class GPT(nn.Module):
     """A model of the next token, trained by maximum likelihood; it decodes with a key-value cache.
@@ -127,6 +132,10 @@ class GPT(nn.Module):
     def rewind(self, state: Cache, n: int) -> None:
         """Forget the n tokens read last."""
         state.rewind(n)
+
+    def reorder(self, state: Cache | Window, index: Tensor) -> None:
+        """Let row i of a state continue row index[i], int64 (B,)."""
+        state.reorder(index)
 
     def fix(self, state: Cache | Window) -> bool:
         """Make every later step the same work, for a CUDA graph; returns False if the state cannot be fixed."""

@@ -173,6 +173,11 @@ class MelodyRNN(nn.Module):
         seen = slots > -state.at  # of the outputs, those of real tokens
         return self.attend(state.outputs[:, -1:], state.outputs, (seen | (slots == 0))[:, None])[:, 0].float()
 
+    def reorder(self, state: State, index: Tensor) -> None:
+        """Let row i of a state continue row index[i], int64 (B,)."""
+        for held, rows in zip(state, (0, 0, 1, 1, 0), strict=True):
+            held.copy_(held.index_select(rows, index))
+
     def fix(self, state: State) -> bool:
         """Return True: every step is the same work on the same memory."""
         return True

@@ -1,7 +1,6 @@
 """The protocol of models that write one token after the other, by models that know nothing else of the package."""
 
 import copy
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,13 +13,11 @@ from genai.core.errors import UserError
 from genai.core.protocols import Autoregressive, Capturable, Rewindable, check_sampler
 from genai.models.autoregressive import decode, speculative
 from genai.models.autoregressive.melody_rnn import MelodyRNN
+from genai.models.autoregressive.seq2seq import Seq2Seq
 from genai.models.autoregressive.wavenet import Categorical, WaveNet
 from genai.models.autoregressive.wavenet_cpu import ArrayQueues
-from genai.nn.attention import Attention, Context, CrossAttention, RotaryPositions
-from genai.nn.cache import Cache
-from genai.nn.norm import LayerNorm
-from genai.nn.transformer import SwiGLU, Transformer, scaled_init
 from tests.models.autoregressive.test_gpt import SHAPES, V, gpt, replay_of
+from tests.models.autoregressive.test_seq2seq import seq2seq
 
 
 class Recurrent(nn.Module):
@@ -82,37 +79,17 @@ class Melodies(MelodyRNN):
         return self.logits(tokens[None])[0]
 
 
-class Translator(nn.Module):
-    """Encoder and decoder: a source, padded at the end with 0, is encoded and projected to keys and values in `start`."""
+class Translations(Seq2Seq):
+    """An encoder of the source, and a decoder with attention to it."""
 
-    vocab_size, length, first = V, 15, 0
-
-    def __init__(self, width=16):
-        super().__init__()
-        self.embed, self.head = nn.Embedding(V, width), nn.Linear(width, V)
-        parts = {"norm": LayerNorm, "mlp": SwiGLU, "position": RotaryPositions}
-        self.encoder = Transformer(width, 1, partial(Attention, heads=2, causal=False), **parts)
-        cross = partial(CrossAttention, context_width=width, heads=2)
-        self.decoder = Transformer(width, 2, partial(Attention, heads=2), **parts, cross=cross)
-        scaled_init(self.decoder, 0.3)  # attention to a context is 0 at first
-
-    def encode(self, source):
-        real = source > 0
-        return Context(self.encoder(self.embed(source), mask=real[:, None, None]), real)
-
-    def start(self, cond, batch, total, pad=None):
-        return Cache(self.decoder, batch, total, total, pad), self.decoder.project(self.encode(cond["source"]))
-
-    def next(self, tokens, state):
-        cache, context = state
-        return self.head(self.decoder(self.embed(tokens), cache, context=context))[:, -1].float()
-
-    def fix(self, state):
-        state[0].fix()
-        return True
+    def __init__(self):
+        like = seq2seq()
+        super().__init__("tokens", V, 15, like.net)
+        self.head = self.net.head
 
     def whole(self, tokens, source):
-        return self.head(self.decoder(self.embed(tokens[None]), context=self.encode(source[None])))[0]
+        source = self.null()["source"] if source is None else source
+        return self.net(tokens[None], self.net.encode(source[None]))[0]
 
 
 def made(kind):
@@ -139,7 +116,7 @@ PROMPTS = {
     "tokens": torch.stack([F.pad(row, (7 - len(row), 0)) for row in ROWS]),
     "pad": torch.tensor([7 - len(row) for row in ROWS]),
 }
-KINDS = [Recurrent, Waves, Melodies]
+KINDS = [Recurrent, Waves, Melodies, Translations]
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:3], ids=str)
@@ -190,10 +167,10 @@ def test_a_model_reads_its_conditions_once_a_call():
 
 def test_a_decoder_attends_to_its_source_by_keys_and_values_projected_once(monkeypatch):
     """Sources and prompts of several lengths in one batch, also with a step that is captured."""
-    model, calls = made(Translator), []
-    sources = [torch.tensor([5, 3, 9, 1]), torch.tensor([2, 2]), torch.tensor([7, 11, 4])]
-    source = torch.stack([F.pad(row, (0, 4 - len(row))) for row in sources])
-    model.decoder.blocks[1].cross.kv.register_forward_hook(lambda *_: calls.append(1))
+    model, calls = made(Translations), []
+    sources = [torch.tensor([5, 3, 9, 1]), torch.tensor([2, 2]), torch.tensor([7, 10, 4])]
+    source = torch.stack([F.pad(row, (0, 4 - len(row)), value=-1) for row in sources])
+    model.net.decoder.blocks[1].cross.kv.register_forward_hook(lambda *_: calls.append(1))
     cond = {**PROMPTS, "source": source}
     batch = decode.generate(model, torch.arange(3), cond, max_new_tokens=12, top_k=5)
     assert len(calls) == 1
@@ -205,7 +182,7 @@ def test_a_decoder_attends_to_its_source_by_keys_and_values_projected_once(monke
     monkeypatch.setattr(decode, "_uses_graph", lambda _, writer: writer.model.fix(writer.state))
     again = decode.generate(model, torch.arange(3), cond, max_new_tokens=12, top_k=5)
     assert torch.equal(again["tokens"], batch["tokens"])
-    std = Translator().decoder.blocks[0].cross.out.weight.std().item()
+    std = seq2seq().net.decoder.blocks[0].cross.out.weight.std().item()
     assert std == pytest.approx(0.3 / 6**0.5, rel=0.15)  # one of six that write to the residual stream
 
 
