@@ -67,7 +67,7 @@ def apply(cfg: DictConfig, override: Override, parts: dict[str, None] | None = N
         adds = f"; +{key}= adds one" if "." in key and ranges.is_read(cfg, key) else ""
         raise UserError(f"there is no key {key}{nearest(key, known)} (--help lists all{adds})")
     value = override.value()
-    present = OmegaConf.select(cfg, key, throw_on_missing=False) if key in known else None
+    present = _node_at(cfg, key) if key in known else None  # of a fact that the data are still to say: None
     change = OmegaConf.create()
     OmegaConf.update(change, key, value, force_add=True)
     parts |= dict.fromkeys(nodes.drop_stale_keys(cfg, change))

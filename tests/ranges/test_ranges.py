@@ -147,6 +147,7 @@ FITS = {  # a model for each sampler that sample.py may choose
     "gan": "gan",
     "style_mix": "stylegan2",
     "generate": "gpt",
+    "beam": "gpt",
     "speculative": "gpt",
     "prior": "vae",
     "reconstruct": "vae",
@@ -162,9 +163,11 @@ FITS = {  # a model for each sampler that sample.py may choose
 
 def tiny(cfg):
     """The same wiring, narrow, over data of a declared shape; the config as `train.run` resolves it."""
-    cfg.data.shape = cfg.data.shape or [3, 8, 8]
+    cfg.data.shape = cfg.data.shape or ([5] if cfg.data.field == "tokens" else [3, 8, 8])
     if cfg.data.field == "tokens":
         cfg.data.levels = cfg.data.levels or 11
+    if "source_levels" in cfg.data:
+        cfg.data.source_levels = cfg.data.source_levels or 11
     shrink(cfg.model)
     if "sigma_data" in cfg.model and cfg.model.sigma_data is None:
         cfg.model.sigma_data = 0.5
@@ -328,6 +331,20 @@ def test_wrong_numbers_are_refused_with_their_range(command, train_config):
     with pytest.raises(UserError) as refused:
         given_to(train_config, command.split(" "))
     assert REFUSED[command] in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["model=seq2seq", "model.length=-1"], "model.length=-1 must be a whole number"),
+        (["model=seq2seq", "model.length=1.5"], "model.length=1.5 must be a whole number"),
+        (["model=gpt", "data.shape=null", "model.length=7"], "data.shape=null must be a list"),
+    ],
+    ids=str,
+)
+def test_a_value_in_place_of_what_the_data_is_still_to_say_is_checked(given, message):
+    with pytest.raises(UserError, match=message):
+        compose_config("train", given)
 
 
 RIGHT = (
