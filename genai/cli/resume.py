@@ -29,6 +29,7 @@ RESUMABLE = (
     "max_steps",
     "data.root",
     "data.path",
+    "data.paths",
     "data.num_workers",
     "codec.ckpt",
     "codec.cache",

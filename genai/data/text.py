@@ -13,18 +13,19 @@ from genai import progress
 from genai.core import stored
 from genai.core.errors import UserError, at_least, number
 from genai.data.base import Data
-from genai.data.text_sources import Embedded, Lines, Source, TextFiles
-from genai.data.token_files import Windows, prepare
+from genai.data.mixture import Mixture
+from genai.data.text_sources import Corpora, Embedded, Lines, Source, TextFiles
+from genai.data.token_files import Windows, learn_of_all, prepare
 from genai.modalities import text as modalities
 from genai.modalities.tokenizers import WithSpecials, from_state
 from genai.modalities.words import Words
 
 
 class Text(Data):
-    """A text, tokenized once, in splits of windows.
+    """A text, or several that are mixed, tokenized once, in splits of windows.
 
     Args:
-        source: of the text.
+        source: of the text, or `Corpora`.
         tokenizer: byte, char, or bpe with `vocab_size` ids; or a file or folder of a published one.
         val, test: fractions of the text for validation and test.
         overlap: tokens of context that consecutive evaluation windows share.
@@ -42,7 +43,7 @@ class Text(Data):
 
     def __init__(
         self,
-        source: Source,
+        source: Source | Corpora,
         tokenizer: str,
         vocab_size: int | None,
         val: float,
@@ -72,9 +73,15 @@ class Text(Data):
             )
         shares = {"train": round(1 - val - test, 9), "val": val, **({"test": test} if test else {})}
         self.shares = shares
-        folder = prepare(source, tokenizer, vocab_size, shares, Path(cache) if cache else None)
-        meta = json.loads((folder / "meta.json").read_text())
-        own = from_state(meta["tokenizer"])
+        corpora = source.sources if isinstance(source, Corpora) else {"": source}
+        at = Path(cache) if cache else None
+        learned = (
+            tokenizer if len(corpora) == 1 else learn_of_all([*corpora.values()], tokenizer, vocab_size, shares, at)
+        )
+        size = vocab_size if isinstance(learned, str) else None
+        folders = {name: prepare(one, learned, size, shares, at) for name, one in corpora.items()}
+        metas = {name: json.loads((folder / "meta.json").read_text()) for name, folder in folders.items()}
+        own = from_state(next(iter(metas.values()))["tokenizer"])
         self.words, self.tokenizer = own.vocab_size, WithSpecials(own) if specials else own
         if separate and self.tokenizer.end is None:
             raise UserError(
@@ -83,15 +90,18 @@ class Text(Data):
         end, splits = self.tokenizer.end if separate else None, {}
         edges = Words.of(self.tokenizer) if words else None
         for name in shares:
-            characters = meta["characters"][name]
-            path, augments = folder / f"{name}.bin", name == "train"
-            part = Windows(path, meta["dtype"], characters, length, overlap, augments, end, edges)
-            if part.tokens <= length:
-                raise UserError(
-                    f"the {name} split has {part.tokens} tokens, too few for one window of {length} + 1: give more text, "
-                    f"a shorter data.shape, or {'smaller shares to others' if name == 'train' else f'a larger data.{name}'}"
-                )
-            splits[name] = part
+            parts = {}
+            for of, folder in folders.items():
+                path, meta = folder / f"{name}.bin", metas[of]
+                facts = meta["dtype"], meta["characters"][name], length, overlap, name == "train", end, edges
+                parts[of] = part = Windows(path, *facts)
+                if part.tokens <= length:
+                    which = f"{name} split of {of}" if of else f"{name} split"
+                    raise UserError(
+                        f"the {which} has {part.tokens} tokens, too few for one window of {length} + 1: give more text, a "
+                        f"shorter data.shape, or {'smaller shares to others' if name == 'train' else f'a larger data.{name}'}"
+                    )
+            splits[name] = Mixture(parts, source.proportions) if isinstance(source, Corpora) else parts[""]
         super().__init__(
             field=field,
             shape=shape,
@@ -190,6 +200,49 @@ def text_folder(path: str, pattern: str, hidden: bool = True, links: bool = Fals
         n, example = sum(map(len, copies)), " and ".join(str(p) for p in copies[0][:2])
         print(f"{n} files of {path} have exact copies in other splits, such as {example}", file=sys.stderr)
     return data
+
+
+def mixed_text(paths: Sequence[str], proportions: Sequence[float] | None, pattern: str, **facts: Any) -> Text:
+    """Build the data set of several corpora that are mixed in proportions in training; evaluations score each as well.
+
+    Args:
+        paths: a UTF-8 file or a folder for each corpus; each file is a document.
+        proportions: how often a training window is of each corpus; None for their sizes in bytes.
+        pattern: of the names of the files below folders.
+        facts: further arguments of `Text`.
+
+    Raises UserError for fewer than two corpora, one that is given twice or has no text, and proportions that do not fit.
+    """
+    files = {path: _corpus(path, pattern) for path in paths}
+    if len(files) < max(len(paths), 2):
+        raise UserError(f"data.paths={[*paths]} must be two or more different files or folders")
+    named = {Path(path).stem: path for path in files}
+    named = named if len(named) == len(files) else {path: path for path in files}
+    sources = {name: TextFiles(files[path], documents=True) for name, path in named.items()}
+    if proportions is None:
+        proportions = [source.size_bytes for source in sources.values()]
+    if len(proportions) != len(files):
+        raise UserError(f"data.proportions={[*proportions]} must be a number for each of the {len(files)} data.paths")
+    for share in proportions:
+        number(share, "data.proportions", 0, open_low=True)
+    return Text(Corpora(sources, proportions), **facts)
+
+
+def _corpus(path: str, pattern: str) -> list[Path]:
+    """Return the files of a corpus. Raises UserError if there are none with text."""
+    root = Path(path)
+    if root.is_dir():
+        try:
+            found = sorted(p for p in root.rglob(pattern) if p.is_file() and not _is_hidden(p, root))
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(f"data.pattern={pattern!r} is not a pattern of file names ({error}): try *.txt") from None
+    else:
+        found = [root] if root.is_file() else []
+    if not (found := [p for p in found if p.stat().st_size]):
+        raise UserError(
+            f"data.paths: {path!r} holds no text: name a UTF-8 file, or a folder of {pattern} (data.pattern)"
+        )
+    return found
 
 
 def _folders(root: Path, hidden: bool, links: bool) -> Iterator[Path]:

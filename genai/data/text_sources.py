@@ -5,9 +5,9 @@ import codecs
 import hashlib
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from genai.core.errors import UserError
 from genai.data.token_files import bounds
@@ -38,6 +38,13 @@ class Source(Protocol):
     def pieces(self, first: float, last: float) -> Iterator[Piece]:
         """Yield the text from fraction `first` to fraction `last` of its length."""
         ...
+
+
+class Corpora(NamedTuple):
+    """Several sources by name, to be mixed in proportions."""
+
+    sources: "Mapping[str, Source]"
+    proportions: Sequence[float]
 
 
 class TextFiles:

@@ -1,12 +1,13 @@
 """Token ids of a text in files: prepared once, memory-mapped, cut into windows."""
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor
 
 from genai import progress
-from genai.core import stored
+from genai.core import files, stored
 from genai.core.cache import cache_folder
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
 from genai.data.fingerprint import checksum, files_checksum
 from genai.data.mapped import MappedFile
 from genai.modalities import published
-from genai.modalities.tokenizers import LEARNED, Tokenizer, learn
+from genai.modalities.tokenizers import LEARNED, Tokenizer, from_state, learn
 from genai.modalities.words import Words
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ CHECKED = 2**16  # characters in which a published tokenizer is looked at for wh
 
 
 def prepare(
-    source: "Source", tokenizer: str, vocab_size: int | None, shares: dict[str, float], cache: Path | None
+    source: "Source", tokenizer: str | Tokenizer, vocab_size: int | None, shares: dict[str, float], cache: Path | None
 ) -> Path:
     """Return the folder with a text's token ids, `<split>.bin` for each split and `meta.json`; it is made if absent.
 
@@ -43,7 +44,7 @@ def prepare(
 
     Args:
         source: the text.
-        tokenizer: byte, char or bpe, or a file or folder of a published one.
+        tokenizer: byte, char or bpe, a file or folder of a published one, or a tokenizer.
         vocab_size: number of ids, for bpe.
         shares: fraction of the text of each split, by name.
         cache: folder to look in and write to; None for the user's cache. If a checkpoint file, not the user, chose the folder,
@@ -51,19 +52,22 @@ def prepare(
 
     Raises UserError if the cache cannot be written.
     """
-    known = None if tokenizer in LEARNED else published.read(tokenizer, source.documents)
+    named = tokenizer if isinstance(tokenizer, str) else None
+    known: Tokenizer | None = None if isinstance(tokenizer, str) else tokenizer
+    if named is not None and named not in LEARNED:
+        known = published.read(named, source.documents)
     if known is not None and vocab_size is not None:
         raise UserError(
-            f"data.vocab_size={vocab_size} is for data.tokenizer=bpe, and {tokenizer} has its own: leave it out"
+            f"data.vocab_size={vocab_size} is for data.tokenizer=bpe, and {named} has its own: leave it out"
         )
-    chosen = tokenizer if known is None else known.state()
+    chosen = named if known is None else known.state()
     identity = (FORMAT, source.kind, source.documents, chosen, vocab_size, shares)
     digest = hashlib.sha256(repr(identity).encode())
     source.fingerprint(digest)
-    name, own = digest.hexdigest()[:24], cache_folder("text")
+    name = digest.hexdigest()[:24]
     if cache is not None and _is_complete(cache / name):
         return cache / name
-    cache = own if cache is None or stored.is_building() else cache
+    cache = _to_write(cache)
     folder = cache / name
     if _is_complete(folder):
         return folder
@@ -72,14 +76,9 @@ def prepare(
     temporary, damaged = (cache / f".{folder.name}.{os.getpid()}.{kind}" for kind in ("tmp", "damaged"))
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        learn_from = 1.0 if tokenizer == "char" else shares["train"]
-        pieces = (text for text, _ in source.pieces(0.0, learn_from))
-        if known is not None:
-            _tell_losses(known, tokenizer, next(pieces, ""))
-            ids = known
-        else:
-            with progress.task(f"learning the tokenizer {tokenizer}, once"):
-                ids = learn(tokenizer, pieces, source.size_bytes, vocab_size, source.documents)
+        if known is not None and named is not None:
+            _tell_losses(known, named, next((text for text, _ in source.pieces(0.0, shares["train"])), ""))
+        ids = known or _learn([source], str(named), vocab_size, shares)
         dtype = smallest_dtype(ids.vocab_size)
         meta: dict[str, Any] = {"tokenizer": ids.state(), "dtype": dtype, "characters": {}, "bytes": {}}
         with progress.task("encoding the text, once:", source.size_bytes >> 20, "MiB") as task:
@@ -102,6 +101,40 @@ def prepare(
         for left in (temporary, damaged):
             shutil.rmtree(left, ignore_errors=True)
     return folder
+
+
+def _learn(sources: "Sequence[Source]", kind: str, vocab_size: int | None, shares: dict[str, float]) -> Tokenizer:
+    """Return a tokenizer learned from the training splits of sources, or the characters of all of them."""
+    learn_from, size_bytes = 1.0 if kind == "char" else shares["train"], sum(source.size_bytes for source in sources)
+    pieces = (text for source in sources for text, _ in source.pieces(0.0, learn_from))
+    with progress.task(f"learning the tokenizer {kind}, once"):
+        return learn(kind, pieces, size_bytes, vocab_size, sources[0].documents)
+
+
+def _to_write(cache: Path | None) -> Path:
+    """Return the folder of prepared texts to write to."""
+    return cache_folder("text") if cache is None or stored.is_building() else cache
+
+
+def learn_of_all(
+    sources: "Sequence[Source]", tokenizer: str, vocab_size: int | None, shares: dict[str, float], cache: Path | None
+) -> str | Tokenizer:
+    """Return one tokenizer for several sources, learned from all of them once and then kept; a published one is its name.
+
+    The arguments are those of `prepare`. Raises UserError as that does.
+    """
+    if tokenizer not in LEARNED:
+        return tokenizer
+    first = sources[0]
+    digest = hashlib.sha256(repr((FORMAT, first.documents, tokenizer, vocab_size, shares)).encode())
+    for source in sources:
+        source.fingerprint(digest)
+    path = _to_write(cache) / f"{digest.hexdigest()[:24]}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return from_state(json.loads(path.read_text()))
+    learned = _learn(sources, tokenizer, vocab_size, shares)
+    files.write_text(path, json.dumps(learned.state()), hint="name another folder with data.cache=")
+    return learned
 
 
 def _tell_losses(tokenizer: Tokenizer, named: str, text: str) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from genai.checkpoint.load import null_conditions
 from genai.core.errors import UserError
 from genai.core.protocols import Batch, Infiller, Reconstructor, Scorable, check_sampler
 from genai.core.runs import Facts
-from genai.data.base import Data, first_items
+from genai.data.base import Data, Split, Subset, first_items
 from genai.data.stream import batches
 from genai.evaluation import hidden
 from genai.evaluation.metrics import compute, compute_pairs
@@ -78,6 +78,13 @@ def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[Facts, dict[s
         facts |= hidden.facts_of(each)
         scored = {name: metric for name, metric in metrics.items() if metric.kind == "hidden"}
         means |= {name: interval(compute(name, metric, each)) for name, metric in scored.items()}
+    for name, part, rows in _corpora(first_items(data, plan.split, n)):
+        own: Facts = {}
+        if nats:
+            each, predicted = torch.cat(nats).double()[rows], int(torch.cat(targets)[rows].sum())
+            own |= data.modality.units(each + 0.0, predicted, part, data.shape, data.values)
+        own |= hidden.facts_of(torch.cat(guesses)[rows]) if guesses else {}
+        facts["corpora"] = {**facts.get("corpora", {}), name: own}
     for name, found in values.items():
         means[name] = interval(torch.cat(found))
         facts[name] = round(means[name].mean, 2 if metrics[name].unit == "dB" else 4)
@@ -103,6 +110,17 @@ def scorer(loaded: Loaded, data: Data, method: object) -> Score | None:
     raise UserError(
         f"{loaded.path} has no likelihood of its own: {type(loaded.model).__name__} has no log_prob; {hint}"
     )
+
+
+def _corpora(items: Split) -> Iterator[tuple[str, Split, Tensor]]:
+    """Yield the name of each corpus of items, its split, and which items, int64 (n,); nothing for a text that is not mixed."""
+    whole: Any = items.split if isinstance(items, Subset) else items
+    if not hasattr(whole, "parts"):
+        return
+    owner = whole.owner[items.index] if isinstance(items, Subset) else whole.owner
+    for k, (name, part) in enumerate(whole.parts.items()):
+        if len(rows := (owner == k).nonzero()[:, 0]):
+            yield name, part, rows
 
 
 def _codes(counts: Tensor, n: int) -> Facts:

@@ -221,6 +221,10 @@ def data_of(loaded: Loaded, root: str | None) -> Data:
     """
     node = dict(loaded.config["data"])
     if root is not None:
+        if "paths" in node:
+            raise UserError(
+                "root= is for data in one place, and this was trained on several (data.paths): leave it out"
+            )
         node["path" if "path" in node else "root"] = root
     data = build_stored(node, loaded.trust, (MODELS, DATA))
     if what := difference(nodes_of(loaded.modality, loaded.conditions), data.modality, data.conditions):

@@ -119,6 +119,9 @@ def _joined(parts: Sequence[Tensor], value: float) -> Tensor:
 
 
 def stream(split: Split) -> Tensor:
-    """Return the token ids of a text's split, int64 (T,), without its division into windows."""
+    """Return the token ids of a text's split, int64 (T,), without its division into windows; of several corpora one after the
+    other."""
+    if hasattr(split, "parts"):
+        return torch.cat([stream(part) for part in split.parts.values()])  # type: ignore[attr-defined]
     parts = [batch["tokens"][:, 1:][batch["mask"][:, 1:]] for batch in batches(split, 1024)]
     return torch.cat([split.batch(torch.tensor([0]), None)["tokens"][0, :1], *parts])
