@@ -84,8 +84,9 @@ def sample(
 ) -> Batch:
     """Draw images of captions in a few steps, each of which draws all unknown codes and keeps the most confident (section 3.2).
 
-    After step k of n, ceil(length cos(pi k / (2 n))) codes are still masked. The confidence of a code is its ln p plus Gumbel
-    noise times choice_temperature (1 - k / n).
+    After step k of n, floor(length cos(pi k / (2 n))) codes are still masked, as in the authors' code: with the ceiling that the
+    paper has, the first of eight steps would keep none of 49 codes. The confidence of a code is its ln p plus Gumbel noise times
+    choice_temperature (1 - k / n).
 
     Args:
         cond: `caption` and `negative`, int64 (B, length); without a caption there is no guidance.
@@ -119,7 +120,7 @@ def sample(
         drawn = draw(logits, temperature, u)
         confidence = logits.log_softmax(-1).gather(2, drawn[..., None])[..., 0]
         confidence += choice_temperature * (1 - k / steps) * -(-gumbel.clamp(1e-7, 1 - 1e-7).log()).log()
-        masked = (total * math.cos(math.pi / 2 * k / steps) - 1e-4).ceil().clamp_min(0)
+        masked = (total * math.cos(math.pi / 2 * k / steps) + 1e-4).floor()
         order = confidence.masked_fill(codes != model.ids.mask, math.inf).argsort(1).argsort(1)
         codes = torch.where((codes == model.ids.mask) & (order >= masked), drawn, codes)
         if on_step is not None:
