@@ -104,7 +104,7 @@ def sample() -> None:
 def evaluate() -> None:
     """Measure a checkpoint: `python evaluate.py`, `genai evaluate`."""
     start()
-    from genai.cli import main
+    from genai.cli import main, prepare_evaluation
 
     def task(cfg: Any) -> None:
         from genai.evaluation.run import run, tracked_run
@@ -116,7 +116,7 @@ def evaluate() -> None:
 
             log_cards(folder, result["cards"])
 
-    main(task, "evaluate")
+    main(task, "evaluate", prepare_evaluation)
 
 
 def compare() -> None:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from genai.cli import compose_config, prepare_sampling
+from genai.cli import compose_config, prepare_evaluation, prepare_sampling
 from genai.modalities import midi
 from tests.data.test_melodies import folder_of
 from tests.modalities.test_midi import file, notes, voice
@@ -108,14 +108,17 @@ BASELINES = {
 def refusal(script, arguments, folder, monkeypatch):
     from genai.core.errors import UserError
     from genai.evaluation.baselines.run import run as baselines
+    from genai.evaluation.run import run as evaluate
     from genai.sampling import run as sample
     from genai.train.run import run as train
 
     monkeypatch.chdir(folder)
     before = sorted(folder.rglob("*"))
     with pytest.raises(UserError) as refused:
-        cfg = compose_config(script, arguments, {"sample": prepare_sampling}.get(script))
-        {"train": train, "sample": sample, "baselines": baselines}[script](cfg)
+        cfg = compose_config(
+            script, arguments, {"sample": prepare_sampling, "evaluate": prepare_evaluation}.get(script)
+        )
+        {"train": train, "sample": sample, "evaluate": evaluate, "baselines": baselines}[script](cfg)
     assert sorted(folder.rglob("*")) == before and "\n" not in str(refused.value)
     return str(refused.value)
 

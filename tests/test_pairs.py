@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from genai.cli import compose_config, prepare_sampling
+from genai.cli import compose_config, prepare_evaluation, prepare_sampling
 from genai.data.pairs import words_of
 from tests.test_melodies import refusal
 
@@ -61,6 +61,10 @@ def test_a_file_of_pairs_trains_is_asked_and_measured(folder, tmp_path, capsys):
     assert {*cards["exact_match"]["baselines"]} == {"target of the nearest source by 4-grams"}
     assert 0 <= cards["exact_match"]["value"] <= 1 and cards["token_error_rate"]["value"] >= 0
     assert cards["token_error_rate"]["protocol"]["n"] == 3 and cards["token_error_rate"]["sampler"]["beams"] == 4
+    for argument, sampler in (("beams=1", {"beams": 1}), ("sampler=generate", {"temperature": 1.0})):
+        given = [f"ckpt={folder / 'run'}", "metrics=[exact_match]", argument]
+        (card,) = evaluate(compose_config("evaluate", given, prepare_evaluation))["cards"]
+        assert sampler.items() <= card["sampler"].items()
 
 
 TRAIN = {
@@ -100,6 +104,15 @@ SAMPLE = {
     "length_penalty=11": "length_penalty=11 must be",
     "sampler=speculative": "speculative is for a Rewindable, and this model is a Seq2Seq: choose another with sampler=",
 }
+EVALUATE = {
+    "beams=2": "sampler= and its arguments need a metric of samples or answers: name one in metrics=, or leave them out",
+    "beams=0 metrics=[exact_match]": "sampler.beams=0 must be a whole number of texts, at least 1",
+    "beam=2 metrics=[exact_match]": "there is no key beam",
+    "sampler.beam=2 metrics=[exact_match]": "the sampler beam has no beam; it has beams, length_penalty, max_new_tokens",
+    "sampler=speculative metrics=[bleu]": "speculative is for a Rewindable, and this model is a Seq2Seq",
+    "metrics=[frechet]": "frechet is not available for this model; it can have nats_per_token, bits_per_character, exact_match",
+    "metrics=[exact_match] n=4": "n=4 is more than the 3 items of split=test: give at most those",
+}
 BASELINES = {
     "data=toy2d baseline=nearest_source": "baseline=nearest_source needs data of tokens, and this data is vector",
     "data=python_docs baseline=nearest_source": "baseline=nearest_source needs data with sources (data.source_levels)",
@@ -126,6 +139,11 @@ def test_wrong_training_commands(folder, monkeypatch, argument):
 @pytest.mark.parametrize("argument", SAMPLE)
 def test_wrong_sampling_commands(folder, monkeypatch, argument):
     assert SAMPLE[argument] in refusal("sample", ["ckpt=run", "n=2", argument], folder, monkeypatch)
+
+
+@pytest.mark.parametrize("argument", EVALUATE)
+def test_wrong_evaluation_commands(folder, monkeypatch, argument):
+    assert EVALUATE[argument] in refusal("evaluate", ["ckpt=run", *argument.split()], folder, monkeypatch)
 
 
 @pytest.mark.parametrize("argument", BASELINES)

@@ -8,6 +8,6 @@ from genai.cli.entry import arguments, main
 from genai.cli.errors import fail, nearest, one_sentence
 from genai.cli.overrides import PATHS, parse_override, quote, quote_override
 from genai.cli.resume import OPTIMIZERS, check_unchanged, prepare_training
-from genai.cli.sample import prepare_sampling
+from genai.cli.sample import prepare_evaluation, prepare_sampling
 from genai.cli.stored import stored_config
 from genai.cli.values import apply, apply_all, flatten, keys

@@ -11,12 +11,12 @@ from genai.cli.compose import check_interpolations, compose_config
 from genai.cli.errors import nearest
 from genai.cli.overrides import refuse_hydra_keys
 from genai.cli.resume import NEEDED, RUN_GROUPS, prepare_training
-from genai.cli.sample import prepare_sampling
+from genai.cli.sample import prepare_evaluation, prepare_sampling
 from genai.cli.values import keys
 from genai.core.errors import UserError, show
 from genai.ranges import check as ranges
 
-PREPARE = {"train": prepare_training, "sample": prepare_sampling, "evaluate": None, "baselines": None}
+PREPARE = {"train": prepare_training, "sample": prepare_sampling, "evaluate": prepare_evaluation, "baselines": None}
 
 
 def compose(overrides: Sequence[str] = (), config: str = "train", config_dir: str | Path | None = None) -> DictConfig:

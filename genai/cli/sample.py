@@ -1,4 +1,4 @@
-"""The config of `sample.py`: puts the sampler of a checkpoint into it, and resolves bare arguments of the sampler."""
+"""The configs of `sample.py` and `evaluate.py`: puts the sampler of a checkpoint in, and resolves bare arguments of it."""
 
 import os
 from pathlib import Path
@@ -48,6 +48,12 @@ def prepare_sampling(cfg: DictConfig, overrides: list[Override]) -> list[Overrid
             )
         remaining.append(override)
     return remaining
+
+
+def prepare_evaluation(cfg: DictConfig, overrides: list[Override]) -> list[Override]:
+    """Do as `prepare_sampling` does if the overrides choose a sampler or set an argument of one; else it stays null."""
+    roots = {o.key_or_group.partition(".")[0] for o in overrides if not o.is_add()}
+    return prepare_sampling(cfg, overrides) if "sampler" in roots or not roots <= {*cfg} else overrides
 
 
 def _stored_config(ckpt: Any) -> tuple[str, dict[str, Any]]:

@@ -25,6 +25,7 @@ def evaluate(
     likelihood: str | Mapping[str, object] | None = None,
     baselines: bool = True,
     root: str | Path | None = None,
+    sampler: str | Mapping[str, object] | None = None,
 ) -> Facts:
     """Measure a loaded model on a split of the data it was trained on; the numbers are those of `evaluate.py`.
 
@@ -42,6 +43,7 @@ def evaluate(
         likelihood: a name in conf/likelihood or a config node; None: the model's own.
         baselines: True also measures trivial models, for comparison.
         root: folder or file of the data, if it is not where the run had it.
+        sampler: of samples and answers, a name in conf/sampler or a config node; None: the one that the model was trained with.
 
     Returns:
         figure -> value, with the facts that decide it (split, n, seed, step, ...), and `cards`, one record for each metric.
@@ -55,7 +57,7 @@ def evaluate(
     listed = [metrics] if isinstance(metrics, str) else metrics
     if listed is not None and not (isinstance(listed, list | tuple) and listed and all(map(_is_entry, listed))):
         raise UserError(f"metrics={show(metrics)} must be a name, or a list of names and {{name: metric}}, or None")
-    chosen = {"extractor": extractor, "likelihood": likelihood}
+    chosen = {"extractor": extractor, "likelihood": likelihood, "sampler": sampler}
     cfg = compose([f"{key}={name}" for key, name in chosen.items() if isinstance(name, str)], "evaluate")
     nodes = {key: dict(node) for key, node in chosen.items() if isinstance(node, Mapping)}
     counts = {"repeats": at_least(repeats, 1, "repeats"), "seed": at_least(seed, 0, "seed")}

@@ -24,6 +24,7 @@ class Plan:
         extractor: builds the extractor of features from the data, its config and a device.
         likelihood: config node of a likelihood; None for the model's own.
         baselines: True for cards that list trivial models too.
+        sampler: config node of the sampler of samples and answers; None for the one that the checkpoint was trained with.
     """
 
     metrics: Sequence[str | Mapping[str, Metric]] | None
@@ -35,6 +36,7 @@ class Plan:
     extractor: Callable[[Data, Any, str], features.Extractor] = features.classifier
     likelihood: Facts | None = None
     baselines: bool = True
+    sampler: Facts | None = None
 
 
 @dataclass

@@ -58,8 +58,11 @@ def measure(loaded: Loaded, cfg: DictConfig, metrics: Entries | None) -> tuple[F
     """
     method: Any = None if cfg.get("likelihood") is None else OmegaConf.to_container(cfg.likelihood)
     extractor = build_typed(OmegaConf.to_container(cfg.extractor))
+    sampler: Any = None if cfg.get("sampler") is None else OmegaConf.to_container(cfg.sampler)
     built = None if metrics is None else [build_metrics(entry) for entry in metrics]
-    plan = Plan(built, cfg.split, cfg.n, cfg.repeats, cfg.seed, cfg.batch_size, extractor, method, cfg.baselines)
+    plan = Plan(
+        built, cfg.split, cfg.n, cfg.repeats, cfg.seed, cfg.batch_size, extractor, method, cfg.baselines, sampler
+    )
     with checkpoint.explain_errors(loaded):
         with progress.task("loading the data"):
             data = data_of(loaded, cfg.root)
@@ -119,11 +122,15 @@ def check(loaded: Loaded, data: Data, plan: Plan) -> CheckedPlan:
         raise UserError(f"n={n} is more than the {size} items of split={plan.split}: give at most those")
     if plan.likelihood is not None and not passes:
         raise UserError("likelihood= needs a metric of likelihoods: add bits_per_dim to metrics=, or leave one out")
+    if plan.sampler is not None and not sampled:
+        raise UserError(
+            "sampler= and its arguments need a metric of samples or answers: name one in metrics=, or leave them out"
+        )
     if passes or plan.metrics is None:
         likelihood.scorer(loaded, data, plan.likelihood)
     extractor = None
     if sampled:
-        sampling.bind(loaded, None, {})
+        sampling.bind(loaded, plan.sampler, {})
     if sampled and featured:
         at_least(n, 2, "n")
         extractor = plan.extractor(images, node, str(loaded.device))

@@ -15,14 +15,14 @@ from genai.checkpoint.build import reason
 from genai.core import rng
 from genai.core.errors import UserError
 from genai.core.protocols import Batch
-from genai.core.runs import Card
+from genai.core.runs import Card, Facts
 from genai.data.base import Data, first_items, random_order
 from genai.data.stream import batches
 from genai.evaluation.baselines.reference import reference_scores
 from genai.evaluation.cards import card, data_facts
 from genai.evaluation.features import Extractor, FeatureSet, extract_features
 from genai.evaluation.metrics import Answers, GeneratedSet, GeneratedTexts, Metric, RealFakePair, compute
-from genai.evaluation.plan import CheckedPlan
+from genai.evaluation.plan import CheckedPlan, Plan
 from genai.metrics.intervals import interval, over_seeds
 from genai.metrics.memorisation import memorisation
 from genai.modalities.base import save
@@ -32,14 +32,21 @@ FIRST = 16  # size of the first batch, so that a time left is shown early
 CHARACTERS = 10_000_000  # length of training text in which copies are searched for
 
 
-def sample_batches(loaded: Loaded, n: int, seed: int, batch_size: int, clock: progress.Task) -> Iterator[Batch]:
+def sample_batches(
+    loaded: Loaded, n: int, seed: int, batch_size: int, clock: progress.Task, sampler: Facts | None = None
+) -> Iterator[Batch]:
     """Yield n samples batch by batch, of all classes in turn; the very first batch is small, for an estimate of the time."""
     starts = [0, *range(min(batch_size if clock.done else FIRST, n), n, batch_size), n]
     for start, stop in itertools.pairwise(starts):
         turns = {name: condition.in_turn(start, stop) for name, condition in loaded.conditions.items()}
         asked: Any = {name: turn for name, turn in turns.items() if turn is not None}
-        yield sampling.sample(loaded, stop - start, seed + start, batch_size=batch_size, **asked)
+        yield sampling.sample(loaded, stop - start, seed + start, sampler=sampler, batch_size=batch_size, **asked)
         clock.add(stop - start)
+
+
+def _sampler(loaded: Loaded, plan: Plan) -> Facts:
+    """Return the config node of the sampler that a plan uses."""
+    return plan.sampler or loaded.config["sampler"]
 
 
 def check_extractor(extractor: Extractor, data: Data, split: str, metrics: Mapping[str, Metric]) -> None:
@@ -74,7 +81,7 @@ def sample_cards(loaded: Loaded, checked: CheckedPlan, extractor: Extractor, fol
     with progress.task("evaluating", n * plan.repeats, "samples") as clock:
         for k in range(plan.repeats):
             fake = FeatureSet(extractor, reads)
-            for batch in sample_batches(loaded, n, plan.seed + k * n, plan.batch_size, clock):
+            for batch in sample_batches(loaded, n, plan.seed + k * n, plan.batch_size, clock, plan.sampler):
                 x = data.modality.quantize(batch[data.field], data.levels)
                 fake.add(x, batch.get("label"))
                 if k == 0 and sum(map(len, first)) < SEARCHED:
@@ -96,7 +103,7 @@ def sample_cards(loaded: Loaded, checked: CheckedPlan, extractor: Extractor, fol
             "dtype": loaded.dtype,
         },
         "floor_of": floor,
-        "sampler": loaded.config["sampler"],
+        "sampler": _sampler(loaded, plan),
         **_copies(data, torch.cat(first)[:SEARCHED], folder),
     }
     spreads = {name: over_seeds(found) for name, found in values.items()}
@@ -164,7 +171,7 @@ def text_cards(loaded: Loaded, checked: CheckedPlan) -> list[Card]:
     values, longest = {name: [] for name in metrics}, 1
     with progress.task("evaluating", n * plan.repeats, "texts") as clock:
         for k in range(plan.repeats):
-            parts = sample_batches(loaded, n, plan.seed + k * n, plan.batch_size, clock)
+            parts = sample_batches(loaded, n, plan.seed + k * n, plan.batch_size, clock, plan.sampler)
             made = [text for batch in parts for text in data.modality.preview(batch)]
             longest = max(longest, *map(len, made))
             for name, metric in metrics.items():
@@ -189,7 +196,7 @@ def set_cards(loaded: Loaded, checked: CheckedPlan) -> list[Card]:
     values, length = {name: [] for name in metrics}, 0
     with progress.task("evaluating", n * plan.repeats, "samples") as clock:
         for k in range(plan.repeats):
-            parts = sample_batches(loaded, n, plan.seed + k * n, plan.batch_size, clock)
+            parts = sample_batches(loaded, n, plan.seed + k * n, plan.batch_size, clock, plan.sampler)
             x = torch.cat([batch[data.field] for batch in parts])
             made, length = GeneratedSet(data.modality.compared(x), train), x.shape[1]
             for name, metric in metrics.items():
@@ -217,10 +224,10 @@ def _set_cards(
             "repeats": plan.repeats,
             **data_facts(checked),
             "vocabulary": data.levels,
-            "max_new_tokens": loaded.config["sampler"].get("max_new_tokens") or data.shape[0],
+            "max_new_tokens": _sampler(loaded, plan).get("max_new_tokens") or data.shape[0],
             **more,
         },
-        "sampler": loaded.config["sampler"],
+        "sampler": _sampler(loaded, plan),
     }
     spreads = {name: over_seeds(found) for name, found in values.items()}
     return [card(name, metrics[name], s.mean, s.min, s.max, floors.get(name), {}, facts) for name, s in spreads.items()]
@@ -239,10 +246,10 @@ def _text(data: Any, split: str, most: int) -> str:
 
 
 def answer_cards(loaded: Loaded, checked: CheckedPlan) -> list[Card]:
-    """Make a card for each metric of answers, from what the model's sampler writes for the first n items of a split."""
+    """Make a card for each metric of answers, from what the sampler writes for the first n items of a split."""
     plan, data, metrics = checked.plan, checked.images, checked.sample_metrics
     part, written = first_items(data, plan.split, checked.n), []
-    run = sampling.bind(loaded, None, {})
+    run = sampling.bind(loaded, plan.sampler, {})
     with progress.task("evaluating", checked.n, "items") as clock:
         for batch in batches(part, plan.batch_size):
             size = len(batch[data.field])
@@ -262,7 +269,7 @@ def answer_cards(loaded: Loaded, checked: CheckedPlan) -> list[Card]:
         "vocabulary": data.levels,
         "dtype": loaded.dtype,
     }
-    facts = {"protocol": protocol, "sampler": loaded.config["sampler"]}
+    facts = {"protocol": protocol, "sampler": _sampler(loaded, plan)}
     means = {name: interval(compute(name, metric, answers)) for name, metric in metrics.items()}
     return [card(name, metrics[name], *mean, None, others.get(name, {}), facts) for name, mean in means.items()]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import genai
 from genai.checkpoint.build import build_typed
-from genai.cli import compose_config, prepare_training
+from genai.cli import compose_config, prepare_evaluation, prepare_training
 from genai.compare.runs import check_protocols, read
 from genai.core.errors import UserError
 from genai.data.base import first_items
@@ -38,7 +38,7 @@ ALL = "metrics=[frechet,kid,inception_score,precision,recall,density,coverage,ac
 
 
 def evaluate(*given):
-    return run(compose_config("evaluate", list(given)))
+    return run(compose_config("evaluate", list(given), prepare_evaluation))
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,38 @@ def test_a_card_is_measured_as_its_parts_are(runs):
     found = evaluate(f"ckpt={runs[0]}", "metrics=[frechet,accuracy]", "n=60", "repeats=1", "baselines=false")["cards"]
     assert [card["value"] for card in found] == pytest.approx([expected, accuracy], abs=1e-4)
     assert found[0]["baselines"] == {} and found[0]["beats_baseline"] is None
+
+
+def test_a_card_is_of_the_sampler_that_is_asked_for(runs):
+    own, same, steps, chosen = (
+        evaluate(f"ckpt={runs[1]}", "metrics=[frechet]", "n=30", "repeats=1", "baselines=false", *given)["cards"][0]
+        for given in ([], ["sampler.steps=2"], ["steps=1"], ["sampler=ddim", "steps=3"])
+    )
+    assert [card["sampler"]["steps"] for card in (own, same, steps, chosen)] == [2, 2, 1, 3]
+    assert own["value"] == same["value"] != steps["value"] and own["sampler"]["solver"] != chosen["sampler"]["solver"]
+    loaded = genai.load(runs[1])
+    same = genai.evaluate(loaded, "test", "frechet", 30, repeats=1, baselines=False, sampler=steps["sampler"])["cards"][0]
+    named = genai.evaluate(loaded, "test", "frechet", 30, repeats=1, baselines=False, sampler="ddim")["cards"][0]
+    assert same["value"] == steps["value"] and named["sampler"]["steps"] == 50
+
+
+NOT_SAMPLED = {
+    ("steps=1",): "sampler= and its arguments need a metric of samples or answers: name one in metrics=",
+    ("sampler=ddim",): "sampler= and its arguments need a metric of samples or answers",
+    ("step=1", "metrics=[frechet]"): "there is no key step, did you mean",
+    ("sampler.step=1", "metrics=[frechet]"): "the sampler heun has no step; it has",
+    ("beams=2", "metrics=[frechet]"): "there is no key beams",
+    ("steps=0", "metrics=[frechet]"): "sampler.steps=0 must be a whole number of steps, at least 1",
+    ("sampler=beam", "metrics=[frechet]"): "beam is for a Reorderable, and this model is a",
+    ("sampler=eular", "metrics=[frechet]"): "did you mean euler?",
+}
+
+
+@pytest.mark.parametrize("given", NOT_SAMPLED, ids=str)
+def test_a_sampler_that_cannot_be_measured_is_refused(runs, given):
+    with pytest.raises(UserError) as refused:
+        evaluate(f"ckpt={runs[1]}", *given)
+    assert NOT_SAMPLED[given] in str(refused.value)
 
 
 def test_the_pass_over_a_split_has_cards_with_intervals_and_baselines(runs, tmp_path):
@@ -154,7 +186,7 @@ def test_text_is_measured_against_what_was_learned(tmp_path, monkeypatch):
     assert list(found) == ["nats_per_token", "bits_per_character"]
     assert found["nats_per_token"]["baselines"].keys() == {"interpolated 5-gram"}
 
-    def copied(loaded, n, seed, batch_size):
+    def copied(loaded, n, seed, batch_size, sampler):
         tokens = build_typed(loaded.config["data"]).splits["train"].batch(torch.arange(n), None)["tokens"]
         return {"tokens": tokens}
 
@@ -424,7 +456,7 @@ def test_a_memoriser_is_flagged(runs, monkeypatch):
     """A sampler that gives training images back."""
     items = build_typed(genai.load(runs[0]).config["data"]).splits["train"].batch(torch.arange(400), None)
 
-    def copies(loaded, n, seed, label, batch_size):
+    def copies(loaded, n, seed, label, batch_size, sampler):
         return {"image": items["image"][seed : seed + n], "label": items["label"][seed : seed + n]}
 
     monkeypatch.setattr(samples.sampling, "sample", copies)
