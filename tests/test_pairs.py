@@ -87,7 +87,9 @@ TRAIN = {
     "data.shape=[7]": "data.shape=[7], but this data has [3]: correct data.shape or set it to null",
     "model.net.shared=true": "model.net.shared=true needs one vocabulary and one width, but sources have 11 ids and targets",
     "model.label_smoothing=2": "model.label_smoothing=2 must be a number at least 0 and at most 1",
-    "model.net.encoder.attention.causal=true": "the encoder of a Seq2Seq must have attention.causal=false and no cross",
+    "model.net.encoder.attention.causal=true": "a TwoSidedShift sees the token after each",
+    "model.net.encoder.attention.causal=true model.net.encoder.shift=null": "the encoder of a Seq2Seq must have attention.causal="
+    "false and no cross",
     "sampler.beams=0": "sampler.beams=0 must be a whole number of texts, at least 1",
     "data=names": "data.path='data/names.txt'",
     "data=digits": "a Seq2Seq takes pairs of texts, but this data has",

@@ -104,7 +104,9 @@ def test_a_card_is_of_the_sampler_that_is_asked_for(runs):
     assert [card["sampler"]["steps"] for card in (own, same, steps, chosen)] == [2, 2, 1, 3]
     assert own["value"] == same["value"] != steps["value"] and own["sampler"]["solver"] != chosen["sampler"]["solver"]
     loaded = genai.load(runs[1])
-    same = genai.evaluate(loaded, "test", "frechet", 30, repeats=1, baselines=False, sampler=steps["sampler"])["cards"][0]
+    same = genai.evaluate(loaded, "test", "frechet", 30, repeats=1, baselines=False, sampler=steps["sampler"])["cards"][
+        0
+    ]
     named = genai.evaluate(loaded, "test", "frechet", 30, repeats=1, baselines=False, sampler="ddim")["cards"][0]
     assert same["value"] == steps["value"] and named["sampler"]["steps"] == 50
 
