@@ -77,12 +77,10 @@ def main() -> None:
     args = arguments()
     device, run = setup(), genai.load(args.run)
     data = images_of(run, args.root)
-    classifier, images = load_or_train(data), next(batches(data.splits[args.split], 2 * args.n, 2 * args.n))["image"]
-    real, right = images[: args.n], classifier.accuracy(data, args.split)
-    floor = precision_recall(classifier.features(real), classifier.features(images[args.n :])).recall
-    print(
-        f"classifier: {right:.4f} on {args.split} images; recall of {args.n} real images by {args.n} others {floor:.4f}"
-    )
+    classifier, batch = load_or_train(data), next(batches(data.splits[args.split], 2 * args.n, 2 * args.n))
+    (real, rest), right = batch["image"].split(args.n), round(classifier.accuracy(data, args.split), 4)
+    others = figures(classifier, real, rest, batch["label"][args.n :])
+    print(f"classifier: {right} on {args.split} images; {args.n} of them compared with {args.n} others: {others}")
     rows, captions = [], prompts(run)
     for w in args.guidance:
         x = genai.sample(run, n=args.n, prompt=captions, guidance=w)["image"]
@@ -91,11 +89,12 @@ def main() -> None:
         print(rows[-1], flush=True)
     if args.split == "test":
         facts = {"n": args.n, "sampler": run.config["sampler"], "step": run.step}
-        facts |= {"classifier_accuracy": round(right, 4), "recall_of_real_images": round(floor, 4)}
+        facts |= {"classifier_accuracy": right}
+        facts |= {f"{name}_of_real_images": others[name] for name in ("recall", "frechet")}
         recipe = run.config["name"]
         report(f"guidance_{recipe}", args, device, rows, **facts)
         if not args.toy:
-            plot(recipe, rows, floor)
+            plot(recipe, rows, others["recall"])
 
 
 if __name__ == "__main__":

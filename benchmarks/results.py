@@ -66,7 +66,7 @@ SECTIONS = {
 }
 # benchmarks of each section, in their order
 BENCHMARKS = {
-    "latents": ["guidance_latent_mnist_text", "latent"],
+    "latents": ["guidance_latent_mnist_text", "guidance_dalle_mnist", "latent"],
     "Evaluation": ["baselines", "quality", "solvers", "evaluate"],
     "Speed on a CPU": [
         "gpt_train",
@@ -255,7 +255,7 @@ def models() -> str:
         f"{table(rows)}\nFigures in parentheses are of the same command run again: where there are two, with seeds 1 and 2. "
         "Fréchet distance and recall are of 360 samples for digits, where as many other real images have a distance of "
         f"{digits['frechet']} and a recall of {digits['recall']}, and of 1,000 samples for MNIST, where real images have "
-        f"{mnist['frechet']} and {mnist['recall']} ({latents} in the row of latent diffusion). A token of tiny Shakespeare is "
+        f"{mnist['frechet']} and {mnist['recall']} ({latents} in the rows of latent diffusion and DALL-E). A token of tiny Shakespeare is "
         "one character.\n"
     )
 
