@@ -6,7 +6,8 @@ For each run of a recipe with data=mnist_text, at its own guidance weight: accur
 in the benchmark of guidance, and the seconds that they take, in rounds of all runs in turn. Then n images of the split are
 completed from their upper halves, with and without their captions, and the classifier says in how many it recognises their
 digit. The baseline pastes the lower half of the training image whose upper half is nearest, of any digit, or of the one in
-the caption. What the classifier says of the images themselves is the last row. Only the test split is recorded.
+the caption. The last rows are n other images of the split, as the first stage of the first run reconstructs them and as they
+are. Only the test split is recorded.
 """
 
 import argparse
@@ -58,8 +59,8 @@ def main() -> None:
     weights = args.guidance * (len(runs) // len(args.guidance))
     data = images_of(runs[0], args.root)
     classifier, captions = load_or_train(data), prompts(runs[0])
-    batch = next(batches(data.splits[args.split], args.n, args.n))
-    real, label = batch["image"], batch["label"]
+    batch = next(batches(data.splits[args.split], 2 * args.n, 2 * args.n))
+    (real, others), (label, theirs) = (batch[name].split(args.n) for name in ("image", "label"))
     lower = torch.zeros(real.shape[1:])
     lower[:, lower.shape[1] // 2 :] = 1
 
@@ -88,13 +89,21 @@ def main() -> None:
     train = [(batch["image"], batch["label"]) for batch in batches(data.splits["train"], 5000)]
     images, labels = (torch.cat(part) for part in zip(*train, strict=True))
     empty = dict.fromkeys(rows[0], None)
-    theirs = accuracy(fill_each(real, label, images, labels)), accuracy(fill(real, images))
-    rows.append({**empty, "images": "nearest training image", **dict(zip(list(empty)[-2:], theirs, strict=True))})
-    rows.append({**empty, "images": f"{args.split} images", "accuracy": accuracy(real)})
+    filled = accuracy(fill_each(real, label, images, labels)), accuracy(fill(real, images))
+    rows.append({**empty, "images": "nearest training image", **dict(zip(list(empty)[-2:], filled, strict=True))})
+    for name, x in ("others, reconstructed", runs[0].model.codec.reconstruct({"image": others})), ("others", others):
+        rows.append({**empty, "images": name, **figures(classifier, real, x, theirs)})
     if args.split == "test":
-        report("completion", args, device, rows, n=args.n, steps={name: run.step for name, (run, _) in named.items()})
+        report(
+            "completion",
+            args,
+            device,
+            rows,
+            n=args.n,
+            training_steps={name: run.step for name, (run, _) in named.items()},
+        )
     else:
-        print(*rows[-2:], sep="\n")
+        print(*rows[-3:], sep="\n")
 
 
 if __name__ == "__main__":

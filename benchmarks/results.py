@@ -255,8 +255,8 @@ def models() -> str:
         f"{table(rows)}\nFigures in parentheses are of the same command run again: where there are two, with seeds 1 and 2. "
         "Fréchet distance and recall are of 360 samples for digits, where as many other real images have a distance of "
         f"{digits['frechet']} and a recall of {digits['recall']}, and of 1,000 samples for MNIST, where real images have "
-        f"{mnist['frechet']} and {mnist['recall']} ({latents} in the rows of latent diffusion and DALL-E). A token of tiny Shakespeare is "
-        "one character.\n"
+        f"{mnist['frechet']} and {mnist['recall']} ({latents} in the rows of latent diffusion and DALL-E). A token of tiny "
+        "Shakespeare is one character.\n"
     )
 
 
