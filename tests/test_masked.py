@@ -76,8 +76,33 @@ def test_a_bert_of_whole_words_trains(folder, tmp_path):
     assert "masked_nats" in evaluate(f"ckpt={tmp_path / 'run'}", "split=val")
 
 
+def test_a_bert_learns_labels_and_is_scored_next_to_counts(folder, tmp_path, capsys):
+    """Fine-tuning takes all weights but those of the head, and a prompt is answered by its label."""
+    from genai.train.run import run
+
+    for name, words in (("war", "sword shield"), ("peace", "bread wine")):
+        text = " ".join(f"{word} {i % 7}" for i in range(400) for word in words.split())
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{name}.txt").write_text(text)
+    width = "model.net.transformer.width=16"
+    data = ["data=text_file", f"data.path={folder / 'book.txt'}", f"data.cache={folder / 'cache'}", "data.shape=[32]"]
+    given = ["debug=true", "logger=none", width]
+    run(compose_config("train", ["model=bert", *data, *given, f"run_dir={tmp_path / 'bert'}"]))
+    labelled = ["data=passages", f"data.path={tmp_path / 'texts'}", "data.longest=24"]
+    tuned = [f"init_from={tmp_path / 'bert'}", "init_strict=false", f"run_dir={tmp_path / 'run'}", "max_steps=150"]
+    more = ["logger=none", width, "callbacks.evaluate.every_steps=75", "callbacks.samples.n=2"]
+    run(compose_config("train", ["model=bert_classifier", *labelled, *tuned, *more]))
+    assert "but for 1 of" in (printed := capsys.readouterr().out) and "net.head" in printed
+    facts = evaluate(f"ckpt={tmp_path / 'run'}", "metrics=[exact_match,nats_per_token]")
+    cards = {card["metric"]: card for card in facts["cards"]}
+    assert {*cards["exact_match"]["baselines"]} >= {"most frequent label", "naive Bayes of 5-grams"}
+    assert cards["exact_match"]["value"] > cards["exact_match"]["baselines"]["most frequent label"]
+    out = sample(f"ckpt={tmp_path / 'run'}", "n=2", "prompt=['sword 3 shield','bread 1']", f"out={tmp_path / 'out'}")
+    assert (out / "samples.txt").read_text() == "sword 3 shield -> war\nbread 1 -> peace\n"
+
+
 TRAIN = {
-    "data=digits": "takes tokens, but this data has image",
+    "data=digits": "this has no data.specials: choose a text with data=",
     "data.specials=false": "model.specials=true",
     "data.specials=1": "data.specials=1 must be true or false",
     "model.share=0": "model.share=0 must be a number greater than 0 and at most 1",
@@ -91,6 +116,14 @@ TRAIN = {
     "data.words=true": "model.whole_words=false must be what data.words is, true",
     "data.words=false model.whole_words=true": "model.whole_words=true must be what data.words is, false",
     "model=gpt data.words=true": "data.words=true is for a model that hides whole words, such as model=bert, and not for a GPT",
+    "model=bert_classifier": "this has no data.source_specials: choose texts with labels with data=",
+    "model=bert_classifier data=topics data.source_specials=false": (
+        "model.source_specials=true must be what data.source_specials is, false"
+    ),
+    "model=bert_classifier data=topics data.shape=[3]": "data.shape=[3], but this data has [2]",
+    "model=bert_classifier data=topics data.n=1": "data.n=1 must be",
+    "model=bert_classifier data=reverse": "this has no data.source_specials: choose texts with labels with data=",
+    "model=bert data=topics": "this has no data.specials: choose a text with data=",
     "sampler=generate": "the sampler generate is for an Autoregressive, and this model is a BERT",
     "model=gpt sampler=fill": "the sampler fill is for a MaskedModel, and this model is a GPT",
 }
@@ -123,12 +156,13 @@ def test_wrong_training_commands(folder, monkeypatch, argument):
     from genai.train.run import run
 
     text = ["data=text_file", "data.path=book.txt", f"data.cache={folder / 'cache'}", *DEBUG[2:]]
-    given = ["model=bert", *([] if argument == "data=digits" else text), *DEBUG[:2]]
+    given = ["model=bert", *text, *DEBUG[:2]]
     keys = [word.split("=")[0] for word in argument.split()]
     given = [
         word for word in given if word.split("=")[0] not in keys and not ("model=gpt" in argument and "width" in word)
     ]
-    given = given if argument != "data=digits" else ["model=bert", *DEBUG[:2]]
+    if "data" in keys:
+        given = [*([] if "model" in keys else ["model=bert"]), *DEBUG[:2]]
     said = refusal(lambda: run(compose_config("train", [*given, *argument.split()])), folder, monkeypatch)
     assert TRAIN[argument] in said
 

@@ -19,7 +19,7 @@ from genai.data.fingerprint import checksum
 from genai.data.scan import reason
 from genai.modalities import pairs as modalities
 from genai.modalities import tokenizers
-from genai.modalities.tokenizers import Tokenizer, Word
+from genai.modalities.tokenizers import Tokenizer, WithSpecials, Word
 
 Pair = tuple[str, str]
 """A source and a target."""
@@ -42,6 +42,8 @@ class Pairs(Data):
         shape: [tokens of the longest target, its end included]; None takes the data's own.
         levels, source_levels: vocabulary sizes of targets and sources; None takes the tokenizer's.
         field, classes, batch_size, num_workers: see `Data`.
+        source_specials: give sources the ids of [MASK], [CLS], [SEP] and [PAD] after those of the text; [SEP] ends them.
+        learn_from: further texts that the tokenizer of sources learns from.
 
     Raises UserError for shares that leave nothing to train on, and for facts that differ from the data's own.
     """
@@ -65,6 +67,8 @@ class Pairs(Data):
         source_levels: int | None,
         batch_size: int,
         num_workers: int = 0,
+        source_specials: bool = False,
+        learn_from: Sequence[str] = (),
     ):
         at_least(longest, 1, "data.longest")
         targets: dict[str, dict[str, None]] = {}
@@ -78,9 +82,14 @@ class Pairs(Data):
                 raise UserError(
                     f"data.target_vocab_size={target_vocab_size} is for a tokenizer of targets alone: set data.target_tokenizer"
                 )
+            if source_specials:
+                raise UserError(
+                    "data.source_specials=true is for sources with a tokenizer of their own: set data.target_tokenizer"
+                )
             own = theirs = _learn(tokenizer, of_sources + of_targets, vocab_size, "")
         else:
-            own = _learn(tokenizer, of_sources, vocab_size, "")
+            own = _learn(tokenizer, [*of_sources, *learn_from], vocab_size, "", not source_specials)
+            own = WithSpecials(own, closed=True) if source_specials else own
             theirs = _learn(target_tokenizer, of_targets, target_vocab_size, "target_")
         rows = {
             source: (modalities.with_end(own, source), [modalities.with_end(theirs, target) for target in each])
@@ -103,6 +112,9 @@ class Pairs(Data):
             characters = [len(target) for source in part if source in kept for target in targets[source]]
             splits[name] = PairSplit(found, every=name == "train", characters=sum(characters) / len(characters))
         self.source_levels = own.vocab_size
+        one = all(len(target) == 2 for _, each in kept.values() for target in each)
+        self.labels = len({int(target[0]) for _, each in kept.values() for target in each}) if one else None
+        """The number of different targets if each is one token; else None."""
         if source_levels is not None and source_levels != own.vocab_size:
             raise UserError(
                 f"data.source_levels={source_levels}, but this data has {own.vocab_size}: correct it or set it to null"
@@ -187,15 +199,15 @@ def _split(sources: list[str], val: float, test: float) -> dict[str, list[str]]:
     return {name: [sources[i] for i in part] for name, part in parts.items() if part}
 
 
-def _learn(kind: str, texts: Sequence[str], vocab_size: int | None, which: str) -> Tokenizer:
-    """Learn a tokenizer with an end of document from texts. Raises UserError that names data.<which>tokenizer."""
+def _learn(kind: str, texts: Sequence[str], vocab_size: int | None, which: str, end: bool = True) -> Tokenizer:
+    """Learn a tokenizer from texts, by default with an end of document. Raises UserError that names data.<which>tokenizer."""
     if kind == "word":
         if vocab_size is not None:
             raise UserError(f"data.{which}vocab_size={vocab_size} is for bpe, and this tokenizer is word: leave it out")
-        return Word.learn(texts, end=True)
+        return Word.learn(texts, end)
     size_bytes = sum(len(text) for text in texts)
     return tokenizers.learn(
-        kind, (f"{text}\n" if kind == "bpe" else text for text in texts), size_bytes, vocab_size, True
+        kind, (f"{text}\n" if kind == "bpe" else text for text in texts), size_bytes, vocab_size, end
     )
 
 

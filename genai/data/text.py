@@ -121,7 +121,7 @@ class Text(Data):
         return self.words  # special ids are not in the text
 
 
-def _file(path: str, url: str | None) -> Path:
+def file_at(path: str, url: str | None) -> Path:
     """Return the path of a text file, downloaded from `url` if absent. Raises UserError if there is none, or it is empty."""
     target = Path(path)
     if not target.exists() and url is not None:
@@ -136,6 +136,15 @@ def _file(path: str, url: str | None) -> Path:
     if target.stat().st_size == 0:
         raise UserError(f"data.path={path!r} is empty: set data.path to a text file with content")
     return target
+
+
+def read_file(path: Path) -> str:
+    """Return the text of a UTF-8 file. Raises UserError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"{path} cannot be read ({why}): set data.path to UTF-8 text") from None
 
 
 def _download(target: Path, url: str) -> None:
@@ -157,12 +166,12 @@ def _download(target: Path, url: str) -> None:
 
 def text_file(path: str, url: str | None = None, **facts: Any) -> Text:
     """Build the data set of one UTF-8 file, as one continuous text."""
-    return Text(TextFiles([_file(path, url)], documents=False), **facts)
+    return Text(TextFiles([file_at(path, url)], documents=False), **facts)
 
 
 def lines(path: str, url: str | None = None, **facts: Any) -> Text:
     """Build the data set of a UTF-8 file in which each line is a document, such as names or SMILES molecules."""
-    return Text(Lines([_file(path, url)], documents=True), **facts)
+    return Text(Lines([file_at(path, url)], documents=True), **facts)
 
 
 def text_folder(path: str, pattern: str, hidden: bool = True, links: bool = False, **facts: Any) -> Text:

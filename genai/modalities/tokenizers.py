@@ -288,10 +288,19 @@ class WithSpecials:
     """Another tokenizer with the ids of `SPECIALS` after its own.
 
     `encode` never returns them, so a text that has the letters "[MASK]" stays text; `decode` shows them by name.
+
+    Args:
+        inner: the other tokenizer.
+        closed: whether documents end with [SEP], which `decode` then leaves out; `inner` must have no end of its own.
     """
 
-    def __init__(self, inner: Tokenizer):
-        self.inner, self.words, self.end = inner, inner.vocab_size, inner.end
+    def __init__(self, inner: Tokenizer, closed: bool = False):
+        if type(closed) is not bool or (closed and inner.end is not None):
+            raise UserError(
+                "a tokenizer WithSpecials has one end of documents, [SEP] or that of the tokenizer inside it"
+            )
+        self.inner, self.words, self.closed = inner, inner.vocab_size, closed
+        self.end = self.words + SPECIALS.index("[SEP]") if closed else inner.end
         self.vocab_size = self.words + len(SPECIALS)
         self.mask: int | None = self.words + SPECIALS.index("[MASK]")
 
@@ -302,14 +311,15 @@ class WithSpecials:
         return self.inner.encode_all(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
-        runs = itertools.groupby(ids, lambda i: i >= self.words)
+        runs = itertools.groupby((i for i in ids if i != self.end), lambda i: i >= self.words)
         return "".join(
             "".join(SPECIALS[i - self.words] for i in run) if special else self.inner.decode([*run])
             for special, run in runs
         )
 
     def state(self) -> dict[str, Any]:
-        return {"_target_": "genai.modalities.tokenizers.WithSpecials", "inner": self.inner.state()}
+        closed = {"closed": True} if self.closed else {}  # older files have no such key
+        return {"_target_": "genai.modalities.tokenizers.WithSpecials", "inner": self.inner.state(), **closed}
 
 
 def from_state(node: dict[str, Any]) -> Tokenizer:
@@ -322,9 +332,9 @@ def from_state(node: dict[str, Any]) -> Tokenizer:
     arguments = stored.up_to_date(node)
     target = arguments.pop("_target_", None)
     if target == f"{__name__}.WithSpecials":
-        if arguments.keys() != {"inner"} or "inner" in (inner := arguments["inner"]):
-            raise UserError("a tokenizer WithSpecials is described by the tokenizer inside it alone")
-        return WithSpecials(from_state(inner))
+        if arguments.keys() - {"closed"} != {"inner"} or "inner" in (inner := arguments["inner"]):
+            raise UserError("a tokenizer WithSpecials is described by the tokenizer inside it and closed alone")
+        return WithSpecials(from_state(inner), arguments.get("closed", False))
     kind = {f"{__name__}.{kind.__name__}": kind for kind in (Byte, Char, Word, BPE, Published)}.get(str(target))
     if kind is None:
         raise UserError(f"{target} is not a tokenizer of this project")

@@ -246,6 +246,12 @@ def _check_parts(cfg: DictConfig, typed: set[str]) -> None:
                 f"data.separate=true is for a model that keeps documents apart, such as model=gpt, and not for a "
                 f"{target.rpartition('.')[2]}: leave it out"
             )
+        for key in ("specials", "source_specials"):
+            if cfg.model.get(key) is True and key not in cfg.data and target.startswith("genai.models."):
+                raise UserError(
+                    f"model.{key}=true is for data whose vocabulary has special ids, and this has no data.{key}: choose "
+                    f"{'a text' if key == 'specials' else 'texts with labels'} with data="
+                )
         if cfg.data.get("words") is True and target.startswith("genai.models.") and "whole_words" not in cfg.model:
             raise UserError(
                 f"data.words=true is for a model that hides whole words, such as model=bert, and not for a "

@@ -76,6 +76,7 @@ def check(baseline: Baseline, data: Data) -> None:
     words_of = {"levels": "grey levels (data.levels)", "classes": "labels (data.classes)", "bar": "bars (data.bar)"}
     words_of["source_levels"] = "sources (data.source_levels)"
     words_of["companding"] = "codes of sound"
+    words_of["labels"] = "targets of one token"
     for need, words in words_of.items():
         if need in baseline.needs and getattr(data, need, getattr(data.modality, need, None)) is None:
             raise UserError(

@@ -63,6 +63,12 @@ class MaskedModel(nn.Module):
         logits = self.net(tokens, mask=mask, at=at, documents=documents)[..., : self.words]
         return logits if logits.dtype == torch.float64 else logits.float()
 
+    def features(self, tokens: Tensor) -> Tensor:
+        """Return features (B, width) of texts int64 (B, T), padded with [PAD]: the mean state of the tokens that are none."""
+        real = tokens != self.pad
+        states = self.net.states(tokens, mask=real[:, None, None]).float() * real[..., None]
+        return states.sum(1) / real.sum(1, keepdim=True).clamp_min(1)
+
     def eligible(self, batch: Batch) -> Tensor:
         """Return which tokens of a batch may be hidden, bool (B, T): those of `mask`, else all; never special ids."""
         tokens = batch[self.field]

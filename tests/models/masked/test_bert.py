@@ -198,6 +198,14 @@ def test_padding_changes_nothing():
         assert not torch.allclose(model.predict(padded)[:, :9], alone, atol=1e-3)
 
 
+def test_features_are_the_mean_state_without_padding():
+    model, tokens = bert(), text(2, 9)
+    with torch.no_grad():
+        found = model.features(nn.functional.pad(tokens, (0, 4), value=PAD))
+        assert found.shape == (2, 16) and torch.allclose(found, model.net.states(tokens).mean(1), atol=1e-5)
+        assert torch.allclose(model.net.head(model.net.states(tokens))[..., :WORDS], model.predict(tokens))
+
+
 TOKENIZER = WithSpecials(Char("\n abcdef"[:WORDS]))
 
 
@@ -213,7 +221,7 @@ def test_specials_are_ids_of_the_tokenizers_own_and_letters_stay_text():
         encode_prompts(wide, ["of [MASK]", "of"])
     again = Text.from_state(Text(wide).state())
     assert again.tokenizer.vocab_size == wide.vocab_size and again.state() == Text(wide).state()
-    with pytest.raises(UserError, match="inside it alone"):
+    with pytest.raises(UserError, match="inside it and closed alone"):
         Text.from_state({"tokenizer": {**wide.state(), "inner": wide.state()}})
 
 
