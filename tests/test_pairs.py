@@ -5,7 +5,7 @@ import json
 import pytest
 
 from genai.cli import compose_config, prepare_evaluation, prepare_sampling
-from genai.data.pairs import words_of
+from genai.data.pair_tasks import words_of
 from tests.test_melodies import refusal
 
 DEBUG = ["debug=true", "logger=none", "model.net.encoder.width=16", "data.batch_size=4"]
@@ -94,6 +94,7 @@ TRAIN = {
     "data=names": "data.path='data/names.txt'",
     "data=digits": "a Seq2Seq takes pairs of texts, but this data has",
     "data=numbers data.digits=2 data.n=500": "data.n=500 is more than the 100 numbers of data.digits=2: give fewer",
+    "data=reverse data.letters=2 data.n=400": "data.n=400 is more than half of the strings of data.letters=2: give fewer",
     "data=numbers data.to=roman": "data.to=roman must be one of words, digits",
 }
 SAMPLE = {

