@@ -320,6 +320,7 @@ def test_functions_of_data_and_training_that_do_things_are_not_admitted():
         "json_file",
         "lines",
         "midi_folder",
+        "mixed_text",
         "numbers",
         "pairs",
         "python_docs",
