@@ -1,6 +1,7 @@
 """Models of masked tokens from a new user's chair: a text trains, its gaps are filled, and wrong commands say what to do."""
 
 import json
+import math
 
 import pytest
 
@@ -51,17 +52,22 @@ def test_masked_scores_have_cards_with_the_baseline(folder):
     facts = evaluate(f"ckpt={folder / 'bert'}", "split=val")
     assert "nats_per_token" not in facts and facts["masked_share"] == 0.15 and facts["pseudo_perplexity"] > 1
     cards = {card["metric"]: card for card in facts["cards"]}
-    assert {*cards} == {"masked_nats", "masked_accuracy"}
+    assert {*cards} == {"masked_nats", "masked_accuracy", "pseudo_perplexity"}
     assert {*cards["masked_nats"]["baselines"]} == {"counts given 3 tokens on each side"}
     assert cards["masked_nats"]["baselines"]["counts given 3 tokens on each side"] < 0.5
     assert cards["masked_accuracy"]["better"] == "higher"
+    nats, pseudo = cards["masked_nats"], cards["pseudo_perplexity"]
+    for key in ("value", "low", "high"):
+        assert pseudo[key] == pytest.approx(math.exp(nats[key]), rel=1e-4)
+    for name, value in pseudo["baselines"].items():
+        assert value == pytest.approx(math.exp(nats["baselines"][name]), rel=1e-4)
 
 
 def test_the_bound_is_on_the_scale_of_other_texts_likelihoods(folder):
     facts = evaluate(f"ckpt={folder / 'mdlm'}", "split=val")
     assert facts["bound"] == "upper bound" and facts["masked_nats"] > 0
     cards = {card["metric"]: card for card in facts["cards"]}
-    assert {"nats_per_token", "bits_per_character", "masked_nats", "masked_accuracy"} == {*cards}
+    assert {"nats_per_token", "bits_per_character", "masked_nats", "masked_accuracy", "pseudo_perplexity"} == {*cards}
     protocol = cards["nats_per_token"]["protocol"]
     assert "interpolated 5-gram" in cards["nats_per_token"]["baselines"]
     assert protocol["levels"] == len(set("It was the best of times, it was the worst of times.\n")), "no special ids"
@@ -174,4 +180,7 @@ def test_wrong_sampling_commands(folder, monkeypatch, argument):
 
 def test_likelihoods_of_a_bert_are_refused(folder, monkeypatch):
     said = refusal(lambda: evaluate("ckpt=bert", "split=val", "metrics=[nats_per_token]"), folder, monkeypatch)
-    assert "nats_per_token is not available for this model; it can have masked_nats, masked_accuracy" in said
+    assert (
+        "nats_per_token is not available for this model; it can have masked_nats, masked_accuracy, pseudo_perplexity"
+        in said
+    )

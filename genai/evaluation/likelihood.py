@@ -77,7 +77,8 @@ def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[Facts, dict[s
         each = torch.cat(guesses)
         facts |= hidden.facts_of(each)
         scored = {name: metric for name, metric in metrics.items() if metric.kind == "hidden"}
-        means |= {name: interval(compute(name, metric, each)) for name, metric in scored.items()}
+        for name, metric in scored.items():
+            means[name] = Interval(*map(metric.of_mean, interval(compute(name, metric, each))))
     for name, part, rows in _corpora(first_items(data, plan.split, n)):
         own: Facts = {}
         if nats:

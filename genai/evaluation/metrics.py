@@ -1,6 +1,7 @@
 """The metrics of cards, which conf/metrics.yaml names, and the plan of an evaluation."""
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,10 @@ class Metric:
     def __call__(self, *given: Any) -> Any:
         """Compute the metric; see the class for arguments and result."""
         raise NotImplementedError
+
+    def of_mean(self, mean: float) -> float:
+        """Return the figure of the mean of the values, an increasing function of it: itself."""
+        return mean
 
     def suits(self, loaded: Loaded | None, data: Data) -> bool:
         """Tell whether the metric makes sense for a model, None for a baseline, on this data, apart from its `kind`."""
@@ -288,7 +293,10 @@ class Likelihood(Metric):
 
 
 class Hidden(Metric):
-    """The mean over hidden tokens of a figure: nats or accuracy. An item's value is its share of that."""
+    """The mean over hidden tokens of nats or accuracy, or pseudo_perplexity, exp of the mean nats (Salazar et al. 2020).
+
+    An item's value is its share of the mean.
+    """
 
     kind = "hidden"
 
@@ -296,11 +304,14 @@ class Hidden(Metric):
         self.figure = figure
         if figure == "accuracy":
             self.better = "higher"
-        else:
+        elif figure == "nats":
             self.unit = "nats"
 
     def __call__(self, scores: Tensor) -> Tensor:
         return scores[:, int(self.figure == "accuracy")] / scores[:, 2].mean()
+
+    def of_mean(self, mean: float) -> float:
+        return math.exp(mean) if self.figure == "pseudo_perplexity" else mean
 
 
 class PSNR(Metric):

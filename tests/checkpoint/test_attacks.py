@@ -323,10 +323,13 @@ def test_functions_of_data_and_training_that_do_things_are_not_admitted():
         "mixed_text",
         "numbers",
         "pairs",
+        "passages",
         "python_docs",
         "reverse",
+        "speakers",
         "text_file",
         "text_folder",
+        "topics",
     }
 
 

@@ -138,7 +138,7 @@ def score_baseline(
                 if kind == "reconstructions"
                 else compute(name, metric, *given)
             )
-            found[name] = values.mean().item()
+            found[name] = metric.of_mean(values.mean().item())
     return found
 
 

@@ -22,7 +22,7 @@ from genai.evaluation.metrics import standard_metrics
 from genai.metrics.intervals import over_seeds
 
 SAMPLE_METRICS = "frechet", "precision", "recall"  # in the features of cards
-HIDDEN_METRICS = "masked_nats", "masked_accuracy"
+HIDDEN_METRICS = "masked_nats", "masked_accuracy", "pseudo_perplexity"
 ANSWER_METRICS = "exact_match", "token_error_rate"
 PAIR_METRICS = "reconstruction_psnr_db", "mel_l1", "stft_distance", "si_sdr_db"
 DECIMALS = {"bits_per_dim": 3, "precision": 3, "recall": 3, "frechet": 2, "reconstruction_psnr_db": 2}  # else 4
