@@ -38,6 +38,10 @@ FIGURES = {
     "nats": ("", ".2f", " nats", "negative log-likelihood in nats"),
     "elbo": ("ELBO ", ".2f", "", "evidence lower bound in nats"),
     "val/loss": ("", ".3f", " nats/token", "validation loss in nats per token"),
+    "nats_per_token": ("", ".3f", " nats/token", "nats per token"),
+    "masked_nats": ("", ".3f", " masked nats", "nats of a hidden token"),
+    "masked_accuracy": ("masked accuracy ", ".1%", "", "share of hidden tokens that are guessed"),
+    "pseudo_perplexity": ("pseudo-perplexity ", ".2f", "", "pseudo-perplexity"),
     "reconstruction_psnr_db": ("", ".1f", " dB", "peak signal-to-noise ratio of reconstructions in dB"),
     "code_perplexity": ("perplexity of codes ", ".1f", "", "perplexity of codes"),
     "bits_per_sample": ("", ".3f", " bits/sample", "bits per sample of a waveform"),
@@ -51,7 +55,7 @@ FIGURES = {
 HEADLINES = {  # which of them README shows
     "images": ("bits_per_dim", "nats", "accuracy", "frechet", "recall"),
     "latents": ("reconstruction_psnr_db", "code_perplexity", "accuracy", "recall"),
-    "text": ("val/loss",),
+    "text": ("val/loss", "nats_per_token", "masked_nats", "masked_accuracy"),
     "gans": ("accuracy", "frechet", "recall"),
     "audio": ("bits_per_sample", "accuracy", "frechet", "recall"),
     "music": ("nats_per_step",),
@@ -304,6 +308,21 @@ def likelihoods() -> str:
     return table(rows)
 
 
+def text_likelihoods() -> str:
+    """Nats per character of tiny Shakespeare's validation split: n-grams, a GPT, and the bound of masked diffusion."""
+    rows = [
+        {"model": row["baseline"], "nats/character": row["nats/token"], "kind": "exact"}
+        for row in load("baselines_cpu")["rows"]
+        if row["data"] == "tiny Shakespeare" and row["baseline"] in ("interpolated 1-gram", "interpolated 5-gram")
+    ]
+    found = recipes()
+    for name, key in (("gpt_shakespeare_cpu", "val/loss"), ("mdlm_shakespeare", "nats_per_token")):
+        figures = found[name]["runs"][0]["figures"]
+        row = {"model": f"`{train_command(found[name])}`", "nats/character": f"{figures[key]['value']:.3f}"}
+        rows.append(row | {"kind": figures[key].get("bound", "exact"), "time": duration(figures["seconds"]["value"])})
+    return table(rows)
+
+
 def measured(name: str, figure: Mapping[str, Any]) -> str:
     """A figure with its standard error or its range."""
     form = FIGURES[name][1]
@@ -401,6 +420,7 @@ def page() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {"models": models, "cards": cards, "likelihoods": likelihoods}
+TABLES["text_likelihoods"] = text_likelihoods
 TABLES |= {name: lambda name=name: table(load(f"{name}_cpu")["rows"]) for part in BENCHMARKS.values() for name in part}
 
 
