@@ -192,7 +192,8 @@ class Known(NamedTuple):
 def known(model: TextImageModel, image: Tensor | None, mask: Tensor | None) -> Known | None:
     """Encode images (B, C, H, W) of which a mask (B, 1 or C, H, W) of ones is kept, the upper half without a mask; None without.
 
-    Raises UserError for a mask without images.
+    A first stage may look at pixels around those of a code: what is not kept becomes the mean of what is, so that it has no
+    influence. Raises UserError for a mask without images.
     """
     if image is None:
         if mask is not None:
@@ -203,5 +204,8 @@ def known(model: TextImageModel, image: Tensor | None, mask: Tensor | None) -> K
         mask[:, :, : image.shape[2] // 2] = 1
     lost = F.adaptive_max_pool2d(1 - mask.float().amin(1, keepdim=True), model.grid)
     device = model.embed.weight.device
-    image = image.to(device)
-    return Known(model.latent.encode({model.field: image}), lost.flatten(1).to(device) == 0, image, mask.to(device))
+    image, mask = image.to(device), mask.to(device)
+    here = (mask > 0.5).expand_as(image)
+    mean = (image * here).sum((2, 3), keepdim=True) / here.sum((2, 3), keepdim=True).clamp_min(1)
+    codes = model.latent.encode({model.field: torch.where(here, image, mean)})
+    return Known(codes, lost.flatten(1).to(device) == 0, image, mask)
