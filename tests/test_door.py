@@ -123,6 +123,14 @@ def test_a_config_of_plain_values_with_a_path_trains(tmp_path):
     assert genai.train(cfg) == tmp_path / "run" and cfg.run_dir == tmp_path / "run"
 
 
+def test_a_config_of_data_that_are_still_to_say_their_shape_is_one_of_training():
+    from genai.cli.door import check_training
+
+    cfg = genai.compose(["model=seq2seq"])
+    cfg.data.n = 200
+    assert check_training(cfg).data.n == 200 and cfg.data.shape is None
+
+
 def test_composing_leaves_a_notebooks_own_hydra_as_it_is():
     with initialize_config_dir(str(ROOT / "conf" / "optim"), version_base="1.3"):
         own = GlobalHydra.instance().hydra

@@ -3,7 +3,7 @@
 Nothing here imports torch, so that help and errors are printed at once.
 """
 
-from genai.cli.compose import compose_config, conf_dir, config_folders, group_choices, new_keys
+from genai.cli.compose import compose_config, conf_dir, config_folders, group_choices, new_keys, resolved
 from genai.cli.entry import arguments, main
 from genai.cli.errors import fail, nearest, one_sentence
 from genai.cli.overrides import PATHS, parse_override, quote, quote_override

@@ -122,13 +122,18 @@ def compose_config(
     return cfg
 
 
-def check_interpolations(cfg: DictConfig) -> None:
-    """Raise UserError for a key whose interpolation cannot be resolved, whatever shape the data will have."""
+def resolved(cfg: DictConfig) -> Any:
+    """Return a config as plain values, with the shape of data that are still to say it as [1, 1, 1]."""
     if OmegaConf.is_dict(cfg.get("data")) and cfg.data.get("shape", ()) is None:
         cfg = copy.deepcopy(cfg)
         cfg.data.shape = [1, 1, 1]
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+def check_interpolations(cfg: DictConfig) -> None:
+    """Raise UserError for a key whose interpolation cannot be resolved, whatever shape the data will have."""
     try:
-        OmegaConf.to_container(cfg, resolve=True)
+        resolved(cfg)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key} cannot be read: {str(error).splitlines()[0]}") from error
 

@@ -72,7 +72,7 @@ def check_training(cfg: DictConfig) -> DictConfig:
         )
     check_interpolations(cfg)
     for key in present:
-        if isinstance(value := OmegaConf.select(cfg, key), Path):
+        if isinstance(value := OmegaConf.select(cfg, key, throw_on_resolution_failure=False), Path):
             OmegaConf.update(cfg, key, str(value))
     if not isinstance(cfg.get("resume"), str | None):
         raise UserError(f"resume={show(cfg.resume)} must be a path, or null")

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from genai.cli import conf_dir
+from genai.cli import conf_dir, resolved
 from genai.core.errors import UserError
 from genai.core.runs import Facts
 
@@ -45,7 +45,7 @@ class Comparison:
 
     def settings(self, cfg: DictConfig) -> Facts:
         """Return the settings on which the meaning of a job's metric depends, by dotted key."""
-        whole: Any = OmegaConf.to_container(cfg, resolve=True)
+        whole = resolved(cfg)
         flat = dict(leaves("data", whole.get("data")))
         if not has_own_units(str(self.metric)):
             flat |= {"loop._target_": (whole.get("loop") or {}).get("_target_")}

@@ -255,6 +255,7 @@ COMPARABLE = {
     "optimisers": (["-m", "optim=adam,adamw"], None),
     "networks": (["-m", "experiment=ddpm_toy2d", "model.net.width=8,16", "ema.decay=0.9,0.99"], None),
     "batches": (["-m", "data.batch_size=8,16"], None),
+    "data still to say their shape": (["-m", "model=seq2seq", "model.net.encoder.width=24,32"], None),
     "no ranking": (["-m", "model=ddpm,edm", "sweep.metric=null"], None),
     "a card": (
         ["-m", "model=ddpm,edm", "sweep.metric=card/frechet", "callbacks.cards.every_steps=9"],
