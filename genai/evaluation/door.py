@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 
 from genai.checkpoint import Loaded
 from genai.cli.door import compose
@@ -60,6 +61,7 @@ def evaluate(
     chosen = {"extractor": extractor, "likelihood": likelihood, "sampler": sampler}
     cfg = compose([f"{key}={name}" for key, name in chosen.items() if isinstance(name, str)], "evaluate")
     nodes = {key: dict(node) for key, node in chosen.items() if isinstance(node, Mapping)}
+    OmegaConf.set_struct(cfg, False)  # a group without a choice has no key
     counts = {"repeats": at_least(repeats, 1, "repeats"), "seed": at_least(seed, 0, "seed")}
     counts |= {"n": None if n is None else at_least(n, 1, "n"), "batch_size": at_least(batch_size, 1, "batch_size")}
     for key, value in {
