@@ -163,10 +163,19 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context | ContextKeyValues) -> Tensor:
         """Attend from x (B, T, width) to a context of states (B, T', context_width), or its keys and values -> as x."""
-        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         projected = context if isinstance(context, ContextKeyValues) else self.project(context)
-        y = F.scaled_dot_product_attention(q, *projected)
+        y = F.scaled_dot_product_attention(self.queries(x), *projected)
         return self.out(y.transpose(1, 2).flatten(2))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Return the queries (B, heads, T, D) of x (B, T, width)."""
+        return self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def weights(self, x: Tensor, context: Context) -> Tensor:
+        """Return the attention weights (B, heads, T, T') of x (B, T, width) to a context, for inspection; each row sums to 1."""
+        keys, _, mask = self.project(context)
+        scores = self.queries(x) @ keys.transpose(-1, -2) * keys.shape[-1] ** -0.5
+        return scores.masked_fill(~mask, float("-inf")).softmax(-1)
 
     def project(self, context: Context) -> ContextKeyValues:
         """Return the keys and values of a context; they are the same for every x."""

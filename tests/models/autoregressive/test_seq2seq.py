@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from genai.core.errors import UserError
 from genai.models.autoregressive.seq2seq import EncoderDecoder, Seq2Seq
-from genai.nn.attention import Attention, CrossAttention, LearnedPositions, RotaryPositions
+from genai.nn.attention import Attention, Context, CrossAttention, LearnedPositions, RotaryPositions
 from genai.nn.norm import LayerNorm
 from genai.nn.transformer import MLP, SwiGLU, Transformer, scaled_init
 
@@ -163,3 +163,16 @@ def test_without_a_source_it_is_the_empty_one():
     empty = {**given, "source": torch.full((3, 1), S - 1)}
     assert torch.equal(model.log_prob(given, 0), model.log_prob(empty, 0))
     assert model.null()["source"].tolist() == [S - 1]
+
+
+def test_the_attention_weights_that_are_shown_are_those_that_are_used():
+    torch.manual_seed(0)
+    cross = CrossAttention(12, 8, 3).double()
+    torch.nn.init.normal_(cross.out.weight)
+    states, real = torch.randn(2, 5, 8, dtype=torch.float64), torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    x, context = torch.randn(2, 4, 12, dtype=torch.float64), Context(states, real)
+    weights = cross.weights(x, context)
+    assert weights.shape == (2, 3, 4, 5) and torch.allclose(weights.sum(-1), torch.ones(2, 3, 4, dtype=torch.float64))
+    assert (weights[1, :, :, 3:] == 0).all() and (weights[0] > 0).all()
+    values = cross.project(context).values
+    assert torch.allclose(cross.out((weights @ values).transpose(1, 2).flatten(2)), cross(x, context))
