@@ -81,15 +81,19 @@ COMMANDS, CHOSEN = commands()
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_every_command_of_pages_and_configs_composes(words):
-    """Those of sample.py with the sampler of some model: which one, the run decides."""
+    """Those of sample.py, and of evaluate.py that need it, with the sampler of some model: which one, the run decides."""
     script = words[0].removesuffix(".py") if words[0] != "-m" else words[1].rpartition(".")[2]
     arguments = [word for word in words[1 if words[0] != "-m" else 2 :] if word != "-m"]
-    if script == "sample" and not any(word.startswith("sampler=") for word in arguments):
+    if script in ("sample", "evaluate") and not any(word.startswith("sampler=") for word in arguments):
         text = " ".join(arguments)
         first = "gan" if "truncation" in text else "generate" if "max_new_tokens" in text else "ddim"
-        for sampler in dict.fromkeys([first, "ddim", "generate", "gan"]):
+        own = [[]] if script == "evaluate" else []
+        for sampler in [
+            *own,
+            *([f"sampler={name}"] for name in dict.fromkeys([first, "ddim", "generate", "beam", "gan"])),
+        ]:
             with contextlib.suppress(UserError):
-                compose_config("sample", [*arguments, f"sampler={sampler}"], prepare_sampling)
+                compose_config(script, [*arguments, *sampler], prepare_sampling if sampler else None)
                 break
         else:
             pytest.fail("it fits no sampler")
