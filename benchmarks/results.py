@@ -41,6 +41,7 @@ FIGURES = {
     "nats_per_token": ("", ".3f", " nats/token", "nats per token"),
     "masked_nats": ("", ".3f", " masked nats", "nats of a hidden token"),
     "masked_accuracy": ("masked accuracy ", ".1%", "", "share of hidden tokens that are guessed"),
+    "exact_match": ("exact ", ".1%", "", "share of answers that are right"),
     "pseudo_perplexity": ("pseudo-perplexity ", ".2f", "", "pseudo-perplexity"),
     "reconstruction_psnr_db": ("", ".1f", " dB", "peak signal-to-noise ratio of reconstructions in dB"),
     "code_perplexity": ("perplexity of codes ", ".1f", "", "perplexity of codes"),
