@@ -79,8 +79,8 @@ def perform(commands: Iterable[str], seed: int, run: Path, more: Iterable[str]) 
         )
         if k == 0:
             figures = {"seconds": {"value": round(cpu_seconds() - start)}, **logged(run)}
-        likelihood = [word.partition("=")[2] for word in words if word.startswith("likelihood=")]
-        figures |= printed(done.stdout, "".join(f", {name}" for name in likelihood))
+        method = [word.removeprefix("likelihood=") for word in words if word.startswith(("likelihood=", "beams="))]
+        figures |= printed(done.stdout, "".join(f", {name}" for name in method))
     return figures
 
 

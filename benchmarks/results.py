@@ -39,6 +39,9 @@ FIGURES = {
     "elbo": ("ELBO ", ".2f", "", "evidence lower bound in nats"),
     "val/loss": ("", ".3f", " nats/token", "validation loss in nats per token"),
     "nats_per_token": ("", ".3f", " nats/token", "nats per token"),
+    "token_error_rate": ("", ".2%", " of tokens wrong", "share of tokens that are wrong"),
+    "token_error_rate, beams=1": ("", ".2%", " greedily", "share of tokens that are wrong, without a beam"),
+    "exact_match, beams=1": ("", ".1%", " greedily", "share of answers that are right, without a beam"),
     "masked_nats": ("", ".3f", " masked nats", "nats of a hidden token"),
     "masked_accuracy": ("masked accuracy ", ".1%", "", "share of hidden tokens that are guessed"),
     "exact_match": ("exact ", ".1%", "", "share of answers that are right"),
@@ -56,7 +59,7 @@ FIGURES = {
 HEADLINES = {  # which of them README shows
     "images": ("bits_per_dim", "nats", "accuracy", "frechet", "recall"),
     "latents": ("reconstruction_psnr_db", "code_perplexity", "accuracy", "recall"),
-    "text": ("val/loss", "nats_per_token", "masked_nats", "masked_accuracy"),
+    "text": ("val/loss", "nats_per_token", "masked_nats", "masked_accuracy", "token_error_rate", "exact_match"),
     "gans": ("accuracy", "frechet", "recall"),
     "audio": ("bits_per_sample", "accuracy", "frechet", "recall"),
     "music": ("nats_per_step",),
