@@ -100,7 +100,7 @@ def main() -> None:
             device,
             rows,
             n=args.n,
-            training_steps={name: run.step for name, (run, _) in named.items()},
+            training_steps=", ".join(f"{run.step:,} of {name}" for name, (run, _) in named.items()),
         )
     else:
         print(*rows[-3:], sep="\n")
