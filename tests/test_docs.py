@@ -161,7 +161,7 @@ def shortened(line: str) -> list[str] | None:
             *words,
             f"data.path={SHARED / 'tinyshakespeare.txt'}",
             "data.tokenizer=char",
-            "baseline=ngram",
+            *([] if "baseline=" in line else ["baseline=ngram"]),
             "repeats=1",
         ]
     if script == "train.py" and "--dry-run" not in words:
