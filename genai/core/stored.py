@@ -46,6 +46,7 @@ MOVED: dict[str, str | Callable[[Node], Node]] = {
     f"{DIFFUSION}.ode": f"{DIFFUSION}.likelihood.ode",
     f"{DIFFUSION}.text": "genai.nn.text_encoder",
     f"{DIFFUSION}.latent": "genai.nn.latent_space",
+    "genai.models.gan.nets.BatchNorm": "genai.nn.norm.BatchNorm",
     "genai.models.autoregressive.gpt.Decoder": "genai.nn.token_transformer.TokenTransformer",
     "genai.nn.attention.Learned": "genai.nn.attention.LearnedPositions",
     "genai.nn.attention.Rotary": "genai.nn.attention.RotaryPositions",

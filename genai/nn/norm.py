@@ -4,6 +4,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genai.core.precision import KeepPrecision
+
+
+class BatchNorm(KeepPrecision, nn.BatchNorm2d):
+    """Batch norm whose statistics and gains stay float32 in a half-precision network."""
+
 
 class LayerNorm(nn.Module):
     """Layer normalisation over the last dimension, with or without a bias (Ba et al., "Layer Normalization", 2016)."""

@@ -13,9 +13,10 @@ from genai.core.precision import downcast, no_autocast, upcast
 from genai.core.protocols import Batch, Losses
 from genai.losses.adversarial import Adversarial
 from genai.models.gan.gan import GAN
-from genai.models.gan.nets import BatchNorm, Projection, halve_shape
+from genai.models.gan.nets import Projection, halve_shape
 from genai.models.gan.spectral import SpectralConv2d, SpectralEmbedding, SpectralLinear
 from genai.nn.attention import resolve_attention_depths
+from genai.nn.norm import BatchNorm
 
 
 class BigGAN(GAN):

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from genai.core.precision import downcast
-from genai.models.gan.nets import BatchNorm, LabelledLatents, halve_shape, projection
+from genai.models.gan.nets import LabelledLatents, halve_shape, projection
+from genai.nn.norm import BatchNorm
 
 
 class Generator(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from genai.core.errors import UserError, at_least
-from genai.core.precision import KeepPrecision, downcast
+from genai.core.precision import downcast
 from genai.core.protocols import Batch
 
 
@@ -24,10 +24,6 @@ def labels(batch: Batch | None, classes: int | None, device: torch.device) -> Te
             f"this model takes label, one of {classes} classes, and was given {', '.join(batch) or 'nothing'}"
         )
     return batch["label"].to(device)
-
-
-class BatchNorm(KeepPrecision, nn.BatchNorm2d):
-    """Batch norm whose statistics and gains stay float32 in a half-precision network."""
 
 
 class Projection(nn.Module):
