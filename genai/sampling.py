@@ -368,14 +368,15 @@ def unescape(stop: object) -> Any:
 
 def _write(out: Path, loaded: Loaded, batch: Batch, request: Request, node: dict[str, Any]) -> str:
     """Write the samples to an existing folder and return the names of the files."""
-    field, n, prompt = loaded.modality.field, len(batch["seeds"]), request["prompt"]
-    if field not in batch:
+    kind, n, prompt = loaded.modality.drawn(batch), len(batch["seeds"]), request["prompt"]
+    if kind is None:
+        field = loaded.modality.field
         raise UserError(f"{loaded.path} says that its data is {field}, and its sampler makes {', '.join(batch)}")
     several = len(prompt) if isinstance(prompt, list) and 1 < len(prompt) <= 20 else None
     columns = node.get("columns") or (several and several * max(1, round(n**0.5 / several)))
     names = file_names(batch["seeds"], batch.get("label"), batch.get("original"))
     with checkpoint.explain_errors(loaded):
-        written = loaded.modality.write(out, batch, names, request, columns)
+        written = kind.write(out, batch, names, request, columns)
         for condition in loaded.conditions.values():
             condition.note(out, names, request)
     return f"{out}/{', '.join(written)}"

@@ -10,12 +10,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import genai
+from genai import sampling
 from genai.checkpoint.build import build_typed
 from genai.cli import compose_config
 from genai.core.precision import cast_for_inference
 from genai.core.protocols import PAD
 from genai.data.base import Data, synthetic_batch
 from genai.modalities.caption import Caption
+from genai.modalities.media import Media
 from genai.modalities.stored import nodes_of
 from genai.train.callbacks import File
 from genai.train.ema import EMA
@@ -33,8 +35,9 @@ class Synthetic:
 
     augments = False
 
-    def __init__(self, data, caption=None):
+    def __init__(self, data, caption=None, audio=None):
         self.facts, self.speakers, self.caption = (data.shape, data.field, data.classes), data.speakers, caption
+        self.audio = audio
         self.sources = getattr(data, "source_levels", None)
 
     def __len__(self):
@@ -46,6 +49,8 @@ class Synthetic:
             whole["speaker"] = torch.arange(16) % self.speakers
         if self.caption is not None:
             whole["caption"] = torch.arange(16 * self.caption).view(16, -1) % PAD
+        if self.audio is not None:
+            whole |= synthetic_batch(self.audio, "audio", None, n=16)
         if self.sources is not None:  # of 1 to 3 ids
             lengths = torch.arange(16)[:, None] % 3 + 1
             whole["source"] = (torch.arange(48).view(16, 3) % self.sources).where(torch.arange(3) < lengths, -1)
@@ -101,7 +106,10 @@ def synthetic(facts):
     if caption is not None:
         data.conditions = {"caption": Caption(caption), **data.conditions}
     data.source_levels = facts.get("source_levels")
-    data.splits = {"train": Synthetic(data, caption), "val": Synthetic(data, caption)}
+    audio = facts["audio"]["shape"] if "images" in facts and "audio" in facts else None
+    if audio is not None:
+        data.modality, data.conditions = Media(caption, ["a", "b"], data.shape, audio, 8000), {}
+    data.splits = {name: Synthetic(data, caption, audio) for name in ("train", "val")}
     return data
 
 
@@ -158,8 +166,9 @@ def train(config, folder, steps, saved=None, resume=None, precision="32-true", a
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_builds_learns_saves_loads_samples_and_resumes(case, tmp_path):
+def test_builds_learns_saves_loads_samples_and_resumes(case, tmp_path, monkeypatch):
     config = config_of(case)
+    monkeypatch.setattr(sampling, "items_of", lambda loaded: synthetic(config["data"]).items)
     saved = Saved(tmp_path, 1)
     whole = train(config, tmp_path, 2, saved)
     assert len(whole.model.nets()) > 0
@@ -197,9 +206,10 @@ HALF = [
 
 
 @pytest.mark.parametrize(("case", "precision"), HALF)
-def test_learns_and_samples_in_half_precision(case, precision, tmp_path):
+def test_learns_and_samples_in_half_precision(case, precision, tmp_path, monkeypatch):
     """Two steps of two micro-batches, an evaluation, and samples; weights that were float64 or float32 for a reason stay so."""
     config = config_of(case)
+    monkeypatch.setattr(sampling, "items_of", lambda loaded: synthetic(config["data"]).items)
     lit = train(config, tmp_path, 2, Saved(tmp_path, 2), precision=precision, accumulate=2)
     assert lit.trainer.global_step == 2
     values = lit.evaluate()

@@ -90,7 +90,10 @@ def test_every_command_of_pages_and_configs_composes(words):
         own = [[]] if script == "evaluate" else []
         for sampler in [
             *own,
-            *([f"sampler={name}"] for name in dict.fromkeys([first, "ddim", "generate", "beam", "gan"])),
+            *(
+                [f"sampler={name}"]
+                for name in dict.fromkeys([first, "ddim", "generate", "beam", "gan", "media", "retrieve"])
+            ),
         ]:
             with contextlib.suppress(UserError):
                 compose_config(script, [*arguments, *sampler], prepare_sampling if sampler else None)

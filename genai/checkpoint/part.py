@@ -25,11 +25,13 @@ class Origin(NamedTuple):
         sha256: see `digest`; None for a model that needs no training.
         weights: "ema" or "raw", which of the checkpoint's weights these are.
         frozen: whether the weights are kept as they are.
+        part: dotted name of the module in the checkpoint's model; None for the model itself.
     """
 
     sha256: str | None
     weights: str
     frozen: bool
+    part: str | None = None
 
 
 def pretrained(
@@ -39,8 +41,9 @@ def pretrained(
     frozen: bool = True,
     shape: Sequence[int] | None = None,
     model: nn.Module | None = None,
+    part: str | None = None,
 ) -> nn.Module:
-    """Return the model of another checkpoint, to be a module of this one; reads no file.
+    """Return the model of another checkpoint, or a module of it, to be a module of this one; reads no file.
 
     When a run starts, `adopt_all` reads the file that the config names and completes the config's node, and `fill` loads the
     weights into the module. From then on they are in the run's own checkpoints, and the file is no longer needed.
@@ -52,8 +55,9 @@ def pretrained(
         frozen: keep its weights: no gradients, always in evaluation mode.
         shape: shape of the latents of a Codec; filled in when a run starts, so that other keys can refer to it.
         model: the built model; its node is filled in when a run starts.
+        part: dotted name of a module of that model, such as encoders.text.text of a `Contrastive`; None for all of it.
 
-    Raises UserError if the node was not completed by a run.
+    Raises UserError if the node was not completed by a run, and for a part that the model does not have.
     """
     check_weights(weights)
     if ckpt is None and model is None:
@@ -63,10 +67,18 @@ def pretrained(
             f"ckpt={ckpt} must be named in the config of a new run or in a call, which reads it: a checkpoint's own "
             "config cannot make another file be read"
         )
+    if part is not None:
+        try:
+            model = model.get_submodule(part)
+        except AttributeError:
+            names = ", ".join(name for name, _ in model.named_modules() if 0 < len(name.split(".")) < 4)
+            raise UserError(
+                f"part={part} must be a module of the {type(model).__name__} in ckpt={ckpt}: {names}"
+            ) from None
     if frozen:
         model.requires_grad_(False).eval()
         model.train = types.MethodType(_stay_frozen, model)  # type: ignore[method-assign]
-    model.pretrained_from = Origin(sha256, weights, frozen)  # type: ignore[assignment]
+    model.pretrained_from = Origin(sha256, weights, frozen, part)  # type: ignore[assignment]
     return model
 
 
@@ -140,7 +152,7 @@ def adopt(node: dict, key: str, trust: Sequence[str] = ()) -> Part:
         )
     node = {**node, "sha256": found, "weights": weights, "model": content["config"]["model"]}
     whole = restore_model(content, path, weights, trust)
-    model = pretrained(sha256=found, weights=weights, frozen=frozen, model=whole)
+    model = pretrained(ckpt, found, weights, frozen, None, whole, node.get("part"))
     if node.get("shape") is not None:
         node["shape"] = list(getattr(model, "latent_shape", node["shape"]))  # type: ignore[call-overload]
     return Part(node, content, path, model)

@@ -31,7 +31,9 @@ PATHS = (
     "tokenizer",
     "prompt_file",
     "target_path",
+    "speech",
 )
+MEDIA = "image", "audio"  # paths as keys of a script only: in a group they are names of media
 PROMPTS = "prompt", "negative_prompt", "stop"  # where even ${ is text, for they are in no stored config
 PROSE = *PROMPTS, "label", "name", "project", "notes", "url"
 LISTS = "prompt", "negative_prompt", "label", "mask", "stop"
@@ -46,7 +48,7 @@ def quote_override(override: str, sweep: bool = False) -> str:
     override = RENAMED_OVERRIDES.get(override, override)
     key, _, value = override.partition("=")
     last = key.lstrip("+").rpartition(".")[2]
-    if last not in PATHS + PROSE or value in ("", "null"):
+    if last not in PATHS + PROSE or value in ("", "null") or (last in MEDIA and "." in key):
         return override
     literally = last in PROMPTS
     if last in LISTS and re.fullmatch(r"\[.*\]", value, re.DOTALL):

@@ -135,6 +135,15 @@ class Infiller(Protocol):
 
 
 @runtime_checkable
+class Embedder(Protocol):
+    """A model that maps several media into one space, in which those of one item are near each other."""
+
+    def embed(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Return the embeddings (B, D), of length 1, of each medium that the batch has, by its name."""
+        ...
+
+
+@runtime_checkable
 class Reconstructor(Protocol):
     """A model that compresses: it encodes and decodes one field of a batch, in [-1, 1]."""
 

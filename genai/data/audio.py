@@ -120,8 +120,9 @@ class SpokenDigits(Data):
         crop_seconds: training clips hold so much of a recording, cut at a random place; None for `max_seconds`.
         field, shape, classes, levels, batch_size, num_workers: see `Data`.
         speakers: number of speakers, None if `speaker` is given.
+        held_out: name of a speaker all of whose recordings, and no others, are the test split; None for the authors' split.
 
-    Raises UserError for a folder without such files, and an unknown speaker.
+    Raises UserError for a folder without such files, an unknown speaker, and for both `speaker` and `held_out`.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class SpokenDigits(Data):
         speakers: int | None,
         batch_size: int,
         num_workers: int = 0,
+        held_out: str | None = None,
     ):
         named = re.compile(r"(\d)_([^_]+)_(\d+)\.wav")
         matches = [match for path in sorted(Path(root).glob("*.wav")) if (match := named.fullmatch(path.name))]
@@ -146,11 +148,20 @@ class SpokenDigits(Data):
                 "github.com/Jakobovski/free-spoken-digit-dataset and name its folder recordings with data.root="
             )
         names = sorted({match[2] for match in matches})
-        if speaker is not None and speaker not in names:
-            raise UserError(f"data.speaker={speaker} must be one of {', '.join(names)}, or null for all")
+        for key, given, else_ in ("speaker", speaker, "all"), ("held_out", held_out, "none"):
+            if given is not None and given not in names:
+                raise UserError(f"data.{key}={given} must be one of {', '.join(names)}, or null for {else_}")
+        if speaker is not None and held_out is not None:
+            raise UserError(
+                f"data.speaker={speaker} leaves no other speaker to learn from, and data.held_out={held_out} is to be tested on: "
+                "set one of them to null"
+            )
         kept = [match for match in matches if speaker in (None, match[2])]
         takes = np.array([int(match[3]) for match in kept])
         in_test, in_val = np.isin(takes, TEST_TAKES), np.isin(takes, VAL_TAKES)
+        if held_out is not None:
+            in_test = np.array([match[2] == held_out for match in kept])
+            in_val &= ~in_test
         chosen = {"train": ~in_test & ~in_val, "val": in_val, "test": in_test}
         parts = {name: np.flatnonzero(which) for name, which in chosen.items()}
         if empty := [name for name, items in parts.items() if not len(items)]:

@@ -1,6 +1,7 @@
-"""One pass over a split: the likelihood of its items, guesses of their hidden parts, and their reconstructions."""
+"""One pass over a split: the likelihood of its items, guesses of their hidden parts, embeddings, and reconstructions."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from genai.checkpoint import Loaded
 from genai.checkpoint.build import build_typed
 from genai.checkpoint.load import null_conditions
 from genai.core.errors import UserError
-from genai.core.protocols import Batch, Infiller, Reconstructor, Scorable, check_sampler
+from genai.core.protocols import Batch, Embedder, Infiller, Reconstructor, Scorable, check_sampler
 from genai.core.runs import Facts
 from genai.data.base import Data, Split, Subset, first_items
 from genai.data.stream import batches
@@ -21,6 +22,7 @@ from genai.evaluation import hidden
 from genai.evaluation.metrics import compute, compute_pairs
 from genai.evaluation.plan import CheckedPlan
 from genai.metrics import likelihood as units
+from genai.metrics import retrieval
 from genai.metrics.intervals import Interval, interval
 
 Score = Callable[[Batch, int], Tensor]
@@ -37,10 +39,12 @@ def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[Facts, dict[s
     plan, n, metrics = checked.plan, checked.n, {**checked.available, **checked.pass_metrics}
     model: Any = loaded.model
     reconstructs, infills = isinstance(loaded.model, Reconstructor), isinstance(loaded.model, Infiller)
+    embeds = isinstance(loaded.model, Embedder)
     score, device = scorer(loaded, data, plan.likelihood), loaded.device
     codes = torch.zeros(getattr(model, "vocabulary", None) or 0, dtype=torch.int64)
     values = {name: [] for name, metric in metrics.items() if metric.kind == "reconstructions"}
-    nats, targets, guesses = [], [], []
+    nats, targets, guesses, labels = [], [], [], []
+    embeddings: dict[str, list[Tensor]] = {}
     with progress.task("evaluating", n, "items") as clock:
         for batch in batches(first_items(data, plan.split, n), plan.batch_size):
             batch = {name: value.to(device) for name, value in batch.items()}
@@ -50,6 +54,12 @@ def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[Facts, dict[s
             if infills:
                 with loaded.autocast():
                     guesses.append(hidden.score(model, batch, data.field, clock.done).cpu())
+            if embeds:
+                with loaded.autocast():
+                    for name, found in model.embed(batch).items():
+                        embeddings.setdefault(name, []).append(found.cpu())
+                size = len(next(iter(batch.values())))
+                labels.append(batch["label"].cpu() if "label" in batch else clock.done + torch.arange(size))
             if reconstructs:
                 with loaded.autocast():
                     again = model.reconstruct(batch)
@@ -79,6 +89,15 @@ def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[Facts, dict[s
         scored = {name: metric for name, metric in metrics.items() if metric.kind == "hidden"}
         for name, metric in scored.items():
             means[name] = Interval(*map(metric.of_mean, interval(compute(name, metric, each))))
+    if labels:
+        each, whole = torch.cat(labels), {name: torch.cat(parts) for name, parts in embeddings.items()}
+        scored = {name: metric for name, metric in metrics.items() if metric.kind == "retrieval"}
+        means |= {name: interval(compute(name, metric, each, whole)) for name, metric in scored.items()}
+        facts |= {name: round(means[name].mean, 4) for name in scored}
+        facts["retrieval"] = {
+            f"{one}_to_{other}": round(retrieval.hits(whole[one], whole[other], each).mean().item(), 4)
+            for one, other in itertools.permutations(whole, 2)
+        }
     for name, part, rows in _corpora(first_items(data, plan.split, n)):
         own: Facts = {}
         if nats:
@@ -96,7 +115,7 @@ def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[Facts, dict[s
 def scorer(loaded: Loaded, data: Data, method: object) -> Score | None:
     """Return `score(batch, seed) -> ln p` (B,) in nats: the model's own likelihood, or that of the config node `method`.
 
-    Returns None for a model that only reconstructs or fills in. Raises UserError for a model with neither.
+    Returns None for a model that only reconstructs, fills in or embeds. Raises UserError for a model with neither.
     """
     if method is not None:
         function = build_typed(method)
@@ -104,7 +123,7 @@ def scorer(loaded: Loaded, data: Data, method: object) -> Score | None:
         return functools.partial(function, loaded.model, levels=data.levels)
     if isinstance(loaded.model, Scorable):
         return loaded.model.log_prob
-    if isinstance(loaded.model, Reconstructor | Infiller):
+    if isinstance(loaded.model, Reconstructor | Infiller | Embedder):
         return None
     flows = hasattr(loaded.model, "denoise") and loaded.model.codec is None  # a diffusion model of the data itself
     hint = "choose likelihood=probability_flow" if flows else "measure its samples with metrics=[frechet,recall]"

@@ -1,6 +1,7 @@
 """The metrics of cards, which conf/metrics.yaml names, and the plan of an evaluation."""
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,12 +17,12 @@ from genai.checkpoint.build import build_typed, reason
 from genai.cli import conf_dir
 from genai.core import extras
 from genai.core.errors import UserError, at_least
-from genai.core.protocols import Infiller, Reconstructor, Scorable
+from genai.core.protocols import Embedder, Infiller, Reconstructor, Scorable
 from genai.core.runs import Facts
 from genai.core.shapes import mean_flat
 from genai.data.base import Data, Split, Subset
 from genai.evaluation import features
-from genai.metrics import audio, frechet, images, inception_score, kid, manifold, melody, text
+from genai.metrics import audio, frechet, images, inception_score, kid, manifold, melody, retrieval, text
 
 
 @dataclass
@@ -98,6 +99,8 @@ class Metric:
     - "likelihoods": given -ln p in nats (N,) of a split's items and the facts of the pass, returns values (N,). The card has
       their mean with its bootstrap interval.
     - "hidden": given the scores (N, 3) of `evaluation.hidden.score`, returns values (N,). The card is as for likelihoods.
+    - "retrieval": given the labels (N,) of a split's items, or their indices, and their embeddings by medium, (N, D) each,
+      returns values (N,). The card is as for likelihoods.
     - "reconstructions": given a model's reconstructions and the batch, both (B, ...), returns values (B,). The card is as for
       likelihoods.
     """
@@ -314,6 +317,32 @@ class Hidden(Metric):
         return math.exp(mean) if self.figure == "pseudo_perplexity" else mean
 
 
+class Retrieval(Metric):
+    """The share of queries for which one of the k nearest items of another medium has the query's label, or is its other half.
+
+    Args:
+        k: items retrieved.
+        query, gallery: names of media; None for the mean over all, in every direction.
+    """
+
+    kind, better = "retrieval", "higher"
+
+    def __init__(self, k: int = 1, query: str | None = None, gallery: str | None = None):
+        self.k, self.query, self.gallery = at_least(k, 1, "k"), query, gallery
+
+    def __call__(self, label: Tensor, embeddings: Mapping[str, Tensor]) -> Tensor:
+        pairs = [
+            (one, other)
+            for one, other in itertools.permutations(embeddings, 2)
+            if self.query in (None, one) and self.gallery in (None, other)
+        ]
+        if not pairs:
+            raise UserError(
+                f"query={self.query} and gallery={self.gallery} must be two of the media {', '.join(embeddings)}, or null"
+            )
+        return torch.stack([retrieval.hits(embeddings[a], embeddings[b], label, self.k) for a, b in pairs]).mean(0)
+
+
 class PSNR(Metric):
     """Peak signal-to-noise ratio of reconstructions, in dB."""
 
@@ -372,7 +401,12 @@ class SISDR(OfSound):
         return audio.si_sdr(again, x)
 
 
-PASS_KINDS = "likelihoods", "hidden", "reconstructions"  # kinds of metrics that one pass over a split computes
+PASS_KINDS = (
+    "likelihoods",
+    "hidden",
+    "retrieval",
+    "reconstructions",
+)  # kinds of metrics that one pass over a split computes
 KINDS = "samples", "texts", "melodies", "answers", *PASS_KINDS
 SAMPLE_PARTS = "features", "probabilities", "images"  # what can be kept of each sample
 
@@ -428,6 +462,7 @@ def can_compute(metric: Metric, loaded: Loaded, data: Data, method: object = Non
     given = {
         "likelihoods": isinstance(loaded.model, Scorable) or method is not None,
         "hidden": isinstance(loaded.model, Infiller),
+        "retrieval": isinstance(loaded.model, Embedder),
         "reconstructions": isinstance(loaded.model, Reconstructor),
     }
     return given.get(metric.kind, data.modality.comparison == metric.kind) and metric.suits(loaded, data)

@@ -208,6 +208,7 @@ def _pass(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[Facts, list
         "hidden": {"protocol": {**protocol, "shape": list(data.shape), "masked_share": hidden.SHARE}},
         "likelihoods": {"protocol": protocol, **bound},
         "reconstructions": {"protocol": protocol, **bound},
+        "retrieval": {"protocol": protocol},
     }
     found = [
         cards.card(name, metric, *means[name], None, others.get(name, {}), own[metric.kind])

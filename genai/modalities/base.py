@@ -116,6 +116,10 @@ class Modality:
         """
         return None
 
+    def drawn(self, batch: Batch) -> "Modality | None":
+        """Return the modality of samples: this one, or of several media the one that they are of; None if they are of no such."""
+        return self if self.field in batch else None
+
     def decode(self, batch: Batch) -> Batch:
         """Return further tensors of samples that people can look at, such as the images of tokens."""
         return {}

@@ -3,15 +3,16 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from genai.core import extras
+from genai.core.precision import KeepBufferPrecision
 
 FLOOR = 1e-7  # of the power, 70 dB below a sine of amplitude 1; at 50 dB quiet recordings would be nothing but floor
 LOW = math.log(FLOOR)
 
 
-class LogMel(nn.Module):
+class LogMel(KeepBufferPrecision):
     """Map waveforms (B, C, T) in [-1, 1] to log-mel spectrograms (B, C, mels, 1 + T // hop), about in [-1, 1].
 
     ln of the power in each of `mels` triangular bands (HTK mel scale), floored at 1e-7, where a sine of amplitude 1 has about 1;

@@ -307,6 +307,7 @@ def test_functions_of_data_and_training_that_do_things_are_not_admitted():
         "FashionMNIST",
         "ImageFolder",
         "MNIST",
+        "Media",
         "Melodies",
         "Pairs",
         "Pixels",

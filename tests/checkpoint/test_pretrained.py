@@ -229,7 +229,7 @@ def test_every_other_checkpoint_is_read_by_one_function(teacher, tmp_path, monke
     config = last(latent)["config"]
     assert read == ["codec"] and config["codec"]["sha256"] == config["model"]["latent"]["codec"]["sha256"]
     first_stage: Any = genai.load(latent).model.codec
-    assert first_stage.pretrained_from == (config["codec"]["sha256"], "raw", True)
+    assert first_stage.pretrained_from == (config["codec"]["sha256"], "raw", True, None)
     text, tiny = tmp_path / "text.txt", ["model.net.transformer.layers=1", "model.net.transformer.width=16"]
     text.write_text("the rain in spain, " * 99)
     given = [

@@ -221,3 +221,37 @@ def test_files_of_images_and_their_captions_name_each_other(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     assert [line["text"] for line in lines] == ["three", "four"]
     assert all((tmp_path / line["file_name"]).is_file() for line in lines)
+
+
+def test_media_are_distinguished_by_what_is_given_and_what_is_made(tmp_path):
+    import soundfile
+
+    from genai.modalities.base import to_pil
+    from genai.modalities.media import Media
+
+    kind = Media(5, ["six", "seven"], [1, 4, 4], [1, 8], 8000)
+    again = Media.from_state(kind.state())
+    assert again.state() == kind.state()
+    to_pil(torch.full((1, 4, 4), 255, dtype=torch.uint8)).save(tmp_path / "a.PNG")
+    soundfile.write(tmp_path / "a.wav", [0.5] * 4, 8000)
+    found = {name: kind.condition({"prompt": str(tmp_path / name)}, 2) for name in ("a.PNG", "a.wav")}
+    assert found["a.PNG"]["image"].eq(1).all() and found["a.PNG"]["image"].shape == (2, 1, 4, 4)
+    assert found["a.wav"]["audio"].shape == (2, 1, 8) and found["a.wav"]["audio"][0, 0, 4:].eq(0).all()
+    words = kind.condition({}, 3)["caption"]
+    assert kind.caption.preview({"caption": words}) == kind.in_turn(0, 3) == ["six", "seven", "six"]
+    with pytest.raises(UserError, match="are of several media"):
+        kind.condition({"prompt": ["six", "a.wav"]}, 2)
+    made = {"caption": words, **found["a.PNG"], **found["a.wav"]}
+    for field, names in (
+        ("caption", ["grid.txt"]),
+        ("image", ["s.png", "grid.png"]),
+        ("audio", ["s.wav", "grid.png", "grid.wav"]),
+    ):
+        out = tmp_path / field
+        batch = {field: made[field][:1], "seeds": torch.arange(1), "tokens": torch.zeros(1, 2)}
+        assert kind.drawn(batch).write(out, batch, ["s"], {}, None) == [*names, "samples.npz"]
+        assert all((out / name).exists() for name in names)
+    with pytest.raises(UserError, match="a batch of media has tokens, none of caption, image, audio"):
+        kind.preview({"tokens": torch.zeros(1, 2)})
+    with pytest.raises(UserError, match="words="):
+        Media(5, [], [1, 4, 4], [1, 8], 8000)

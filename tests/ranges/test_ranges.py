@@ -84,7 +84,7 @@ def test_every_row_is_of_some_key():
     known += [ranges.Leaf(f"sweep.{key}", (f"sweep.{key}",), 0) for key in SWEEP]
     part = {"_target_": "genai.models.vae.quantize.FiniteScalarQuantizer", "levels": [2]}
     distance = {"_target_": "genai.losses.perceptual.LPIPS", "net": "vgg"}
-    teacher = {"_target_": "genai.checkpoint.pretrained", "frozen": False}
+    teacher = {"_target_": "genai.checkpoint.pretrained", "frozen": False, "part": "net"}
     chosen = {"model": {"quantizer": part, "perceptual": distance, "teacher": teacher}}  # in no file, but by hand
     known += ranges.leaves(OmegaConf.create(chosen), "train")
     used = {"preview"}  # the place of a sampler in configs of some models

@@ -1,0 +1,1 @@
+"""Contrastive models: encoders of several media into one space."""
