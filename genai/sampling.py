@@ -21,10 +21,11 @@ from genai.checkpoint.build import DATA, MODELS, build_stored, check_target
 from genai.core import files, rng, stored
 from genai.core.errors import UserError, at_least, show
 from genai.core.precision import cast_for_inference
-from genai.core.protocols import Batch, OnStep, check_sampler, model_parts, with_items
+from genai.core.protocols import Batch, Embedder, OnStep, check_sampler, model_parts, with_items
 from genai.modalities.base import Request, as_path, check_values
 from genai.modalities.stored import difference
 from genai.ranges import check as ranges
+from genai.rerank import note, reranked
 
 MAX_SAMPLES = 10**8  # per call
 ARGUMENTS = ("guidance", "guidance_interval", "autoguidance", "image", "audio", "strength", "mask", "invert", "frames")
@@ -48,6 +49,8 @@ def sample(
     audio: object = None,
     mask: object = None,
     frames: bool = False,
+    rerank: int | None = None,
+    scorer: object = None,
     progress: bool = False,
     **arguments: object,
 ) -> Batch:
@@ -70,6 +73,8 @@ def sample(
         mask: the part of the image or sound to fill in: a file whose white is filled and whose black is kept, [from, to] in
             seconds of sound, None for an end, or 1 and 0 in (1 or C, H, W) or (1 or C, T).
         frames: also return `frames` (k, steps + 1, ...), the intermediate states of the first k samples.
+        rerank: candidates that are drawn for each sample, of which `scorer` chooses one, see `genai.rerank.reranked`.
+        scorer: run or checkpoint of a model that embeds samples and what they are asked for, such as model=contrastive.
         arguments: options of the sampler, such as steps, guidance, strength, or autoguidance, a run or checkpoint.
 
     Returns: the sampler's batch on the CPU, with `seeds` (n,) and, for a model with classes, `label` (n,), as `speaker` (n,).
@@ -109,6 +114,8 @@ def sample(
         wanted = ["image"] * any(start is not None for start in starts.values()) + ["mask"] * (mask is not None)
         run = bind(loaded, sampler, arguments, [*wanted, *["frames"] * frames, *["stop"] * (ends is not None)])
         run = run if ends is None else functools.partial(run, stop=ends)
+        if rerank is not None or scorer is not None:
+            run = reranked(run, _scorer(loaded, rerank, scorer, frames), loaded.modality.field, rerank or 1)
         cond, started = conditions(request, n, loaded), resolve_start(starts, mask, n, loaded)
         chunks, firsts = [], range(0, n, batch_size)
         for k, first in enumerate(firsts):
@@ -194,11 +201,25 @@ def _part(loaded: Loaded, key: str, named: str | dict, kind: type) -> nn.Module:
     node = {"ckpt": named} if isinstance(named, str) else named
     part = checkpoint.adopt(node, key, loaded.trust)
     if not isinstance(part.model, kind):
-        raise UserError(f"{key}={part.path} is a {type(part.model).__name__}, and this sampler needs a {kind.__name__}")
+        found, wanted = (f"{'an' if k.__name__[0] in 'AEIO' else 'a'} {k.__name__}" for k in (type(part.model), kind))
+        raise UserError(f"{key}={part.path} is {found}, and must be {wanted}")
     kinds = checkpoint.modalities(part.content, part.model)
     if what := difference(kinds, loaded.modality, loaded.conditions):
         raise UserError(f"{key}={part.path} has another {what} than {loaded.path}: they must share one")
     return cast_for_inference(part.model, loaded.precision).requires_grad_(False).eval().to(loaded.device)
+
+
+def _scorer(loaded: Loaded, rerank: Any, scorer: Any, frames: bool) -> Any:
+    """Load the model that chooses among candidates. Raises UserError unless both arguments are given, and for frames of them."""
+    if rerank is None or scorer is None:
+        raise UserError(
+            f"rerank={show(rerank)} and scorer={show(scorer)}: a number of candidates and the model that chooses among them "
+            "belong together: give both, or none"
+        )
+    at_least(rerank, 1, "rerank")
+    if frames:
+        raise UserError("frames=true shows the path to one sample, and rerank= draws several: leave one out")
+    return _part(loaded, "scorer", os.fspath(scorer) if isinstance(scorer, os.PathLike) else scorer, Embedder)
 
 
 def resolve_start(given: Mapping[str, Any], mask: Any, n: int, loaded: Loaded) -> Batch:
@@ -276,7 +297,7 @@ def run(cfg: Any) -> Path:
     out = Path(cfg.out) if cfg.out is not None else _free_folder(home)
     with files.check_writable(out, "name another folder with out="):
         files.make_folder(out, None if cfg.out is not None else home)
-        written = _write(out, loaded, batch, request, settings["sampler"])
+        written = _write(out, loaded, batch, request, settings)
     print(f"{cfg.n} samples of {loaded.path} (step {loaded.step}, {cfg.weights} weights): {written}")
     return out
 
@@ -341,6 +362,7 @@ def _prepare(cfg: Any) -> tuple[Loaded, dict[str, Any], dict[str, Any]]:
         loaded = checkpoint.load(cfg.ckpt, cfg.weights, cfg.device, cfg.trust, cfg.precision, cfg.compile)
     kwargs: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(ARGUMENTS)))
     kwargs = {key: value for key, value in kwargs.items() if value is not None and value is not False}
+    kwargs |= {"rerank": cfg.rerank, "scorer": cfg.scorer}
     kwargs |= {"sampler": OmegaConf.to_container(cfg.sampler, resolve=True), "batch_size": cfg.batch_size}
     return loaded, request, kwargs
 
@@ -366,19 +388,21 @@ def unescape(stop: object) -> Any:
     return re.sub(r"\\([ntr\\])", lambda m: ESCAPES[m[1]], stop) if isinstance(stop, str) else stop
 
 
-def _write(out: Path, loaded: Loaded, batch: Batch, request: Request, node: dict[str, Any]) -> str:
+def _write(out: Path, loaded: Loaded, batch: Batch, request: Request, settings: dict[str, Any]) -> str:
     """Write the samples to an existing folder and return the names of the files."""
     kind, n, prompt = loaded.modality.drawn(batch), len(batch["seeds"]), request["prompt"]
     if kind is None:
         field = loaded.modality.field
         raise UserError(f"{loaded.path} says that its data is {field}, and its sampler makes {', '.join(batch)}")
     several = len(prompt) if isinstance(prompt, list) and 1 < len(prompt) <= 20 else None
-    columns = node.get("columns") or (several and several * max(1, round(n**0.5 / several)))
+    columns = settings["sampler"].get("columns") or (several and several * max(1, round(n**0.5 / several)))
     names = file_names(batch["seeds"], batch.get("label"), batch.get("original"))
     with checkpoint.explain_errors(loaded):
         written = kind.write(out, batch, names, request, columns)
         for condition in loaded.conditions.values():
             condition.note(out, names, request)
+    if "candidate" in batch:
+        written += note(out, names, batch, settings["rerank"], settings["scorer"])
     return f"{out}/{', '.join(written)}"
 
 

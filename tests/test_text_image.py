@@ -1,5 +1,7 @@
 """Models of captions and images from a new user's chair: they train, sample and complete, and wrong commands say what to do."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,6 +22,8 @@ def folder(tmp_path_factory):
     for name in NEW:
         run(compose_config("train", [f"model={name}", *SMALL, f"run_dir={root / name}"]))
     run(compose_config("train", ["model=autoencoder", "debug=true", "logger=none", f"run_dir={root / 'first'}"]))
+    pairs = ["model=contrastive", "data=digits_text", "model.encoders.audio=null", "debug=true", "logger=none"]
+    run(compose_config("train", [*pairs, f"run_dir={root / 'pairs'}"]))
     Image.fromarray(np.full((8, 8), 128, np.uint8)).save(root / "grey.png")
     for name, rows in (("lower", slice(4, 8)), ("middle", slice(3, 5)), ("nothing", slice(0))):
         white = np.zeros((8, 8), np.uint8)
@@ -41,6 +45,27 @@ def test_pictures_are_made_and_completed(folder, tmp_path, name):
         x = np.load(out / "samples.npz")["samples"]
         assert x.shape[0] == 2 and x.dtype == np.uint8 and (out / "captions.jsonl").exists()
         assert not more or (x.reshape(2, 8, 8)[:, :4] == 128).all()
+
+
+def test_of_several_candidates_the_one_that_suits_the_caption_is_kept_and_noted(folder, tmp_path):
+    from genai.sampling import run as sample
+
+    given = [f"ckpt={folder / 'dalle'}", "sampler=dalle", "prompt=[a handwritten seven,the digit one]"]
+    found = {}
+    for k, n in (1, 4), (3, 4), (3, 2):
+        out = tmp_path / f"{k}_{n}"
+        chosen = [f"rerank={k}", f"scorer={folder / 'pairs'}", f"n={n}", f"out={out}"]
+        sample(compose_config("sample", [*given, *chosen], prepare_sampling))
+        note = json.loads((out / "rerank.json").read_text())
+        assert (note["candidates"], note["scorer"]) == (k, str(folder / "pairs"))
+        found[k, n] = np.load(out / "samples.npz")["samples"], list(note["kept"].values())
+    assert all(one["candidate"] == 0 for one in found[1, 4][1])
+    assert all(b["similarity"] >= a["similarity"] for a, b in zip(found[1, 4][1], found[3, 4][1], strict=True))
+    assert any(one["candidate"] > 0 for one in found[3, 4][1])
+    assert np.array_equal(found[3, 4][0][:2], found[3, 2][0])
+    plain = sample(compose_config("sample", [*given, "n=4", f"out={tmp_path / 'plain'}"], prepare_sampling))
+    assert np.array_equal(np.load(plain / "samples.npz")["samples"], found[1, 4][0])
+    assert not (plain / "rerank.json").exists()
 
 
 TRAIN = {
@@ -79,6 +104,12 @@ SAMPLE = {
     "ckpt=dalle sampler.top_k=0": "sampler.top_k=0 must be",
     "ckpt=maskgit sampler=maskgit sampler.steps=0": "sampler.steps=0 must be",
     "ckpt=maskgit sampler=maskgit sampler.choice_temperature=-1": "sampler.choice_temperature=-1 must be",
+    "ckpt=dalle prompt=one rerank=0 scorer=pairs": "rerank=0 must be",
+    "ckpt=dalle prompt=one rerank=2": "rerank=2 and scorer=None: a number of candidates and the model that chooses",
+    "ckpt=dalle prompt=one scorer=pairs": "rerank=None and scorer='pairs'",
+    "ckpt=dalle prompt=one rerank=2 scorer=nowhere": "there is no checkpoint nowhere",
+    "ckpt=dalle prompt=one rerank=2 scorer=first": "is an Autoencoder, and must be an Embedder",
+    "ckpt=dalle rerank=2 scorer=pairs": "scorer= embeds nothing of it: give prompt=",
     "ckpt=dalle stop=x": "stop='x' was given, but this model takes no text",
 }
 

@@ -28,6 +28,7 @@ PATHS = (
     "audio",
     "mask",
     "autoguidance",
+    "scorer",
     "tokenizer",
     "prompt_file",
     "target_path",

@@ -463,6 +463,8 @@ RANGES: dict[str, Any] = {
     "guidance": nullable(GUIDANCE),
     "guidance_interval": Many(Number(0, 10**6, null=True), 2, 2, null=True),
     "autoguidance": PATH,
+    "rerank": whole(1, 10**6, "candidates", null=True),
+    "scorer": PATH,
     "image": PATH,
     "strength": Number(0, 1, null=True, above=True),
     "audio": PATH,

@@ -250,7 +250,7 @@ def test_every_other_checkpoint_is_read_by_one_function(teacher, tmp_path, monke
     )
     assert read == ["codec", "draft", "draft"] and torch.equal(a["tokens"], b["tokens"])
     for key, path, message in (
-        ("draft", teacher, "draft=.* is a Autoencoder, and this sampler needs a Rewindable"),
+        ("draft", teacher, "draft=.* is an Autoencoder, and must be a Rewindable"),
         ("draft", tmp_path / "none", "there is no checkpoint"),
     ):
         with pytest.raises(UserError, match=message):
