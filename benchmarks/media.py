@@ -93,7 +93,7 @@ def chosen(model: Any, given: Items) -> dict[str, float]:
     """Accuracy of the most similar item of every medium for each item of the others."""
     found, space = {}, {}
     for name, items in given.items():
-        space[name] = model.embed({FIELDS[name]: items[FIELDS[name]]})[name]
+        space[name] = model.embed_media({FIELDS[name]: items[FIELDS[name]]})[name]
     for source, target in itertools.permutations(space, 2):
         nearest_label = given[target]["label"][(space[source] @ space[target].T).argmax(1)]
         right = nearest_label == given[source]["label"]

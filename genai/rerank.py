@@ -63,7 +63,7 @@ def note(folder: Path, names: Sequence[str], batch: Batch, candidates: int, scor
 
 def embed(scorer: Embedder, batch: Batch, device: torch.device) -> list[Tensor]:
     """Return the scorer's embeddings (n, D) of the fields of a batch, of those that it knows."""
-    return list(scorer.embed({name: value.to(device) for name, value in batch.items()}).values())
+    return list(scorer.embed_media({name: value.to(device) for name, value in batch.items()}).values())
 
 
 def _choose(rows: Tensor, new: Batch, old: Batch) -> Batch:

@@ -146,6 +146,12 @@ SAMPLE = {
     "ckpt=contrastive prompt=grey.png": "this model retrieves images by text or audio",
     "ckpt=contrastive split=nowhere": "sampler.split=nowhere must be one of train, val, test",
 }
+EVALUATE = {
+    "ckpt=media": "has no likelihood of its own: MediaTransformer has no log_prob; there is no metric for it",
+    "ckpt=media metrics=[frechet]": "frechet is not available for this model; it can have none",
+    "ckpt=media metrics=[retrieval_at_1]": "retrieval_at_1 is not available for this model",
+    "ckpt=contrastive metrics=[frechet]": "frechet is not available for this model; it can have retrieval_at_1",
+}
 
 
 @pytest.mark.parametrize("argument", TRAIN)
@@ -161,3 +167,8 @@ def test_wrong_training_commands(folder, monkeypatch, argument):
 @pytest.mark.parametrize("argument", SAMPLE)
 def test_wrong_sampling_commands(folder, monkeypatch, argument):
     assert SAMPLE[argument] in refusal("sample", [*argument.split(), "n=2"], folder, monkeypatch)
+
+
+@pytest.mark.parametrize("argument", EVALUATE)
+def test_wrong_evaluation_commands(folder, monkeypatch, argument):
+    assert EVALUATE[argument] in refusal("evaluate", [*argument.split(), "n=2"], folder, monkeypatch)

@@ -30,7 +30,7 @@ def draw(model, seeds, cond=None, on_step=None, shift=0.0):
 
 
 class Scorer:
-    def embed(self, batch):
+    def embed_media(self, batch):
         return {name: value.float() for name, value in batch.items() if name in ("vector", "caption")}
 
 

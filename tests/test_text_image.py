@@ -109,6 +109,7 @@ SAMPLE = {
     "ckpt=dalle prompt=one scorer=pairs": "rerank=None and scorer='pairs'",
     "ckpt=dalle prompt=one rerank=2 scorer=nowhere": "there is no checkpoint nowhere",
     "ckpt=dalle prompt=one rerank=2 scorer=first": "is an Autoencoder, and must be an Embedder",
+    "ckpt=dalle prompt=one rerank=2 scorer=dalle": "is a DALLE, and must be an Embedder",
     "ckpt=dalle rerank=2 scorer=pairs": "scorer= embeds nothing of it: give prompt=",
     "ckpt=dalle stop=x": "stop='x' was given, but this model takes no text",
 }

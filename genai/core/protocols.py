@@ -138,7 +138,7 @@ class Infiller(Protocol):
 class Embedder(Protocol):
     """A model that maps several media into one space, in which those of one item are near each other."""
 
-    def embed(self, batch: Batch) -> Mapping[str, Tensor]:
+    def embed_media(self, batch: Batch) -> Mapping[str, Tensor]:
         """Return the embeddings (B, D), of length 1, of each medium that the batch has, by its name."""
         ...
 

@@ -19,7 +19,7 @@ from genai.core.runs import Facts
 from genai.data.base import Data, Split, Subset, first_items
 from genai.data.stream import batches
 from genai.evaluation import hidden
-from genai.evaluation.metrics import compute, compute_pairs
+from genai.evaluation.metrics import can_compute, compute, compute_pairs, standard_metrics
 from genai.evaluation.plan import CheckedPlan
 from genai.metrics import likelihood as units
 from genai.metrics import retrieval
@@ -56,7 +56,7 @@ def run(loaded: Loaded, data: Data, checked: CheckedPlan) -> tuple[Facts, dict[s
                     guesses.append(hidden.score(model, batch, data.field, clock.done).cpu())
             if embeds:
                 with loaded.autocast():
-                    for name, found in model.embed(batch).items():
+                    for name, found in model.embed_media(batch).items():
                         embeddings.setdefault(name, []).append(found.cpu())
                 size = len(next(iter(batch.values())))
                 labels.append(batch["label"].cpu() if "label" in batch else clock.done + torch.arange(size))
@@ -126,7 +126,9 @@ def scorer(loaded: Loaded, data: Data, method: object) -> Score | None:
     if isinstance(loaded.model, Reconstructor | Infiller | Embedder):
         return None
     flows = hasattr(loaded.model, "denoise") and loaded.model.codec is None  # a diffusion model of the data itself
-    hint = "choose likelihood=probability_flow" if flows else "measure its samples with metrics=[frechet,recall]"
+    can = [name for name, metric in standard_metrics().items() if can_compute(metric, loaded, data)]
+    hint = f"choose metrics= among {', '.join(can)}" if can else "there is no metric for it"
+    hint = "choose likelihood=probability_flow" if flows else hint
     raise UserError(
         f"{loaded.path} has no likelihood of its own: {type(loaded.model).__name__} has no log_prob; {hint}"
     )

@@ -114,7 +114,7 @@ def check(loaded: Loaded, data: Data, plan: Plan) -> CheckedPlan:
     for name, metric in wanted.items():
         if metric is None or not can_compute(metric, loaded, images, plan.likelihood):
             what = "is not a metric" if metric is None else "is not available for this model"
-            raise UserError(f"metrics={list(wanted)}: {name} {what}; it can have {', '.join(can)}")
+            raise UserError(f"metrics={list(wanted)}: {name} {what}; it can have {', '.join(can) or 'none'}")
     passes = {name: metric for name, metric in wanted.items() if metric.kind in PASS_KINDS}
     sampled = {name: metric for name, metric in wanted.items() if metric.kind not in PASS_KINDS}
     featured, answers = (images.modality.comparison == kind for kind in ("samples", "answers"))

@@ -33,7 +33,7 @@ METHODS = {
     "answers": "answer",
     "likelihoods": "log_prob",
     "hidden": "score_hidden",
-    "retrieval": "embed",
+    "retrieval": "embed_media",
     "reconstructions": "reconstruct",
 }
 """The method of a baseline that a kind of metrics needs."""

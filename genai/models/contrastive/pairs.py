@@ -54,7 +54,7 @@ class Contrastive(nn.Module):
         """Return 1 / temperature, at most 100, a scalar."""
         return self.log_scale.clamp(max=math.log(MAX_SCALE)).exp()
 
-    def embed(self, batch: Batch) -> dict[str, Tensor]:
+    def embed_media(self, batch: Batch) -> dict[str, Tensor]:
         """Return the embeddings (B, dim) of length 1 of each medium whose field the batch has, float32."""
         found = {}
         for name, net in self.encoders.items():
@@ -65,7 +65,7 @@ class Contrastive(nn.Module):
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """Return the mean loss of all pairs of media in both directions, in nats; logs that of each, and 1 / temperature."""
-        found = self.embed(batch)
+        found = self.embed_media(batch)
         if len(found) < 2:
             fields = ", ".join(net.field for net in self.encoders.values())  # type: ignore[misc]
             raise UserError(

@@ -32,8 +32,8 @@ def retrieve(
     """
     n, device = at_least(candidates, 1, "sampler.candidates"), model.log_scale.device
     found = load_items(items, split, torch.arange(n)).to(device)
-    gallery = model.embed({"image": found})
-    queries = model.embed({name: value.to(device) for name, value in (cond or {}).items()})
+    gallery = model.embed_media({"image": found})
+    queries = model.embed_media({name: value.to(device) for name, value in (cond or {}).items()})
     asked = next((name for name in queries if name not in gallery), None)
     if not gallery or asked is None:
         raise UserError(
