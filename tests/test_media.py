@@ -6,6 +6,7 @@ import soundfile
 from PIL import Image
 
 from genai.cli import compose_config, prepare_sampling
+from genai.core.errors import UserError
 from tests.test_melodies import refusal
 
 pytest.importorskip("espeakng_loader", reason="the embedded recordings need the extra audio")
@@ -61,6 +62,23 @@ def test_images_are_retrieved_for_words_and_sounds(folder, tmp_path):
         assert all(x.tobytes() in real for x in np.load(out / "samples.npz")["samples"])
 
 
+def test_captions_of_images_are_two_media(tmp_path):
+    """A model of data=digits_text takes its captions as prompts, as one of words does."""
+    import torch
+
+    import genai
+    from genai.train.run import run
+
+    none = ["model.media.audio=null", "model.perturb.audio=null", "model.weights.audio=null"]
+    small = ["model.transformer.width=16", "model.transformer.layers=1", "debug=true", "logger=none"]
+    run(compose_config("train", ["model=media", "data=digits_text", *none, *small, f"run_dir={tmp_path / 'run'}"]))
+    loaded = genai.load(tmp_path / "run")
+    drawn = [genai.sample(loaded, n=1, prompt=p)["log_prob"] for p in ("the digit seven", "the digit two")]
+    assert not torch.equal(*drawn), "the caption is read"
+    with pytest.raises(UserError, match=r"bytes long, but data\.length of this model is"):
+        genai.sample(loaded, n=1, prompt="seven " * 20)
+
+
 def slice_of(n):
     import torch
 
@@ -110,6 +128,7 @@ TRAIN = {
     "model.weights.text=-1": "model.weights.text=-1 must be a number at least 0",
     "model.weights.text=0 model.weights.image=0 model.weights.audio=0": "model.weights are all 0",
     "model.label_dropout=0 model.guidance=2": "needs a model that was trained with and without the given medium",
+    "model.label_dropout=1": "model.label_dropout=1 hides all media, so that nothing is learned: give less than 1",
     "model.label_dropout=2": "model.label_dropout=2 must be a number at least 0 and at most 1",
     "model.transformer.attention.causal=false": "a MediaTransformer needs model.transformer.attention.causal=true",
     "codecs.audio.model.factor=3": "codec.model.factor=3 must divide 8",
@@ -120,6 +139,9 @@ TRAIN = {
     "model.perturb.audio.tilt=2": "model.perturb.audio.tilt=2 must be a number at least 0 and at most 1",
     "model=contrastive model.temperature=0": "model.temperature=0 must be a number at least 0.01",
     "model=contrastive model.encoders.text=null model.encoders.image=null": "model.encoders has audio: give at least two",
+    "model=contrastive data=toy2d": "this model embeds text, and this data has no caption: set model.encoders.text=null, or",
+    "model=contrastive data=digits_text": "this model embeds audio, and this data has no audio: set model.encoders.audio=null",
+    "model=contrastive model.encoders.image=null": "sampler=retrieve shows images, and this model embeds text and audio: leave",
     "model=contrastive sampler=media": "the sampler sample is for a MediaTransformer, and this model is a Contrastive",
     "sampler=retrieve": "the sampler retrieve is for a Contrastive, and this model is a MediaTransformer",
     "data=fsdd data.held_out=joe data.root=speech model=vqvae_audio": "data.root=speech holds no recordings",

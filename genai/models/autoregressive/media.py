@@ -68,6 +68,8 @@ class MediaTransformer(nn.Module):
             raise UserError("model.weights are all 0: give at least one medium a weight above 0")
         self.weights = {name: weight / total for name, weight in given.items()}
         self.label_dropout = number(label_dropout, "model.label_dropout", 0, 1)
+        if self.label_dropout == 1:
+            raise UserError("model.label_dropout=1 hides all media, so that nothing is learned: give less than 1")
         self.guidance = self.check_guidance(guidance, "model.guidance")
         sizes = {name: medium.vocab_size for name, medium in media.items()}
         starts = itertools.accumulate(sizes.values(), initial=0)
@@ -93,9 +95,14 @@ class MediaTransformer(nn.Module):
         """Return the networks that `compile=true` compiles, by name."""
         return {"transformer": self.transformer}
 
+    def null(self) -> Batch:
+        """Return the null conditions of captions, int64 (length,), if the model has text."""
+        texts = (medium for medium in self.media.values() if isinstance(medium, Bytes))
+        return {text.field: torch.full(text.shape, PAD) for text in texts}
+
     def check_guidance(self, w: float, key: str) -> float:
-        """Return the weight. Raises UserError for one other than 1 of a model never trained without a medium, or always."""
-        if number(w, key, 0) != 1 and not 0 < self.label_dropout < 1:
+        """Return the weight. Raises UserError for one other than 1 of a model never trained without a medium."""
+        if number(w, key, 0) != 1 and not self.label_dropout:
             raise UserError(
                 f"{key}={w} needs a model that was trained with and without the given medium, and this has "
                 f"model.label_dropout={self.label_dropout}: give {key}=1, which switches guidance off"
@@ -187,7 +194,7 @@ class MediaTransformer(nn.Module):
             visible, mean = real[name].any(1), nats[name].sum(1) / real[name].sum(1).clamp_min(1)
             total = total + self.weights[name] * mean.sum() / visible.sum().clamp_min(1)
             logs[name] = _mean(mean, visible)
-            for source in set(self.media) - {name}:
+            for source in (other for other in self.media if other != name):  # in an order that all ranks share
                 rows = [order == k for k, names in enumerate(orders) if names[:2] == (source, name)]
                 logs[f"{source}_to_{name}"] = _mean(mean, visible & torch.stack(rows).any(0))
         return Losses(total, float(len(order)), logs)
@@ -202,7 +209,9 @@ class MediaTransformer(nn.Module):
                 raise UserError(f"{key}={name} must be one of {', '.join(self.media)}")
         if source == target:
             others = " or ".join(name for name in self.media if name != target)
-            raise UserError(f"prompt= gives {source}, and to={target} asks for the same: give to={others}")
+            raise UserError(
+                f"prompt= gives {source}, and to={target} asks for the same: give to={others}, or a prompt= of another medium"
+            )
         return Direction(self, source, target)
 
 

@@ -3,7 +3,7 @@ Supervision", 2021)."""
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -49,6 +49,20 @@ class Contrastive(nn.Module):
     def null(self) -> Batch:
         """Return the null conditions of the encoders that have some, such as the empty caption."""
         return {net.field: net.null() for net in self.encoders.values() if hasattr(net, "null")}  # type: ignore[operator,misc]
+
+    def prepare(self, batches: Iterable[Batch]) -> Mapping[str, Any]:
+        """Check the first batch, see `Preparable`; measures nothing.
+
+        Raises UserError for data that lack a medium, whose encoder would learn nothing.
+        """
+        batch = next(iter(batches))
+        for name, net in self.encoders.items():
+            if net.field not in batch:
+                raise UserError(
+                    f"this model embeds {name}, and this data has no {net.field}: set model.encoders.{name}=null, or choose "
+                    "data of all media, such as data=digits_media"
+                )
+        return {}
 
     def scale(self) -> Tensor:
         """Return 1 / temperature, at most 100, a scalar."""

@@ -35,7 +35,12 @@ def retrieve(
     gallery = model.embed_media({"image": found})
     queries = model.embed_media({name: value.to(device) for name, value in (cond or {}).items()})
     asked = next((name for name in queries if name not in gallery), None)
-    if not gallery or asked is None:
+    if not gallery:
+        raise UserError(
+            f"sampler=retrieve shows images, and this model embeds {' and '.join(model.encoders)}: leave model.encoders.image as "
+            "it is, or train with callbacks.samples=null"
+        )
+    if asked is None:
         raise UserError(
             f"this model retrieves images by {' or '.join(n for n in model.encoders if n != 'image')}: give prompt="
         )
