@@ -4,6 +4,7 @@ import itertools
 
 from torch import Tensor, nn
 
+from genai.core.errors import UserError
 from genai.core.precision import downcast, no_autocast
 from genai.nn.mel import LogMel
 from genai.nn.norm import BatchNorm
@@ -25,13 +26,20 @@ class ConvEncoder(nn.Module):
         self, in_channels: int, width: int = 16, features: int = 96, dropout: float = 0.1, field: str = "image"
     ):
         super().__init__()
-        self.field, self.features = field, features
+        self.field, self.in_channels, self.features = field, in_channels, features
         widths = [in_channels, width, 2 * width, 4 * width, features]
         layers: list[nn.Module] = []
         for k, (c_in, c_out) in enumerate(itertools.pairwise(widths)):
             layers += [nn.Conv2d(c_in, c_out, 3, 2 if k < 3 else 1, 1, bias=False), BatchNorm(c_out), nn.ReLU()]
         self.net = nn.Sequential(*layers, nn.Dropout(dropout))
         self.last = nn.Conv1d(features, features, 3, padding=1)
+
+    def check(self, x: Tensor, key: str) -> None:
+        """Raise UserError, which names the key of the encoder, for x (B, C, ...) of other channels."""
+        if x.shape[1] != self.in_channels:
+            raise UserError(
+                f"{key}.in_channels={self.in_channels}, but this data has {x.shape[1]} channels: give both the same"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C, H, W) to features (B, features)."""
@@ -83,7 +91,15 @@ class CaptionEncoder(nn.Module):
 
     def __init__(self, length: int, width: int = 64, layers: int = 1, heads: int = 4):
         super().__init__()
-        self.features, self.text = width, TextEncoder(length, width, layers, heads)
+        self.length, self.features, self.text = length, width, TextEncoder(length, width, layers, heads)
+
+    def check(self, caption: Tensor, key: str) -> None:
+        """Raise UserError, which names the key of the encoder, for captions (B, T) of another length."""
+        if caption.shape[1] != self.length:
+            raise UserError(
+                f"{key}.length={self.length}, but captions of this data have data.length={caption.shape[1]} bytes: give both the "
+                "same"
+            )
 
     def null(self) -> Tensor:
         """Return the empty caption, int64 (length,)."""

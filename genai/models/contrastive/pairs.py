@@ -25,7 +25,7 @@ class Contrastive(nn.Module):
 
     Args:
         encoders: by medium, x (B, ...) of the batch's `field` -> features (B, `features`), with these two attributes; None
-            leaves a medium out.
+            leaves a medium out. Optional: `null()`, and `check(x, key)`, which refuses data of another form.
         dim: of the embeddings.
         temperature: its first value; 1 / temperature is at most 100.
 
@@ -53,7 +53,8 @@ class Contrastive(nn.Module):
     def prepare(self, batches: Iterable[Batch]) -> Mapping[str, Any]:
         """Check the first batch, see `Preparable`; measures nothing.
 
-        Raises UserError for data that lack a medium, whose encoder would learn nothing.
+        Raises UserError for data that lack a medium, whose encoder would learn nothing, or have another form than an encoder,
+        and for batches of one item.
         """
         batch = next(iter(batches))
         for name, net in self.encoders.items():
@@ -62,6 +63,10 @@ class Contrastive(nn.Module):
                     f"this model embeds {name}, and this data has no {net.field}: set model.encoders.{name}=null, or choose "
                     "data of all media, such as data=digits_media"
                 )
+            if hasattr(net, "check"):
+                net.check(batch[net.field], f"model.encoders.{name}")  # type: ignore[operator,index]
+        if len(next(iter(batch.values()))) < 2:
+            raise UserError("data.batch_size=1 leaves no other item to tell one from: give at least 2")
         return {}
 
     def scale(self) -> Tensor:
