@@ -247,11 +247,10 @@ def resolve_start(given: Mapping[str, Any], mask: Any, n: int, loaded: Loaded) -
     return found
 
 
-def items_of(loaded: Loaded) -> Callable[[str, Tensor], Tensor]:
-    """Return `items(split, index)` of the data that a checkpoint was trained on; the data are built at the first
-    call."""
+def items_of(loaded: Loaded) -> Callable[..., Tensor]:
+    """Return `Data.items` of the data that a checkpoint was trained on; the data are built at the first call."""
     data = functools.cache(lambda: build_stored(loaded.config["data"], loaded.trust, (MODELS, DATA)))
-    return lambda split, index: data().items(split, index)
+    return lambda *which: data().items(*which)
 
 
 REFUSED = {

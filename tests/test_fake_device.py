@@ -263,7 +263,7 @@ def sample(gpu: FakeGPU, model: nn.Module, node: dict, config: dict) -> None:
     node = {**node, **{key: value for key, value in small.items() if key in node}}
     draft = {"draft": model} if node.pop("draft", 0) is None else {}
     sampler = functools.partial(build_typed(node), **draft)
-    sampler = with_items(sampler, lambda split, index: torch.zeros(len(index), *shape))
+    sampler = with_items(sampler, lambda split, index, *_: torch.zeros(len(index), *shape))
     cond = {} if classes is None else {"label": torch.arange(4) % classes}
     if field == "tokens":
         text = torch.zeros(4, 2, dtype=torch.int64)

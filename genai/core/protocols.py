@@ -335,7 +335,8 @@ def check_sampler(sampler: Callable, model: nn.Module, key: str = "sampler") -> 
         )
 
 
-def with_items(sampler: Callable, items: Callable[[str, Tensor], Tensor]) -> Callable:
-    """Bind `items(split, index) -> Tensor` to a sampler that starts from items of the data; return others unchanged."""
+def with_items(sampler: Callable, items: Callable[..., Tensor]) -> Callable:
+    """Bind `items(split, index) -> Tensor`, see `Data.items`, to a sampler that starts from items of the data; return others
+    unchanged."""
     takes = "items" in inspect.signature(sampler).parameters
     return functools.partial(sampler, items=items) if takes else sampler

@@ -106,15 +106,18 @@ class Data:
         """Number of values that each element of a sample can take, None if it is continuous."""
         return self.levels
 
-    def items(self, split: str, index: Tensor) -> Tensor:
-        """Return the main tensor (B, *shape) of items `index`, int64 (B,), of a split; indices past its end begin again.
+    def items(self, split: str, index: Tensor, again: bool = True) -> Tensor:
+        """Return the main tensor (B, *shape) of items `index`, int64 (B,), of a split.
+
+        Indices past its end begin again, or with again=False are left out.
 
         Raises UserError for a split that the data set does not have.
         """
         if split not in self.splits:
             raise UserError(f"sampler.split={split} must be one of {', '.join(self.splits)}")
         part = self.splits[split]
-        return part.batch(index % len(part), None)[self.field]
+        index = index % len(part) if again else index[index < len(part)]
+        return part.batch(index, None)[self.field]
 
     def cond(self, n: int) -> Batch | None:
         """Return conditions for n preview samples, the classes in turn; None for data without conditions."""

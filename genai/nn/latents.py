@@ -9,7 +9,8 @@ from torch import Tensor
 from genai.core.errors import UserError, at_least
 from genai.core.protocols import Batch, OnStep, for_models
 
-Items = Callable[[str, Tensor], Tensor]
+Items = Callable[..., Tensor]
+"""`items(split, index)`, and of samplers that take no item twice `items(split, index, False)`, see `Data.items`."""
 
 
 @runtime_checkable
@@ -80,11 +81,14 @@ def interpolate(
     return report({model.field: model.decode(model.interpolate_latents(a, b, share), label, first)}, on_step)
 
 
-def load_items(items: Items | None, split: str, index: Tensor) -> Tensor:
-    """Return items of a split, (B, *shape). Raises UserError if a sampler has no data to start from."""
+def load_items(items: Items | None, split: str, index: Tensor, again: bool = True) -> Tensor:
+    """Return items of a split, (B, *shape); indices past its end begin again, or with again=False are left out.
+
+    Raises UserError if a sampler has no data to start from.
+    """
     if items is None:
         raise UserError("this sampler starts from data: use it with sample.py, or give it items=")
-    return items(split, index)
+    return items(split, index) if again else items(split, index, False)
 
 
 def report(batch: Batch, on_step: OnStep | None) -> Batch:

@@ -200,7 +200,7 @@ def step_and_sample(cfg):
     model.eval().requires_grad_(False)
     check_sampler(sampler, model)
     cond = {"label": batch["label"][:2]} if "label" in batch else None
-    items = lambda split, index: batch[data["field"]][index % 4]  # noqa: E731
+    items = lambda split, index, *_: batch[data["field"]][index % 4]  # noqa: E731
     sampled = with_items(sampler, items)(model, rng.seed_range(0, 2), cond, lambda *_: None)
     assert all(len(value) == 2 for value in sampled.values())
 

@@ -25,13 +25,14 @@ def retrieve(
 
     Args:
         split: of the images.
-        candidates: number of images to choose from, the first ones of the split.
+        candidates: number of images to choose from, the first ones of the split; all of a split that has fewer.
         items: see `genai.nn.latents`.
 
     Raises UserError without a query, for a rank past the candidates, and for a model without an encoder of images.
     """
-    n, device = at_least(candidates, 1, "sampler.candidates"), model.log_scale.device
-    found = load_items(items, split, torch.arange(n)).to(device)
+    first, device = torch.arange(at_least(candidates, 1, "sampler.candidates")), model.log_scale.device
+    found = load_items(items, split, first, again=False).to(device)
+    n = len(found)
     gallery = model.embed_media({"image": found})
     queries = model.embed_media({name: value.to(device) for name, value in (cond or {}).items()})
     asked = next((name for name in queries if name not in gallery), None)
@@ -46,7 +47,7 @@ def retrieve(
         )
     if int(seeds.max()) >= n:
         raise UserError(
-            f"seed={int(seeds.max())} is a rank past the candidates={n}: give a smaller seed or n, or more candidates"
+            f"seed={int(seeds.max())} is a rank past the {n} candidates of split={split}: give a smaller seed or n"
         )
     similarity = queries[asked] @ next(iter(gallery.values())).T
     ranked = similarity.argsort(dim=1, descending=True, stable=True)

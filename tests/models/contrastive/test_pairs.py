@@ -96,17 +96,21 @@ def test_retrieval_returns_images_by_rank():
     gallery = torch.nn.functional.normalize(torch.randn(6, 3, generator=torch.Generator().manual_seed(1)), dim=1)
     query = gallery[2:3].expand(3, -1)
     found = retrieve(
-        model, rng.seed_range(0, 3), {"text": query}, candidates=6, items=lambda split, index: gallery[index]
+        model, rng.seed_range(0, 3), {"text": query}, candidates=6, items=lambda split, index, again: gallery[index]
     )
     order = sorted(range(6), key=lambda j: -(gallery[2] @ gallery[j]).item())
     assert order[0] == 2 and torch.equal(found["image"], gallery[order[:3]])
     assert (found["similarity"].diff() <= 0).all()
-    with pytest.raises(UserError, match="seed=6 is a rank past the candidates=6"):
+    with pytest.raises(UserError, match="seed=6 is a rank past the 6 candidates"):
         retrieve(
-            model, rng.seed_range(6, 1), {"text": query[:1]}, candidates=6, items=lambda split, index: gallery[index]
+            model,
+            rng.seed_range(6, 1),
+            {"text": query[:1]},
+            candidates=6,
+            items=lambda split, index, again: gallery[index],
         )
     with pytest.raises(UserError, match="this model retrieves images by text: give prompt="):
-        retrieve(model, rng.seed_range(0, 1), None, candidates=6, items=lambda split, index: gallery[index])
+        retrieve(model, rng.seed_range(0, 1), None, candidates=6, items=lambda split, index, again: gallery[index])
 
 
 def test_encoders_map_their_fields_to_features():
