@@ -369,9 +369,8 @@ REFUSED = {
     ("baseline=gmm", "data=toy2d"): "baseline=gmm needs data of image, and this data is vector",
     (
         "baseline=mixtur",
-    ): "must be one of gmm, griffin_lim, knn, linear_prediction, log_mel_gaussian, logistic, markov, mixture, "
-    "nearest_source, ngram, onsets, "
-    "pca, training_copy, two_sided_ngram, uniform, did you mean mixture?",
+    ): "must be one of gmm, griffin_lim, knn, linear_prediction, log_mel_gaussian, logistic, majority, markov, "
+    "mixture, naive_bayes, nearest_source, ngram, onsets, pca, training_copy, two_sided_ngram, uniform, did you mean mixture?",
     ("baseline=pca", "baseline.component=3"): "did you mean baseline.components?",
     ("baseline=pca", "baseline.components=65"): "baseline.components=65, but these images have at most 64",
     ("baseline=mixture", "baseline.smoothing=0"): "baseline.smoothing=0 must be a number of counts, greater than 0",

@@ -90,7 +90,7 @@ def attends(net, shape):
     x = torch.randn(1, *shape, dtype=torch.float64)
     cond = {} if net.label is None else {"label": torch.zeros(1, dtype=torch.int64)}
     if net.text is not None:
-        words = captions.encode(["a bird"], net.text.length, "length")
+        words = captions.encode(["bird"], net.text.length, "length")
         context = net.text(words)
         cond |= {"states": context.states.detach().requires_grad_(), "real": context.real}
     time = torch.full((1,), 400.0, dtype=torch.float64)
