@@ -146,6 +146,7 @@ TRAIN = {
     "model=contrastive data.batch_size=1 debug=false": "data.batch_size=1 leaves no other item to tell one from: give at least 2",
     "model=contrastive model.encoders.text.length=4": "model.encoders.text.length=4, but captions of this data have",
     "model=contrastive model.encoders.image.in_channels=3": "model.encoders.image.in_channels=3, but this data has 1 channels",
+    "model=contrastive debug=false max_steps=1 data.batch_size=2 callbacks.samples.n=200": "seed=199 is a rank past the 144",
     "model=contrastive sampler=media": "the sampler sample is for a MediaTransformer, and this model is a Contrastive",
     "sampler=retrieve": "the sampler retrieve is for a Contrastive, and this model is a MediaTransformer",
     "data=fsdd data.held_out=joe data.root=speech model=vqvae_audio": "data.root=speech holds no recordings",

@@ -97,14 +97,14 @@ class Samples(Between):
         self.try_out(pl_module)
 
     def try_out(self, lit: LitModel, n: int = 1) -> None:
-        """Make one network call for n samples, so that a sampler that cannot run raises at the start and not after hours."""
+        """Make one network call for the last n samples: a sampler that cannot run raises at the start, not after hours."""
 
         def stop_at_once(i: int, n: int, state: Batch) -> None:
             raise _StopSampling
 
         check_sampler(self.sampler, lit.model)
         with contextlib.suppress(_StopSampling):
-            self.sample(lit, n, stop_at_once)
+            self.sample(lit, n, stop_at_once, max(self.n - n, 0))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LitModel, *_: object) -> None:
         if is_due(trainer, self.every_steps):
@@ -119,13 +119,13 @@ class Samples(Between):
                 pl_module.record.samples(trainer.global_step, "samples", shown, caption)
             wait_for_first(trainer, "samples")
 
-    def sample(self, lit: LitModel, n: int, on_step: OnStep = lambda *_: None) -> Batch:
-        """Return n samples of the averaged model.
+    def sample(self, lit: LitModel, n: int, on_step: OnStep = lambda *_: None, first: int = 0) -> Batch:
+        """Return n samples of the averaged model, from number `first` on.
 
         There is always an on_step: without one a sampler may keep memory for CUDA graphs, which training needs.
         """
         sampler = with_items(self.sampler, lit.data.items)
-        return sampler(lit.ema.module, rng.seed_range(self.seed, n), lit.data.cond(n), on_step)
+        return sampler(lit.ema.module, rng.seed_range(self.seed + first, n), lit.data.cond(n), on_step)
 
 
 class Cards(Between):
