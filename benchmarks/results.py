@@ -74,7 +74,7 @@ SECTIONS = {
 }
 # benchmarks of each section, in their order
 BENCHMARKS = {
-    "latents": ["guidance_latent_mnist_text", "guidance_dalle_mnist", "completion", "latent"],
+    "latents": ["guidance_latent_mnist_text", "guidance_dalle_mnist", "completion", "latent", "media"],
     "Evaluation": ["baselines", "quality", "solvers", "evaluate"],
     "Speed on a CPU": [
         "gpt_train",
