@@ -154,6 +154,9 @@ TRAIN = {
     "model=latent data=digits_text model.net.text={_target_:genai.checkpoint.pretrained,ckpt:pairs,part:nothing}": (
         "part=nothing must be a module of the Contrastive"
     ),
+    "model=latent data=digits_text model.net.text={_target_:genai.checkpoint.pretrained,ckpt:pairs,part:encoders.text}": (
+        "model.net.text is a CaptionEncoder, and a TextEncoder is needed"
+    ),
 }
 SAMPLE = {
     "ckpt=media prompt=seven to=text": "prompt= gives text, and to=text asks for the same: give to=image or audio",

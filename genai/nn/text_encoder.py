@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from genai.core.errors import at_least
+from genai.core.errors import UserError, at_least
 from genai.core.protocols import PAD
 from genai.nn.attention import Attention, Context, LearnedPositions
 from genai.nn.norm import LayerNorm
@@ -47,3 +47,13 @@ class TextEncoder(nn.Module):
         x = self.embed(caption.clamp_max(PAD - 1))
         x = torch.cat([self.begin.expand(len(x), 1, -1), x], 1)
         return Context(self.transformer(x, mask=real[:, None, None]), real)
+
+
+def check_text(text: nn.Module | None) -> nn.Module | None:
+    """Return the text encoder of a network, or None. Raises UserError for a module that lacks the attributes of a TextEncoder."""
+    if text is not None and not all(hasattr(text, name) for name in ("width", "length", "null")):
+        raise UserError(
+            f"model.net.text is a {type(text).__name__}, and a TextEncoder is needed: of a run of model=contrastive that is "
+            "part=encoders.text.text"
+        )
+    return text

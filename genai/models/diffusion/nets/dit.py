@@ -14,7 +14,7 @@ from genai.nn.attention import Attention, Context, ContextKeyValues, CrossAttent
 from genai.nn.embed import time_embedding
 from genai.nn.init import zero
 from genai.nn.norm import RMSNorm
-from genai.nn.text_encoder import TextEncoder
+from genai.nn.text_encoder import TextEncoder, check_text
 from genai.nn.transformer import GELU, MLP
 
 
@@ -94,7 +94,7 @@ class DiT(nn.Module):
         self.register_buffer("positions", positions(tokens, width), persistent=False)
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.label, self.speaker = embedding(classes, width), embedding(speakers, width)
-        self.text = text
+        self.text = check_text(text)
         self.summary = None if text is None else nn.Linear(text.width, width)
         context_width = None if text is None else text.width
         self.blocks = nn.ModuleList(DiTBlock(width, heads, ratio, context_width) for _ in range(layers))

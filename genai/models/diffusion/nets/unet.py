@@ -18,7 +18,7 @@ from genai.models.diffusion.nets.conditioning import add_conditions, embedding
 from genai.nn.attention import Context, ContextKeyValues, CrossAttention, resolve_attention_depths
 from genai.nn.embed import time_embedding
 from genai.nn.init import zero
-from genai.nn.text_encoder import TextEncoder
+from genai.nn.text_encoder import TextEncoder, check_text
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -176,7 +176,7 @@ class UNet(nn.Module):
         c_emb = 4 * channels
         self.time = nn.Sequential(nn.Linear(channels, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         self.label, self.speaker = embedding(classes, c_emb), embedding(speakers, c_emb)
-        self.text = text
+        self.text = check_text(text)
         self.summary = None if text is None else nn.Linear(text.width, c_emb)
 
         def attend(c: int, depth: int) -> list[nn.Module]:
