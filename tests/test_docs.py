@@ -180,9 +180,10 @@ def shortened(line: str) -> list[str] | None:
         sweep = ["sweep.trials=2"] if "optuna" in line else ["sweep.over.seed=[0]"] if "sweep=" in line else []
         return [*(word.replace("seed=0,1,2", "seed=0,1") for word in words), "debug=true", *sweep]
     if script == "sample.py":
+        few = [word for word in words if re.fullmatch("n=[1-4]", word)]  # as many as there are prompts
         words = [word for word in words if not re.match(r"(n|max_new_tokens)=", word)]
-        images = re.search("latent|dalle|maskgit", line)
-        return [*words, "n=2", *(["max_new_tokens=6"] if "prompt" in line and not images else [])]
+        images = re.search("latent|dalle|maskgit|media|contrastive", line)
+        return [*words, *(few or ["n=2"]), *(["max_new_tokens=6"] if "prompt" in line and not images else [])]
     if script == "evaluate.py":
         words = [word for word in words if not word.startswith("n=")]
         return [*words, "n=16", *(["repeats=2", "baselines=false"] if "metrics=" in line else [])]
