@@ -52,7 +52,7 @@ def nearest_sound(x: Tensor, train: Tensor) -> Tensor:
 
 
 class Recogniser:
-    """What words, images and sounds are of which class.
+    """Recognises the class of words, images and sounds.
 
     Args:
         words: int64 (classes, length), the words as captions.
@@ -77,7 +77,7 @@ FIELDS = {"text": "caption", "image": "image", "audio": "audio"}
 Items = dict[str, dict[str, Tensor]]
 
 
-def drawn(model: Any, given: Items, recogniser: Recogniser, guidance: float) -> dict[str, Any]:
+def sample_accuracy(model: Any, given: Items, recogniser: Recogniser, guidance: float) -> dict[str, Any]:
     """Accuracy of samples of every medium given each other."""
     found: dict[str, Any] = {"guidance": guidance}
     for source, target in itertools.permutations(model.media, 2):
@@ -89,7 +89,7 @@ def drawn(model: Any, given: Items, recogniser: Recogniser, guidance: float) -> 
     return found
 
 
-def chosen(model: Any, given: Items) -> dict[str, float]:
+def retrieval_accuracy(model: Any, given: Items) -> dict[str, float]:
     """Accuracy of the most similar item of every medium for each item of the others."""
     found, space = {}, {}
     for name, items in given.items():
@@ -125,7 +125,7 @@ def measure(run: Loaded, split: str, n: int, guidance: list[float]) -> list[dict
     model: Any = run.model
     rows = [{**about, "run": "nearest neighbour", **others}]
     if isinstance(model, Contrastive):
-        return [{**about, **chosen(model, given)}, *rows]
+        return [{**about, **retrieval_accuracy(model, given)}, *rows]
     coded = {}
     for name in ("image", "audio"):
         again = {name: model.media[name].codec.reconstruct(given[name])}
@@ -135,7 +135,7 @@ def measure(run: Loaded, split: str, n: int, guidance: list[float]) -> list[dict
     rows += [{**about, "run": "real items, coded", **coded}]
     label = torch.arange(n) % len(words)
     given["text"] = {name: x[label] for name, x in spoken.items()}
-    return [*({**about, **drawn(model, given, recogniser, w)} for w in guidance), *rows]
+    return [*({**about, **sample_accuracy(model, given, recogniser, w)} for w in guidance), *rows]
 
 
 def arguments() -> argparse.Namespace:

@@ -389,7 +389,7 @@ def unescape(stop: object) -> Any:
 
 def _write(out: Path, loaded: Loaded, batch: Batch, request: Request, settings: dict[str, Any]) -> str:
     """Write the samples to an existing folder and return the names of the files."""
-    kind, n, prompt = loaded.modality.drawn(batch), len(batch["seeds"]), request["prompt"]
+    kind, n, prompt = loaded.modality.kind_in(batch), len(batch["seeds"]), request["prompt"]
     if kind is None:
         field = loaded.modality.field
         raise UserError(f"{loaded.path} says that its data is {field}, and its sampler makes {', '.join(batch)}")

@@ -36,7 +36,7 @@ class Mixture:
         within = torch.cat([torch.arange(n) for n in sizes])
         order = place.argsort(stable=True)
         self.owner, self.within = owner[order], within[order]
-        """Of each item, int64 (N,): its corpus, and the window of that."""
+        """The corpus of each item, and the index of its window in that corpus, int64 (N,) both."""
 
     def __len__(self) -> int:
         return len(self.owner)

@@ -116,7 +116,7 @@ class Modality:
         """
         return None
 
-    def drawn(self, batch: Batch) -> "Modality | None":
+    def kind_in(self, batch: Batch) -> "Modality | None":
         """Return the modality of samples: this one, or of several media the one that they are of; None if they are of no such."""
         return self if self.field in batch else None
 

@@ -88,7 +88,7 @@ class Media(Modality):
         suffix = Path(prompt).suffix.lower()
         return self.image if suffix in IMAGES else self.audio if suffix in SOUNDS else self.caption
 
-    def drawn(self, batch: Batch) -> Modality | None:
+    def kind_in(self, batch: Batch) -> Modality | None:
         return next((kind for kind in self.kinds if kind.field in batch), None)
 
     def in_turn(self, start: int, stop: int) -> Texts:
@@ -97,7 +97,7 @@ class Media(Modality):
 
     def preview(self, batch: Batch, columns: int | None = None) -> Shown:
         """Return samples for display, as their medium is displayed. Raises UserError for a batch of none of the media."""
-        if (kind := self.drawn(batch)) is None:
+        if (kind := self.kind_in(batch)) is None:
             raise UserError(
                 f"a batch of media has {', '.join(batch)}, none of {', '.join(k.field for k in self.kinds)}"
             )

@@ -86,7 +86,7 @@ class TextImageModel(nn.Module):
     """
 
     causal: bool
-    """Whether each token is predicted from those before it alone."""
+    """True for an autoregressive model, which predicts each token from those before it; False for a bidirectional one."""
 
     def __init__(
         self,

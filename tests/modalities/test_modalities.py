@@ -249,7 +249,7 @@ def test_media_are_distinguished_by_what_is_given_and_what_is_made(tmp_path):
     ):
         out = tmp_path / field
         batch = {field: made[field][:1], "seeds": torch.arange(1), "tokens": torch.zeros(1, 2)}
-        assert kind.drawn(batch).write(out, batch, ["s"], {}, None) == [*names, "samples.npz"]
+        assert kind.kind_in(batch).write(out, batch, ["s"], {}, None) == [*names, "samples.npz"]
         assert all((out / name).exists() for name in names)
     with pytest.raises(UserError, match="a batch of media has tokens, none of caption, image, audio"):
         kind.preview({"tokens": torch.zeros(1, 2)})

@@ -1,4 +1,4 @@
-"""What is completed has no influence on what is kept."""
+"""Hidden pixels of an image to complete do not change the codes of the pixels that are kept."""
 
 from types import SimpleNamespace
 

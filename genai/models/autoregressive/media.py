@@ -165,17 +165,15 @@ class MediaTransformer(nn.Module):
             at = torch.arange(ids.shape[1], device=device)
             inputs[name] = self.embedding(name, torch.where(visible[name], ids, self.hidden), at)
         groups = [torch.arange(k, n, len(orders), device=device) for k in range(min(len(orders), n))]
-        rows = torch.cat(groups)
         used = orders[: len(groups)]
         x = torch.cat([torch.cat([inputs[m][i] for m in order], 1) for order, i in zip(used, groups, strict=True)])
-        x = self.transformer(x).index_select(0, rows.argsort())
         outputs: dict[str, list[Tensor]] = {name: [] for name in tokens}
-        for order, i in zip(used, groups, strict=True):
-            for name, part in zip(order, x[i].split([inputs[m].shape[1] for m in order], 1), strict=True):
+        for order, rows in zip(used, self.transformer(x).split([len(i) for i in groups]), strict=True):
+            for name, part in zip(order, rows.split([inputs[m].shape[1] for m in order], 1), strict=True):
                 outputs[name].append(part[:, :-1])
-        nats, real = {}, {}
+        nats, real, back = {}, {}, torch.cat(groups).argsort()
         for name, own in tokens.items():
-            logits = self.logits(torch.cat(outputs[name])[rows.argsort()], name)
+            logits = self.logits(torch.cat(outputs[name])[back], name)
             real[name] = visible[name].expand_as(own)
             if isinstance(self.media[name], Bytes):
                 real[name] = real[name] & F.pad(own[:, :-1] != PAD, (1, 0), value=True)

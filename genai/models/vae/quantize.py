@@ -20,7 +20,7 @@ class Quantized(NamedTuple):
     index: Tensor
     """Codes, int64 (B, ..., depth)."""
     loss: Tensor
-    """What the encoder is trained by besides the error of the decoder, a scalar; `Quantizer.loss` names it."""
+    """The quantiser's own loss, a scalar that is added to the reconstruction error; `Quantizer.loss` names it."""
 
 
 class Quantizer(KeepBufferPrecision):
